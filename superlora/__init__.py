@@ -1,0 +1,33 @@
+"""Parameter-efficient adaptation by one equation; this import leaves torch and jax alone."""
+
+from superlora import maps, presets
+from superlora.errors import AdapterError
+from superlora.folding import fold_group, unfold_group
+from superlora.kronecker import kronecker
+from superlora.plan import Plan
+from superlora.presets import dense, fact_tk, fact_tt, krona, lokr, lonkr, lora, lorta, lotr
+from superlora.spec import Spec
+from superlora.tucker import tucker
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "Plan",
+    "Spec",
+    "dense",
+    "fact_tk",
+    "fact_tt",
+    "fold_group",
+    "krona",
+    "kronecker",
+    "lokr",
+    "lonkr",
+    "lora",
+    "lorta",
+    "lotr",
+    "maps",
+    "presets",
+    "tucker",
+    "unfold_group",
+]

@@ -1,0 +1,148 @@
+"""Find the TensorLy backend of an array from its type; nothing is switched.
+
+TensorLy dispatches on a process-wide default. We call the methods of the backend
+object that belongs to the arrays at hand instead, so that no default is read or
+set, on any thread, and numpy, torch and jax can be mixed in one process.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy
+import tensorly
+
+Array = Any
+
+_NAMES = {
+    "numpy": "numpy",
+    "torch": "pytorch",
+    "jax": "jax",
+    "jaxlib": "jax",
+    "cupy": "cupy",
+    "tensorflow": "tensorflow",
+    "paddle": "paddle",
+}
+# Plain dicts: torch.compile traces through them, but not through lru_cache.
+_name_of_type: dict[type, str] = {}
+_loaded: dict[str, Any] = {}
+
+
+def _find_name(kind: type) -> str | None:
+    for base in kind.__mro__:
+        name = _NAMES.get(base.__module__.partition(".")[0])
+        if name is not None:
+            return name
+    return None
+
+
+def _load(name: str) -> Any:
+    jax = sys.modules.get("jax") if name == "jax" else None
+    if jax is None:
+        return tensorly.backend.BackendManager.load_backend(name)
+    # Importing TensorLy's jax backend turns on 64-bit mode for the process.
+    enabled = jax.config.jax_enable_x64
+    try:
+        return tensorly.backend.BackendManager.load_backend(name)
+    finally:
+        jax.config.update("jax_enable_x64", enabled)
+
+
+def _library(name: str | None) -> Any:
+    if name is None:
+        raise TypeError("like must be an array or a dtype of numpy, jax or torch")
+    if name not in _loaded:
+        _loaded[name] = _load(name)
+    return _loaded[name]
+
+
+def backend_of(*arrays: Array) -> Any:
+    """Return the TensorLy backend object that all `arrays` belong to.
+
+    Parameters
+    ----------
+    *arrays : array
+        At least one array of numpy, torch, jax, cupy, tensorflow or paddle.
+
+    Returns
+    -------
+    tensorly.backend.core.Backend
+        Its methods take and return arrays of that library.
+
+    Raises
+    ------
+    TypeError
+        If an array is of no known library, or two are of different ones.
+    """
+    found = None
+    for array in arrays:
+        kind = type(array)
+        name = _name_of_type.get(kind)
+        if name is None:
+            name = _find_name(kind)
+            if name is None:
+                raise TypeError(
+                    "arrays must be of numpy, torch, jax, cupy, tensorflow or paddle: got "
+                    f"{kind.__module__}.{kind.__qualname__}"
+                )
+            _name_of_type[kind] = name
+        if found is None:
+            found = name
+        elif found != name:
+            raise TypeError(f"arrays must be of one library: got {found} and {name}")
+    if found is None:
+        raise TypeError("arrays must not be empty: got none")
+    return _library(found)
+
+
+def _context(like: Array) -> tuple[Any, dict[str, Any]]:
+    """Return the backend and the dtype and device of an array or of a dtype alone."""
+    context: dict[str, Any]
+    if isinstance(like, (type, numpy.dtype)) or not hasattr(like, "shape"):
+        owner = like if isinstance(like, type) else type(like)
+        root = owner.__module__.partition(".")[0]
+        library, context = (
+            _library("numpy" if root == "builtins" else _NAMES.get(root)),
+            {"dtype": like},
+        )
+    else:
+        library = backend_of(like)
+        context = {
+            key: value for key, value in library.context(like).items() if key != "requires_grad"
+        }
+    dtype = context["dtype"]
+    name = numpy.dtype(dtype).name if library.backend_name in ("numpy", "jax") else str(dtype)
+    if "float" not in name:
+        raise TypeError(f"like must have a floating-point dtype: got {name}")
+    return library, context
+
+
+def from_numpy(values: numpy.ndarray, like: Array) -> Array:
+    """Return numpy values as an array of the library, dtype and device of `like`.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        Any shape.
+    like : array or dtype
+        An array, or a dtype of numpy, jax or torch.
+
+    Returns
+    -------
+    array
+        A new array that requires no gradient.
+
+    Raises
+    ------
+    TypeError
+        If `like` is neither, or not of a floating-point type.
+    """
+    library, context = _context(like)
+    return library.tensor(values, **context)
+
+
+def zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Return zeros of the library, dtype and device of `like`."""
+    library, context = _context(like)
+    return library.zeros(shape, **context)

@@ -1,0 +1,48 @@
+"""The command line. Each command is a function in a module of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from superlora import __version__
+from superlora.demo.extras import require
+
+if TYPE_CHECKING:
+    import typer
+
+
+def main() -> None:
+    """Run the ``superlora`` command."""
+    require(("typer", "rich"), "demo")
+    build()(prog_name="superlora")
+
+
+def build() -> typer.Typer:
+    """Return the command line application; typer is imported no sooner.
+
+    Returns
+    -------
+    typer.Typer
+        Call it to run it.
+    """
+    import typer
+
+    from superlora.demo.command import HELP, demo
+
+    app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(__version__)
+            raise typer.Exit
+
+    @app.callback()
+    def superlora(
+        version: bool = typer.Option(
+            False, "--version", callback=show_version, is_eager=True, help="Show the version."
+        ),
+    ) -> None:
+        """Low-rank adaptation of many weights at once, as tensors."""
+
+    app.command(help=HELP)(demo)
+    return app

@@ -1,0 +1,214 @@
+"""Collect and group: which entries of which weight lie in which group.
+
+Stage one and two of the equation (SuperLoRA, Section 2): the updates of all
+weights, raveled in row-major order and concatenated in the order given, are cut
+into groups. Integers only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from superlora.shapes import Shape, ceil_divide, check_count
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a weight's raveled entries and where a group holds it.
+
+    Attributes
+    ----------
+    group : int
+        Index of the group.
+    start, stop : int
+        Positions in the group's vector, ``start <= position < stop``.
+    """
+
+    group: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Where every weight lies.
+
+    Attributes
+    ----------
+    sizes : tuple of int
+        Entries of each group that some weight uses.
+    pieces : dict of str to tuple of Piece
+        For each weight the runs that make it up, in order.
+    members : tuple of tuples of str
+        For each group the weights that have a piece in it, in order.
+    padded : int
+        Entries that every group is made to hold, 0 if each holds just its own.
+    """
+
+    sizes: Shape
+    pieces: dict[str, tuple[Piece, ...]]
+    members: tuple[tuple[str, ...], ...]
+    padded: int = 0
+
+    def whole(self, group: int) -> bool:
+        """Return whether no weight of `group` is cut by the group's boundary."""
+        return all(len(self.pieces[name]) == 1 for name in self.members[group])
+
+
+def check_shapes(shapes: Mapping[Any, Any]) -> dict[str, tuple[int, int]]:
+    """Return `shapes` as a plain dict, or say which entry is wrong.
+
+    Parameters
+    ----------
+    shapes : mapping of str to (int, int)
+        Output and input width of every adapted weight.
+
+    Returns
+    -------
+    dict of str to (int, int)
+        The same, in the same order.
+
+    Raises
+    ------
+    TypeError
+        If a name is not a string, or a width not an integer.
+    ValueError
+        If there is no weight, or a shape is not two integers of at least 1.
+    """
+    if not shapes:
+        raise ValueError("shapes must name at least one weight: got none")
+    checked = {}
+    for name, shape in shapes.items():
+        if not isinstance(name, str):
+            raise TypeError(f"shapes must have strings as names: got {name!r}")
+        if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+            raise ValueError(f"shapes[{name!r}] must be (output width, input width): got {shape!r}")
+        widths = tuple(
+            check_count(f"shapes[{name!r}][{i}]", width) for i, width in enumerate(shape)
+        )
+        checked[name] = (widths[0], widths[1])
+    return checked
+
+
+def layer_of(name: str) -> str:
+    """Return the dotted path up to and including its first whole-number part.
+
+    Parameters
+    ----------
+    name : str
+        A module's dotted name.
+
+    Returns
+    -------
+    str
+        The layer that the weight belongs to.
+
+    Raises
+    ------
+    ValueError
+        If the name has no number.
+
+    Examples
+    --------
+    >>> layer_of("encoder.layer.3.attention.query")
+    'encoder.layer.3'
+    """
+    match = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", name)
+    if match is None:
+        raise ValueError(
+            "groups='layer' needs a layer number in every weight's name, as in "
+            f"'blocks.3.query': got {name!r}"
+        )
+    return match.group()
+
+
+def group_weights(
+    shapes: Mapping[str, tuple[int, int]], groups: str | int, cut: str = "even"
+) -> Grouping:
+    """Cut the concatenated updates into groups.
+
+    Parameters
+    ----------
+    shapes : mapping of str to (int, int)
+        Output and input width of every weight, in the order of concatenation.
+    groups : {"weight", "layer"} or int
+        One group a weight; one a layer (see `layer_of`); or that many contiguous
+        pieces of the whole, wherever the weights' boundaries lie.
+    cut : {"even", "pad"}
+        For an integer `groups` that does not divide the N entries: ``"even"``
+        makes sizes that differ by at most one, the larger ones first;
+        ``"pad"`` gives every group ``ceil(N / groups)`` and drops the tail, so
+        that all groups have one shape.
+
+    Returns
+    -------
+    Grouping
+        Every entry of every weight lies in exactly one piece.
+
+    Raises
+    ------
+    ValueError
+        If `groups` exceeds the number of entries, or would leave a group empty.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    if groups == "weight":
+        return _by_key(sizes, {name: name for name in sizes})
+    if groups == "layer":
+        return _by_key(sizes, {name: layer_of(name) for name in sizes})
+    count = check_count("groups", groups)
+    total = sum(sizes.values())
+    if count > total:
+        raise ValueError(f"groups must be at most {total}, the number of entries: got {count}")
+    if cut == "pad":
+        width = ceil_divide(total, count)
+        if width * (count - 1) >= total:
+            raise ValueError(
+                f"groups must leave every padded group at least one of {total} entries: got "
+                f"{count} groups of {width}; use cut='even'"
+            )
+        bounds = [min(width * index, total) for index in range(count + 1)]
+        return _cut(sizes, bounds, width)
+    small, extra = divmod(total, count)
+    steps = (small + (index < extra) for index in range(count))
+    return _cut(sizes, list(itertools.accumulate(steps, initial=0)), 0)
+
+
+def _by_key(sizes: Mapping[str, int], keys: Mapping[str, str]) -> Grouping:
+    members: dict[str, list[str]] = {}
+    for name in sizes:
+        members.setdefault(keys[name], []).append(name)
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    totals = []
+    for index, names in enumerate(members.values()):
+        offset = 0
+        for name in names:
+            pieces[name] = (Piece(index, offset, offset + sizes[name]),)
+            offset += sizes[name]
+        totals.append(offset)
+    ordered = {name: pieces[name] for name in sizes}
+    return Grouping(tuple(totals), ordered, tuple(map(tuple, members.values())))
+
+
+def _cut(sizes: Mapping[str, int], bounds: list[int], padded: int) -> Grouping:
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    members: list[list[str]] = [[] for _ in bounds[1:]]
+    group = offset = 0
+    for name, size in sizes.items():
+        parts = []
+        position, end = offset, offset + size
+        while position < end:
+            while bounds[group + 1] <= position:
+                group += 1
+            stop = min(end, bounds[group + 1])
+            parts.append(Piece(group, position - bounds[group], stop - bounds[group]))
+            members[group].append(name)
+            position = stop
+        pieces[name] = tuple(parts)
+        offset = end
+    totals = tuple(high - low for low, high in itertools.pairwise(bounds))
+    return Grouping(totals, pieces, tuple(map(tuple, members)), padded)

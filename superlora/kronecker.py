@@ -1,0 +1,58 @@
+"""The N-split Kronecker product of tensors, mode by mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from superlora._backend import Array, backend_of
+
+
+def kronecker(tensors: Sequence[Array]) -> Array:
+    """Kronecker product of tensors of one order.
+
+    Parameters
+    ----------
+    tensors : sequence of K arrays (d_k1, …, d_kM)
+        Left to right, as in ``X_1 ⊗ X_2 ⊗ … ⊗ X_K``. Tensors of fewer modes are
+        not padded: numpy and torch do that in front, the peers at the end.
+
+    Returns
+    -------
+    array, (prod_k d_k1, …, prod_k d_kM)
+        ``prod_k X_k[i_k1, …, i_kM]`` where mode m's index has the digits
+        ``i_1m … i_Km``, split 1 most significant.
+
+    Raises
+    ------
+    TypeError
+        If the arrays are of different libraries.
+    ValueError
+        If there is none, or their orders differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> kronecker([np.array([[1.0, 2.0]]), np.array([[1.0], [10.0]])])
+    array([[ 1.,  2.],
+           [10., 20.]])
+    """
+    if not tensors:
+        raise ValueError("tensors must hold at least one tensor: got none")
+    order = len(tensors[0].shape)
+    for index, tensor in enumerate(tensors):
+        if len(tensor.shape) != order:
+            raise ValueError(
+                f"tensors[{index}] must have {order} modes like tensors[0]: got shape "
+                f"{tuple(tensor.shape)}"
+            )
+    library = backend_of(*tensors)
+    product = tensors[0]
+    for tensor in tensors[1:]:
+        left, right, shape = [], [], []
+        for rows, columns in zip(product.shape, tensor.shape, strict=True):
+            left += [rows, 1]
+            right += [1, columns]
+            shape.append(rows * columns)
+        product = library.reshape(product, tuple(left)) * library.reshape(tensor, tuple(right))
+        product = library.reshape(product, tuple(shape))
+    return product

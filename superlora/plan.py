@@ -1,0 +1,297 @@
+"""`Plan`: the public object, a layout joined with the array functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+
+from superlora._backend import Array, backend_of
+from superlora.describe import describe
+from superlora.init import init_factors
+from superlora.layout import Layout
+from superlora.maps import Identity
+from superlora.reconstruct import apply_factored, group_vector, scaled, weight_delta
+from superlora.spec import Spec
+
+
+class Plan:
+    """A spec joined with the weights it adapts. Building one touches integers only.
+
+    Parameters
+    ----------
+    spec : Spec
+        The design.
+    shapes : mapping of str to (int, int)
+        Output and input width of every weight, in the order in which their
+        updates are concatenated. A weight that a library stores transposed is
+        given as (output, input) all the same.
+
+    Attributes
+    ----------
+    layout : Layout
+        What lies where.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the spec cannot serve these shapes.
+
+    Notes
+    -----
+    ``factors`` is always a flat dict: ``"group.split.core"`` and
+    ``"group.split.factorM"`` with mode M counted from 0. The equation is that of
+    [1]_, Section 2; `superlora.Spec` has its parameters.
+
+    References
+    ----------
+    .. [1] X. Chen et al., "SuperLoRA: Parameter-Efficient Unified Adaptation for
+       Large Vision Models", 2024.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> plan = sl.Plan(sl.lora(rank=2), {"q": (6, 4), "v": (6, 4)})
+    >>> plan.num_parameters, plan.num_dense
+    (40, 48)
+    >>> factors = plan.init(seed=0)
+    >>> sorted(factors)
+    ['0.0.factor0', '0.0.factor1', '1.0.factor0', '1.0.factor1']
+    >>> plan.delta(factors, "q").shape
+    (6, 4)
+    """
+
+    def __init__(self, spec: Spec, shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.layout = Layout(spec, shapes)
+
+    @property
+    def spec(self) -> Spec:
+        """The design."""
+        return self.layout.spec
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Output and input width of every weight, in order."""
+        return dict(self.layout.shapes)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable entries of all blocks."""
+        return self.layout.num_parameters
+
+    @property
+    def num_dense(self) -> int:
+        """Entries of all adapted weights."""
+        return self.layout.num_dense
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every trainable block by name."""
+        return dict(self.layout.factor_shapes)
+
+    @property
+    def scale(self) -> float:
+        """The number s in front of the equation."""
+        return self.spec.scaling
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({len(self.layout.shapes)} weights, {len(self.layout.groups)} groups, "
+            f"{self.num_parameters:,} of {self.num_dense:,} parameters)"
+        )
+
+    def describe(self) -> str:
+        """Return a table of the groups: folds, splits, ranks and parameter counts.
+
+        Returns
+        -------
+        str
+            Alike groups share a row; below it stand the totals and what a user
+            may not expect: ranks that were capped, entries that a cover crops.
+        """
+        return describe(self.layout)
+
+    def init(self, seed: int = 0, like: Any = numpy.float32) -> dict[str, Array]:
+        """Draw initial factors for which every update is exactly zero.
+
+        Parameters
+        ----------
+        seed : int
+            In [0, 2**64). One seed gives the same values on every library.
+        like : array or dtype
+            An array, or a dtype of numpy, jax or torch: library, dtype and device
+            of the result.
+
+        Returns
+        -------
+        dict of str to array
+            One array for each of `factor_shapes`; exactly one block a group is
+            zero.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `seed` is no integer of that range, or `like` is not of a
+            floating-point type.
+        """
+        return init_factors(self.layout, seed, like)
+
+    def delta(self, factors: Mapping[str, Array], name: str, scale: float | None = None) -> Array:
+        """Form the update of one weight; no other weight's is formed.
+
+        Parameters
+        ----------
+        factors : mapping of str to array
+            At least the blocks of the weight's groups.
+        name : str
+            The weight.
+        scale : float, optional
+            Takes the place of the spec's scale.
+
+        Returns
+        -------
+        array, (output width, input width)
+            Library, dtype and device of the factors.
+
+        Raises
+        ------
+        KeyError
+            If the plan has no weight of that name.
+        TypeError
+            If the factors are of different libraries.
+        ValueError
+            If a block is missing or has another shape.
+        """
+        self._check(factors, name)
+        return weight_delta(self.layout, factors, name, self.scale if scale is None else scale)
+
+    def deltas(self, factors: Mapping[str, Array], scale: float | None = None) -> dict[str, Array]:
+        """Form the updates of all weights.
+
+        Parameters
+        ----------
+        factors : mapping of str to array
+            All blocks.
+        scale : float, optional
+            Takes the place of the spec's scale.
+
+        Returns
+        -------
+        dict of str to array
+            For each weight ``scale * ΔW``, (output width, input width).
+
+        Raises
+        ------
+        TypeError
+            If the factors are of different libraries.
+        ValueError
+            If a block is missing or has another shape.
+        """
+        for name in self.layout.shapes:
+            self._check(factors, name)
+        number = self.scale if scale is None else scale
+        if isinstance(self.spec.map, Identity):
+            return {
+                name: weight_delta(self.layout, factors, name, number)
+                for name in self.layout.shapes
+            }
+        return self._deltas_of_mapped_groups(factors, number)
+
+    def _deltas_of_mapped_groups(
+        self, factors: Mapping[str, Array], scale: float
+    ) -> dict[str, Array]:
+        vectors = [
+            group_vector(self.layout, factors, group) for group in range(len(self.layout.groups))
+        ]
+        deltas = {}
+        for name, pieces in self.layout.grouping.pieces.items():
+            library = backend_of(vectors[pieces[0].group])
+            runs = [vectors[piece.group][piece.start : piece.stop] for piece in pieces]
+            delta = library.reshape(library.concatenate(runs, axis=0), self.layout.shapes[name])
+            deltas[name] = scaled(delta, scale)
+        return deltas
+
+    def apply(
+        self,
+        factors: Mapping[str, Array],
+        name: str,
+        x: Array,
+        scale: float | None = None,
+    ) -> Array:
+        """Multiply inputs by a weight's update, without forming it where that is cheaper.
+
+        Parameters
+        ----------
+        factors : mapping of str to array
+            At least the blocks of the weight's groups.
+        name : str
+            The weight.
+        x : array, (..., input width)
+            Inputs of the layer, of the factors' library.
+        scale : float, optional
+            Takes the place of the spec's scale.
+
+        Returns
+        -------
+        array, (..., output width)
+            ``scale * x @ ΔWᵀ``.
+
+        Raises
+        ------
+        KeyError
+            If the plan has no weight of that name.
+        TypeError
+            If the arrays are of different libraries.
+        ValueError
+            If a block is missing or has another shape, or the last axis of `x` is
+            not the input width.
+
+        Notes
+        -----
+        A weight-wise natural fold, a stack and an aligned fold are applied as
+        factors; the other folds form the weight's update.
+        """
+        self._check(factors, name)
+        number = self.scale if scale is None else scale
+        columns = self.layout.shapes[name][1]
+        if x.shape[-1:] != (columns,):
+            raise ValueError(
+                f"x must have {columns} entries in its last axis, the input width of {name!r}: got "
+                f"shape {tuple(x.shape)}"
+            )
+        backend_of(x, *(factors[block] for block in self.blocks_of(name)))
+        if self.layout.applies_factored(name):
+            return apply_factored(self.layout, factors, name, x, number)
+        delta = weight_delta(self.layout, factors, name, number)
+        return backend_of(x).tensordot(x, delta, axes=([len(x.shape) - 1], [1]))
+
+    def blocks_of(self, name: str) -> tuple[str, ...]:
+        """Return the names of the blocks that one weight's update is made of.
+
+        Parameters
+        ----------
+        name : str
+            The weight.
+
+        Returns
+        -------
+        tuple of str
+            Keys of `factor_shapes`.
+
+        Raises
+        ------
+        KeyError
+            If the plan has no weight of that name.
+        """
+        return self.layout.blocks_of(name)
+
+    def _check(self, factors: Mapping[str, Array], name: str) -> None:
+        blocks = self.blocks_of(name)
+        for block in blocks:
+            if block not in factors:
+                raise ValueError(f"factors must hold {block!r}, a block of {name!r}: it is missing")
+            expected, got = self.layout.factor_shapes[block], tuple(factors[block].shape)
+            if got != expected:
+                raise ValueError(f"factors[{block!r}] must have shape {expected}: got {got}")
+        backend_of(*(factors[block] for block in blocks))

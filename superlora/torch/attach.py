@@ -1,0 +1,191 @@
+"""`attach`: freeze a model and register the factors of a plan on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from superlora.errors import AdapterError
+from superlora.plan import Plan
+from superlora.spec import Spec
+from superlora.torch.adapter import Adapter
+from superlora.torch.layers import parameter_of, shape_of
+from superlora.torch.site import Site
+from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
+
+
+def attach(
+    model: nn.Module,
+    spec: Spec,
+    targets: Targets = ALL_LINEAR,
+    *,
+    name: str = "superlora",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """Adapt a model's layers; its output stays bit for bit what it was.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model with ``Linear`` layers, or GPT-2's ``Conv1D``. Its parameters are
+        frozen; their names and the modules' classes stay as they are.
+    spec : Spec
+        The design, such as ``superlora.lora(rank=8)``.
+    targets : sequence of str, str or callable
+        Names or suffixes of layers, a regular expression for whole names,
+        ``"all-linear"``, or ``predicate(name, module) -> bool``.
+    name : str
+        The attribute of `model` under which the adapter is registered.
+    seed : int
+        Seed of the initial factors, in [0, 2**64).
+    dtype : torch.dtype, optional
+        The factors' dtype; by default the weights', and float32 for half
+        precision.
+
+    Returns
+    -------
+    Adapter
+        A module whose parameters are the factors; it is ``getattr(model, name)``.
+
+    Raises
+    ------
+    AdapterError
+        If `model` has an attribute of that name.
+    TypeError, ValueError
+        If the spec, the targets or the weights do not fit; nothing is changed
+        then.
+
+    Examples
+    --------
+    >>> import torch, superlora as sl, superlora.torch as slt
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    >>> adapter = slt.attach(model, sl.lora(rank=2), targets=["0"])
+    >>> adapter.num_parameters, model(torch.ones(1, 8)).shape
+    (32, torch.Size([1, 2]))
+    """
+    _check_model(model)
+    modules = find_targets(model, targets)
+    plan = Plan(spec, {target: shape_of(module) for target, module in modules.items()})
+    check_free(model, name)
+    return register(model, plan, modules, _initial(plan, modules, seed, dtype), name)
+
+
+def register(
+    model: nn.Module,
+    plan: Plan,
+    modules: Mapping[str, nn.Module],
+    factors: Mapping[str, Tensor],
+    name: str,
+) -> Adapter:
+    """Put an adapter with the given factors on a model; all checks lie behind us.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+    plan : Plan
+        What lies where.
+    modules : mapping of str to torch.nn.Module
+        The layers, in the plan's order.
+    factors : mapping of str to torch.Tensor
+        One tensor for each block of the plan.
+    name : str
+        A free attribute of the model.
+
+    Returns
+    -------
+    Adapter
+        The adapter.
+    """
+    adapter = Adapter(plan, factors, name)
+    adapter.train(model.training)
+    own = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Adapter)
+        for parameter in module.parameters()
+    }
+    for parameter in model.parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            parameter.requires_grad_(False)
+            adapter._frozen.append(parameter)
+    for target, module in modules.items():
+        adapter._sites[target] = Site.add(module, target, adapter)
+    adapter._host = (model,)
+    model.add_module(name, adapter)
+    return adapter
+
+
+def check_free(model: nn.Module, name: str) -> None:
+    """Refuse a name that `model` uses already, or that torch cannot register.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+    name : str
+        The adapter's name.
+
+    Raises
+    ------
+    AdapterError
+        If the model has an attribute of that name.
+    ValueError
+        If it is not an identifier.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"name must be a Python identifier: got {name!r}")
+    if hasattr(model, name):
+        kind = type(getattr(model, name)).__name__
+        raise AdapterError(
+            f"name must be free: the model has an attribute {name!r} already, of type {kind}; "
+            "detach() it or choose another name"
+        )
+
+
+def check_weights(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse weights that are not of a floating-point type.
+
+    Parameters
+    ----------
+    modules : mapping of str to torch.nn.Module
+        The layers.
+
+    Raises
+    ------
+    TypeError
+        If a weight is not of a floating-point type; it names the layer.
+    """
+    for target, module in modules.items():
+        dtype = parameter_of(module).dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"weights must be of a floating-point type: {target!r} is {dtype}")
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+
+
+def _initial(
+    plan: Plan, modules: Mapping[str, nn.Module], seed: int, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    check_weights(modules)
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point type: got {dtype}")
+    factors = plan.init(seed, like=torch.float64)
+    for block, factor in factors.items():
+        weight = first_weight(plan, modules, block)
+        half = weight.dtype.itemsize < 4
+        kind = dtype or (torch.float32 if half else weight.dtype)
+        factors[block] = factor.to(device=weight.device, dtype=kind)
+    return factors
+
+
+def first_weight(plan: Plan, modules: Mapping[str, nn.Module], block: str) -> Tensor:
+    """Return the first weight of the block's group, on whose device the block lives."""
+    group = int(block.partition(".")[0])
+    return parameter_of(modules[plan.layout.grouping.members[group][0]])

@@ -1,0 +1,56 @@
+"""Which layers can be adapted, and how each holds its weight."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether `module` is GPT-2's ``Conv1D``, whose weight is (input, output)."""
+    # By name, so that transformers need not be installed.
+    return any(
+        base.__name__ == "Conv1D" and base.__module__.startswith("transformers.")
+        for base in type(module).__mro__
+    )
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Return whether `module` is a layer that an adapter can be attached to."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def parameter_of(module: nn.Module) -> Tensor:
+    """Return the layer's weight as the layer stores it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the layer's weight as (output, input), a view that writes through.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        An adaptable layer.
+
+    Returns
+    -------
+    torch.Tensor, (output width, input width)
+        The weight, or its transpose for a ``Conv1D``.
+    """
+    weight = parameter_of(module)
+    return weight.t() if is_transposed(module) else weight
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """Return the output and the input width of an adaptable layer."""
+    rows, columns = weight_of(module).shape
+    return rows, columns
+
+
+def computes_plainly(module: nn.Module) -> bool:
+    """Return whether the layer's own forward is ``x @ weightᵀ + bias`` and nothing else."""
+    return type(module).forward is nn.Linear.forward or (
+        is_transposed(module) and type(module).__name__ == "Conv1D"
+    )

@@ -1,0 +1,167 @@
+"""One adapter, one safetensors file: every factor once, and what it needs to be loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from superlora.plan import Plan
+from superlora.spec import Spec
+from superlora.torch.adapter import Adapter
+from superlora.torch.attach import check_free, check_weights, first_weight, register
+from superlora.torch.layers import is_adaptable, shape_of
+from superlora.torch.targets import find_targets
+
+FORMAT_VERSION = 1
+# One metadata key: safetensors writes several in no fixed order.
+_KEY = "superlora"
+
+
+def save_adapter(adapter: Adapter, path: Path) -> None:
+    """Write an adapter's factors and description to `path`, atomically.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        The adapter.
+    path : pathlib.Path
+        The file; replaced if it exists.
+    """
+    spec = adapter.plan.spec
+    if adapter.scale != spec.scaling:
+        spec = spec.replace(alpha=None, scale=adapter.scale)
+    header = {
+        "format_version": FORMAT_VERSION,
+        "spec": spec.to_dict(),
+        "weights": [[name, list(shape)] for name, shape in adapter.plan.shapes.items()],
+    }
+    tensors = {
+        name: factor.detach().cpu().contiguous() for name, factor in adapter.factors().items()
+    }
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={_KEY: json.dumps(header, separators=(",", ":"))})
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adapter:
+    """Attach a saved adapter to a model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model with layers of the names and shapes that the file gives.
+    path : str or pathlib.Path
+        A file that ``Adapter.save`` wrote.
+    name : str
+        The attribute of `model` under which the adapter is registered.
+
+    Returns
+    -------
+    Adapter
+        With the very factors that were saved, on the layers' devices.
+
+    Raises
+    ------
+    AdapterError
+        If `model` has an attribute of that name.
+    FileNotFoundError
+        If there is no such file.
+    TypeError
+        If `model` is not a module, or a weight is not of a floating-point type.
+    ValueError
+        If the file is truncated, not an adapter, of another format version, for
+        other names or shapes, or has missing or extra tensors: they are listed,
+        and the model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    path = Path(path)
+    check_free(model, name)
+    plan, factors = _read(path)
+    modules = _find_layers(model, plan, path)
+    check_weights(modules)
+    placed = {
+        block: factor.to(first_weight(plan, modules, block).device)
+        for block, factor in factors.items()
+    }
+    return register(model, plan, modules, placed, name)
+
+
+def _read(path: Path) -> tuple[Plan, dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            plan = _plan_of(file.metadata() or {}, path)
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            _check_tensors(plan, shapes, path)
+            return plan, {key: file.get_tensor(key) for key in plan.factor_shapes}
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
+
+
+def _plan_of(metadata: Mapping[str, str], path: Path) -> Plan:
+    if _KEY not in metadata:
+        raise ValueError(f"{path} must be a superlora adapter: its header does not say so")
+    try:
+        header: dict[str, Any] = json.loads(metadata[_KEY])
+        version = header["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must have a readable superlora header: {error!r}") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} must be of format version {FORMAT_VERSION}: got {version!r}")
+    try:
+        shapes = {name: tuple(shape) for name, shape in header["weights"]}
+        return Plan(Spec.from_dict(header["spec"]), shapes)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must have a valid superlora header: {error}") from None
+
+
+def _check_tensors(plan: Plan, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    expected = plan.factor_shapes
+    problems = [f"missing {key!r}" for key in expected if key not in shapes]
+    problems += [f"extra {key!r}" for key in shapes if key not in expected]
+    problems += [
+        f"{key!r} of shape {shapes[key]} instead of {shape}"
+        for key, shape in expected.items()
+        if key in shapes and shapes[key] != shape
+    ]
+    if problems:
+        raise ValueError(f"{path} must hold the factors of its spec: {', '.join(problems)}")
+
+
+def _find_layers(model: nn.Module, plan: Plan, path: Path) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    problems = []
+    for name, shape in plan.shapes.items():
+        if name not in modules:
+            problems.append(f"no layer {name!r}")
+        elif not is_adaptable(modules[name]):
+            problems.append(f"{name!r} is a {type(modules[name]).__name__}")
+        elif shape_of(modules[name]) != shape:
+            problems.append(f"{name!r} has shape {shape_of(modules[name])} instead of {shape}")
+    if problems:
+        raise ValueError(f"the model must have the layers of {path}: {', '.join(problems)}")
+    names = set(plan.shapes)
+    found = find_targets(model, lambda name, _: name in names)
+    return {name: found[name] for name in plan.shapes}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

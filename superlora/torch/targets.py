@@ -1,0 +1,157 @@
+"""Choose the layers to adapt: suffixes, a regular expression, all, or a predicate."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from superlora.torch.layers import is_adaptable
+
+Predicate = Callable[[str, nn.Module], bool]
+Targets = str | Sequence[str] | Predicate
+
+ALL_LINEAR = "all-linear"
+
+
+def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
+    """Return the layers of `model` that `targets` chooses, in the model's order.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+    targets : sequence of str, str or callable
+        Names or dotted suffixes of names; ``"all-linear"`` for every adaptable
+        layer but the output head of a model that names one
+        (``get_output_embeddings``); any other string is a regular expression
+        that must match a whole name; or ``predicate(name, module) -> bool``.
+
+    Returns
+    -------
+    dict of str to torch.nn.Module
+        Dotted name and layer; a layer reached by two names is there once.
+
+    Raises
+    ------
+    TypeError
+        If `targets` is none of these.
+    ValueError
+        If nothing matches, or an entry of a list does not, with the nearest
+        names; or if what matches cannot be adapted.
+    """
+    modules = {
+        name: module for name, module in model.named_modules() if name or is_adaptable(module)
+    }
+    chosen = _choose(model, modules, targets)
+    unfit = [name for name in chosen if not is_adaptable(modules[name])]
+    if unfit:
+        kinds = sorted({type(modules[name]).__name__ for name in unfit})
+        raise ValueError(
+            f"targets must match Linear or Conv1D layers: got {_some(unfit)} of type "
+            f"{', '.join(kinds)}"
+        )
+    found = {name: modules[name] for name in chosen}
+    _check_read_by_forward(modules, found)
+    _check_untied(model, found)
+    return found
+
+
+def _choose(model: nn.Module, modules: dict[str, nn.Module], targets: Targets) -> list[str]:
+    if callable(targets):
+        chosen = [name for name, module in modules.items() if targets(name, module)]
+        if not chosen:
+            raise ValueError("targets must match at least one layer: the predicate chose none")
+        return chosen
+    if targets == ALL_LINEAR:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = [n for n, module in modules.items() if is_adaptable(module) and module is not head]
+        if not chosen:
+            raise ValueError(
+                f"targets={targets!r} must match at least one layer: the model has none"
+            )
+        return chosen
+    if isinstance(targets, str):
+        return _match_pattern(modules, targets)
+    return _match_suffixes(modules, targets)
+
+
+def _match_pattern(modules: dict[str, nn.Module], pattern: str) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"targets must be a valid regular expression: got {pattern!r} ({error})"
+        ) from None
+    chosen = [name for name in modules if compiled.fullmatch(name)]
+    if not chosen:
+        raise ValueError(
+            f"targets={pattern!r} matched no layer; a string must match a whole name, a list holds "
+            f"suffixes; the nearest names are {_nearest(pattern, modules)}"
+        )
+    return chosen
+
+
+def _match_suffixes(modules: dict[str, nn.Module], suffixes: object) -> list[str]:
+    if not isinstance(suffixes, Sequence) or not all(isinstance(item, str) for item in suffixes):
+        raise TypeError(
+            "targets must be a list of names, a regular expression, 'all-linear' or a predicate: "
+            f"got {suffixes!r}"
+        )
+    if not suffixes:
+        raise ValueError("targets must hold at least one name: got an empty list")
+    chosen: set[str] = set()
+    for index, suffix in enumerate(suffixes):
+        matched = [name for name in modules if name == suffix or name.endswith(f".{suffix}")]
+        if not matched:
+            raise ValueError(
+                f"targets[{index}]={suffix!r} matched no layer; the nearest names are "
+                f"{_nearest(suffix, modules)}"
+            )
+        chosen.update(matched)
+    return [name for name in modules if name in chosen]
+
+
+def _nearest(wanted: str, modules: dict[str, nn.Module]) -> str:
+    names = [name for name, module in modules.items() if is_adaptable(module)]
+    # A suffix is compared with the ends of the names, so that depth does not count.
+    ends: dict[str, str] = {}
+    for name in names:
+        for depth in range(1, name.count(".") + 2):
+            ends.setdefault(".".join(name.split(".")[-depth:]), name)
+    close = difflib.get_close_matches(wanted, ends, n=5, cutoff=0.5)
+    return _some(list(dict.fromkeys(ends[end] for end in close)) or names or ["(no layers)"])
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    listed = ", ".join(map(repr, names[:most]))
+    return listed + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _check_read_by_forward(modules: dict[str, nn.Module], found: dict[str, nn.Module]) -> None:
+    # These read a layer's weight themselves, so the layer's forward, and with it
+    # the adapter, would be passed over in silence.
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    for name in found:
+        parent = modules.get(name.rpartition(".")[0])
+        if isinstance(parent, readers):
+            raise ValueError(
+                f"targets must match layers whose own forward is called: {name!r} is read directly "
+                f"by its parent, a {type(parent).__name__}"
+            )
+
+
+def _check_untied(model: nn.Module, found: dict[str, nn.Module]) -> None:
+    owners: dict[int, dict[int, str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), {}).setdefault(id(module), f"{name}.{key}".lstrip("."))
+    for name, module in found.items():
+        names = sorted(owners[id(module.weight)].values())
+        if len(names) > 1:
+            raise ValueError(
+                f"targets must not match a weight that two modules share: {name!r} shares "
+                f"{' and '.join(map(repr, names))}"
+            )
