@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from superlora.layout import Group, Layout, Split
+from superlora.layout import Layout
 from superlora.maps import Identity
+from superlora.splitting import Group, Split
 
 
 def describe(layout: Layout) -> str:

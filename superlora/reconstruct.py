@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from superlora._backend import Array, backend_of
 from superlora.folding import ravel
 from superlora.kronecker import kronecker
-from superlora.layout import Layout, Split
+from superlora.layout import Layout
 from superlora.maps import Identity
 from superlora.slicing import Box
+from superlora.splitting import Split
 from superlora.tucker import open_last_mode, tucker
 
 # One split's blocks: its core, None where superdiagonal, and a factor a mode,

@@ -50,8 +50,9 @@ class Adapter(nn.Module):
         self._scale = plan.scale
         self._blocks = {weight: plan.blocks_of(weight) for weight in plan.shapes}
         self._sites: dict[str, Site] = {}
-        # In a tuple, or torch would register the model as a submodule of its part.
-        self._host: tuple[nn.Module, ...] = ()
+        # The model, and the module of it that registers this one; in a tuple, or
+        # torch would make them submodules of their own part.
+        self._homes: tuple[nn.Module, ...] = ()
         self._frozen: list[nn.Parameter] = []
         for block, shape in plan.factor_shapes.items():
             factor = factors[block]
@@ -66,22 +67,6 @@ class Adapter(nn.Module):
                     owner.add_module(key, nn.Module())
                 owner = owner.get_submodule(key)
             owner.register_parameter(leaf, nn.Parameter(factor))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x`: the work is done in the layers.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            Anything.
-
-        Returns
-        -------
-        torch.Tensor
-            The same object, so that a ``Sequential`` that calls all its children
-            may hold an adapter.
-        """
-        return x
 
     def extra_repr(self) -> str:
         """Return the counts for ``repr``; the factors are too many to list."""
@@ -272,17 +257,17 @@ class Adapter(nn.Module):
                 f"adapter {self.name!r} is merged: call unmerge() first, or "
                 "detach(keep_merged=True) to leave the weights merged"
             )
-        (host,) = self._host
+        model, host = self._homes
         for site in self._sites.values():
             site.remove(self)
         del host._modules[self.name]
-        heirs = [other for other in host.modules() if isinstance(other, Adapter)]
+        heirs = [other for other in model.modules() if isinstance(other, Adapter)]
         if heirs:
             heirs[0]._frozen += self._frozen
         else:
             for parameter in self._frozen:
                 parameter.requires_grad_(True)
-        self._sites, self._host, self._frozen, self.merged = {}, (), [], False
+        self._sites, self._homes, self._frozen, self.merged = {}, (), [], False
 
     def save(self, path: str | Path) -> None:
         """Write the adapter to a safetensors file, atomically.
@@ -302,5 +287,5 @@ class Adapter(nn.Module):
         save_adapter(self, Path(path))
 
     def _check_attached(self, verb: str) -> None:
-        if not self._host:
+        if not self._homes:
             raise AdapterError(f"adapter {self.name!r} must be attached to be {verb}")

@@ -38,7 +38,8 @@ def attach(
         Names or suffixes of layers, a regular expression for whole names,
         ``"all-linear"``, or ``predicate(name, module) -> bool``.
     name : str
-        The attribute of `model` under which the adapter is registered.
+        The attribute of `model` under which the adapter is registered; of its
+        first adapted layer, where `model` is a ``Sequential`` or a ``ModuleList``.
     seed : int
         Seed of the initial factors, in [0, 2**64).
     dtype : torch.dtype, optional
@@ -48,7 +49,7 @@ def attach(
     Returns
     -------
     Adapter
-        A module whose parameters are the factors; it is ``getattr(model, name)``.
+        A module whose parameters are the factors.
 
     Raises
     ------
@@ -69,7 +70,7 @@ def attach(
     _check_model(model)
     modules = find_targets(model, targets)
     plan = Plan(spec, {target: shape_of(module) for target, module in modules.items()})
-    check_free(model, name)
+    check_free(host_of(model, modules), name)
     return register(model, plan, modules, _initial(plan, modules, seed, dtype), name)
 
 
@@ -114,32 +115,53 @@ def register(
             adapter._frozen.append(parameter)
     for target, module in modules.items():
         adapter._sites[target] = Site.add(module, target, adapter)
-    adapter._host = (model,)
-    model.add_module(name, adapter)
+    host = host_of(model, modules)
+    adapter._homes = (model, host)
+    host.add_module(name, adapter)
     return adapter
 
 
-def check_free(model: nn.Module, name: str) -> None:
-    """Refuse a name that `model` uses already, or that torch cannot register.
+def host_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Return the module that registers the adapter.
 
     Parameters
     ----------
     model : torch.nn.Module
         The model.
+    modules : mapping of str to torch.nn.Module
+        The layers to adapt.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model; but the first layer for a container, whose children are
+        counted, indexed and called one after the other.
+    """
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return next(iter(modules.values())) if isinstance(model, containers) else model
+
+
+def check_free(host: nn.Module, name: str) -> None:
+    """Refuse a name that `host` uses already, or that torch cannot register.
+
+    Parameters
+    ----------
+    host : torch.nn.Module
+        The module that is to register the adapter.
     name : str
         The adapter's name.
 
     Raises
     ------
     AdapterError
-        If the model has an attribute of that name.
+        If the module has an attribute of that name.
     ValueError
         If it is not an identifier.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be a Python identifier: got {name!r}")
-    if hasattr(model, name):
-        kind = type(getattr(model, name)).__name__
+    if hasattr(host, name):
+        kind = type(getattr(host, name)).__name__
         raise AdapterError(
             f"name must be free: the model has an attribute {name!r} already, of type {kind}; "
             "detach() it or choose another name"

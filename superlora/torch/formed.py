@@ -60,7 +60,9 @@ class FormedLinear(torch.autograd.Function):
         x, weight, bias, *factors = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _, *wants_factors = ctx.needs_input_grad
         # torch.func.vjp, since torch.compile does not trace torch.autograd.grad.
-        delta, pull_back = torch.func.vjp(lambda *blocks: ctx.form(blocks), *factors)
+        delta, pull_back = torch.func.vjp(  # type: ignore[misc]
+            lambda *blocks: ctx.form(blocks), *factors
+        )
         rows = gradient.reshape(-1, gradient.shape[-1])
         of_x = of_weight = of_bias = None
         of_factors: tuple[Tensor | None, ...] = (None,) * len(factors)

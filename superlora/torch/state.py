@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_free, check_weights, first_weight, register
+from superlora.torch.attach import check_free, check_weights, first_weight, host_of, register
 from superlora.torch.layers import is_adaptable, shape_of
 from superlora.torch.targets import find_targets
 
@@ -90,9 +90,9 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
     path = Path(path)
-    check_free(model, name)
     plan, factors = _read(path)
     modules = _find_layers(model, plan, path)
+    check_free(host_of(model, modules), name)
     check_weights(modules)
     placed = {
         block: factor.to(first_weight(plan, modules, block).device)
