@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy
@@ -9,6 +10,7 @@ import numpy
 from superlora._backend import Array, from_numpy
 from superlora.layout import Layout
 from superlora.random import normal
+from superlora.splitting import Group
 
 
 def zero_block(layout: Layout, group: int) -> str:
@@ -62,29 +64,42 @@ def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> di
 
     Notes
     -----
-    The random blocks' standard deviations multiply to ``d ** -0.5``, with d the
-    mean input width of the group's weights: a step of the zero block then moves
-    an entry of ΔW as much as in LoRA, at any order and any number of splits, so
-    that one learning rate serves all of them.
+    The standard deviations of a group's random blocks are equal and multiply to
+    ``(d t / r) ** -0.5``: d is the mean input width of the group's weights, t the
+    number of products that sum to one entry of the Kronecker product, r the
+    largest rank of a factored mode. A step of the zero block then moves an entry
+    of ΔW as it does in LoRA of that rank, at any order and any number of splits,
+    so that learning rates carry over.
     """
     from_numpy(numpy.zeros(()), like)  # refuses a wrong dtype before anything is drawn
     deviations = {}
-    zeros = set()
     for group, item in enumerate(layout.groups):
         names = [
             f"{group}.{index}.{block}"
             for index, split in enumerate(item.splits)
             for block in split.block_shapes
         ]
-        zeros.add(zero_block(layout, group))
         members = layout.grouping.members[group]
         width = sum(layout.shapes[name][1] for name in members) / len(members)
-        deviation = width ** (-0.5 / (len(names) - 1)) if len(names) > 1 else 0.0
-        deviations.update(dict.fromkeys(names, deviation))
+        variance = 1 / (width * _excess_terms(item))
+        deviations.update(dict.fromkeys(names, variance ** (0.5 / max(1, len(names) - 1))))
+        deviations[zero_block(layout, group)] = 0.0
     factors = {}
     for stream, (name, shape) in enumerate(layout.factor_shapes.items()):
-        if name in zeros:
-            factors[name] = from_numpy(numpy.zeros(shape), like)
-        else:
-            factors[name] = from_numpy(normal(seed, stream, shape) * deviations[name], like)
+        deviation = deviations[name]
+        values = normal(seed, stream, shape) * deviation if deviation else numpy.zeros(shape)
+        factors[name] = from_numpy(values, like)
     return factors
+
+
+def _excess_terms(group: Group) -> float:
+    """Return t / r: the products summed in an entry, over those that LoRA would sum."""
+    terms = largest = 1
+    for split in group.splits:
+        ranks = [
+            rank for rank, factored in zip(split.ranks, split.factored, strict=True) if factored
+        ]
+        if ranks:
+            terms *= math.prod(ranks) if split.trainable_core else ranks[0]
+            largest = max(largest, *ranks)
+    return terms / largest

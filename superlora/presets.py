@@ -102,7 +102,7 @@ def krona(**changes: Any) -> Spec:
     return _preset(changes, rank="full", splits=2)
 
 
-def lonkr(rank: int = 8, splits: int = 3, **changes: Any) -> Spec:
+def lonkr(rank: int = 2, splits: int = 3, **changes: Any) -> Spec:
     """LoNKr (SuperLoRA): a Kronecker product of K low-rank matrices.
 
     Parameters
