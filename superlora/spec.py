@@ -17,6 +17,8 @@ _GROUPS = ("weight", "layer")
 _FOLDS = ("natural", "stack", "balanced", "aligned")
 _CORES = ("identity", "full")
 _CUTS = ("even", "pad")
+# Array libraries bound the number of axes; a Kronecker product takes two a mode.
+_MOST = 16
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Spec:
         a split, each an integer, ``"full"``, or a tuple with one entry a mode;
         with ``splits=1`` the outer tuple may be left out.
     order : int
-        Number of modes M of the fold, at least 1.
+        Number of modes M of the fold, 1 to 16.
     splits : int
-        Number of factors K of the Kronecker product, at least 1.
+        Number of factors K of the Kronecker product, 1 to 16.
     groups : {"weight", "layer"} or int
         Which updates share one tensor: each its own, one a layer, or that many
         contiguous pieces G of all updates, whatever the weights' boundaries.
@@ -53,7 +55,7 @@ class Spec:
     map : Map
         The fixed linear map F between a fold and its group.
     alpha : float, optional
-        The scale is ``alpha / rank``; needs an integer rank.
+        The scale is ``alpha / rank``; a nested rank must have one integer only.
     scale : float, optional
         The scale itself. Neither given: 1.
     cut : {"even", "pad"}
@@ -95,8 +97,9 @@ class Spec:
     cut: str = "even"
 
     def __post_init__(self) -> None:
-        check_count("order", self.order)
-        check_count("splits", self.splits)
+        for name in ("order", "splits"):
+            if check_count(name, getattr(self, name)) > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST}: got {getattr(self, name)}")
         _check_groups(self.groups)
         _check_choice("core", self.core, (*_CORES, None))
         _check_choice("cut", self.cut, _CUTS)
@@ -115,8 +118,8 @@ class Spec:
     def scaling(self) -> float:
         """The number s in front of the equation, resolved from `scale` and `alpha`."""
         if self.alpha is not None:
-            assert isinstance(self.rank, int)
-            return self.alpha / self.rank
+            (rank,) = _integers(self.rank)
+            return self.alpha / rank
         return 1.0 if self.scale is None else self.scale
 
     def replace(self, **changes: Any) -> Spec:
@@ -267,5 +270,11 @@ def _check_scale(spec: Spec) -> None:
         return
     if spec.scale is not None:
         raise ValueError(f"alpha must not be given beside scale={spec.scale}: got {spec.alpha}")
-    if not isinstance(spec.rank, int):
-        raise ValueError(f"alpha must come with an integer rank: got rank={spec.rank!r}")
+    if len(_integers(spec.rank)) != 1:
+        raise ValueError(f"alpha must come with one integer rank: got rank={spec.rank!r}")
+
+
+def _integers(rank: object) -> set[int]:
+    if isinstance(rank, tuple):
+        return set().union(*map(_integers, rank))
+    return {rank} if isinstance(rank, int) else set()

@@ -20,6 +20,8 @@ class FormedLinear(torch.autograd.Function):
     most one weight's update, and one gradient of that size, lives at any time.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, *factors: Tensor

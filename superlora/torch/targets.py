@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from superlora.torch.layers import is_adaptable
 
@@ -54,6 +55,12 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
             f"{', '.join(kinds)}"
         )
     found = {name: modules[name] for name in chosen}
+    lazy = [name for name, module in found.items() if is_lazy(module.weight)]
+    if lazy:
+        raise ValueError(
+            f"targets must match layers whose shape is known: {_some(lazy)} is lazy; call the "
+            "model once first"
+        )
     _check_read_by_forward(modules, found)
     _check_untied(model, found)
     return found
