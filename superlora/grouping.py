@@ -16,6 +16,9 @@ from typing import Any
 
 from superlora.shapes import Shape, ceil_divide, check_count
 
+# Each group is a tensor with names, shapes and an optimiser's state of its own.
+_MOST_GROUPS = 1 << 20
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -153,7 +156,8 @@ def group_weights(
     Raises
     ------
     ValueError
-        If `groups` exceeds the number of entries, or would leave a group empty.
+        If `groups` exceeds the number of entries or 2**20, or would leave a group
+        empty.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if groups == "weight":
@@ -162,8 +166,9 @@ def group_weights(
         return _by_key(sizes, {name: layer_of(name) for name in sizes})
     count = check_count("groups", groups)
     total = sum(sizes.values())
-    if count > total:
-        raise ValueError(f"groups must be at most {total}, the number of entries: got {count}")
+    if count > min(total, _MOST_GROUPS):
+        limit = f"{total}, the number of entries" if total < _MOST_GROUPS else str(_MOST_GROUPS)
+        raise ValueError(f"groups must be at most {limit}: got {count}")
     if cut == "pad":
         width = ceil_divide(total, count)
         if width * (count - 1) >= total:

@@ -168,13 +168,25 @@ class Layout:
         """Return the names of the blocks that a weight's update is made of."""
         if name not in self.shapes:
             raise KeyError(f"no weight is named {name!r}; the plan has {_some(self.shapes)}")
-        groups = dict.fromkeys(piece.group for piece in self.grouping.pieces[name])
+        return tuple(block for blocks in self._blocks_by_group(name) for block in blocks)
+
+    def smallest_blocks(self, name: str) -> tuple[str, ...]:
+        """Return the smallest block of each of a weight's groups; the update is linear in it."""
         return tuple(
-            f"{group}.{index}.{block}"
-            for group in groups
-            for index, split in enumerate(self.groups[group].splits)
-            for block in split.block_shapes
+            min(blocks, key=lambda block: math.prod(self.factor_shapes[block]))
+            for blocks in self._blocks_by_group(name)
         )
+
+    def _blocks_by_group(self, name: str) -> list[list[str]]:
+        groups = dict.fromkeys(piece.group for piece in self.grouping.pieces[name])
+        return [
+            [
+                f"{group}.{index}.{block}"
+                for index, split in enumerate(self.groups[group].splits)
+                for block in split.block_shapes
+            ]
+            for group in groups
+        ]
 
     def unit_modes(self) -> str:
         """Return what to say of splits that have size 1 in a mode of size above 1, if any."""

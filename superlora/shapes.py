@@ -164,12 +164,14 @@ def integer_root(size: int, degree: int) -> int:
     >>> integer_root(64, 3), integer_root(65, 3)
     (4, 5)
     """
-    root: int = max(1, round(size ** (1 / degree)))
-    while root**degree < size:
-        root += 1
-    while root > 1 and (root - 1) ** degree >= size:
-        root -= 1
-    return root
+    low, high = 1, 1 << ceil_divide(size.bit_length(), degree)
+    while low < high:
+        middle = (low + high) // 2
+        if middle**degree < size:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 def ceil_divide(size: int, by: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,11 @@ from torch import Tensor, nn
 from superlora.errors import AdapterError
 from superlora.plan import Plan
 from superlora.reconstruct import apply_factored, weight_delta
+from superlora.torch.formed import autocasts, without_autocast
 from superlora.torch.layers import parameter_of
-from superlora.torch.site import Site
+from superlora.torch.site import Link, Site
+
+_attached = itertools.count()
 
 
 class Adapter(nn.Module):
@@ -46,14 +51,20 @@ class Adapter(nn.Module):
         self.plan = plan
         self.name = name
         self.merged = False
-        self._enabled = True
+        self._disabled = 0  # how many `disabled` blocks are open
+        self._merge_again = False  # when the last of them ends
         self._scale = plan.scale
         self._blocks = {weight: plan.blocks_of(weight) for weight in plan.shapes}
+        # The update is linear in each block, so the scale goes into the smallest of
+        # every group: one place for forward, backward, merge and export.
+        self._scaled = {weight: plan.layout.smallest_blocks(weight) for weight in plan.shapes}
         self._sites: dict[str, Site] = {}
         # The model, and the module of it that registers this one; in a tuple, or
         # torch would make them submodules of their own part.
         self._homes: tuple[nn.Module, ...] = ()
-        self._frozen: list[nn.Parameter] = []
+        # By owner and key: a parameter may be replaced, as by `Module.to_empty`.
+        self._frozen: list[tuple[nn.Module, str]] = []
+        self._order = next(_attached)
         for block, shape in plan.factor_shapes.items():
             factor = factors[block]
             if tuple(factor.shape) != shape:
@@ -67,6 +78,21 @@ class Adapter(nn.Module):
                     owner.add_module(key, nn.Module())
                 owner = owner.get_submodule(key)
             owner.register_parameter(leaf, nn.Parameter(factor))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`: the work is done in the layers.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            Anything.
+
+        Returns
+        -------
+        torch.Tensor
+            The same object, for a model that calls all its children in turn.
+        """
+        return x
 
     def extra_repr(self) -> str:
         """Return the counts for ``repr``; the factors are too many to list."""
@@ -85,7 +111,7 @@ class Adapter(nn.Module):
     @property
     def active(self) -> bool:
         """Whether the layers' forward adds the update."""
-        return self._enabled and not self.merged
+        return not self._disabled and not self.merged
 
     @property
     def scale(self) -> float:
@@ -96,7 +122,13 @@ class Adapter(nn.Module):
     def scale(self, value: float) -> None:
         if self.merged:
             raise AdapterError("scale must be set on an unmerged adapter: call unmerge() first")
+        if value is None:
+            raise TypeError("scale must be a number: got None")
         self._scale = self.plan.spec.replace(alpha=None, scale=value).scaling
+
+    def attached_to(self, model: nn.Module) -> bool:
+        """Return whether `model` is the one that the adapter was attached to."""
+        return bool(self._homes) and self._homes[0] is model
 
     def factors(self) -> dict[str, nn.Parameter]:
         """Return all factors by name, the form that ``Plan`` takes.
@@ -141,12 +173,18 @@ class Adapter(nn.Module):
         return {name: self.delta(name) for name in self.plan.shapes}
 
     def blocks(self, name: str, device: torch.device) -> dict[str, Tensor]:
-        """Return the factors that one layer's update is made of, on `device`."""
-        return {block: self._factor(block).to(device) for block in self._blocks[name]}
+        """Return what one layer's update is made of: its factors, the scale multiplied in."""
+        blocks = {block: self._factor(block).to(device) for block in self._blocks[name]}
+        if self._scale != 1:
+            for block in self._scaled[name]:
+                blocks[block] = blocks[block] * self._scale
+        return blocks
 
-    def form(self, name: str, factors: Mapping[str, Tensor]) -> Tensor:
-        """Form one layer's update from the factors given, with this adapter's scale."""
-        delta: Tensor = weight_delta(self.plan.layout, factors, name, self._scale)
+    def form(self, name: str, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Form one layer's update from what `blocks` gave."""
+        device = next(iter(blocks.values())).device
+        with without_autocast(device):
+            delta: Tensor = weight_delta(self.plan.layout, blocks, name, 1.0)
         return delta
 
     def applies_factored(self, name: str) -> bool:
@@ -155,11 +193,12 @@ class Adapter(nn.Module):
 
     def apply_factored(self, name: str, x: Tensor) -> Tensor:
         """Multiply by one layer's update without forming it."""
-        factors = self.blocks(name, x.device)
-        dtype = next(iter(factors.values())).dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(dtype)
-        y: Tensor = apply_factored(self.plan.layout, factors, name, x, self._scale)
+        blocks = self.blocks(name, x.device)
+        dtype = next(iter(blocks.values())).dtype
+        if autocasts(x.device):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            blocks = {block: factor.to(dtype) for block, factor in blocks.items()}
+        y: Tensor = apply_factored(self.plan.layout, blocks, name, x.to(dtype), 1.0)
         return y
 
     def _factor(self, block: str) -> nn.Parameter:
@@ -178,16 +217,17 @@ class Adapter(nn.Module):
         None
             Nothing.
         """
-        enabled, merged = self._enabled, self.merged
-        self._enabled = False
-        if merged:
+        if self.merged:
             self.unmerge()
+            self._merge_again = True
+        self._disabled += 1
         try:
             yield
         finally:
-            if merged:
+            self._disabled -= 1
+            if self._merge_again and not self._disabled:
+                self._merge_again = False
                 self.merge()
-            self._enabled = enabled
 
     def merge(self) -> None:
         """Add every update to its weight, so that the model costs what its base does.
@@ -198,14 +238,16 @@ class Adapter(nn.Module):
         Raises
         ------
         AdapterError
-            If the adapter is merged already or not attached, or a weight lies on
-            the meta device.
+            If the adapter is merged already, disabled or not attached, or a
+            weight lies on the meta device.
         ValueError
-            If an update is not finite.
+            If the sum of a weight and its update is not finite.
         """
         self._check_attached("merged")
         if self.merged:
             raise AdapterError(f"adapter {self.name!r} is merged already")
+        if self._disabled:
+            raise AdapterError(f"adapter {self.name!r} must not be disabled to be merged")
         empty = [name for name, site in self._sites.items() if parameter_of(site.module).is_meta]
         if empty:
             raise AdapterError(
@@ -226,6 +268,8 @@ class Adapter(nn.Module):
     def unmerge(self) -> None:
         """Take every update out of its weight, bit for bit.
 
+        Adapters that were merged later are taken out as well and merged again.
+
         Raises
         ------
         AdapterError
@@ -233,6 +277,16 @@ class Adapter(nn.Module):
         """
         if not self.merged:
             raise AdapterError(f"adapter {self.name!r} must be merged to be unmerged")
+        above = dict.fromkeys(
+            link.adapter for site in self._sites.values() for link in site.above(self)
+        )
+        for adapter in reversed(above):
+            adapter._take_out()
+        self._take_out()
+        for adapter in above:
+            adapter.merge()
+
+    def _take_out(self) -> None:
         for site in self._sites.values():
             site.unmerge(self)
         self.merged = False
@@ -249,7 +303,9 @@ class Adapter(nn.Module):
         Raises
         ------
         AdapterError
-            If the adapter is not attached, or is merged and `keep_merged` is False.
+            If the adapter is not attached, or is merged and `keep_merged` is False,
+            or lies on another merged one, or another library has wrapped a
+            layer's forward since.
         """
         self._check_attached("detached")
         if self.merged and not keep_merged:
@@ -257,17 +313,44 @@ class Adapter(nn.Module):
                 f"adapter {self.name!r} is merged: call unmerge() first, or "
                 "detach(keep_merged=True) to leave the weights merged"
             )
+        wrapped = [name for name, site in self._sites.items() if Site.of(site.module) is not site]
+        if wrapped:
+            raise AdapterError(
+                f"adapter {self.name!r} cannot be detached while the forward of {wrapped[0]!r} is "
+                "wrapped by something attached later: remove that first"
+            )
+        below = {
+            link.adapter.name: None for site in self._sites.values() for link in site.below(self)
+        }
+        if below:
+            raise AdapterError(
+                f"adapter {self.name!r} must not lie on another merged one to be detached merged: "
+                f"detach or unmerge {', '.join(map(repr, below))} first"
+            )
         model, host = self._homes
         for site in self._sites.values():
             site.remove(self)
         del host._modules[self.name]
-        heirs = [other for other in model.modules() if isinstance(other, Adapter)]
-        if heirs:
-            heirs[0]._frozen += self._frozen
-        else:
-            for parameter in self._frozen:
-                parameter.requires_grad_(True)
+        self._release(model)
         self._sites, self._homes, self._frozen, self.merged = {}, (), [], False
+        self._merge_again = False
+
+    def _release(self, model: nn.Module) -> None:
+        """Let the parameters that this adapter froze require gradients again."""
+        # One attached later found them frozen, and so has to release them in turn.
+        adapters = {link.adapter for module in model.modules() for link in _links_of(module)}
+        adapters |= {module for module in model.modules() if isinstance(module, Adapter)}
+        heirs = sorted((a for a in adapters if a._order > self._order), key=lambda a: a._order)
+        covered = [set(heir._homes[0].modules()) for heir in heirs]
+        for owner, key in self._frozen:
+            parameter = owner._parameters.get(key)
+            for heir, modules in zip(heirs, covered, strict=True):
+                if owner in modules:
+                    heir._frozen.append((owner, key))
+                    break
+            else:
+                if parameter is not None:
+                    parameter.requires_grad_(True)
 
     def save(self, path: str | Path) -> None:
         """Write the adapter to a safetensors file, atomically.
@@ -286,6 +369,27 @@ class Adapter(nn.Module):
 
         save_adapter(self, Path(path))
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination._metadata[prefix[:-1]]["merged"] = True
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        if self.merged or local_metadata.get("merged"):
+            whose = "the model" if self.merged else "the state dict"
+            raise AdapterError(
+                f"adapter {self.name!r} must be unmerged where a state dict is taken and where it "
+                f"is loaded, or its update counts twice: it is merged in {whose}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     def _check_attached(self, verb: str) -> None:
         if not self._homes:
             raise AdapterError(f"adapter {self.name!r} must be attached to be {verb}")
+
+
+def _links_of(module: nn.Module) -> list[Link]:
+    site = Site.of(module)
+    return [] if site is None else site.links

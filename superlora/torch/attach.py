@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -43,8 +44,7 @@ def attach(
     seed : int
         Seed of the initial factors, in [0, 2**64).
     dtype : torch.dtype, optional
-        The factors' dtype; by default the weights', and float32 for half
-        precision.
+        The factors' dtype; by default the weights', float32 for half precision.
 
     Returns
     -------
@@ -70,7 +70,7 @@ def attach(
     _check_model(model)
     modules = find_targets(model, targets)
     plan = Plan(spec, {target: shape_of(module) for target, module in modules.items()})
-    check_free(host_of(model, modules), name)
+    check_free(model, host_of(model, modules), name)
     return register(model, plan, modules, _initial(plan, modules, seed, dtype), name)
 
 
@@ -109,10 +109,11 @@ def register(
         if isinstance(module, Adapter)
         for parameter in module.parameters()
     }
-    for parameter in model.parameters():
-        if parameter.requires_grad and id(parameter) not in own:
-            parameter.requires_grad_(False)
-            adapter._frozen.append(parameter)
+    for owner in model.modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in own:
+                parameter.requires_grad_(False)
+                adapter._frozen.append((owner, key))
     for target, module in modules.items():
         adapter._sites[target] = Site.add(module, target, adapter)
     host = host_of(model, modules)
@@ -141,11 +142,13 @@ def host_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
     return next(iter(modules.values())) if isinstance(model, containers) else model
 
 
-def check_free(host: nn.Module, name: str) -> None:
-    """Refuse a name that `host` uses already, or that torch cannot register.
+def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
+    """Refuse a name that is in use already, or that torch cannot register.
 
     Parameters
     ----------
+    model : torch.nn.Module
+        The model.
     host : torch.nn.Module
         The module that is to register the adapter.
     name : str
@@ -154,37 +157,20 @@ def check_free(host: nn.Module, name: str) -> None:
     Raises
     ------
     AdapterError
-        If the module has an attribute of that name.
+        If the module has an attribute of that name, or the model an adapter.
     ValueError
         If it is not an identifier.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be a Python identifier: got {name!r}")
-    if hasattr(host, name):
-        kind = type(getattr(host, name)).__name__
+    adapters = (module for module in model.modules() if isinstance(module, Adapter))
+    taken = next((a for a in adapters if a.name == name and a.attached_to(model)), None)
+    if taken is not None or hasattr(host, name):
+        kind = type(taken or getattr(host, name)).__name__
         raise AdapterError(
             f"name must be free: the model has an attribute {name!r} already, of type {kind}; "
             "detach() it or choose another name"
         )
-
-
-def check_weights(modules: Mapping[str, nn.Module]) -> None:
-    """Refuse weights that are not of a floating-point type.
-
-    Parameters
-    ----------
-    modules : mapping of str to torch.nn.Module
-        The layers.
-
-    Raises
-    ------
-    TypeError
-        If a weight is not of a floating-point type; it names the layer.
-    """
-    for target, module in modules.items():
-        dtype = parameter_of(module).dtype
-        if not dtype.is_floating_point:
-            raise TypeError(f"weights must be of a floating-point type: {target!r} is {dtype}")
 
 
 def _check_model(model: object) -> None:
@@ -195,15 +181,15 @@ def _check_model(model: object) -> None:
 def _initial(
     plan: Plan, modules: Mapping[str, nn.Module], seed: int, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    check_weights(modules)
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point type: got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype: got {dtype!r}")
+    if dtype is None:
+        weights = (parameter_of(module).dtype for module in modules.values())
+        dtype = functools.reduce(torch.promote_types, weights, torch.float32)
     factors = plan.init(seed, like=torch.float64)
     for block, factor in factors.items():
-        weight = first_weight(plan, modules, block)
-        half = weight.dtype.itemsize < 4
-        kind = dtype or (torch.float32 if half else weight.dtype)
-        factors[block] = factor.to(device=weight.device, dtype=kind)
+        device = first_weight(plan, modules, block).device
+        factors[block] = factor.to(device=device, dtype=dtype)
     return factors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +25,11 @@ class FormedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, *factors: Tensor
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        form: Form,
+        *factors: Tensor,
     ) -> Tensor:
         """Return the layer's output.
 
@@ -59,24 +64,39 @@ class FormedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of inputs, weight, bias and factors."""
-        x, weight, bias, *factors = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _, *wants_factors = ctx.needs_input_grad
-        # torch.func.vjp, since torch.compile does not trace torch.autograd.grad.
-        delta, pull_back = torch.func.vjp(  # type: ignore[misc]
-            lambda *blocks: ctx.form(blocks), *factors
-        )
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        of_x = of_weight = of_bias = None
-        of_factors: tuple[Tensor | None, ...] = (None,) * len(factors)
-        if wants_x:
-            of_x = (gradient @ _total(gradient, weight, delta).to(gradient.dtype)).to(x.dtype)
-        if wants_weight or any(wants_factors):
-            of_weight = rows.t().to(delta.dtype) @ x.reshape(-1, x.shape[-1]).to(delta.dtype)
-        if any(wants_factors):
-            of_factors = pull_back(of_weight)
-        if wants_bias:
-            of_bias = rows.sum(0).to(bias.dtype)
-        return of_x, of_weight if wants_weight else None, of_bias, None, *of_factors
+        with without_autocast(gradient.device):
+            return _gradients(ctx, gradient)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Return whether automatic mixed precision is on for a kind of device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context that computes in the operands' own precision."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, *factors = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias, _, *wants_factors = ctx.needs_input_grad
+    # torch.func.vjp, since torch.compile does not trace torch.autograd.grad.
+    delta, pull_back = torch.func.vjp(  # type: ignore[misc]
+        lambda *blocks: ctx.form(blocks), *factors
+    )
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    of_x = of_weight = of_bias = None
+    of_factors: tuple[Tensor | None, ...] = (None,) * len(factors)
+    if wants_x:
+        of_x = (gradient @ _total(gradient, weight, delta).to(gradient.dtype)).to(x.dtype)
+    if wants_weight or any(wants_factors):
+        of_weight = rows.t().to(delta.dtype) @ x.reshape(-1, x.shape[-1]).to(delta.dtype)
+    if any(wants_factors):
+        of_factors = pull_back(of_weight)
+    if wants_bias:
+        of_bias = rows.sum(0).to(bias.dtype)
+    return of_x, of_weight if wants_weight else None, of_bias, None, *of_factors
 
 
 def _total(x: Tensor, weight: Tensor | None, delta: Tensor) -> Tensor:

@@ -49,6 +49,11 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return rows, columns
 
 
+def input_name(module: nn.Module) -> str:
+    """Return what the layer's own forward calls its input."""
+    return "x" if is_transposed(module) else "input"
+
+
 def computes_plainly(module: nn.Module) -> bool:
     """Return whether the layer's own forward is ``x @ weightᵀ + bias`` and nothing else."""
     return type(module).forward is nn.Linear.forward or (

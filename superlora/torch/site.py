@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from superlora.torch.formed import FormedLinear
-from superlora.torch.layers import computes_plainly, is_transposed, parameter_of, weight_of
+from superlora.torch.layers import (
+    computes_plainly,
+    input_name,
+    is_transposed,
+    parameter_of,
+    weight_of,
+)
 
 if TYPE_CHECKING:
     from superlora.torch.adapter import Adapter
+
+
+@dataclass(eq=False)
+class Link:
+    """An adapter of a layer, and what it calls the layer.
+
+    Attributes
+    ----------
+    adapter : Adapter
+        The adapter.
+    name : str
+        The layer's dotted name in the adapter's own model.
+    before : torch.Tensor or None
+        The weight's bits before the adapter was merged into it, while it is.
+    """
+
+    adapter: Adapter
+    name: str
+    before: Tensor | None = None
 
 
 class Site:
@@ -25,23 +51,19 @@ class Site:
     ----------
     module : torch.nn.Module
         The layer.
-    name : str
-        Its dotted name in the model, the weight's name in the adapters' plans.
 
     Attributes
     ----------
-    adapters : list of Adapter
+    links : list of Link
         All adapters of the layer, in the order of attachment.
-    merged : list of Adapter
-        Those whose update the weight holds.
+    merged : list of Link
+        Those whose update the weight holds, in the order of merging.
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.name = name
-        self.adapters: list[Adapter] = []
-        self.merged: list[Adapter] = []
-        self._original: Tensor | None = None
+        self.links: list[Link] = []
+        self.merged: list[Link] = []
         # Another library's wrapper, put back on removal.
         self._previous: Callable[..., Tensor] | None = module.__dict__.get("forward")
 
@@ -53,20 +75,20 @@ class Site:
 
     @classmethod
     def add(cls, module: nn.Module, name: str, adapter: Adapter) -> Site:
-        """Let `adapter` take part in the forward of `module`."""
-        site = cls.of(module) or cls(module, name)
-        site.adapters.append(adapter)
+        """Let `adapter`, which calls it `name`, take part in the forward of `module`."""
+        site = cls.of(module) or cls(module)
+        site.links.append(Link(adapter, name))
         module.forward = site
         return site
 
     def remove(self, adapter: Adapter) -> None:
-        """Take `adapter` away; with the last one the layer is as it was."""
-        self.adapters = [other for other in self.adapters if other is not adapter]
-        if adapter in self.merged:
-            # What it merged stays; it becomes part of the base.
-            self.merged = [other for other in self.merged if other is not adapter]
-            self._original = None
-        if self.adapters:
+        """Take `adapter` away; with the last one the layer is as it was.
+
+        What it merged stays: the adapters merged later kept the weight with it.
+        """
+        self.links = [link for link in self.links if link.adapter is not adapter]
+        self.merged = [link for link in self.merged if link.adapter is not adapter]
+        if self.links:
             return
         if self._previous is None:
             del self.module.__dict__["forward"]
@@ -75,18 +97,20 @@ class Site:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output plus the updates of its active adapters."""
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        active = [adapter for adapter in self.adapters if adapter.active]
-        formed = [adapter for adapter in active if not adapter.applies_factored(self.name)]
-        if formed and self._can_fuse(formed):
+        x = args[0] if args else kwargs.get(input_name(self.module))
+        if x is None:
+            return self._base(*args, **kwargs)  # says what is wrong, in the layer's own words
+        active = [link for link in self.links if link.adapter.active]
+        formed = [link for link in active if not link.adapter.applies_factored(link.name)]
+        if formed and len(args) + len(kwargs) == 1 and self._can_fuse(formed):
             y = self._linear(formed, x, fused=True)
         else:
             y = self._base(*args, **kwargs)
             if formed:
                 y = y + self._linear(formed, x, fused=False).to(y.dtype)
-        for adapter in active:
-            if adapter not in formed:
-                y = y + adapter.apply_factored(self.name, x).to(y.dtype)
+        for link in active:
+            if link not in formed:
+                y = y + link.adapter.apply_factored(link.name, x).to(y.dtype)
         return y
 
     def _base(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -95,7 +119,7 @@ class Site:
         y: Tensor = type(self.module).forward(self.module, *args, **kwargs)
         return y
 
-    def _can_fuse(self, formed: Sequence[Adapter]) -> bool:
+    def _can_fuse(self, formed: Sequence[Link]) -> bool:
         # One product with W₀ + ΔW replaces two, unless the sum would round a small
         # update away in half precision, or the layer's forward is not its own.
         dtype = weight_of(self.module).dtype
@@ -103,71 +127,79 @@ class Site:
             self._previous is None
             and computes_plainly(self.module)
             and dtype in (torch.float32, torch.float64)
-            and all(adapter.dtype == dtype for adapter in formed)
+            and all(link.adapter.dtype == dtype for link in formed)
         )
 
-    def _linear(self, adapters: Sequence[Adapter], x: Tensor, fused: bool) -> Tensor:
-        blocks = [adapter.blocks(self.name, x.device) for adapter in adapters]
-        form = _Form(self.name, adapters, [tuple(found) for found in blocks])
+    def _linear(self, links: Sequence[Link], x: Tensor, fused: bool) -> Tensor:
+        blocks = [link.adapter.blocks(link.name, x.device) for link in links]
+        form = _Form(links, [tuple(found) for found in blocks])
         factors = [factor for found in blocks for factor in found.values()]
         weight = weight_of(self.module) if fused else None
         bias = self.module.bias if fused else None
         y: Tensor = FormedLinear.apply(x, weight, bias, form, *factors)  # type: ignore[no-untyped-call]
         return y
 
+    def link_of(self, adapter: Adapter) -> Link:
+        """Return the link of one of the layer's adapters."""
+        return next(link for link in self.links if link.adapter is adapter)
+
+    def above(self, adapter: Adapter) -> list[Link]:
+        """Return those that were merged after an adapter, if it is merged here."""
+        link = self.link_of(adapter)
+        return self.merged[self.merged.index(link) + 1 :] if link in self.merged else []
+
+    def below(self, adapter: Adapter) -> list[Link]:
+        """Return those that were merged before an adapter, if it is merged here."""
+        link = self.link_of(adapter)
+        return self.merged[: self.merged.index(link)] if link in self.merged else []
+
+    @torch.no_grad()
     def merge(self, adapter: Adapter) -> None:
-        """Add the adapter's update to the weight, in place.
+        """Add the adapter's update to the weight, in place, and keep the bits it had.
 
         Parameters
         ----------
         adapter : Adapter
-            One of `adapters`.
+            An adapter of the layer.
 
         Raises
         ------
         ValueError
-            If the update is not finite everywhere.
+            If the sum is not finite everywhere; the weight is as it was then.
         """
-        if self._original is None:
-            self._original = parameter_of(self.module).detach().clone()
-        self._write([*self.merged, adapter])
-
-    def unmerge(self, adapter: Adapter) -> None:
-        """Take the adapter's update out again; with the last one, bit for bit."""
-        if self._original is not None:
-            self._write([other for other in self.merged if other is not adapter])
+        link, weight = self.link_of(adapter), parameter_of(self.module)
+        delta = adapter.delta(link.name).to(weight.device)
+        stored = delta.t() if is_transposed(self.module) else delta
+        total = (weight.to(torch.promote_types(weight.dtype, stored.dtype)) + stored).to(
+            weight.dtype
+        )
+        if not torch.isfinite(total).all():
+            raise ValueError(f"weight + update of {link.name!r} must be finite to be merged")
+        link.before = weight.detach().clone()
+        self.merged.append(link)
+        weight.copy_(total)
 
     @torch.no_grad()
-    def _write(self, merged: list[Adapter]) -> None:
-        assert self._original is not None
-        weight = parameter_of(self.module)
-        total = self._original
-        for adapter in merged:
-            delta = adapter.delta(self.name).to(weight.device)
-            if not torch.isfinite(delta).all():
-                raise ValueError(f"the update of {self.name!r} must be finite to be merged")
-            stored = delta.t() if is_transposed(self.module) else delta
-            total = total.to(torch.promote_types(total.dtype, stored.dtype)) + stored
-        weight.copy_(total)
-        self.merged = merged
-        if not merged:
-            self._original = None
+    def unmerge(self, adapter: Adapter) -> None:
+        """Give the weight the bits it had before the adapter was merged, if it is."""
+        link = self.link_of(adapter)
+        if link.before is not None:
+            parameter_of(self.module).copy_(link.before)
+            link.before = None
+            self.merged.remove(link)
 
 
 class _Form:
-    """Form the sum of some adapters' updates of one weight; picklable, holds no factor."""
+    """Form the sum of some adapters' updates of one weight; holds no factor."""
 
-    def __init__(
-        self, name: str, adapters: Sequence[Adapter], blocks: Sequence[tuple[str, ...]]
-    ) -> None:
-        self.name, self.adapters, self.blocks = name, adapters, blocks
+    def __init__(self, links: Sequence[Link], blocks: Sequence[tuple[str, ...]]) -> None:
+        self.links, self.blocks = links, blocks
 
     def __call__(self, factors: Sequence[Tensor]) -> Tensor:
         rest = iter(factors)
         total: Tensor | None = None
-        for adapter, names in zip(self.adapters, self.blocks, strict=True):
-            found = {block: next(rest) for block in names}
-            delta = adapter.form(self.name, found)
+        for link, names in zip(self.links, self.blocks, strict=True):
+            delta = link.adapter.form(link.name, {block: next(rest) for block in names})
             total = delta if total is None else total + delta
         assert total is not None
         return total

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_free, check_weights, first_weight, host_of, register
+from superlora.torch.attach import check_free, first_weight, host_of, register
 from superlora.torch.layers import is_adaptable, shape_of
 from superlora.torch.targets import find_targets
 
 FORMAT_VERSION = 1
 # One metadata key: safetensors writes several in no fixed order.
 _KEY = "superlora"
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
@@ -92,13 +93,12 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
     path = Path(path)
     plan, factors = _read(path)
     modules = _find_layers(model, plan, path)
-    check_free(host_of(model, modules), name)
-    check_weights(modules)
-    placed = {
-        block: factor.to(first_weight(plan, modules, block).device)
-        for block, factor in factors.items()
-    }
-    return register(model, plan, modules, placed, name)
+    check_free(model, host_of(model, modules), name)
+    for block, factor in factors.items():
+        device = first_weight(plan, modules, block).device
+        if device.type != "meta":  # a weight without memory yet must not take the factor's
+            factors[block] = factor.to(device)
+    return register(model, plan, modules, factors, name)
 
 
 def _read(path: Path) -> tuple[Plan, dict[str, Tensor]]:
@@ -107,9 +107,10 @@ def _read(path: Path) -> tuple[Plan, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             plan = _plan_of(file.metadata() or {}, path)
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            _check_tensors(plan, shapes, path)
-            return plan, {key: file.get_tensor(key) for key in plan.factor_shapes}
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            _check_tensors(plan, slices, path)
+            # Cloned: the tensors may be views of the file as it lies on the disk.
+            return plan, {key: file.get_tensor(key).clone() for key in plan.factor_shapes}
     except SafetensorError as error:
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
 
@@ -120,19 +121,21 @@ def _plan_of(metadata: Mapping[str, str], path: Path) -> Plan:
     try:
         header: dict[str, Any] = json.loads(metadata[_KEY])
         version = header["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} must have a readable superlora header: {error!r}") from None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"{path} must be of format version {FORMAT_VERSION}: got {version!r}")
     try:
         shapes = {name: tuple(shape) for name, shape in header["weights"]}
         return Plan(Spec.from_dict(header["spec"]), shapes)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} must have a valid superlora header: {error}") from None
 
 
-def _check_tensors(plan: Plan, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+def _check_tensors(plan: Plan, slices: Mapping[str, Any], path: Path) -> None:
     expected = plan.factor_shapes
+    shapes = {key: tuple(found.get_shape()) for key, found in slices.items()}
+    dtypes = {key: found.get_dtype() for key, found in slices.items()}
     problems = [f"missing {key!r}" for key in expected if key not in shapes]
     problems += [f"extra {key!r}" for key in shapes if key not in expected]
     problems += [
@@ -140,8 +143,13 @@ def _check_tensors(plan: Plan, shapes: Mapping[str, tuple[int, ...]], path: Path
         for key, shape in expected.items()
         if key in shapes and shapes[key] != shape
     ]
+    problems += [
+        f"{key!r} of dtype {found}" for key, found in dtypes.items() if found not in _DTYPES
+    ]
+    if len(set(dtypes.values())) > 1:
+        problems.append(f"more than one dtype: {', '.join(sorted(set(dtypes.values())))}")
     if problems:
-        raise ValueError(f"{path} must hold the factors of its spec: {', '.join(problems)}")
+        raise ValueError(f"{path} must hold the factors of its spec: {_some(problems)}")
 
 
 def _find_layers(model: nn.Module, plan: Plan, path: Path) -> dict[str, nn.Module]:
@@ -155,10 +163,15 @@ def _find_layers(model: nn.Module, plan: Plan, path: Path) -> dict[str, nn.Modul
         elif shape_of(modules[name]) != shape:
             problems.append(f"{name!r} has shape {shape_of(modules[name])} instead of {shape}")
     if problems:
-        raise ValueError(f"the model must have the layers of {path}: {', '.join(problems)}")
-    names = set(plan.shapes)
-    found = find_targets(model, lambda name, _: name in names)
-    return {name: found[name] for name in plan.shapes}
+        raise ValueError(f"the model must have the layers of {path}: {_some(problems)}")
+    chosen = {id(modules[name]) for name in plan.shapes}
+    find_targets(model, lambda _, module: id(module) in chosen)  # refuses unfit ones
+    return {name: modules[name] for name in plan.shapes}
+
+
+def _some(problems: list[str], most: int = 20) -> str:
+    rest = f" and {len(problems) - most} more" if len(problems) > most else ""
+    return ", ".join(problems[:most]) + rest
 
 
 def _umask() -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from superlora.torch.adapter import Adapter
 from superlora.torch.layers import is_adaptable
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -38,13 +39,13 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     Raises
     ------
     TypeError
-        If `targets` is none of these.
+        If `targets` is none of these, or a weight is not of a floating-point type.
     ValueError
         If nothing matches, or an entry of a list does not, with the nearest
         names; or if what matches cannot be adapted.
     """
     modules = {
-        name: module for name, module in model.named_modules() if name or is_adaptable(module)
+        name: module for name, module in _outside_adapters(model) if name or is_adaptable(module)
     }
     chosen = _choose(model, modules, targets)
     unfit = [name for name in chosen if not is_adaptable(modules[name])]
@@ -55,19 +56,14 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
             f"{', '.join(kinds)}"
         )
     found = {name: modules[name] for name in chosen}
-    lazy = [name for name, module in found.items() if is_lazy(module.weight)]
-    if lazy:
-        raise ValueError(
-            f"targets must match layers whose shape is known: {_some(lazy)} is lazy; call the "
-            "model once first"
-        )
-    _check_read_by_forward(modules, found)
+    _check_weights(found)
+    _check_read_by_forward({"": model, **modules}, found)
     _check_untied(model, found)
     return found
 
 
 def _choose(model: nn.Module, modules: dict[str, nn.Module], targets: Targets) -> list[str]:
-    if callable(targets):
+    if callable(targets) and not isinstance(targets, nn.Module):
         chosen = [name for name, module in modules.items() if targets(name, module)]
         if not chosen:
             raise ValueError("targets must match at least one layer: the predicate chose none")
@@ -135,6 +131,34 @@ def _nearest(wanted: str, modules: dict[str, nn.Module]) -> str:
 def _some(names: Sequence[str], most: int = 5) -> str:
     listed = ", ".join(map(repr, names[:most]))
     return listed + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter):
+            inside |= {id(part) for part in module.modules()}
+        if id(module) not in inside:
+            yield name, module
+
+
+def _check_weights(found: dict[str, nn.Module]) -> None:
+    for name, module in found.items():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise ValueError(
+                f"targets must match layers with a weight of their own: {name!r} has none, or "
+                "computes it (pruned, parametrized)"
+            )
+        if is_lazy(weight):
+            raise ValueError(
+                f"targets must match layers whose shape is known: {name!r} is lazy; call the model "
+                "once first"
+            )
+        if not weight.is_floating_point():
+            raise TypeError(
+                f"targets must match weights of a floating-point type: {name!r} is {weight.dtype}"
+            )
 
 
 def _check_read_by_forward(modules: dict[str, nn.Module], found: dict[str, nn.Module]) -> None:
