@@ -1,0 +1,34 @@
+"""Configuration of the documentation, built by `sphinx-build -W docs docs/_build/html`."""
+
+import superlora
+
+project = "superlora"
+author = "the superlora developers"
+copyright = "2026, the superlora developers"
+version = release = superlora.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "numpydoc",
+    "myst_parser",
+]
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+nitpicky = False
+
+# Markdown with $...$ for mathematics; headings are link targets.
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autosummary_generate = True
+autodoc_typehints = "none"  # the Parameters sections give shapes, which the annotations cannot
+autodoc_member_order = "bysource"
+numpydoc_show_class_members = False
+numpydoc_class_members_toctree = False
+numpydoc_xref_param_type = False
+
+html_theme = "furo"
+html_title = f"superlora {release}"
+html_show_sourcelink = False
+html_copy_source = False

@@ -1,0 +1,233 @@
+"""The equation: every spec, every way to evaluate it, against loops."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+import superlora as sl
+from superlora.reconstruct import apply_factored, group_tensor, group_vector
+from tests import oracles
+from tests.strategies import Mixing, Permuting, draw_factors, make_plan, problems
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+ONE = {"q": (6, 4)}
+SAME = {"0.q": (6, 4), "0.v": (6, 4), "1.q": (6, 4)}
+MIXED = {"0.q": (6, 4), "0.v": (2, 4), "1.q": (5, 8)}
+PRIME = {"0.q": (7, 5), "1.q": (3, 11)}
+
+# Every kind of fold, of grouping, of rank and of split, for the libraries that
+# are too slow to be asked hundreds of random questions.
+ROWS = {
+    "dense": (sl.dense(), PRIME),
+    "lora": (sl.lora(rank=2, alpha=3), PRIME),
+    "lora capped": (sl.lora(rank=5), ONE),
+    "lokr": (sl.lokr(rank=2), SAME),
+    "lokr of two": (sl.lokr(rank=1, decompose_both=True), SAME),
+    "krona": (sl.krona(scale=-2), ONE),
+    "lonkr": (sl.lonkr(rank=1, splits=3), {"q": (8, 12)}),
+    "lotr": (sl.lotr(rank=2), SAME),
+    "fact_tk": (sl.fact_tk(rank=2), SAME),
+    "lorta 3": (sl.lorta(rank=2), MIXED),
+    "lorta 5, by layer": (sl.lorta(rank=2, order=5, groups="layer"), MIXED),
+    "cp, cut anywhere": (
+        sl.Spec(rank=3, order=3, core="identity", groups=5, fold="balanced"),
+        MIXED,
+    ),
+    "padded": (sl.lora(rank=2, groups=4, fold="balanced", cut="pad"), PRIME),
+    "stack of rows": (sl.lora(rank=2, groups=3, fold="stack"), SAME),
+    "aligned": (sl.Spec(rank=2, order=3, groups=1, fold="aligned"), MIXED),
+    "aligned cp of two splits": (
+        sl.Spec(rank=2, order=3, splits=2, core="identity", groups=1, fold="aligned"),
+        {"q": (6, 8), "v": (4, 8)},
+    ),
+    "explicit": (sl.Spec(rank=(2, "full", 1), order=3, groups=1, fold=(4, 4, 5)), SAME),
+    "mixing": (
+        sl.lorta(rank=2, map=Mixing(4), ratio=0.5, scale=0.25),
+        MIXED,
+    ),
+    "permuting": (sl.lora(rank=2, fold="balanced", map=Permuting(4), groups=2), PRIME),
+}
+FEW = ("lora", "lokr", "lotr", "aligned cp of two splits", "padded", "mixing")
+
+rows = pytest.mark.parametrize(("spec", "shapes"), ROWS.values(), ids=ROWS)
+few_rows = pytest.mark.parametrize(("spec", "shapes"), [ROWS[key] for key in FEW], ids=FEW)
+
+
+def examples(xp, base=100):
+    """Ask jax, which compiles for every new shape, fewer questions."""
+    share = {"numpy": 5.0, "jax": 0.02}.get(xp.name, 1.0)
+    thorough = settings().max_examples / 60
+    return settings(max_examples=max(1, round(base * share * thorough)))
+
+
+def check_deltas(xp, plan, factors):
+    expected = oracles.deltas(plan, factors)
+    arrays = xp.arrays(factors)
+    deltas = plan.deltas(arrays)
+    assert list(deltas) == list(plan.shapes)
+    for name, shape in plan.shapes.items():
+        alone = plan.delta({block: arrays[block] for block in plan.blocks_of(name)}, name)
+        for delta in (deltas[name], alone):
+            assert xp.owns(delta)
+            assert tuple(delta.shape) == shape
+            assert_allclose(xp.to_numpy(delta), expected[name], **CLOSE)
+
+
+def check_apply(xp, plan, factors, leading=(2, 3)):
+    expected = oracles.deltas(plan, factors)
+    arrays = xp.arrays(factors)
+    generator = numpy.random.default_rng(5)
+    for name, (outputs, inputs) in plan.shapes.items():
+        x = generator.standard_normal((*leading, inputs))
+        results = [plan.apply(arrays, name, xp.array(x))]
+        if plan.layout.row_slice(name) is not None:
+            # Also where forming is cheaper, and `apply` would not choose it.
+            results.append(apply_factored(plan.layout, arrays, name, xp.array(x), plan.scale))
+        for result in results:
+            assert xp.owns(result)
+            assert tuple(result.shape) == (*leading, outputs)
+            assert_allclose(xp.to_numpy(result), x @ expected[name].T, **CLOSE)
+
+
+@rows
+def test_deltas_are_those_of_the_loops(xp, spec, shapes):
+    plan = make_plan(spec, shapes)
+    check_deltas(xp, plan, draw_factors(plan))
+
+
+@rows
+def test_apply_is_the_product_with_the_loops_delta(xp, spec, shapes):
+    plan = make_plan(spec, shapes)
+    check_apply(xp, plan, draw_factors(plan))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_any_deltas_are_those_of_the_loops(xp, mapped):
+    @examples(xp)
+    @given(problems(mapped=mapped))
+    def check(problem):
+        check_deltas(xp, *problem)
+
+    check()
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_any_apply_is_the_product_with_the_loops_delta(xp, mapped):
+    @examples(xp)
+    @given(problems(mapped=mapped), st.sampled_from([(), (3,), (2, 2), (0,)]))
+    def check(problem, leading):
+        check_apply(xp, *problem, leading)
+
+    check()
+
+
+@few_rows
+def test_a_group_is_made_whole_as_it_is_in_slices(xp, spec, shapes):
+    plan = make_plan(spec, shapes)
+    factors = xp.arrays(draw_factors(plan))
+    vectors = [
+        xp.to_numpy(group_vector(plan.layout, factors, group))
+        for group in range(len(plan.layout.groups))
+    ]
+    for index, group in enumerate(plan.layout.groups):
+        assert tuple(group_tensor(plan.layout, factors, index).shape) == group.fold
+        assert vectors[index].shape == (group.size,)
+    for name, delta in plan.deltas(factors).items():
+        runs = [vectors[p.group][p.start : p.stop] for p in plan.layout.grouping.pieces[name]]
+        expected = plan.scale * numpy.concatenate(runs)
+        assert_allclose(xp.to_numpy(delta).ravel(), expected, **CLOSE)
+
+
+@few_rows
+def test_a_scale_given_takes_the_place_of_the_specs(xp, spec, shapes):
+    plan = make_plan(spec, shapes)
+    plain = make_plan(spec.replace(scale=None, alpha=None), shapes)
+    factors = xp.arrays(draw_factors(plan))
+    name = list(shapes)[-1]
+    x = xp.array(numpy.random.default_rng(6).standard_normal((3, shapes[name][1])))
+    unit = xp.to_numpy(plain.delta(factors, name))
+    product = xp.to_numpy(plain.apply(factors, name, x))
+    for scale in (0.0, 1.0, -2.5):
+        assert_allclose(xp.to_numpy(plan.delta(factors, name, scale=scale)), scale * unit, **CLOSE)
+        assert_allclose(xp.to_numpy(plan.deltas(factors, scale=scale)[name]), scale * unit, **CLOSE)
+        assert_allclose(
+            xp.to_numpy(plan.apply(factors, name, x, scale=scale)), scale * product, **CLOSE
+        )
+
+
+@few_rows
+def test_float32_stays_float32(xp, spec, shapes):
+    plan = make_plan(spec, shapes)
+    double = draw_factors(plan)
+    single = xp.arrays({name: block.astype("float32") for name, block in double.items()})
+    exact = oracles.deltas(plan, double)
+    for name, delta in plan.deltas(single).items():
+        size = numpy.abs(exact[name]).max()
+        x = numpy.random.default_rng(7).standard_normal((3, shapes[name][1])).astype("float32")
+        for result, expected in [
+            (delta, exact[name]),
+            (plan.delta(single, name), exact[name]),
+            (plan.apply(single, name, xp.array(x)), x @ exact[name].T),
+        ]:
+            assert xp.owns(result)
+            values = xp.to_numpy(result)
+            assert values.dtype == numpy.float32
+            assert_allclose(values, expected, rtol=1e-4, atol=1e-5 * size)
+
+
+@few_rows
+def test_factors_of_any_device_and_precision_of_torch_keep_both(device, spec, shapes):
+    torch = pytest.importorskip("torch")
+    plan = make_plan(spec, shapes)
+    double = draw_factors(plan)
+    exact = oracles.deltas(plan, double)
+    for dtype, tolerance in [(torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 0.1)]:
+        factors = {name: torch.tensor(block).to(device, dtype) for name, block in double.items()}
+        for name, delta in exact.items():
+            x = torch.ones(3, delta.shape[1], device=device, dtype=dtype)
+            for result, expected in [
+                (plan.delta(factors, name), delta),
+                (plan.apply(factors, name, x), numpy.ones((3, delta.shape[1])) @ delta.T),
+            ]:
+                assert result.dtype is dtype
+                assert result.device == x.device
+                error = result.double().cpu().numpy() - expected
+                assert numpy.abs(error).max() <= tolerance * numpy.abs(expected).max()
+
+
+def test_what_a_plan_returns_is_a_copy():
+    plan = sl.Plan(sl.lora(rank=2), ONE)
+    plan.shapes.clear()
+    plan.factor_shapes.clear()
+    assert plan.shapes == ONE
+    assert len(plan.factor_shapes) == 2
+
+
+def test_the_order_of_the_weights_decides_what_they_are():
+    plan = sl.Plan(sl.lorta(rank=2), {"q": (6, 4), "v": (6, 4)})
+    swapped = sl.Plan(sl.lorta(rank=2), {"v": (6, 4), "q": (6, 4)})
+    factors = draw_factors(plan)
+    first, second = plan.deltas(factors), swapped.deltas(factors)
+    assert_allclose(first["q"], second["v"], **CLOSE)
+    assert numpy.abs(first["q"] - second["q"]).max() > 0.1
+
+
+def test_only_the_rows_that_a_weight_needs_are_read():
+    plan = sl.Plan(sl.lora(rank=2, groups=1, fold="stack"), SAME)
+    factors = draw_factors(plan)
+    factors["0.0.factor0"][:6] = numpy.nan
+    factors["0.0.factor0"][12:] = numpy.nan
+    assert numpy.isfinite(plan.delta(factors, "0.v")).all()
+    assert numpy.isnan(plan.delta(factors, "0.q")).all()
+
+
+def test_inputs_may_be_a_transposed_view():
+    plan = sl.Plan(sl.lora(rank=2), ONE)
+    factors = draw_factors(plan)
+    x = numpy.random.default_rng(8).standard_normal((4, 5)).T
+    assert_allclose(plan.apply(factors, "q", x), x @ plan.delta(factors, "q").T, **CLOSE)

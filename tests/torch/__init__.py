@@ -1,0 +1,1 @@
+"""Tests of the torch binding: attach, train, merge, detach, save and load."""
