@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,7 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(train=500, validation=200, test=1000, resolution=56)
+QUICK = Settings(train=500, validation=200, test=800, resolution=56)
 
 
 @dataclass(frozen=True)
@@ -226,16 +225,14 @@ class Cache:
         Result
             What `train` returned.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
         # A folder is filled under another name, so that a killed run leaves no half point.
-        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=self.directory))
-        try:
-            result = train(point, key, partial)
-            (partial / "point.json").write_text(json.dumps(dataclasses.asdict(result)), "utf-8")
-            shutil.rmtree(self.folder(key), ignore_errors=True)
-            os.replace(partial, self.folder(key))
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        partial = self.folder(f"{key}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        result = train(point, key, partial)
+        (partial / "point.json").write_text(json.dumps(dataclasses.asdict(result)), "utf-8")
+        shutil.rmtree(self.folder(key), ignore_errors=True)
+        os.replace(partial, self.folder(key))
         return result
 
 

@@ -157,7 +157,7 @@ def table(results: Sequence[Result], settings: Settings, best: Result | None) ->
         caption_justify="left",
     )
     shown.add_column("method", no_wrap=True)
-    for column in ("adapter parameters", "test accuracy", "seconds", "file bytes"):
+    for column in ("adapter\nparameters", "test\naccuracy", "seconds", "file\nbytes"):
         shown.add_column(column, justify="right")
     for item in results:
         chosen = best is not None and item.key == best.key

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +15,7 @@ from superlora.plan import Plan
 from superlora.reconstruct import apply_factored, weight_delta
 from superlora.torch.formed import autocasts, without_autocast
 from superlora.torch.layers import parameter_of
-from superlora.torch.site import Link, Site
-
-_attached = itertools.count()
+from superlora.torch.site import Site
 
 
 class Adapter(nn.Module):
@@ -64,7 +61,7 @@ class Adapter(nn.Module):
         self._homes: tuple[nn.Module, ...] = ()
         # By owner and key: a parameter may be replaced, as by `Module.to_empty`.
         self._frozen: list[tuple[nn.Module, str]] = []
-        self._order = next(_attached)
+        self._order = 0  # of attachment
         for block, shape in plan.factor_shapes.items():
             factor = factors[block]
             if tuple(factor.shape) != shape:
@@ -268,7 +265,7 @@ class Adapter(nn.Module):
     def unmerge(self) -> None:
         """Take every update out of its weight, bit for bit.
 
-        Adapters that were merged later are taken out as well and merged again.
+        Where another adapter was merged later, its update is formed and added again.
 
         Raises
         ------
@@ -277,16 +274,6 @@ class Adapter(nn.Module):
         """
         if not self.merged:
             raise AdapterError(f"adapter {self.name!r} must be merged to be unmerged")
-        above = dict.fromkeys(
-            link.adapter for site in self._sites.values() for link in site.above(self)
-        )
-        for adapter in reversed(above):
-            adapter._take_out()
-        self._take_out()
-        for adapter in above:
-            adapter.merge()
-
-    def _take_out(self) -> None:
         for site in self._sites.values():
             site.unmerge(self)
         self.merged = False
@@ -338,9 +325,8 @@ class Adapter(nn.Module):
     def _release(self, model: nn.Module) -> None:
         """Let the parameters that this adapter froze require gradients again."""
         # One attached later found them frozen, and so has to release them in turn.
-        adapters = {link.adapter for module in model.modules() for link in _links_of(module)}
-        adapters |= {module for module in model.modules() if isinstance(module, Adapter)}
-        heirs = sorted((a for a in adapters if a._order > self._order), key=lambda a: a._order)
+        later = (a for a in adapters_of(model) if a._order > self._order)
+        heirs = sorted(later, key=lambda adapter: adapter._order)
         covered = [set(heir._homes[0].modules()) for heir in heirs]
         for owner, key in self._frozen:
             parameter = owner._parameters.get(key)
@@ -390,6 +376,11 @@ class Adapter(nn.Module):
             raise AdapterError(f"adapter {self.name!r} must be attached to be {verb}")
 
 
-def _links_of(module: nn.Module) -> list[Link]:
-    site = Site.of(module)
-    return [] if site is None else site.links
+def adapters_of(model: nn.Module) -> set[Adapter]:
+    """Return the adapters that `model` or a part of it registers, or whose layers it has."""
+    found = {module for module in model.modules() if isinstance(module, Adapter)}
+    for module in model.modules():
+        site = Site.of(module)
+        if site is not None:
+            found |= {link.adapter for link in site.links}
+    return found

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from superlora.errors import AdapterError
 from superlora.plan import Plan
 from superlora.spec import Spec
-from superlora.torch.adapter import Adapter
+from superlora.torch.adapter import Adapter, adapters_of
 from superlora.torch.layers import parameter_of, shape_of
 from superlora.torch.site import Site
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
@@ -103,6 +103,7 @@ def register(
     """
     adapter = Adapter(plan, factors, name)
     adapter.train(model.training)
+    adapter._order = 1 + max((other._order for other in adapters_of(model)), default=0)
     own = {
         id(parameter)
         for module in model.modules()
@@ -186,7 +187,9 @@ def _initial(
     if dtype is None:
         weights = (parameter_of(module).dtype for module in modules.values())
         dtype = functools.reduce(torch.promote_types, weights, torch.float32)
-    factors = plan.init(seed, like=torch.float64)
+    # Whatever contexts we are called in, the factors hold values and can be trained.
+    with torch.device("cpu"), torch.inference_mode(False):
+        factors = plan.init(seed, like=torch.float64)
     for block, factor in factors.items():
         device = first_weight(plan, modules, block).device
         factors[block] = factor.to(device=device, dtype=dtype)

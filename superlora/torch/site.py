@@ -143,17 +143,11 @@ class Site:
         """Return the link of one of the layer's adapters."""
         return next(link for link in self.links if link.adapter is adapter)
 
-    def above(self, adapter: Adapter) -> list[Link]:
-        """Return those that were merged after an adapter, if it is merged here."""
-        link = self.link_of(adapter)
-        return self.merged[self.merged.index(link) + 1 :] if link in self.merged else []
-
     def below(self, adapter: Adapter) -> list[Link]:
         """Return those that were merged before an adapter, if it is merged here."""
         link = self.link_of(adapter)
         return self.merged[: self.merged.index(link)] if link in self.merged else []
 
-    @torch.no_grad()
     def merge(self, adapter: Adapter) -> None:
         """Add the adapter's update to the weight, in place, and keep the bits it had.
 
@@ -167,26 +161,44 @@ class Site:
         ValueError
             If the sum is not finite everywhere; the weight is as it was then.
         """
-        link, weight = self.link_of(adapter), parameter_of(self.module)
-        delta = adapter.delta(link.name).to(weight.device)
-        stored = delta.t() if is_transposed(self.module) else delta
-        total = (weight.to(torch.promote_types(weight.dtype, stored.dtype)) + stored).to(
-            weight.dtype
-        )
+        link = self.link_of(adapter)
+        total = self._sum(link)
         if not torch.isfinite(total).all():
             raise ValueError(f"weight + update of {link.name!r} must be finite to be merged")
+        self._put(link, total)
+
+    def unmerge(self, adapter: Adapter) -> None:
+        """Give the weight the bits it had before the adapter was merged, if it is.
+
+        What was merged after it is added again.
+        """
+        link = self.link_of(adapter)
+        if link not in self.merged:
+            return
+        place = self.merged.index(link)
+        above = self.merged[place + 1 :]
+        with torch.no_grad():
+            parameter_of(self.module).copy_(link.before)  # type: ignore[arg-type]
+        del self.merged[place:]
+        link.before = None
+        for other in above:
+            self._put(other, self._sum(other))
+
+    @torch.no_grad()
+    def _sum(self, link: Link) -> Tensor:
+        weight = parameter_of(self.module)
+        delta = link.adapter.delta(link.name).to(weight.device)
+        stored = delta.t() if is_transposed(self.module) else delta
+        return (weight.to(torch.promote_types(weight.dtype, stored.dtype)) + stored).to(
+            weight.dtype
+        )
+
+    @torch.no_grad()
+    def _put(self, link: Link, total: Tensor) -> None:
+        weight = parameter_of(self.module)
         link.before = weight.detach().clone()
         self.merged.append(link)
         weight.copy_(total)
-
-    @torch.no_grad()
-    def unmerge(self, adapter: Adapter) -> None:
-        """Give the weight the bits it had before the adapter was merged, if it is."""
-        link = self.link_of(adapter)
-        if link.before is not None:
-            parameter_of(self.module).copy_(link.before)
-            link.before = None
-            self.merged.remove(link)
 
 
 class _Form:

@@ -13,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from superlora.errors import AdapterError
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_free, first_weight, host_of, register
-from superlora.torch.layers import is_adaptable, shape_of
+from superlora.torch.layers import is_adaptable, parameter_of, shape_of
 from superlora.torch.targets import find_targets
 
 FORMAT_VERSION = 1
@@ -47,11 +48,13 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
     tensors = {
         name: factor.detach().cpu().contiguous() for name, factor in adapter.factors().items()
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    path = path.resolve()  # a link stays a link
+    mode = path.stat().st_mode if path.exists() else 0o666 & ~_umask()
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(header, separators=(",", ":"))})
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -78,7 +81,8 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
     Raises
     ------
     AdapterError
-        If `model` has an attribute of that name.
+        If `model` has an attribute of that name, or a weight lies on the meta
+        device.
     FileNotFoundError
         If there is no such file.
     TypeError
@@ -94,10 +98,15 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
     plan, factors = _read(path)
     modules = _find_layers(model, plan, path)
     check_free(model, host_of(model, modules), name)
+    empty = [name for name, module in modules.items() if parameter_of(module).is_meta]
+    if empty:  # giving the model memory later would wipe the factors
+        raise AdapterError(
+            f"weights must be loaded before an adapter: {len(empty)} lie on the meta device, first "
+            f"{empty[0]!r}"
+        )
     for block, factor in factors.items():
         device = first_weight(plan, modules, block).device
-        if device.type != "meta":  # a weight without memory yet must not take the factor's
-            factors[block] = factor.to(device)
+        factors[block] = factor.to(device)
     return register(model, plan, modules, factors, name)
 
 

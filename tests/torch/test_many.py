@@ -88,7 +88,7 @@ def test_any_walk_of_merges_over_overlapping_targets(seed):
     bits, x = base_bits(model), make_input(dtype=torch.float64)
     parts = {"qv": ["q", "v"], "v": ["v"], "vo": ["v", "o"], "o": ["o"], "all": ["q", "v", "o"]}
     adapters = [
-        fill(slt.attach(model, sl.lora(1, scale=0.2), targets, name=name), number)
+        fill(slt.attach(model, sl.lora(1, scale=0.2), targets, name=f"on_{name}"), number)
         for number, (name, targets) in enumerate(parts.items())
     ]
     expected = model(x)
