@@ -7,7 +7,9 @@ set, on any thread, and numpy, torch and jax can be mixed in one process.
 
 from __future__ import annotations
 
+import functools
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy
@@ -38,15 +40,22 @@ def _find_name(kind: type) -> str | None:
 
 
 def _load(name: str) -> Any:
+    load = functools.partial(tensorly.backend.BackendManager.load_backend, name)
     jax = sys.modules.get("jax") if name == "jax" else None
     if jax is None:
-        return tensorly.backend.BackendManager.load_backend(name)
-    # Importing TensorLy's jax backend turns on 64-bit mode for the process.
-    enabled = jax.config.jax_enable_x64
-    try:
-        return tensorly.backend.BackendManager.load_backend(name)
-    finally:
-        jax.config.update("jax_enable_x64", enabled)
+        return load()
+
+    # Importing TensorLy's jax backend turns on 64-bit mode for the process. What was
+    # set before is only seen on a thread that no `enable_x64` context holds.
+    def load_and_restore() -> Any:
+        enabled = jax.config.jax_enable_x64
+        try:
+            return load()
+        finally:
+            jax.config.update("jax_enable_x64", enabled)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(load_and_restore).result()
 
 
 def _library(name: str | None) -> Any:
@@ -111,10 +120,6 @@ def _context(like: Array) -> tuple[Any, dict[str, Any]]:
         context = {
             key: value for key, value in library.context(like).items() if key != "requires_grad"
         }
-    dtype = context["dtype"]
-    name = numpy.dtype(dtype).name if library.backend_name in ("numpy", "jax") else str(dtype)
-    if "float" not in name:
-        raise TypeError(f"like must have a floating-point dtype: got {name}")
     return library, context
 
 
@@ -139,6 +144,10 @@ def from_numpy(values: numpy.ndarray, like: Array) -> Array:
         If `like` is neither, or not of a floating-point type.
     """
     library, context = _context(like)
+    dtype = context["dtype"]
+    name = numpy.dtype(dtype).name if library.backend_name in ("numpy", "jax") else str(dtype)
+    if "float" not in name:
+        raise TypeError(f"like must have a floating-point dtype: got {name}")
     return library.tensor(values, **context)
 
 

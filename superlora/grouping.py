@@ -177,7 +177,7 @@ def group_weights(
                 f"{count} groups of {width}; use cut='even'"
             )
         bounds = [min(width * index, total) for index in range(count + 1)]
-        return _cut(sizes, bounds, width)
+        return _cut(sizes, bounds, width if width * count > total else 0)
     small, extra = divmod(total, count)
     steps = (small + (index < extra) for index in range(count))
     return _cut(sizes, list(itertools.accumulate(steps, initial=0)), 0)

@@ -154,6 +154,13 @@ class Layout:
             widths[index] = split.ranks[-1]
         return cost + rows * blocks * math.prod(widths) < rows * columns
 
+    def prepare(self, name: str) -> None:
+        """Work out a weight's slices now, so that compiled code only reads them."""
+        if isinstance(self.spec.map, Identity):
+            for piece in self.grouping.pieces[name]:
+                self.piece_slice(piece)
+        self.applies_factored(name)
+
     @functools.cached_property
     def factor_shapes(self) -> dict[str, Shape]:
         """Shape of every trainable block by name, ``"group.split.block"``."""

@@ -148,6 +148,22 @@ class Identity(Map):
         return backend_of(y).concatenate([y, zeros((missing,), like=y)], axis=0)
 
 
+def frozen(value: Any) -> Any:
+    """Return lists as tuples, at any depth: what JSON has made of them is undone.
+
+    Parameters
+    ----------
+    value : Any
+        A field of a spec or a map.
+
+    Returns
+    -------
+    Any
+        A hashable value, where the items are.
+    """
+    return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
 def map_from_dict(values: object) -> Map:
     """Make a map from what `Map.to_dict` gave.
 
@@ -180,6 +196,6 @@ def map_from_dict(values: object) -> Map:
             f"its file is read: got {name!r}"
         )
     try:
-        return Map._known[name](**fields)
+        return Map._known[name](**{key: frozen(value) for key, value in fields.items()})
     except TypeError as error:
         raise ValueError(f"map {name} has wrong fields: {error}") from None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from superlora.maps import Identity, Map, map_from_dict
+from superlora.maps import Identity, Map, frozen, map_from_dict
 from superlora.shapes import check_count
 
 Rank = int | str | tuple[Any, ...]
@@ -45,7 +45,7 @@ class Spec:
         weights of equal input width (order 2) or of equal shape (order 3);
         ``"balanced"`` makes the modes nearly equal; ``"aligned"`` does so with a
         last mode that divides every input width, which never needs a formed
-        update; a tuple says the mode sizes.
+        update; a tuple says the mode sizes. A fold of order 1 is the vector itself.
     core : {"identity", "full"} or None
         ``"identity"`` is the frozen superdiagonal core: LoRA for M = 2, CP above.
         None takes the paper's choice, identity up to M = 2 and full above, and
@@ -104,7 +104,7 @@ class Spec:
         _check_choice("core", self.core, (*_CORES, None))
         _check_choice("cut", self.cut, _CUTS)
         object.__setattr__(self, "fold", _check_fold(self.fold, self.order))
-        object.__setattr__(self, "rank", _freeze(self.rank))
+        object.__setattr__(self, "rank", frozen(self.rank))
         self.split_ranks  # noqa: B018  (raises for a wrongly nested rank)
         _check_map(self.map, self.ratio)
         _check_scale(self)
@@ -186,22 +186,19 @@ class Spec:
         return cls(**fields)
 
 
-def _freeze(value: Any) -> Any:
-    return tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
-
-
 def _thaw(value: Any) -> Any:
     return [_thaw(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[Any, ...], other: str = "") -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}: got {value!r}")
+        listed = " ".join([", ".join(map(repr, choices)), other]).strip()
+        raise ValueError(f"{name} must be one of {listed}: got {value!r}")
 
 
 def _check_groups(groups: object) -> None:
     if isinstance(groups, str):
-        _check_choice("groups", groups, (*_GROUPS, "or an integer"))
+        _check_choice("groups", groups, _GROUPS, "or an integer")
     else:
         check_count("groups", groups)
 
@@ -219,7 +216,7 @@ def _check_fold(fold: object, order: int) -> str | tuple[int, ...]:
 
 def _check_one_rank(name: str, rank: object) -> None:
     if isinstance(rank, str):
-        _check_choice(name, rank, ("full", "or an integer"))
+        _check_choice(name, rank, ("full",), "or an integer")
     else:
         check_count(name, rank)
 
@@ -228,7 +225,9 @@ def _split_ranks(rank: Rank, order: int, splits: int) -> tuple[Any, ...]:
     if not isinstance(rank, tuple):
         _check_one_rank("rank", rank)
         return (rank,) * splits
-    if splits == 1 and not any(isinstance(item, tuple) for item in rank):
+    # One split's modes, without the outer tuple; (r,) is that split's rank.
+    bare = not any(isinstance(item, tuple) for item in rank)
+    if splits == 1 and bare and (len(rank) != 1 or order == 1):
         rank = (rank,)
     if len(rank) != splits:
         raise ValueError(f"rank must have one entry for each of {splits} splits: got {rank}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from superlora.maps import Identity
 from superlora.shapes import (
@@ -114,14 +115,13 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
         If fold, splits or rank cannot serve the group.
     """
     held = members.padded or size
-    before = held if isinstance(spec.map, Identity) else math.ceil(spec.ratio * held)
+    before = held if isinstance(spec.map, Identity) else _scaled(spec.ratio, held)
     sizes = _split_sizes(spec, before, members)
     for index, split in enumerate(sizes):
         if len(sizes) > 1 and math.prod(split) == 1:
             raise ValueError(
                 f"splits must leave every split more than one entry: got split {index} of size 1 "
-                f"in every mode for a fold of {before} entries; use fewer splits or "
-                "fold='balanced'"
+                f"in every mode for a fold of {before} entries; use fewer splits"
             )
     splits = tuple(
         _make_split(spec, index, split_sizes, rank)
@@ -155,13 +155,20 @@ def _check_explicit(fold: Shape, before: int) -> Shape:
             f"fold must cover the group: expected at least {before} entries, got {fold} with "
             f"{math.prod(fold)}"
         )
-    needed = ceil_divide(before, math.prod(fold[1:]))
-    if fold[0] > needed:
+    # Modes of size 1 in front leave the most significant place to the next one.
+    first = next((mode for mode, size in enumerate(fold) if size > 1), 0)
+    needed = ceil_divide(before, math.prod(fold[first + 1 :]))
+    if fold[first] > needed:
         raise ValueError(
-            f"fold[0] must be at most {needed}, beyond which no slice of mode 0 holds any of the "
-            f"{before} entries: got {fold[0]}"
+            f"fold[{first}] must be at most {needed}, beyond which no slice of mode {first} holds "
+            f"any of the {before} entries: got {fold[first]}"
         )
     return fold
+
+
+def _scaled(ratio: float, entries: int) -> int:
+    # 0.07 of 100 is 7, and not the 8 that binary fractions round up to.
+    return math.ceil(Fraction(repr(float(ratio))) * entries)
 
 
 def _natural(spec: Spec, members: Members) -> Shape:
@@ -224,9 +231,7 @@ def _make_vector(index: int, sizes: Shape, rank: object) -> Split:
         raise ValueError(
             f"rank[{index}][0] must be 1 or 'full' with order=1, a dense vector: got {explicit}"
         )
-    return Split(
-        sizes, sizes, (False,), trainable_core=True, capped=isinstance(rank, int) and rank > 1
-    )
+    return Split(sizes, sizes, (False,), trainable_core=True)
 
 
 def _make_nested(spec: Spec, index: int, sizes: Shape, rank: tuple[object, ...]) -> Split:
@@ -238,11 +243,13 @@ def _make_nested(spec: Spec, index: int, sizes: Shape, rank: tuple[object, ...])
             f"core='identity' must have one rank for all modes of split {index}: got {rank}"
         )
     bounded = not identity or order == 2
+    nested = isinstance(spec.rank, tuple) and isinstance(spec.rank[index], tuple)
+    place = f"rank[{index}]" if nested else "rank"
     for mode, (value, size) in enumerate(zip(rank, sizes, strict=True)):
         if bounded and isinstance(value, int) and value > size:
             raise ValueError(
-                f"rank[{mode}] must be at most {size}, the size of mode {mode} of split {index}: "
-                f"got {value}"
+                f"{place}[{mode}] must be at most {size}, the size of mode {mode} of split "
+                f"{index}: got {value}"
             )
     ranks = tuple(
         value if isinstance(value, int) else size for value, size in zip(rank, sizes, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from superlora._backend import Array, backend_of
 
@@ -50,28 +51,29 @@ def tucker(core: Array | None, factors: Sequence[Array | None]) -> Array:
            [1., 1., 1.]])
     """
     _check(core, factors)
+    arrays = [array for array in (core, *factors) if array is not None]
+    library = backend_of(*arrays)
     if core is None:
-        return _canonical(list(factors))
-    library = backend_of(core, *(factor for factor in factors if factor is not None))
+        return _canonical(library, arrays)
     return _multiply_modes(library, core, factors)
 
 
-def _multiply_modes(library: object, tensor: Array, factors: Sequence[Array | None]) -> Array:
+def _multiply_modes(library: Any, tensor: Array, factors: Sequence[Array | None]) -> Array:
     # Contracting mode 0 and appending the result M times restores the order.
     rotation = (*range(1, len(factors)), 0)
     for factor in factors:
         if factor is None:
-            tensor = library.transpose(tensor, rotation)  # type: ignore[attr-defined]
+            tensor = library.transpose(tensor, rotation)
         else:
-            tensor = library.tensordot(tensor, factor, axes=([0], [1]))  # type: ignore[attr-defined]
+            tensor = library.tensordot(tensor, factor, axes=([0], [1]))
     return tensor
 
 
-def _canonical(factors: list[Array]) -> Array:
+def _canonical(library: Any, factors: list[Array]) -> Array:
     *leading, last = factors
     if not leading:
-        return backend_of(last).sum(last, axis=1)
-    return backend_of(last).tensordot(khatri_rao(leading), last, axes=([len(leading)], [1]))
+        return library.sum(last, axis=1)
+    return library.tensordot(khatri_rao(leading), last, axes=([len(leading)], [1]))
 
 
 def khatri_rao(factors: Sequence[Array]) -> Array:

@@ -18,6 +18,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TransferSpeedColumn,
@@ -176,7 +177,7 @@ def _measure(
 
 
 @contextmanager
-def _point_bars(console: Console, points: int) -> Iterator[tuple[Progress, Any, Any]]:
+def _point_bars(console: Console, points: int) -> Iterator[tuple[Progress, TaskID, TaskID]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

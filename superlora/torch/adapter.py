@@ -55,6 +55,8 @@ class Adapter(nn.Module):
         # The update is linear in each block, so the scale goes into the smallest of
         # every group: one place for forward, backward, merge and export.
         self._scaled = {weight: plan.layout.smallest_blocks(weight) for weight in plan.shapes}
+        for weight in plan.shapes:
+            plan.layout.prepare(weight)
         self._sites: dict[str, Site] = {}
         # The model, and the module of it that registers this one; in a tuple, or
         # torch would make them submodules of their own part.

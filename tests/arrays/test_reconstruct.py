@@ -100,7 +100,7 @@ def test_deltas_are_those_of_the_loops(xp, spec, shapes):
     check_deltas(xp, plan, draw_factors(plan))
 
 
-@rows
+@few_rows
 def test_apply_is_the_product_with_the_loops_delta(xp, spec, shapes):
     plan = make_plan(spec, shapes)
     check_apply(xp, plan, draw_factors(plan))

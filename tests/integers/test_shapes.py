@@ -45,6 +45,22 @@ def test_balanced_is_exact_ascending_and_of_least_sum(order):
 
 
 @pytest.mark.parametrize(
+    ("size", "greedy", "modes"),
+    [
+        (3168, (12, 12, 22), (11, 16, 18)),
+        (5460, (14, 15, 26), (13, 20, 21)),
+        (8775, (15, 15, 39), (13, 25, 27)),
+        (34848, (11, 12, 12, 22), (11, 11, 16, 18)),
+    ],
+)
+def test_balanced_is_not_greedy(size, greedy, modes):
+    # These are the smallest sizes for which the largest divisor below the root is no good start.
+    assert math.prod(greedy) == size
+    assert sum(modes) == least_sum(size, len(modes)) < sum(greedy)
+    assert balanced(size, len(modes)) == modes
+
+
+@pytest.mark.parametrize(
     ("size", "modes"),
     [
         (VIT_Q_V, (3456, 4096)),
