@@ -62,7 +62,7 @@ def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
     if capped:
         notes.append(
             f"note: rank {layout.spec.rank} exceeds a mode in {capped} of {len(layout.groups)} "
-            "groups; such a mode is left un-factored"
+            "groups; it is un-factored there"
         )
     before = sum(math.prod(group.fold) * count for group, count in alike.items())
     after = sum(group.size * count for group, count in alike.items())

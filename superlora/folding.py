@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from superlora._backend import Array, backend_of
 from superlora.maps import Identity
+from superlora.shapes import check_count
 
 
 def fold_group(vector: Array, fold: Sequence[int]) -> Array:
@@ -29,7 +30,7 @@ def fold_group(vector: Array, fold: Sequence[int]) -> Array:
     Raises
     ------
     ValueError
-        If the fold does not cover the vector.
+        If `vector` is not one, or the fold does not cover it.
 
     Examples
     --------
@@ -38,13 +39,16 @@ def fold_group(vector: Array, fold: Sequence[int]) -> Array:
     array([[0., 1., 2.],
            [3., 4., 0.]])
     """
-    covered = math.prod(fold)
+    library = backend_of(vector)
+    if len(vector.shape) != 1:
+        raise ValueError(f"vector must have one mode: got shape {tuple(vector.shape)}")
+    covered = math.prod(check_count(f"fold[{mode}]", size) for mode, size in enumerate(fold))
     if covered < vector.shape[0]:
         raise ValueError(
             f"fold must cover the vector: expected at least {vector.shape[0]} entries, got "
             f"{tuple(fold)} with {covered}"
         )
-    return backend_of(vector).reshape(Identity().adjoint(vector, covered), tuple(fold))
+    return library.reshape(Identity().adjoint(vector, covered), tuple(fold))
 
 
 def unfold_group(tensor: Array, size: int) -> Array:
@@ -73,7 +77,7 @@ def unfold_group(tensor: Array, size: int) -> Array:
     >>> unfold_group(np.arange(6.0).reshape(2, 3), 5)
     array([0., 1., 2., 3., 4.])
     """
-    return Identity().apply(ravel(tensor), size)
+    return Identity().apply(ravel(tensor), check_count("size", size, least=0))
 
 
 def ravel(tensor: Array) -> Array:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from superlora.shapes import Shape, ceil_divide, check_count
+from superlora.shapes import Shape, ceil_divide, check_count, frozen
 
 # Each group is a tensor with names, shapes and an optimiser's state of its own.
 _MOST_GROUPS = 1 << 20
@@ -79,10 +79,12 @@ def check_shapes(shapes: Mapping[Any, Any]) -> dict[str, tuple[int, int]]:
     Raises
     ------
     TypeError
-        If a name is not a string, or a width not an integer.
+        If `shapes` is no mapping, a name not a string, or a width not an integer.
     ValueError
         If there is no weight, or a shape is not two integers of at least 1.
     """
+    if not isinstance(shapes, Mapping):
+        raise TypeError(f"shapes must map names to (output, input): got {type(shapes).__name__}")
     if not shapes:
         raise ValueError("shapes must name at least one weight: got none")
     checked = {}
@@ -92,7 +94,7 @@ def check_shapes(shapes: Mapping[Any, Any]) -> dict[str, tuple[int, int]]:
         if not isinstance(shape, (tuple, list)) or len(shape) != 2:
             raise ValueError(f"shapes[{name!r}] must be (output width, input width): got {shape!r}")
         widths = tuple(
-            check_count(f"shapes[{name!r}][{i}]", width) for i, width in enumerate(shape)
+            check_count(f"shapes[{name!r}][{i}]", width) for i, width in enumerate(frozen(shape))
         )
         checked[name] = (widths[0], widths[1])
     return checked

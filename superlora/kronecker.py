@@ -25,7 +25,7 @@ def kronecker(tensors: Sequence[Array]) -> Array:
     Raises
     ------
     TypeError
-        If the arrays are of different libraries.
+        If `tensors` is no list, or the arrays are of different libraries.
     ValueError
         If there is none, or their orders differ.
 
@@ -36,8 +36,11 @@ def kronecker(tensors: Sequence[Array]) -> Array:
     array([[ 1.,  2.],
            [10., 20.]])
     """
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"tensors must be a list of arrays: got {type(tensors).__name__}")
     if not tensors:
         raise ValueError("tensors must hold at least one tensor: got none")
+    library = backend_of(*tensors)
     order = len(tensors[0].shape)
     for index, tensor in enumerate(tensors):
         if len(tensor.shape) != order:
@@ -45,7 +48,6 @@ def kronecker(tensors: Sequence[Array]) -> Array:
                 f"tensors[{index}] must have {order} modes like tensors[0]: got shape "
                 f"{tuple(tensor.shape)}"
             )
-    library = backend_of(*tensors)
     product = tensors[0]
     for tensor in tensors[1:]:
         left, right, shape = [], [], []

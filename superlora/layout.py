@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping
 
+from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights
 from superlora.maps import Identity
 from superlora.shapes import Shape
@@ -63,7 +64,7 @@ class Layout:
         self._factored: dict[str, bool] = {}
         unit_modes = self.unit_modes()
         if unit_modes:
-            warnings.warn(unit_modes, stacklevel=3)
+            warnings.warn(f"{unit_modes}; use fewer splits or fold='balanced'", stacklevel=3)
 
     def _fold_context(self, group: int) -> Members:
         names = self.grouping.members[group]
@@ -174,7 +175,9 @@ class Layout:
     def blocks_of(self, name: str) -> tuple[str, ...]:
         """Return the names of the blocks that a weight's update is made of."""
         if name not in self.shapes:
-            raise KeyError(f"no weight is named {name!r}; the plan has {_some(self.shapes)}")
+            raise KeyError(
+                f"no weight is named {name!r}; the plan has {some(map(repr, self.shapes))}"
+            )
         return tuple(block for blocks in self._blocks_by_group(name) for block in blocks)
 
     def smallest_blocks(self, name: str) -> tuple[str, ...]:
@@ -220,8 +223,3 @@ class Layout:
     def num_dense(self) -> int:
         """Entries of all adapted weights."""
         return sum(map(math.prod, self.shapes.values()))
-
-
-def _some(names: Mapping[str, object], most: int = 5) -> str:
-    listed = ", ".join(map(repr, list(names)[:most]))
-    return listed + (f" and {len(names) - most} more" if len(names) > most else "")

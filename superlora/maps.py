@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from superlora._backend import Array, backend_of, zeros
+from superlora.shapes import frozen
 
 
 @dataclass(frozen=True)
@@ -146,22 +147,6 @@ class Identity(Map):
         if missing == 0:
             return y
         return backend_of(y).concatenate([y, zeros((missing,), like=y)], axis=0)
-
-
-def frozen(value: Any) -> Any:
-    """Return lists as tuples, at any depth: what JSON has made of them is undone.
-
-    Parameters
-    ----------
-    value : Any
-        A field of a spec or a map.
-
-    Returns
-    -------
-    Any
-        A hashable value, where the items are.
-    """
-    return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
 def map_from_dict(values: object) -> Map:

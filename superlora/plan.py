@@ -249,18 +249,19 @@ class Plan:
 
         Notes
         -----
-        A weight-wise natural fold, a stack and an aligned fold are applied as
-        factors; the other folds form the weight's update.
+        Where the last mode of the fold divides the input width, as that of a natural
+        fold of order 2, a stack or an aligned fold does, and where it costs fewer
+        multiplications, the factors are applied; else the weight's update is formed.
         """
         self._check(factors, name)
         number = self.scale if scale is None else scale
+        backend_of(x, *(factors[block] for block in self.blocks_of(name)))
         columns = self.layout.shapes[name][1]
         if x.shape[-1:] != (columns,):
             raise ValueError(
                 f"x must have {columns} entries in its last axis, the input width of {name!r}: got "
                 f"shape {tuple(x.shape)}"
             )
-        backend_of(x, *(factors[block] for block in self.blocks_of(name)))
         if self.layout.applies_factored(name):
             return apply_factored(self.layout, factors, name, x, number)
         delta = weight_delta(self.layout, factors, name, number)
@@ -291,6 +292,7 @@ class Plan:
         for block in blocks:
             if block not in factors:
                 raise ValueError(f"factors must hold {block!r}, a block of {name!r}: it is missing")
+            backend_of(factors[block])
             expected, got = self.layout.factor_shapes[block], tuple(factors[block].shape)
             if got != expected:
                 raise ValueError(f"factors[{block!r}] must have shape {expected}: got {got}")

@@ -26,6 +26,7 @@ def dense(**changes: Any) -> Spec:
     >>> sl.Plan(sl.dense(), {"q": (6, 4)}).num_parameters
     24
     """
+    _refuse_rank("dense", changes)
     return _preset(changes, rank="full", order=1)
 
 
@@ -99,6 +100,7 @@ def krona(**changes: Any) -> Spec:
     >>> sl.Plan(sl.krona(), {"q": (6, 4)}).num_parameters
     10
     """
+    _refuse_rank("krona", changes)
     return _preset(changes, rank="full", splits=2)
 
 
@@ -231,3 +233,10 @@ def lorta(rank: int = 8, order: int = 3, groups: str | int = 1, **changes: Any) 
 
 def _preset(changes: dict[str, Any], **fields: Any) -> Spec:
     return Spec(**{**fields, **changes})
+
+
+def _refuse_rank(preset: str, changes: dict[str, Any]) -> None:
+    if "rank" in changes:
+        raise TypeError(
+            f"{preset}() must have no rank, its splits are dense: got {changes['rank']}"
+        )

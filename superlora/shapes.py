@@ -8,8 +8,10 @@ when the group is unfolded. Entries are never floored away.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -18,6 +20,28 @@ Shape = tuple[int, ...]
 _LARGEST_TRIAL_DIVISOR = 1 << 20
 # An exact fold may cost this many times the parameters of the best cover.
 _LOPSIDED = 1.25
+
+
+def frozen(value: Any) -> Any:
+    """Return lists as tuples, at any depth, and numbers as Python's own.
+
+    Parameters
+    ----------
+    value : Any
+        A field of a spec or a map.
+
+    Returns
+    -------
+    Any
+        A hashable value, where the items are.
+    """
+    if isinstance(value, (list, tuple)):
+        return tuple(map(frozen, value))
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:

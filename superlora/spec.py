@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from superlora.maps import Identity, Map, frozen, map_from_dict
-from superlora.shapes import check_count
+from superlora.maps import Identity, Map, map_from_dict
+from superlora.shapes import check_count, frozen
 
 Rank = int | str | tuple[Any, ...]
 
@@ -28,8 +28,10 @@ class Spec:
     Parameters
     ----------
     rank : int, "full" or nested tuple
-        An integer is the rank of every mode of every split; where it exceeds a
-        mode's size that mode is left un-factored (``Plan.describe`` says so).
+        An integer is the rank of every mode of every split. Where it exceeds a
+        mode's size that mode is left un-factored, and a matrix of lower rank
+        becomes dense (``Plan.describe`` says so); a CP rank (identity core, M > 2)
+        may exceed the sizes, since a tensor's rank may.
         ``"full"`` leaves every split un-factored: dense. A tuple has one entry
         a split, each an integer, ``"full"``, or a tuple with one entry a mode;
         with ``splits=1`` the outer tuple may be left out.
@@ -44,8 +46,8 @@ class Spec:
         ``"natural"`` keeps one weight's own modes; ``"stack"`` concatenates
         weights of equal input width (order 2) or of equal shape (order 3);
         ``"balanced"`` makes the modes nearly equal; ``"aligned"`` does so with a
-        last mode that divides every input width, which never needs a formed
-        update; a tuple says the mode sizes. A fold of order 1 is the vector itself.
+        last mode that divides every input width, so that whole weights can be
+        applied as factors; a tuple says the mode sizes. A fold of order 1 is the vector itself.
     core : {"identity", "full"} or None
         ``"identity"`` is the frozen superdiagonal core: LoRA for M = 2, CP above.
         None takes the paper's choice, identity up to M = 2 and full above, and
@@ -97,14 +99,16 @@ class Spec:
     cut: str = "even"
 
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            if item.name != "map":
+                object.__setattr__(self, item.name, frozen(getattr(self, item.name)))
         for name in ("order", "splits"):
             if check_count(name, getattr(self, name)) > _MOST:
                 raise ValueError(f"{name} must be at most {_MOST}: got {getattr(self, name)}")
         _check_groups(self.groups)
         _check_choice("core", self.core, (*_CORES, None))
         _check_choice("cut", self.cut, _CUTS)
-        object.__setattr__(self, "fold", _check_fold(self.fold, self.order))
-        object.__setattr__(self, "rank", frozen(self.rank))
+        _check_fold(self.fold, self.order)
         self.split_ranks  # noqa: B018  (raises for a wrongly nested rank)
         _check_map(self.map, self.ratio)
         _check_scale(self)
@@ -199,19 +203,22 @@ def _check_choice(name: str, value: object, choices: tuple[Any, ...], other: str
 def _check_groups(groups: object) -> None:
     if isinstance(groups, str):
         _check_choice("groups", groups, _GROUPS, "or an integer")
+    elif isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"groups must be 'weight', 'layer' or an integer: got {groups!r}")
     else:
         check_count("groups", groups)
 
 
-def _check_fold(fold: object, order: int) -> str | tuple[int, ...]:
+def _check_fold(fold: object, order: int) -> None:
     if isinstance(fold, str):
         _check_choice("fold", fold, _FOLDS)
-        return fold
-    if not isinstance(fold, (tuple, list)):
+        return
+    if not isinstance(fold, tuple):
         raise TypeError(f"fold must be one of {_FOLDS} or a tuple of mode sizes: got {fold!r}")
     if len(fold) != order:
         raise ValueError(f"fold must have {order} modes, the order: got {tuple(fold)}")
-    return tuple(check_count(f"fold[{mode}]", size) for mode, size in enumerate(fold))
+    for mode, size in enumerate(fold):
+        check_count(f"fold[{mode}]", size)
 
 
 def _check_one_rank(name: str, rank: object) -> None:

@@ -50,9 +50,11 @@ def tucker(core: Array | None, factors: Sequence[Array | None]) -> Array:
     array([[1., 1., 1.],
            [1., 1., 1.]])
     """
-    _check(core, factors)
+    if not factors:
+        raise ValueError("factors must hold one factor a mode: got none")
     arrays = [array for array in (core, *factors) if array is not None]
     library = backend_of(*arrays)
+    _check(core, factors)
     if core is None:
         return _canonical(library, arrays)
     return _multiply_modes(library, core, factors)
@@ -117,8 +119,6 @@ def open_last_mode(core: Array | None, factors: Sequence[Array | None]) -> Array
 
 
 def _check(core: Array | None, factors: Sequence[Array | None]) -> None:
-    if not factors:
-        raise ValueError("factors must hold one factor a mode: got none")
     if core is not None and len(core.shape) != len(factors):
         raise ValueError(
             f"factors must hold one factor for each of {len(core.shape)} modes of core: got "

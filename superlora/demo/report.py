@@ -83,10 +83,14 @@ class Reach:
         )
         if self.result is None:
             return f"{self.family}: {goal} not reached"
-        share = self.target.parameters / self.result.parameters
+        ours, theirs = self.result.parameters, self.target.parameters
+        if ours < theirs:
+            share = f"{theirs / ours:.1f} times fewer"
+        else:
+            share = f"{ours / theirs:.1f} times as many"
         return (
             f"{self.family}: reaches {goal} with {self.result.parameters:,} "
-            f"(rank {self.result.rank}, {self.result.test_accuracy:.2%}), {share:.1f} times fewer"
+            f"(rank {self.result.rank}, {self.result.test_accuracy:.2%}), {share}"
         )
 
     def to_dict(self) -> dict[str, Any]:

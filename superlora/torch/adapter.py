@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -64,6 +65,7 @@ class Adapter(nn.Module):
         # By owner and key: a parameter may be replaced, as by `Module.to_empty`.
         self._frozen: list[tuple[nn.Module, str]] = []
         self._order = 0  # of attachment
+        self._seed = 0  # of the initial factors
         for block, shape in plan.factor_shapes.items():
             factor = factors[block]
             if tuple(factor.shape) != shape:
@@ -93,9 +95,36 @@ class Adapter(nn.Module):
         """
         return x
 
-    def extra_repr(self) -> str:
-        """Return the counts for ``repr``; the factors are too many to list."""
-        return f"{self.plan!r}, scale={self.scale}"
+    def __repr__(self) -> str:
+        # The factors are too many to list.
+        return f"Adapter({self.plan!r}, scale={self.scale})"
+
+    @torch.no_grad()
+    def reset(self, seed: int = 0) -> None:
+        """Draw the initial factors anew, so that every update is zero.
+
+        Parameters
+        ----------
+        seed : int
+            In [0, 2**64).
+
+        Raises
+        ------
+        AdapterError
+            If the adapter is merged.
+        """
+        if self.merged:
+            raise AdapterError(f"adapter {self.name!r} must be unmerged to be reset")
+        for block, values in self.plan.init(seed, like=numpy.float64).items():
+            self._factor(block).copy_(torch.from_numpy(values))
+
+    def _apply(self, *arguments: Any, **options: Any) -> Adapter:
+        empty = any(parameter.is_meta for parameter in self.parameters())
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        # Memory given to factors that had none (`Module.to_empty`) holds anything.
+        if empty and not any(parameter.is_meta for parameter in self.parameters()):
+            self.reset(self._seed)
+        return self
 
     @property
     def num_parameters(self) -> int:
@@ -114,7 +143,7 @@ class Adapter(nn.Module):
 
     @property
     def scale(self) -> float:
-        """The number in front of ΔW, used in forward, merge and export alike."""
+        """The number in front of ΔW, in forward, merge and file alike; `plan` keeps its own."""
         return self._scale
 
     @scale.setter

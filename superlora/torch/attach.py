@@ -71,7 +71,9 @@ def attach(
     modules = find_targets(model, targets)
     plan = Plan(spec, {target: shape_of(module) for target, module in modules.items()})
     check_free(model, host_of(model, modules), name)
-    return register(model, plan, modules, _initial(plan, modules, seed, dtype), name)
+    adapter = register(model, plan, modules, _initial(plan, modules, seed, dtype), name)
+    adapter._seed = seed
+    return adapter
 
 
 def register(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from superlora.errors import AdapterError
+from superlora.errors import AdapterError, some
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter
@@ -36,6 +36,13 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
         The adapter.
     path : pathlib.Path
         The file; replaced if it exists.
+
+    Raises
+    ------
+    FileNotFoundError
+        If its folder does not exist.
+    IsADirectoryError
+        If it is a folder.
     """
     spec = adapter.plan.spec
     if adapter.scale != spec.scaling:
@@ -49,15 +56,19 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
         name: factor.detach().cpu().contiguous() for name, factor in adapter.factors().items()
     }
     path = path.resolve()  # a link stays a link
-    mode = path.stat().st_mode if path.exists() else 0o666 & ~_umask()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    os.close(handle)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must lie in an existing folder: got {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"path must be a file, not a directory: got {path}")
+    temporary = path.parent / f".{uuid.uuid4().hex}.part"
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = (path if path.exists() else temporary).stat().st_mode
     try:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(header, separators=(",", ":"))})
         os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -98,7 +109,7 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
     plan, factors = _read(path)
     modules = _find_layers(model, plan, path)
     check_free(model, host_of(model, modules), name)
-    empty = [name for name, module in modules.items() if parameter_of(module).is_meta]
+    empty = [layer for layer, module in modules.items() if parameter_of(module).is_meta]
     if empty:  # giving the model memory later would wipe the factors
         raise AdapterError(
             f"weights must be loaded before an adapter: {len(empty)} lie on the meta device, first "
@@ -158,7 +169,7 @@ def _check_tensors(plan: Plan, slices: Mapping[str, Any], path: Path) -> None:
     if len(set(dtypes.values())) > 1:
         problems.append(f"more than one dtype: {', '.join(sorted(set(dtypes.values())))}")
     if problems:
-        raise ValueError(f"{path} must hold the factors of its spec: {_some(problems)}")
+        raise ValueError(f"{path} must hold the factors of its spec: {some(problems, 20)}")
 
 
 def _find_layers(model: nn.Module, plan: Plan, path: Path) -> dict[str, nn.Module]:
@@ -172,18 +183,7 @@ def _find_layers(model: nn.Module, plan: Plan, path: Path) -> dict[str, nn.Modul
         elif shape_of(modules[name]) != shape:
             problems.append(f"{name!r} has shape {shape_of(modules[name])} instead of {shape}")
     if problems:
-        raise ValueError(f"the model must have the layers of {path}: {_some(problems)}")
+        raise ValueError(f"the model must have the layers of {path}: {some(problems, 20)}")
     chosen = {id(modules[name]) for name in plan.shapes}
     find_targets(model, lambda _, module: id(module) in chosen)  # refuses unfit ones
     return {name: modules[name] for name in plan.shapes}
-
-
-def _some(problems: list[str], most: int = 20) -> str:
-    rest = f" and {len(problems) - most} more" if len(problems) > most else ""
-    return ", ".join(problems[:most]) + rest
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from superlora.errors import some
 from superlora.torch.adapter import Adapter
 from superlora.torch.layers import is_adaptable
 
@@ -52,7 +53,7 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     if unfit:
         kinds = sorted({type(modules[name]).__name__ for name in unfit})
         raise ValueError(
-            f"targets must match Linear or Conv1D layers: got {_some(unfit)} of type "
+            f"targets must match Linear or Conv1D layers: got {some(map(repr, unfit))} of type "
             f"{', '.join(kinds)}"
         )
     found = {name: modules[name] for name in chosen}
@@ -125,12 +126,7 @@ def _nearest(wanted: str, modules: dict[str, nn.Module]) -> str:
         for depth in range(1, name.count(".") + 2):
             ends.setdefault(".".join(name.split(".")[-depth:]), name)
     close = difflib.get_close_matches(wanted, ends, n=5, cutoff=0.5)
-    return _some(list(dict.fromkeys(ends[end] for end in close)) or names or ["(no layers)"])
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    listed = ", ".join(map(repr, names[:most]))
-    return listed + (f" and {len(names) - most} more" if len(names) > most else "")
+    return some(map(repr, dict.fromkeys(ends[end] for end in close) or names)) or "none: no layers"
 
 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -154,6 +150,10 @@ def _check_weights(found: dict[str, nn.Module]) -> None:
             raise ValueError(
                 f"targets must match layers whose shape is known: {name!r} is lazy; call the model "
                 "once first"
+            )
+        if weight.is_inference():
+            raise ValueError(
+                f"targets must match weights made outside torch.inference_mode(): {name!r} was not"
             )
         if not weight.is_floating_point():
             raise TypeError(

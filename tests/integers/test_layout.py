@@ -272,7 +272,8 @@ def test_splits_of_size_one_in_a_mode_are_warned_of_once_where_the_plan_is_made(
     with pytest.warns(UserWarning, match="no Kronecker structure") as caught:
         sl.Plan(sl.krona(), {"q": (7, 4), "v": (7, 4)})
     assert [str(item.message) for item in caught] == [
-        "no Kronecker structure where a split has size 1: split 0 in mode 0"
+        "no Kronecker structure where a split has size 1: split 0 in mode 0; "
+        "use fewer splits or fold='balanced'"
     ]
     assert caught[0].filename == __file__
 
