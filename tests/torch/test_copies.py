@@ -205,6 +205,10 @@ def test_meta_model_given_memory_after_attach():
     state = {name: value for name, value in state.items() if "superlora" not in name}
     expected.detach()
     model.load_state_dict(state, strict=False)
+    assert not any(delta.any() for delta in adapter.deltas().values())
+    fresh = slt.attach(make_net(), sl.lora(2), ["q", "v"])
+    for name, factor in fresh.factors().items():
+        assert torch.equal(adapter.factors()[name], factor)
     fill(adapter)
     y = model(make_input())
     adapter.merge()
