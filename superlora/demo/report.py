@@ -17,6 +17,7 @@ from superlora.demo.points import DENSE, HEAD, LORA, LORTA, PLANAR, Result, Sett
 
 COLOURS = {LORA: "#d55e00", PLANAR: "#0072b2", LORTA: "#009e73", DENSE: "#555555"}
 MARKERS = {LORA: "s", PLANAR: "o", LORTA: "^", DENSE: "D"}
+LABELS = {LORA: (5, -11), PLANAR: (-9, 7), LORTA: (5, -11)}  # points from the marker
 
 
 def pareto_front(results: Sequence[Result]) -> list[Result]:
@@ -254,7 +255,7 @@ def plot(results: Sequence[Result], settings: Settings, path: Path) -> None:
             axes.annotate(
                 f"r{item.rank}",
                 (item.parameters, 100 * item.test_accuracy),
-                xytext=(5, -11),
+                xytext=LABELS[item.family],
                 textcoords="offset points",
                 fontsize=8,
                 color=COLOURS[item.family],
