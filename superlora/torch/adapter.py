@@ -15,6 +15,7 @@ from superlora.errors import AdapterError
 from superlora.plan import Plan
 from superlora.reconstruct import apply_factored, weight_delta
 from superlora.torch.formed import autocasts, without_autocast
+from superlora.torch.freezing import Frozen, release
 from superlora.torch.layers import parameter_of
 from superlora.torch.site import Site
 
@@ -62,8 +63,7 @@ class Adapter(nn.Module):
         # The model, and the module of it that registers this one; in a tuple, or
         # torch would make them submodules of their own part.
         self._homes: tuple[nn.Module, ...] = ()
-        # By owner and key: a parameter may be replaced, as by `Module.to_empty`.
-        self._frozen: list[tuple[nn.Module, str]] = []
+        self._frozen: Frozen = []
         self._order = 0  # of attachment
         self._seed = 0  # of the initial factors
         for block, shape in plan.factor_shapes.items():
@@ -153,10 +153,6 @@ class Adapter(nn.Module):
         if value is None:
             raise TypeError("scale must be a number: got None")
         self._scale = self.plan.spec.replace(alpha=None, scale=value).scaling
-
-    def attached_to(self, model: nn.Module) -> bool:
-        """Return whether `model` is the one that the adapter was attached to."""
-        return bool(self._homes) and self._homes[0] is model
 
     def factors(self) -> dict[str, nn.Parameter]:
         """Return all factors by name, the form that ``Plan`` takes.
@@ -349,25 +345,11 @@ class Adapter(nn.Module):
         for site in self._sites.values():
             site.remove(self)
         del host._modules[self.name]
-        self._release(model)
+        others = sorted(adapters_of(model), key=lambda adapter: adapter._order)
+        later = [(a._homes[0], a._frozen) for a in others if a._order > self._order]
+        release(self._frozen, later)
         self._sites, self._homes, self._frozen, self.merged = {}, (), [], False
         self._merge_again = False
-
-    def _release(self, model: nn.Module) -> None:
-        """Let the parameters that this adapter froze require gradients again."""
-        # One attached later found them frozen, and so has to release them in turn.
-        later = (a for a in adapters_of(model) if a._order > self._order)
-        heirs = sorted(later, key=lambda adapter: adapter._order)
-        covered = [set(heir._homes[0].modules()) for heir in heirs]
-        for owner, key in self._frozen:
-            parameter = owner._parameters.get(key)
-            for heir, modules in zip(heirs, covered, strict=True):
-                if owner in modules:
-                    heir._frozen.append((owner, key))
-                    break
-            else:
-                if parameter is not None:
-                    parameter.requires_grad_(True)
 
     def save(self, path: str | Path) -> None:
         """Write the adapter to a safetensors file, atomically.

@@ -12,6 +12,7 @@ from superlora.errors import AdapterError
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter, adapters_of
+from superlora.torch.freezing import freeze
 from superlora.torch.layers import parameter_of, shape_of
 from superlora.torch.site import Site
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
@@ -106,17 +107,8 @@ def register(
     adapter = Adapter(plan, factors, name)
     adapter.train(model.training)
     adapter._order = 1 + max((other._order for other in adapters_of(model)), default=0)
-    own = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, Adapter)
-        for parameter in module.parameters()
-    }
-    for owner in model.modules():
-        for key, parameter in owner._parameters.items():
-            if parameter is not None and parameter.requires_grad and id(parameter) not in own:
-                parameter.requires_grad_(False)
-                adapter._frozen.append((owner, key))
+    registered = (module for module in model.modules() if isinstance(module, Adapter))
+    adapter._frozen = freeze(model, registered)
     for target, module in modules.items():
         adapter._sites[target] = Site.add(module, target, adapter)
     host = host_of(model, modules)
@@ -167,7 +159,7 @@ def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be a Python identifier: got {name!r}")
     adapters = (module for module in model.modules() if isinstance(module, Adapter))
-    taken = next((a for a in adapters if a.name == name and a.attached_to(model)), None)
+    taken = next((a for a in adapters if a.name == name and a._homes[:1] == (model,)), None)
     if taken is not None or hasattr(host, name):
         kind = type(taken or getattr(host, name)).__name__
         raise AdapterError(
