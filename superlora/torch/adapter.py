@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from superlora.errors import AdapterError
 from superlora.plan import Plan
@@ -64,6 +65,7 @@ class Adapter(nn.Module):
         # torch would make them submodules of their own part.
         self._homes: tuple[nn.Module, ...] = ()
         self._frozen: Frozen = []
+        self._hook: RemovableHandle | None = None  # before the model loads a state dict
         self._order = 0  # of attachment
         self._seed = 0  # of the initial factors
         for block, shape in plan.factor_shapes.items():
@@ -81,18 +83,7 @@ class Adapter(nn.Module):
             owner.register_parameter(leaf, nn.Parameter(factor))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x`: the work is done in the layers.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            Anything.
-
-        Returns
-        -------
-        torch.Tensor
-            The same object, for a model that calls all its children in turn.
-        """
+        """Return `x`, for a model that calls all its children: the layers do the work."""
         return x
 
     def __repr__(self) -> str:
@@ -345,6 +336,8 @@ class Adapter(nn.Module):
         for site in self._sites.values():
             site.remove(self)
         del host._modules[self.name]
+        if self._hook is not None:
+            self._hook.remove()
         others = sorted(adapters_of(model), key=lambda adapter: adapter._order)
         later = [(a._homes[0], a._frozen) for a in others if a._order > self._order]
         release(self._frozen, later)
@@ -376,13 +369,17 @@ class Adapter(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        if self.merged or local_metadata.get("merged"):
+        self.check_loadable(local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def check_loadable(self, metadata: Mapping[str, Any]) -> None:
+        """Refuse to load a state dict, with this metadata, that would count an update twice."""
+        if self.merged or metadata.get("merged"):
             whose = "the model" if self.merged else "the state dict"
             raise AdapterError(
                 f"adapter {self.name!r} must be unmerged where a state dict is taken and where it "
                 f"is loaded, or its update counts twice: it is merged in {whose}"
             )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _check_attached(self, verb: str) -> None:
         if not self._homes:

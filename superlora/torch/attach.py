@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,7 @@ def register(
     host = host_of(model, modules)
     adapter._homes = (model, host)
     host.add_module(name, adapter)
+    adapter._hook = model.register_load_state_dict_pre_hook(_refuse_merged)
     return adapter
 
 
@@ -166,6 +168,14 @@ def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
             f"name must be free: the model has an attribute {name!r} already, of type {kind}; "
             "detach() it or choose another name"
         )
+
+
+def _refuse_merged(model: nn.Module, state_dict: Any, *_: Any) -> None:
+    # An adapter is loaded last: on its own it would refuse when the base has changed.
+    metadata = getattr(state_dict, "_metadata", {})
+    for path, module in model.named_modules():
+        if isinstance(module, Adapter):
+            module.check_loadable(metadata.get(path, {}))
 
 
 def _check_model(model: object) -> None:
