@@ -5,7 +5,23 @@ from superlora.errors import AdapterError
 from superlora.folding import fold_group, unfold_group
 from superlora.kronecker import kronecker
 from superlora.plan import Plan
-from superlora.presets import dense, fact_tk, fact_tt, krona, lokr, lonkr, lora, lorta, lotr
+from superlora.presets import (
+    dense,
+    fact_tk,
+    fact_tt,
+    krona,
+    loha,
+    lokr,
+    lonkr,
+    lora,
+    lora_fa,
+    lora_xs,
+    lorta,
+    lorta_cp,
+    lotr,
+    tinylora,
+    vera,
+)
 from superlora.spec import Spec
 from superlora.tucker import tucker
 
@@ -21,13 +37,19 @@ __all__ = [
     "fold_group",
     "krona",
     "kronecker",
+    "loha",
     "lokr",
     "lonkr",
     "lora",
+    "lora_fa",
+    "lora_xs",
     "lorta",
+    "lorta_cp",
     "lotr",
     "maps",
     "presets",
+    "tinylora",
     "tucker",
     "unfold_group",
+    "vera",
 ]

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 
 from superlora.layout import Layout
-from superlora.maps import Identity
 from superlora.splitting import Group, Split
 
 
@@ -24,6 +23,9 @@ def describe(layout: Layout) -> str:
         Alike groups share a row.
     """
     alike = Counter(layout.groups)
+    parameters: Counter[Group] = Counter()
+    for block, shape in layout.factor_shapes.items():
+        parameters[layout.groups[int(block.partition(".")[0])]] += math.prod(shape)
     rows = [("groups", "entries", "fold", "splits (size:rank)", "parameters")]
     for group, count in alike.items():
         rows.append(
@@ -31,8 +33,8 @@ def describe(layout: Layout) -> str:
                 str(count),
                 f"{group.size:,}",
                 " x ".join(map(str, group.fold)),
-                " (x) ".join(map(_split_text, group.splits)),
-                f"{count * group.num_parameters:,}",
+                _splits_text(layout, group),
+                f"{parameters[group]:,}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -48,12 +50,20 @@ def describe(layout: Layout) -> str:
     return "\n".join(lines + _notes(layout, alike))
 
 
+def _splits_text(layout: Layout, group: Group) -> str:
+    spec = layout.specs[layout.groups.index(group)]
+    sign = " (x) " if spec.combine == "kronecker" else " o "
+    terms = len(group.splits) // spec.splits
+    product = sign.join(map(_split_text, group.splits[: spec.splits]))
+    return product if terms == 1 else f"{terms} terms: {product}"
+
+
 def _split_text(split: Split) -> str:
     modes = " x ".join(
         f"{size}:{rank}" if factored else f"{size}"
         for size, rank, factored in zip(split.sizes, split.ranks, split.factored, strict=True)
     )
-    return modes if split.trainable_core else f"{modes}, identity core"
+    return modes if split.core == "full" else f"{modes}, {split.core} core"
 
 
 def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
@@ -66,13 +76,17 @@ def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
         )
     before = sum(math.prod(group.fold) * count for group, count in alike.items())
     after = sum(group.size * count for group, count in alike.items())
-    if isinstance(layout.spec.map, Identity):
+    if all(map(layout.identity, range(len(layout.groups)))):
         if before > after:
             notes.append(
                 f"note: the folds cover {before:,} entries; {before - after:,} are cropped"
             )
     else:
         notes.append(f"note: realised ratio {before / after:.6g}, asked {layout.spec.ratio:.6g}")
+    if layout.frozen:
+        entries = sum(math.prod(layout.block_shapes[block]) for block in layout.frozen)
+        sources = ", ".join(sorted(set(layout.frozen.values())))
+        notes.append(f"note: {entries:,} entries of {len(layout.frozen)} blocks frozen: {sources}")
     degenerate = layout.unit_modes()
     if degenerate:
         notes.append(f"note: {degenerate}")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from superlora.shapes import Shape, ceil_divide, check_count, frozen
+from superlora.shapes import Shape, ceil_divide, check_count, hashable
 
 # Each group is a tensor with names, shapes and an optimiser's state of its own.
 _MOST_GROUPS = 1 << 20
@@ -94,7 +94,7 @@ def check_shapes(shapes: Mapping[Any, Any]) -> dict[str, tuple[int, int]]:
         if not isinstance(shape, (tuple, list)) or len(shape) != 2:
             raise ValueError(f"shapes[{name!r}] must be (output width, input width): got {shape!r}")
         widths = tuple(
-            check_count(f"shapes[{name!r}][{i}]", width) for i, width in enumerate(frozen(shape))
+            check_count(f"shapes[{name!r}][{i}]", width) for i, width in enumerate(hashable(shape))
         )
         checked[name] = (widths[0], widths[1])
     return checked
@@ -219,3 +219,35 @@ def _cut(sizes: Mapping[str, int], bounds: list[int], padded: int) -> Grouping:
         offset = end
     totals = tuple(high - low for low, high in itertools.pairwise(bounds))
     return Grouping(totals, pieces, tuple(map(tuple, members)), padded)
+
+
+def join(parts: list[Grouping], names: Iterable[str]) -> Grouping:
+    """Join groupings of different weights, whose groups are numbered one after the other.
+
+    Parameters
+    ----------
+    parts : list of Grouping
+        At least one.
+    names : iterable of str
+        All weights, in order.
+
+    Returns
+    -------
+    Grouping
+        ``padded`` is what all parts are padded to, 0 where they differ.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    offset = 0
+    for part in parts:
+        for name, found in part.pieces.items():
+            pieces[name] = tuple(Piece(p.group + offset, p.start, p.stop) for p in found)
+        offset += len(part.sizes)
+    padded = {part.padded for part in parts}
+    return Grouping(
+        tuple(size for part in parts for size in part.sizes),
+        {name: pieces[name] for name in names},
+        tuple(group for part in parts for group in part.members),
+        padded.pop() if len(padded) == 1 else 0,
+    )

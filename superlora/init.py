@@ -1,4 +1,4 @@
-"""Initial factors: exactly one zero block a group, the others random."""
+"""Initial factors: exactly one zero block a product, the others random."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy
 from superlora._backend import Array, from_numpy
 from superlora.layout import Layout
 from superlora.random import normal
-from superlora.splitting import Group
+from superlora.splitting import Split
 
 
-def zero_block(layout: Layout, group: int) -> str:
+def zero_block(layout: Layout, group: int, term: int = 0) -> str:
     """Return the name of the block that starts at zero.
 
     Parameters
@@ -22,21 +22,31 @@ def zero_block(layout: Layout, group: int) -> str:
         What lies where.
     group : int
         Index of the group.
+    term : int
+        Index of the product in the group's sum.
 
     Returns
     -------
     str
-        The last split's core where that is trainable, else its first factor,
-        which is LoRA's B.
+        The last split's core where that is trainable, else its first trainable factor,
+        which is LoRA's B; of an earlier split where none is. A block that other groups
+        share is taken last.
 
     Notes
     -----
-    The update is multilinear in the blocks. With one zero block it is zero and
-    that block has a gradient; with two every gradient is zero for ever.
+    The update is multilinear in the blocks of a product. With one zero block it is zero
+    and that block has a gradient; with two every gradient is zero for ever.
     """
-    last = len(layout.groups[group].splits) - 1
-    core = layout.groups[group].splits[last].trainable_core
-    return f"{group}.{last}.{'core' if core else 'factor0'}"
+    count = layout.specs[group].splits
+    candidates = [
+        (index, leaf)
+        for index, split in reversed([*enumerate(layout.terms(group)[term])])
+        for leaf in split.block_shapes
+        if layout.block(group, term * count + index, leaf) in layout.factor_shapes
+    ]
+    own = [(i, leaf) for i, leaf in candidates if f"{i}.{leaf}" not in layout.specs[group].tied]
+    index, leaf = (own or candidates)[0]
+    return layout.block(group, term * count + index, leaf)
 
 
 def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> dict[str, Array]:
@@ -64,26 +74,23 @@ def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> di
 
     Notes
     -----
-    The standard deviations of a group's random blocks are equal and multiply to
-    ``(d t / r) ** -0.5``: d is the mean input width of the group's weights, t the
-    number of products that sum to one entry of the Kronecker product, r the
-    largest rank of a factored mode. A step of the zero block then moves an entry
-    of ΔW as it does in LoRA of that rank, at any order and any number of splits,
-    so that learning rates carry over.
+    The standard deviations of a product's random blocks multiply to ``(d t / r) ** -0.5``,
+    and those that are trainable are equal: d is the mean input width of the group's
+    weights, t the number of products that sum to one entry of the update, r the
+    largest rank of a trainable factor. A step of the zero block then moves an entry of ΔW
+    as it does in LoRA of that rank, at any order and any number of splits, so that
+    learning rates carry over.
     """
     from_numpy(numpy.zeros(()), like)  # refuses a wrong dtype before anything is drawn
-    deviations = {}
-    for group, item in enumerate(layout.groups):
-        names = [
-            f"{group}.{index}.{block}"
-            for index, split in enumerate(item.splits)
-            for block in split.block_shapes
-        ]
-        members = layout.grouping.members[group]
-        width = sum(layout.shapes[name][1] for name in members) / len(members)
-        variance = 1 / (width * _excess_terms(item))
-        deviations.update(dict.fromkeys(names, variance ** (0.5 / max(1, len(names) - 1))))
-        deviations[zero_block(layout, group)] = 0.0
+    deviations: dict[str, float] = {}
+    for group in range(len(layout.groups)):
+        for term, blocks in enumerate(layout.term_blocks(group)):
+            zero = zero_block(layout, group, term)
+            drawn = [name for name in blocks if name in layout.factor_shapes and name != zero]
+            variance = _variance(layout, group, term)
+            for name in drawn:
+                deviations.setdefault(name, variance ** (0.5 / len(drawn)))
+            deviations[zero] = 0.0
     factors = {}
     for stream, (name, shape) in enumerate(layout.factor_shapes.items()):
         deviation = deviations[name]
@@ -92,14 +99,54 @@ def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> di
     return factors
 
 
-def _excess_terms(group: Group) -> float:
-    """Return t / r: the products summed in an entry, over those that LoRA would sum."""
-    terms = largest = 1
-    for split in group.splits:
-        ranks = [
-            rank for rank, factored in zip(split.ranks, split.factored, strict=True) if factored
-        ]
-        if ranks:
-            terms *= math.prod(ranks) if split.trainable_core else ranks[0]
-            largest = max(largest, *ranks)
-    return terms / largest
+def frozen_variance(source: str, leaf: str, shape: tuple[int, ...], last: bool) -> float:
+    """Return the variance of a frozen block's entries, 1 where it is not known beforehand.
+
+    Parameters
+    ----------
+    source : str
+        Where the block comes from.
+    leaf : str
+        ``"core"`` or ``"factorM"``.
+    shape : tuple of int
+        Shape of the block.
+    last : bool
+        Whether it is the factor of the last mode, that of the inputs.
+
+    Returns
+    -------
+    float
+        One over the number of entries that are summed where the block meets its input, for
+        random blocks; that of unit columns for singular vectors.
+    """
+    if source == "random":
+        return 1 / (shape[0] if last else shape[-1])
+    return 1 / shape[0] if source.startswith("singular") and leaf != "core" else 1.0
+
+
+def _variance(layout: Layout, group: int, term: int) -> float:
+    """Return what the variances of a product's trainable random blocks multiply to."""
+    members = layout.grouping.members[group]
+    width = sum(layout.shapes[name][1] for name in members) / len(members)
+    count = layout.specs[group].splits
+    splits = layout.terms(group)[term]
+    terms, largest = layout.specs[group].terms, 1
+    known = 1.0
+    for index, split in enumerate(splits):
+        terms *= _summed(split)
+        for leaf, shape in split.block_shapes.items():
+            source = layout.frozen.get(layout.block(group, term * count + index, leaf))
+            last = leaf == f"factor{len(split.sizes) - 1}"
+            if source is not None:
+                known *= frozen_variance(source, leaf, shape, last)
+            elif leaf != "core":
+                largest = max(largest, shape[1])
+    return largest / (width * terms * known)
+
+
+def _summed(split: Split) -> int:
+    """Return the number of products that sum to one entry of a split."""
+    ranks = [rank for rank, factored in zip(split.ranks, split.factored, strict=True) if factored]
+    if not ranks:
+        return 1
+    return math.prod(ranks) if split.core == "full" else ranks[0]

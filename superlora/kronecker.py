@@ -1,4 +1,4 @@
-"""The N-split Kronecker product of tensors, mode by mode."""
+"""The products of splits: Kronecker, mode by mode, and Hadamard."""
 
 from __future__ import annotations
 
@@ -57,4 +57,46 @@ def kronecker(tensors: Sequence[Array]) -> Array:
             shape.append(rows * columns)
         product = library.reshape(product, tuple(left)) * library.reshape(tensor, tuple(right))
         product = library.reshape(product, tuple(shape))
+    return product
+
+
+def hadamard(tensors: Sequence[Array]) -> Array:
+    """Multiply tensors of one shape, entry by entry.
+
+    Parameters
+    ----------
+    tensors : sequence of arrays
+        At least one.
+
+    Returns
+    -------
+    array
+        Of the same shape: ``X_1 ∘ X_2 ∘ … ∘ X_K``, as in LoHa (Hyeon-Woo et al. 2022,
+        FedPara).
+    """
+    product = tensors[0]
+    for tensor in tensors[1:]:
+        product = product * tensor
+    return product
+
+
+def khatri_rao_columns(tensors: Sequence[Array]) -> Array:
+    """Multiply every combination of the last indices of tensors of equal leading modes.
+
+    Parameters
+    ----------
+    tensors : sequence of arrays (d_1, …, d_M, r_k)
+        At least one.
+
+    Returns
+    -------
+    array, (d_1, …, d_M, prod_k r_k)
+        ``prod_k X_k[i, j_k]`` at ``[i, (j_1 … j_K)]``, the last index fastest: the face-splitting
+        product, which turns a Hadamard product of low-rank matrices into one of their factors.
+    """
+    product = tensors[0]
+    for tensor in tensors[1:]:
+        both = product[..., :, None] * tensor[..., None, :]
+        shape = (*both.shape[:-2], both.shape[-2] * both.shape[-1])
+        product = backend_of(both).reshape(both, shape)
     return product

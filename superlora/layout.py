@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Mapping
 
 from superlora.errors import some
-from superlora.grouping import Grouping, Piece, check_shapes, group_weights
+from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
 from superlora.maps import Identity
 from superlora.shapes import Shape
 from superlora.slicing import Slice, slice_of
 from superlora.spec import Spec
-from superlora.splitting import Group, Members, make_group
+from superlora.splitting import Group, Members, Split, make_group
 
 
 class Layout:
@@ -40,6 +40,8 @@ class Layout:
         Where every weight lies.
     groups : tuple of Group
         Every group's fold and splits.
+    specs : tuple of Spec
+        Every group's design, overrides applied.
 
     Raises
     ------
@@ -52,38 +54,115 @@ class Layout:
             raise TypeError(f"spec must be a superlora.Spec: got {type(spec).__name__}")
         self.spec = spec
         self.shapes = check_shapes(shapes)
-        self.grouping: Grouping = group_weights(self.shapes, spec.groups, spec.cut)
-        # Most groups of a large model are alike: solve each distinct one once.
-        make = functools.lru_cache(maxsize=None)(functools.partial(make_group, spec))
-        self.groups: tuple[Group, ...] = tuple(
-            make(size, self._fold_context(index)) for index, size in enumerate(self.grouping.sizes)
-        )
+        parts: list[Grouping] = []
+        groups: list[Group] = []
+        specs: list[Spec] = []
+        first: list[int] = []
+        for own, names in self._parts().items():
+            part = group_weights({name: self.shapes[name] for name in names}, own.groups, own.cut)
+            # Most groups of a large model are alike: solve each distinct one once.
+            make = functools.lru_cache(maxsize=None)(functools.partial(make_group, own))
+            groups += [
+                make(size, self._fold_context(part, index)) for index, size in enumerate(part.sizes)
+            ]
+            first += [len(specs)] * len(part.sizes)
+            specs += [own] * len(part.sizes)
+            parts.append(part)
+        self.grouping: Grouping = join(parts, self.shapes)
+        self.groups: tuple[Group, ...] = tuple(groups)
+        self.specs: tuple[Spec, ...] = tuple(specs)
+        self._first = first  # the first group of every group's part, which names tied blocks
         # Asked at every forward pass; plain dicts, which torch.compile traces.
         self._piece_slices: dict[Piece, Slice] = {}
         self._row_slices: dict[str, Slice | None] = {}
         self._factored: dict[str, bool] = {}
+        self._check_frozen()
         unit_modes = self.unit_modes()
         if unit_modes:
             warnings.warn(f"{unit_modes}; use fewer splits or fold='balanced'", stacklevel=3)
 
-    def _fold_context(self, group: int) -> Members:
-        names = self.grouping.members[group]
+    def _parts(self) -> dict[Spec, list[str]]:
+        """Return the weights of each design, in order."""
+        if not self.spec.overrides:
+            return {self.spec: list(self.shapes)}
+        parts: dict[Spec, list[str]] = {}
+        designs: dict[str | None, Spec] = {}
+        for name in self.shapes:
+            pattern = self.spec.override_of(name)
+            if pattern not in designs:
+                designs[pattern] = self.spec.of(name)
+            parts.setdefault(designs[pattern], []).append(name)
+        unused = [pattern for pattern, _ in self.spec.overrides if pattern not in designs]
+        if unused:
+            raise ValueError(
+                f"overrides must match weights of their own: {some(map(repr, unused))} matched "
+                f"none of {some(map(repr, self.shapes))}"
+            )
+        return parts
+
+    def _fold_context(self, part: Grouping, group: int) -> Members:
+        names = part.members[group]
         divisor = 0
         for name in names:
             divisor = math.gcd(divisor, self.shapes[name][1])
-            for piece in self.grouping.pieces[name]:
+            for piece in part.pieces[name]:
                 if piece.group == group:
                     divisor = math.gcd(divisor, piece.start, piece.stop)
-        if self.grouping.padded:
-            divisor = math.gcd(divisor, self.grouping.padded)
+        if part.padded:
+            divisor = math.gcd(divisor, part.padded)
         shapes = tuple(self.shapes[name] for name in names)
-        return Members(shapes, self.grouping.whole(group), divisor, self.grouping.padded)
+        return Members(shapes, part.whole(group), divisor, part.padded)
+
+    def _check_frozen(self) -> None:
+        for group, (own, item) in enumerate(zip(self.specs, self.groups, strict=True)):
+            if not own.frozen and not own.tied:
+                continue
+            for kind, blocks in (("frozen", dict(own.frozen)), ("tied", own.tied)):
+                for block in blocks:
+                    index, _, leaf = block.partition(".")
+                    split = item.splits[int(index)]
+                    alike = self.groups[self._first[group]].splits[int(index)].block_shapes
+                    if len(split.block_shapes.get(leaf, ())) != len(alike.get(leaf, (0,))):
+                        raise ValueError(
+                            f"{kind} must name blocks that every group has: group {group} has no "
+                            f"{block!r}, its split {index} has {list(split.block_shapes)}"
+                        )
+            self._check_singular(group, own)
+            for term in self.term_blocks(group):
+                if not any(block in self.factor_shapes for block in term):
+                    raise ValueError(
+                        f"frozen must leave every product a trainable block: group {group} has none"
+                    )
+
+    def _check_singular(self, group: int, own: Spec) -> None:
+        for block, source in own.frozen:
+            if not source.startswith("singular"):
+                continue
+            index, _, leaf = block.partition(".")
+            rank = self.groups[group].splits[int(index)].ranks[int(leaf[-1])]
+            (name,) = self.grouping.members[group]
+            if rank > min(self.shapes[name]):
+                raise ValueError(
+                    f"rank must be at most {min(self.shapes[name])}, the singular vectors of "
+                    f"{name!r}: got {rank} for the frozen block {block!r}"
+                )
+
+    def scaling(self, name: str) -> float:
+        """Return the number s in front of one weight's update."""
+        return self.specs[self.grouping.pieces[name][0].group].scaling
+
+    def identity(self, group: int) -> bool:
+        """Return whether a group's map keeps every entry in its place."""
+        return isinstance(self.specs[group].map, Identity)
 
     def radices(self, group: int, modes: int | None = None) -> Shape:
         """Return the digits of the first `modes` modes of a group, all modes if None."""
-        splits = self.groups[group].splits
-        order = len(splits[0].sizes) if modes is None else modes
-        return tuple(split.sizes[mode] for mode in range(order) for split in splits)
+        item = self.groups[group]
+        order = len(item.fold) if modes is None else modes
+        if self.specs[group].combine == "hadamard":
+            return item.fold[:order]
+        splits = item.splits[: self.specs[group].splits]
+        return tuple(split.shape[mode] for mode in range(order) for split in splits)
 
     def piece_slice(self, piece: Piece) -> Slice:
         """Return the boxes that hold a piece of a weight (identity map only)."""
@@ -115,7 +194,7 @@ class Layout:
         pieces = self.grouping.pieces[name]
         fold = self.groups[pieces[0].group].fold
         width = fold[-1]
-        if len(fold) < 2 or len(pieces) > 1 or not isinstance(self.spec.map, Identity):
+        if len(fold) < 2 or len(pieces) > 1 or not self.identity(pieces[0].group):
             return None
         piece = pieces[0]
         if self.shapes[name][1] % width or piece.start % width:
@@ -145,32 +224,78 @@ class Layout:
         if self.row_slice(name) is None:
             return False
         rows, columns = self.shapes[name]
-        splits = self.groups[self.grouping.pieces[name][0].group].splits
-        widths = [split.sizes[-1] for split in splits]
-        blocks = columns // math.prod(widths)
+        group = self.grouping.pieces[name][0].group
+        blocks = columns // self.groups[group].fold[-1]
+        cost = rows * self.inner_width(name)
+        for splits in self.terms(group):
+            cost += blocks * self._last_mode_cost(self.specs[group].combine, splits)
+        return cost < rows * columns
+
+    def inner_width(self, name: str) -> int:
+        """Return q of ``ΔW = left @ rightᵀ`` where a weight's fold is aligned, else its widths'."""
+        if self.row_slice(name) is None:
+            return max(self.shapes[name])
+        group = self.grouping.pieces[name][0].group
+        blocks = self.shapes[name][1] // self.groups[group].fold[-1]
+        ranks = (math.prod(split.last[1] for split in splits) for splits in self.terms(group))
+        return blocks * sum(ranks)
+
+    def _last_mode_cost(self, combine: str, splits: tuple[Split, ...]) -> int:
+        """Return the multiplications of one block of inputs by the last factors."""
+        lasts = [split.last for split in splits]
+        if combine == "hadamard":
+            return lasts[0][0] * math.prod(rank for _, rank, _ in lasts)
+        widths = [size for size, _, _ in lasts]
         cost = 0
-        for index, split in enumerate(splits):
-            if split.factored[-1]:
-                cost += blocks * math.prod(widths) * split.ranks[-1]
-            widths[index] = split.ranks[-1]
-        return cost + rows * blocks * math.prod(widths) < rows * columns
+        for index, (_, rank, factored) in enumerate(lasts):
+            if factored:
+                cost += math.prod(widths) * rank
+            widths[index] = rank
+        return cost
+
+    def terms(self, group: int) -> list[tuple[Split, ...]]:
+        """Return the splits of each of a group's products."""
+        count = self.specs[group].splits
+        splits = self.groups[group].splits
+        return [splits[first : first + count] for first in range(0, len(splits), count)]
 
     def prepare(self, name: str) -> None:
         """Work out a weight's slices now, so that compiled code only reads them."""
-        if isinstance(self.spec.map, Identity):
-            for piece in self.grouping.pieces[name]:
+        for piece in self.grouping.pieces[name]:
+            if self.identity(piece.group):
                 self.piece_slice(piece)
         self.applies_factored(name)
+
+    def block(self, group: int, index: int, leaf: str) -> str:
+        """Return the name of a split's block: that of the part's first group, where tied."""
+        if f"{index % self.specs[group].splits}.{leaf}" in self.specs[group].tied:
+            group = self._first[group]
+        return f"{group}.{index}.{leaf}"
+
+    @functools.cached_property
+    def block_shapes(self) -> dict[str, Shape]:
+        """Shape of every block by name, ``"group.split.block"``, frozen ones too."""
+        found: dict[str, Shape] = {}
+        for group, item in enumerate(self.groups):
+            for index, split in enumerate(item.splits):
+                for leaf, shape in split.block_shapes.items():
+                    name = self.block(group, index, leaf)
+                    found[name] = tuple(map(max, shape, found.get(name, shape)))
+        return found
+
+    @functools.cached_property
+    def frozen(self) -> dict[str, str]:
+        """Where every frozen block comes from, by name."""
+        return {
+            self.block(group, index, leaf): source
+            for group, own in enumerate(self.specs)
+            for index, leaf, source in _frozen_of(own)
+        }
 
     @functools.cached_property
     def factor_shapes(self) -> dict[str, Shape]:
         """Shape of every trainable block by name, ``"group.split.block"``."""
-        return {
-            f"{group}.{index}.{block}": shape
-            for group, item in enumerate(self.groups)
-            for index, split in enumerate(item.splits)
-            for block, shape in split.block_shapes.items()
-        }
+        return {n: shape for n, shape in self.block_shapes.items() if n not in self.frozen}
 
     def blocks_of(self, name: str) -> tuple[str, ...]:
         """Return the names of the blocks that a weight's update is made of."""
@@ -178,24 +303,29 @@ class Layout:
             raise KeyError(
                 f"no weight is named {name!r}; the plan has {some(map(repr, self.shapes))}"
             )
-        return tuple(block for blocks in self._blocks_by_group(name) for block in blocks)
+        return tuple(block for blocks in self._blocks_by_term(name) for block in blocks)
 
     def smallest_blocks(self, name: str) -> tuple[str, ...]:
-        """Return the smallest block of each of a weight's groups; the update is linear in it."""
+        """Return the smallest block of each of a weight's products; the update is linear in it."""
         return tuple(
-            min(blocks, key=lambda block: math.prod(self.factor_shapes[block]))
-            for blocks in self._blocks_by_group(name)
+            min(blocks, key=lambda block: math.prod(self.block_shapes[block]))
+            for blocks in self._blocks_by_term(name)
         )
 
-    def _blocks_by_group(self, name: str) -> list[list[str]]:
+    def _blocks_by_term(self, name: str) -> list[list[str]]:
         groups = dict.fromkeys(piece.group for piece in self.grouping.pieces[name])
+        return [blocks for group in groups for blocks in self.term_blocks(group)]
+
+    def term_blocks(self, group: int) -> list[list[str]]:
+        """Return the names of the blocks of each of a group's products."""
+        count = self.specs[group].splits
         return [
             [
-                f"{group}.{index}.{block}"
-                for index, split in enumerate(self.groups[group].splits)
-                for block in split.block_shapes
+                self.block(group, term * count + index, leaf)
+                for index, split in enumerate(splits)
+                for leaf in split.block_shapes
             ]
-            for group in groups
+            for term, splits in enumerate(self.terms(group))
         ]
 
     def unit_modes(self) -> str:
@@ -205,7 +335,7 @@ class Layout:
                 (index, mode)
                 for group in self.groups
                 for index, split in enumerate(group.splits)
-                for mode, size in enumerate(split.sizes)
+                for mode, size in enumerate(split.shape)
                 if size == 1 < group.fold[mode]
             }
         )
@@ -217,9 +347,18 @@ class Layout:
     @property
     def num_parameters(self) -> int:
         """Trainable entries of all blocks."""
-        return sum(group.num_parameters for group in self.groups)
+        return sum(map(math.prod, self.factor_shapes.values()))
 
     @property
     def num_dense(self) -> int:
         """Entries of all adapted weights."""
         return sum(map(math.prod, self.shapes.values()))
+
+
+def _frozen_of(spec: Spec) -> list[tuple[int, str, str]]:
+    """List split, block and source of every frozen block of a group, terms included."""
+    return [
+        (term * spec.splits + int(block.partition(".")[0]), block.partition(".")[2], source)
+        for term in range(spec.terms)
+        for block, source in spec.frozen
+    ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from superlora._backend import Array, backend_of, zeros
-from superlora.shapes import frozen
+from superlora.shapes import hashable
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,6 @@ def map_from_dict(values: object) -> Map:
             f"its file is read: got {name!r}"
         )
     try:
-        return Map._known[name](**{key: frozen(value) for key, value in fields.items()})
+        return Map._known[name](**{key: hashable(value) for key, value in fields.items()})
     except TypeError as error:
         raise ValueError(f"map {name} has wrong fields: {error}") from None

@@ -9,10 +9,16 @@ import numpy
 
 from superlora._backend import Array, backend_of
 from superlora.describe import describe
+from superlora.frozen import frozen_blocks
 from superlora.init import init_factors
 from superlora.layout import Layout
-from superlora.maps import Identity
-from superlora.reconstruct import apply_factored, group_vector, scaled, weight_delta
+from superlora.reconstruct import (
+    apply_factored,
+    group_vector,
+    low_rank_factors,
+    scaled,
+    weight_delta,
+)
 from superlora.spec import Spec
 
 
@@ -91,8 +97,13 @@ class Plan:
         return dict(self.layout.factor_shapes)
 
     @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every frozen block by name."""
+        return {name: self.layout.block_shapes[name] for name in self.layout.frozen}
+
+    @property
     def scale(self) -> float:
-        """The number s in front of the equation."""
+        """The number s in front of the equation, where no override says another."""
         return self.spec.scaling
 
     def __repr__(self) -> str:
@@ -137,6 +148,41 @@ class Plan:
         """
         return init_factors(self.layout, seed, like)
 
+    def frozen(
+        self, weights: Mapping[str, Array] | None = None, like: Any = numpy.float32
+    ) -> dict[str, Array]:
+        """Make the blocks that the spec freezes; merge them with the factors.
+
+        Parameters
+        ----------
+        weights : mapping of str to array, (output width, input width), optional
+            The weights themselves, where the spec asks for their singular vectors.
+        like : array or dtype
+            Library, dtype and device of the result.
+
+        Returns
+        -------
+        dict of str to array
+            One array for each of `frozen_shapes`, except blocks that are
+            ``"stored"``, whose values are the user's.
+
+        Raises
+        ------
+        TypeError
+            If `like` is not of a floating-point type.
+        ValueError
+            If a weight is missing, or has another shape.
+
+        Examples
+        --------
+        >>> import superlora as sl
+        >>> plan = sl.Plan(sl.vera(rank=2), {"q": (6, 4), "v": (3, 4)})
+        >>> blocks = {**plan.init(seed=0), **plan.frozen()}
+        >>> plan.delta(blocks, "v").shape
+        (3, 4)
+        """
+        return frozen_blocks(self.layout, weights, like)
+
     def delta(self, factors: Mapping[str, Array], name: str, scale: float | None = None) -> Array:
         """Form the update of one weight; no other weight's is formed.
 
@@ -164,7 +210,42 @@ class Plan:
             If a block is missing or has another shape.
         """
         self._check(factors, name)
-        return weight_delta(self.layout, factors, name, self.scale if scale is None else scale)
+        return weight_delta(self.layout, factors, name, self._scaling(name, scale))
+
+    def _scaling(self, name: str, scale: float | None) -> float:
+        return self.layout.scaling(name) if scale is None else scale
+
+    def low_rank(
+        self, factors: Mapping[str, Array], name: str, scale: float | None = None
+    ) -> tuple[Array, Array] | None:
+        """Write one weight's update as a product of two thin matrices, where its fold allows.
+
+        Parameters
+        ----------
+        factors : mapping of str to array
+            At least the blocks of the weight's groups.
+        name : str
+            The weight.
+        scale : float, optional
+            Takes the place of the spec's scale.
+
+        Returns
+        -------
+        pair of arrays, (output width, q) and (input width, q), or None
+            ``ΔW = left @ rightᵀ``, which is never formed; None where the last mode of the
+            fold does not divide the input width, or q would not be below both widths.
+
+        Raises
+        ------
+        KeyError
+            If the plan has no weight of that name.
+        TypeError
+            If the factors are of different libraries.
+        ValueError
+            If a block is missing or has another shape.
+        """
+        self._check(factors, name)
+        return low_rank_factors(self.layout, factors, name, self._scaling(name, scale))
 
     def deltas(self, factors: Mapping[str, Array], scale: float | None = None) -> dict[str, Array]:
         """Form the updates of all weights.
@@ -190,26 +271,21 @@ class Plan:
         """
         for name in self.layout.shapes:
             self._check(factors, name)
-        number = self.scale if scale is None else scale
-        if isinstance(self.spec.map, Identity):
-            return {
-                name: weight_delta(self.layout, factors, name, number)
-                for name in self.layout.shapes
-            }
-        return self._deltas_of_mapped_groups(factors, number)
-
-    def _deltas_of_mapped_groups(
-        self, factors: Mapping[str, Array], scale: float
-    ) -> dict[str, Array]:
-        vectors = [
-            group_vector(self.layout, factors, group) for group in range(len(self.layout.groups))
-        ]
+        vectors = {
+            group: group_vector(self.layout, factors, group)
+            for group in range(len(self.layout.groups))
+            if not self.layout.identity(group)
+        }
         deltas = {}
         for name, pieces in self.layout.grouping.pieces.items():
-            library = backend_of(vectors[pieces[0].group])
+            number = self._scaling(name, scale)
+            if pieces[0].group not in vectors:
+                deltas[name] = weight_delta(self.layout, factors, name, number)
+                continue
             runs = [vectors[piece.group][piece.start : piece.stop] for piece in pieces]
+            library = backend_of(*runs)
             delta = library.reshape(library.concatenate(runs, axis=0), self.layout.shapes[name])
-            deltas[name] = scaled(delta, scale)
+            deltas[name] = scaled(delta, number)
         return deltas
 
     def apply(
@@ -254,7 +330,7 @@ class Plan:
         multiplications, the factors are applied; else the weight's update is formed.
         """
         self._check(factors, name)
-        number = self.scale if scale is None else scale
+        number = self._scaling(name, scale)
         backend_of(x, *(factors[block] for block in self.blocks_of(name)))
         columns = self.layout.shapes[name][1]
         if x.shape[-1:] != (columns,):
@@ -278,7 +354,7 @@ class Plan:
         Returns
         -------
         tuple of str
-            Keys of `factor_shapes`.
+            Keys of `factor_shapes` and `frozen_shapes`.
 
         Raises
         ------
@@ -291,9 +367,13 @@ class Plan:
         blocks = self.blocks_of(name)
         for block in blocks:
             if block not in factors:
-                raise ValueError(f"factors must hold {block!r}, a block of {name!r}: it is missing")
+                frozen = block in self.layout.frozen
+                raise ValueError(
+                    f"factors must hold {block!r}, a {'frozen ' * frozen}block of {name!r}: it is "
+                    f"missing{'; Plan.frozen makes those' * frozen}"
+                )
             backend_of(factors[block])
-            expected, got = self.layout.factor_shapes[block], tuple(factors[block].shape)
+            expected, got = self.layout.block_shapes[block], tuple(factors[block].shape)
             if got != expected:
                 raise ValueError(f"factors[{block!r}] must have shape {expected}: got {got}")
         backend_of(*(factors[block] for block in blocks))

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from superlora._backend import Array, backend_of
 from superlora.folding import ravel
-from superlora.kronecker import kronecker
+from superlora.kronecker import hadamard, khatri_rao_columns, kronecker
 from superlora.layout import Layout
-from superlora.maps import Identity
 from superlora.slicing import Box
-from superlora.splitting import Split
 from superlora.tucker import open_last_mode, tucker
 
-# One split's blocks: its core, None where superdiagonal, and a factor a mode,
+# One split's blocks: its core, None where it is the identity, and a factor a mode,
 # None where un-factored.
 Blocks = tuple[Array | None, list[Array | None]]
 
 
 def group_tensor(layout: Layout, factors: Mapping[str, Array], group: int) -> Array:
-    """Reconstruct a group's folded tensor, the Kronecker product of its splits.
+    """Reconstruct a group's folded tensor: the products of its splits, summed.
 
     Parameters
     ----------
@@ -35,7 +36,11 @@ def group_tensor(layout: Layout, factors: Mapping[str, Array], group: int) -> Ar
     array, (D_1, …, D_M)
         Before map and scale.
     """
-    return kronecker([tucker(core, planes) for core, planes in _blocks(layout, factors, group)])
+    product = _product_of(layout, group)
+    return _total(
+        product([tucker(core, planes) for core, planes in term])
+        for term in _blocks(layout, factors, group)
+    )
 
 
 def weight_delta(layout: Layout, factors: Mapping[str, Array], name: str, scale: float) -> Array:
@@ -59,7 +64,7 @@ def weight_delta(layout: Layout, factors: Mapping[str, Array], name: str, scale:
     """
     runs = []
     for piece in layout.grouping.pieces[name]:
-        if isinstance(layout.spec.map, Identity):
+        if layout.identity(piece.group):
             blocks = _blocks(layout, factors, piece.group)
             part = layout.piece_slice(piece)
             parts = [ravel(_box_tensor(layout, blocks, piece.group, box)) for box in part.boxes]
@@ -87,7 +92,7 @@ def group_vector(layout: Layout, factors: Mapping[str, Array], group: int) -> Ar
         What the weights of the group are cut from.
     """
     tensor = group_tensor(layout, factors, group)
-    return layout.spec.map.apply(ravel(tensor), layout.groups[group].size)
+    return layout.specs[group].map.apply(ravel(tensor), layout.groups[group].size)
 
 
 def apply_factored(
@@ -119,24 +124,76 @@ def apply_factored(
     open, the weight's rows of all other modes make ``R``, (output width * input
     width / g, r_M); the input's blocks of g entries meet the last factors alone.
     """
+    library = backend_of(x)
+    outputs = layout.shapes[name][0]
+    group = layout.grouping.pieces[name][0].group
+    width = layout.groups[group].fold[-1]
+    cut = library.reshape(x, (-1, width))
+    total = None
+    for term in range(layout.specs[group].terms):
+        left = scaled(_open_rows(layout, factors, name, term), scale)
+        reduced = _reduce_inputs(layout, group, _blocks(layout, factors, group)[term], cut)
+        y = library.tensordot(library.reshape(reduced, (-1, left.shape[1])), left, axes=([1], [1]))
+        total = y if total is None else total + y
+    return library.reshape(total, (*x.shape[:-1], outputs))
+
+
+def low_rank_factors(
+    layout: Layout, factors: Mapping[str, Array], name: str, scale: float
+) -> tuple[Array, Array] | None:
+    """Write one weight's update as a product of two matrices, where its fold is aligned.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    factors : mapping of str to array
+        The blocks by name.
+    name : str
+        The weight.
+    scale : float
+        The number s in front of the equation.
+
+    Returns
+    -------
+    pair of arrays, (output width, q) and (input width, q), or None
+        ``ΔW = left @ rightᵀ`` without ΔW being formed; None where the fold is not aligned
+        or q would not be less than both widths.
+    """
+    if layout.inner_width(name) >= min(layout.shapes[name]):
+        return None
+    group = layout.grouping.pieces[name][0].group
+    columns = layout.shapes[name][1]
+    width = layout.groups[group].fold[-1]
+    lefts, rights = [], []
+    for term, blocks in enumerate(_blocks(layout, factors, group)):
+        left = _open_rows(layout, factors, name, term)
+        library = backend_of(left)
+        right = _reduce_inputs(layout, group, blocks, library.eye(width, **library.context(left)))
+        right = library.reshape(right, (width, -1))
+        if columns > width:
+            blocked = library.eye(columns // width, **library.context(left))
+            right = kronecker([blocked, right])
+        lefts.append(scaled(left, scale))
+        rights.append(right)
+    library = backend_of(*lefts)
+    return library.concatenate(lefts, axis=1), library.concatenate(rights, axis=1)
+
+
+def _open_rows(layout: Layout, factors: Mapping[str, Array], name: str, term: int) -> Array:
+    """Return ``R``, (output width, input width / g * ranks), of one product of a weight."""
     rows = layout.row_slice(name)
     assert rows is not None
     group = layout.grouping.pieces[name][0].group
-    blocks = _blocks(layout, factors, group)
-    library = backend_of(x)
-    outputs = layout.shapes[name][0]
-    width = layout.groups[group].fold[-1]
+    blocks = _blocks(layout, factors, group)[term]
+    join = kronecker if layout.specs[group].combine == "kronecker" else khatri_rao_columns
     parts = []
     for box in rows.boxes:
-        opened = kronecker(_open_box(layout, blocks, group, box))
-        parts.append(library.reshape(opened, (-1, opened.shape[-1])))
+        cuts = _cut_blocks(layout, blocks, group, box)
+        opened = join([open_last_mode(core, planes[:-1]) for core, planes in cuts])
+        parts.append(backend_of(opened).reshape(opened, (-1, opened.shape[-1])))
     left = _join(parts)[rows.skip : rows.skip + rows.size]
-    left = scaled(library.reshape(left, (outputs, -1)), scale)
-    reduced = _reduce_inputs(
-        library, layout.groups[group].splits, blocks, library.reshape(x, (-1, width))
-    )
-    y = library.tensordot(library.reshape(reduced, (-1, left.shape[1])), left, axes=([1], [1]))
-    return library.reshape(y, (*x.shape[:-1], outputs))
+    return backend_of(left).reshape(left, (layout.shapes[name][0], -1))
 
 
 def scaled(x: Array, scale: float) -> Array:
@@ -144,53 +201,79 @@ def scaled(x: Array, scale: float) -> Array:
     return x if scale == 1 else x * scale
 
 
-def _reduce_inputs(
-    library: Array, splits: Sequence[Split], blocks: Sequence[Blocks], x: Array
-) -> Array:
-    if len(splits) == 1:
-        last = blocks[0][1][-1]
-        return x if last is None else library.tensordot(x, last, axes=([1], [0]))
-    x = library.reshape(x, (-1, *(split.sizes[-1] for split in splits)))
-    order = len(splits)
-    for axis, (_, planes) in enumerate(blocks):
-        if planes[-1] is not None:
-            x = library.tensordot(x, planes[-1], axes=([axis + 1], [0]))
+def _reduce_inputs(layout: Layout, group: int, blocks: Sequence[Blocks], x: Array) -> Array:
+    """Multiply by the last factors of one product, (…, g) to (…, ranks)."""
+    library = backend_of(x)
+    lasts = [planes[-1] for _, planes in blocks]
+    if layout.specs[group].combine == "hadamard":
+        eye = library.eye(x.shape[-1], **library.context(x))
+        lasts = [khatri_rao_columns([eye if last is None else last for last in lasts])]
+    if len(lasts) == 1:
+        return x if lasts[0] is None else library.tensordot(x, lasts[0], axes=([1], [0]))
+    splits = layout.terms(group)[0]
+    x = library.reshape(x, (-1, *(split.shape[-1] for split in splits)))
+    order = len(lasts)
+    for axis, last in enumerate(lasts):
+        if last is not None:
+            x = library.tensordot(x, last, axes=([axis + 1], [0]))
             back = (*range(axis + 1), order, *range(axis + 1, order))
             x = library.transpose(x, back)
-    return x
+    return library.reshape(x, (x.shape[0], math.prod(x.shape[1:])))
 
 
-def _blocks(layout: Layout, factors: Mapping[str, Array], group: int) -> list[Blocks]:
-    found: list[Blocks] = []
-    for index, split in enumerate(layout.groups[group].splits):
-        prefix = f"{group}.{index}."
-        core = factors[prefix + "core"] if split.trainable_core else None
-        planes = [
-            factors[f"{prefix}factor{mode}"] if factored else None
-            for mode, factored in enumerate(split.factored)
-        ]
-        found.append((core, planes))
+def _product_of(layout: Layout, group: int) -> Callable[[Sequence[Array]], Array]:
+    return kronecker if layout.specs[group].combine == "kronecker" else hadamard
+
+
+def _total(terms: Iterable[Array]) -> Array:
+    return functools.reduce(operator.add, terms)
+
+
+def _blocks(layout: Layout, factors: Mapping[str, Array], group: int) -> list[list[Blocks]]:
+    """Return the blocks of every split of each of a group's products."""
+    found: list[list[Blocks]] = []
+    for term, splits in enumerate(layout.terms(group)):
+        found.append([])
+        for place, split in enumerate(splits):
+            index = term * len(splits) + place
+            own = {
+                leaf: _leading(factors[layout.block(group, index, leaf)], shape)
+                for leaf, shape in split.block_shapes.items()
+            }
+            core = own.get("core")
+            planes = [own.get(f"factor{mode}") for mode in range(len(split.sizes))]
+            if split.sizes != split.shape:  # of lower order: its neighbouring modes are one
+                tensor = tucker(core, planes)
+                core = backend_of(tensor).reshape(tensor, split.shape)
+                planes = [None] * len(split.shape)
+            found[-1].append((core, planes))
     return found
 
 
-def _box_tensor(layout: Layout, blocks: Sequence[Blocks], group: int, box: Box) -> Array:
-    return kronecker([tucker(*cut) for cut in _cut_blocks(layout, blocks, group, box)])
+def _leading(block: Array, shape: tuple[int, ...]) -> Array:
+    """Return a tied block's leading slices, the block itself where it is of that shape."""
+    if tuple(block.shape) == shape:
+        return block
+    return block[tuple(slice(size) for size in shape)]
 
 
-def _open_box(layout: Layout, blocks: Sequence[Blocks], group: int, box: Box) -> list[Array]:
-    cuts = _cut_blocks(layout, blocks, group, box)
-    return [open_last_mode(core, planes[:-1]) for core, planes in cuts]
+def _box_tensor(layout: Layout, blocks: Sequence[Sequence[Blocks]], group: int, box: Box) -> Array:
+    product = _product_of(layout, group)
+    return _total(
+        product([tucker(*cut) for cut in _cut_blocks(layout, term, group, box)]) for term in blocks
+    )
 
 
 def _cut_blocks(layout: Layout, blocks: Sequence[Blocks], group: int, box: Box) -> list[Blocks]:
     """Slice every split's blocks to its digits of a box over the leading modes."""
-    splits = layout.groups[group].splits
+    splits = layout.terms(group)[0]
+    product = layout.specs[group].combine == "kronecker"
     cuts = []
     for index, (core, planes) in enumerate(blocks):
-        digits = box[index :: len(splits)]
+        digits = box[index :: len(splits)] if product else box
         planes = list(planes)
         for mode, (first, last) in enumerate(digits):
-            if last - first == splits[index].sizes[mode]:
+            if last - first == splits[index].shape[mode]:
                 continue
             plane = planes[mode]
             if plane is not None:

@@ -22,7 +22,7 @@ _LARGEST_TRIAL_DIVISOR = 1 << 20
 _LOPSIDED = 1.25
 
 
-def frozen(value: Any) -> Any:
+def hashable(value: Any) -> Any:
     """Return lists as tuples, at any depth, and numbers as Python's own.
 
     Parameters
@@ -36,7 +36,7 @@ def frozen(value: Any) -> Any:
         A hashable value, where the items are.
     """
     if isinstance(value, (list, tuple)):
-        return tuple(map(frozen, value))
+        return tuple(map(hashable, value))
     if isinstance(value, bool):
         return value
     if isinstance(value, numbers.Integral):
@@ -265,6 +265,46 @@ def split_modes(fold: Sequence[int], splits: int) -> tuple[Shape, ...]:
     """
     per_mode = [balanced(mode, splits) for mode in fold]
     return tuple(tuple(sizes[k] for sizes in per_mode) for k in range(splits))
+
+
+def bounded_splits(fold: Sequence[int], splits: int, bound: int | None) -> tuple[Shape, ...]:
+    """Factor every mode of a fold over the splits, the first of bounded size.
+
+    Parameters
+    ----------
+    fold : sequence of int, M modes
+        The mode sizes ``D_m``.
+    splits : int
+        Number of splits K.
+    bound : int or None
+        Of every mode the first split takes `bound` where that divides it, else the
+        largest divisor below it, but never more than the rest where there are two
+        splits: LyCORIS' factorisation. None is `split_modes`.
+
+    Returns
+    -------
+    tuple of K tuples of int
+        ``sizes[k][m]`` with ``prod_k sizes[k][m] == fold[m]``.
+
+    Examples
+    --------
+    >>> bounded_splits((768, 768), 2, 8)
+    ((8, 8), (96, 96))
+    >>> bounded_splits((128, 250), 2, 16)
+    ((8, 10), (16, 25))
+    """
+    if bound is None:
+        return split_modes(fold, splits)
+    first = []
+    for mode in fold:
+        divisor = max(d for d in divisors(mode) if d <= bound)
+        if splits == 2:
+            if mode % bound:
+                divisor = max(d for d in divisors(mode) if d <= bound and d * d <= mode)
+            divisor = min(divisor, mode // divisor)
+        first.append(divisor)
+    rest = [mode // divisor for mode, divisor in zip(fold, first, strict=True)]
+    return (tuple(first), *split_modes(rest, splits - 1))
 
 
 def _is_degenerate(sizes: Sequence[Shape]) -> bool:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from superlora import _checks as checks
+from superlora._checks import Rank
 from superlora.maps import Identity, Map, map_from_dict
-from superlora.shapes import check_count, frozen
-
-Rank = int | str | tuple[Any, ...]
-
-_GROUPS = ("weight", "layer")
-_FOLDS = ("natural", "stack", "balanced", "aligned")
-_CORES = ("identity", "full")
-_CUTS = ("even", "pad")
-# Array libraries bound the number of axes; a Kronecker product takes two a mode.
-_MOST = 16
+from superlora.shapes import hashable
 
 
 @dataclass(frozen=True)
@@ -35,23 +28,50 @@ class Spec:
         ``"full"`` leaves every split un-factored: dense. A tuple has one entry
         a split, each an integer, ``"full"``, or a tuple with one entry a mode;
         with ``splits=1`` the outer tuple may be left out.
-    order : int
-        Number of modes M of the fold, 1 to 16.
+    order : int or tuple of int
+        Number of modes M of the fold, 1 to 16. A tuple gives every split its own
+        order, and the fold the largest of them: a split of lower order has
+        neighbouring modes of the fold as one.
     splits : int
-        Number of factors K of the Kronecker product, 1 to 16.
+        Number of factors K of the product, 1 to 16.
     groups : {"weight", "layer"} or int
         Which updates share one tensor: each its own, one a layer, or that many
         contiguous pieces G of all updates, whatever the weights' boundaries.
-    fold : {"natural", "stack", "balanced", "aligned"} or tuple of int
+    fold : {"natural", "stack", "balanced", "aligned"} or tuple
         ``"natural"`` keeps one weight's own modes; ``"stack"`` concatenates
         weights of equal input width (order 2) or of equal shape (order 3);
         ``"balanced"`` makes the modes nearly equal; ``"aligned"`` does so with a
         last mode that divides every input width, so that whole weights can be
-        applied as factors; a tuple says the mode sizes. A fold of order 1 is the vector itself.
-    core : {"identity", "full"} or None
-        ``"identity"`` is the frozen superdiagonal core: LoRA for M = 2, CP above.
-        None takes the paper's choice, identity up to M = 2 and full above, and
-        full wherever the ranks of a split differ between its modes.
+        applied as factors. A tuple of integers says the mode sizes, a tuple of
+        tuples the mode sizes of every split. A fold of order 1 is the vector itself.
+    core : {"identity", "diagonal", "full"}, None, or a tuple with one of these a split
+        ``"identity"`` is the fixed superdiagonal core of ones: LoRA for M = 2, CP
+        above; ``"diagonal"`` has trainable numbers there. None takes the paper's
+        choice, identity up to M = 2 and full above, and full wherever the ranks of
+        a split differ between its modes.
+    combine : {"kronecker", "hadamard"}
+        How the splits are multiplied; for ``"hadamard"`` each has the whole fold.
+    terms : int
+        Number of such products that are summed, 1 to 16. Split k of term t has the
+        index ``t * splits + k`` in the names of its blocks.
+    first_split : int, optional
+        Bound on the mode sizes of the first split: in every mode it takes this
+        divisor, or the largest below it, as LoKr's ``factor``. None balances the
+        splits.
+    dense_from : {"rank", "half"}
+        From which integer rank a matrix split is dense: above the smaller mode, where
+        a factorisation says no more, or from half of the larger mode, LoKr's rule.
+    frozen : mapping of str to str
+        Blocks that are fixed, ``"split.block"``, and where they come from:
+        ``"random"`` (normal, from `seed`), ``"ones"``, ``"stored"`` (in the
+        adapter's file), or the leading singular vectors of the weight itself:
+        ``"singular"``, times the singular values (``"singular_scaled"``) or their
+        roots (``"singular_root"``).
+    tied : sequence of str
+        Blocks that all groups share, ``"split.block"``. The largest group has the
+        whole block, a smaller one its leading slices.
+    seed : int
+        Of the random frozen blocks, in [0, 2**64).
     ratio : float
         Entries before the map over entries after it, in (0, 1].
     map : Map
@@ -62,6 +82,10 @@ class Spec:
         The scale itself. Neither given: 1.
     cut : {"even", "pad"}
         How an integer `groups` cuts a total that it does not divide.
+    overrides : mapping of str to mapping
+        Other fields for some weights: a regular expression that matches a whole
+        name or its end after a dot, and the fields that differ. The first that
+        matches counts. Weights with the same fields make up groups among themselves.
 
     Raises
     ------
@@ -70,9 +94,10 @@ class Spec:
 
     Notes
     -----
-    The equation, [1]_ Section 2::
+    The equation, [1]_ Section 2, with sums of terms and the Hadamard product as
+    further choices::
 
-        dW_group = scale * F( kron_k( C_k x_1 A_k1 ... x_M A_kM ) )
+        dW_group = scale * F( sum_t kron_k( C_tk x_1 A_tk1 ... x_M A_tkM ) )
 
     References
     ----------
@@ -84,47 +109,129 @@ class Spec:
     >>> spec = Spec(rank=4, order=3, groups=1, fold="balanced")
     >>> Spec.from_dict(spec.to_dict()) == spec
     True
+    >>> Spec(rank=8, alpha=16, overrides={"query": {"rank": 4}}).of("0.query").scaling
+    4.0
     """
 
     rank: Rank = 4
-    order: int = 2
+    order: int | tuple[int, ...] = 2
     splits: int = 1
     groups: str | int = "weight"
-    fold: str | tuple[int, ...] = "natural"
-    core: str | None = None
+    fold: str | tuple[Any, ...] = "natural"
+    core: str | tuple[str | None, ...] | None = None
+    combine: str = "kronecker"
+    terms: int = 1
+    first_split: int | None = None
+    dense_from: str = "rank"
+    frozen: Any = ()
+    tied: Any = ()
+    seed: int = 0
     ratio: float = 1.0
     map: Map = field(default_factory=Identity)
     alpha: float | None = None
     scale: float | None = None
     cut: str = "even"
+    overrides: Any = ()
 
     def __post_init__(self) -> None:
+        for name in ("frozen", "overrides"):
+            object.__setattr__(self, name, checks.pairs(name, getattr(self, name)))
         for item in dataclasses.fields(self):
             if item.name != "map":
-                object.__setattr__(self, item.name, frozen(getattr(self, item.name)))
-        for name in ("order", "splits"):
-            if check_count(name, getattr(self, name)) > _MOST:
-                raise ValueError(f"{name} must be at most {_MOST}: got {getattr(self, name)}")
-        _check_groups(self.groups)
-        _check_choice("core", self.core, (*_CORES, None))
-        _check_choice("cut", self.cut, _CUTS)
-        _check_fold(self.fold, self.order)
+                object.__setattr__(self, item.name, hashable(getattr(self, item.name)))
+        checks.check_counts(self)
+        checks.check_groups(self.groups)
+        checks.check_choices(self)
+        checks.check_fold(self)
         self.split_ranks  # noqa: B018  (raises for a wrongly nested rank)
-        _check_map(self.map, self.ratio)
-        _check_scale(self)
+        checks.check_map(self.map, self.ratio)
+        checks.check_scale(self)
+        checks.check_blocks(self)
+        for pattern, fields in self.overrides:
+            self._check_override(pattern, fields)
+
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """The order of every split."""
+        return self.order if isinstance(self.order, tuple) else (self.order,) * self.splits
+
+    @property
+    def modes(self) -> int:
+        """The order of the fold, the largest of the splits'."""
+        return max(self.orders)
+
+    @property
+    def cores(self) -> tuple[str | None, ...]:
+        """The kind of core of every split."""
+        return self.core if isinstance(self.core, tuple) else (self.core,) * self.splits
 
     @property
     def split_ranks(self) -> tuple[Any, ...]:
         """One entry for each split: an int, ``"full"``, or a tuple with one entry a mode."""
-        return _split_ranks(self.rank, self.order, self.splits)
+        return checks.split_ranks(self.rank, self.orders)
 
     @property
     def scaling(self) -> float:
         """The number s in front of the equation, resolved from `scale` and `alpha`."""
         if self.alpha is not None:
-            (rank,) = _integers(self.rank)
+            (rank,) = checks.integers_in(self.rank)
             return self.alpha / rank
         return 1.0 if self.scale is None else self.scale
+
+    def of(self, name: str) -> Spec:
+        """Return the spec of one weight, without overrides.
+
+        Parameters
+        ----------
+        name : str
+            The weight's dotted name.
+
+        Returns
+        -------
+        Spec
+            This spec with the fields of the first override that matches `name`.
+        """
+        matched = self.override_of(name)
+        return self._with({} if matched is None else dict(self.overrides)[matched])
+
+    def override_of(self, name: str) -> str | None:
+        """Return the pattern of the override that a weight takes, if any.
+
+        Parameters
+        ----------
+        name : str
+            The weight's dotted name.
+
+        Returns
+        -------
+        str or None
+            The first that matches.
+        """
+        patterns = (pattern for pattern, _ in self.overrides)
+        return next((p for p in patterns if re.fullmatch(rf"(?:.*\.)?(?:{p})", name)), None)
+
+    def _with(self, changes: Any) -> Spec:
+        changes = dict(changes)
+        if "scale" in changes or "alpha" in changes:  # one takes the place of the other
+            changes = {"scale": None, "alpha": None, **changes}
+        return self.replace(**{**changes, "overrides": ()})
+
+    def _check_override(self, pattern: str, changes: Any) -> None:
+        known = {item.name for item in dataclasses.fields(self)} - {"overrides"}
+        place = f"overrides[{pattern!r}]"
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{place} must be a valid regular expression: {error}") from None
+        unknown = sorted(set(dict(changes)) - known)
+        if unknown:
+            raise ValueError(f"{place} must change fields of a spec: got {unknown}")
+        try:
+            other = self._with(changes)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{place}: {error}") from None
+        if self.scaling == 0 != other.scaling:
+            raise ValueError(f"{place} must not change the scale where that of the spec is 0")
 
     def replace(self, **changes: Any) -> Spec:
         """Return a copy with some values changed, checked again.
@@ -149,12 +256,9 @@ class Spec:
         dict
             Every field; tuples become lists, the map its own dict.
         """
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         return {
-            **values,
-            "rank": _thaw(self.rank),
-            "fold": _thaw(self.fold),
-            "map": self.map.to_dict(),
+            item.name: _plain(item.name, getattr(self, item.name))
+            for item in dataclasses.fields(self)
         }
 
     @classmethod
@@ -184,103 +288,28 @@ class Spec:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"spec must have only the fields {sorted(known)}: got also {unknown}")
-        fields = dict(values)
-        if "map" in fields:
-            fields["map"] = map_from_dict(fields["map"])
-        return cls(**fields)
+        return cls(**_parsed(values))
 
 
-def _thaw(value: Any) -> Any:
-    return [_thaw(item) for item in value] if isinstance(value, tuple) else value
+def _plain(name: str, value: Any) -> Any:
+    if name == "map":
+        return value.to_dict()
+    if name == "frozen":
+        return dict(value)
+    if name == "overrides":
+        return {
+            pattern: {key: _plain(key, item) for key, item in fields} for pattern, fields in value
+        }
+    return [_plain("", item) for item in value] if isinstance(value, tuple) else value
 
 
-def _check_choice(name: str, value: object, choices: tuple[Any, ...], other: str = "") -> None:
-    if value not in choices:
-        listed = " ".join([", ".join(map(repr, choices)), other]).strip()
-        raise ValueError(f"{name} must be one of {listed}: got {value!r}")
-
-
-def _check_groups(groups: object) -> None:
-    if isinstance(groups, str):
-        _check_choice("groups", groups, _GROUPS, "or an integer")
-    elif isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"groups must be 'weight', 'layer' or an integer: got {groups!r}")
-    else:
-        check_count("groups", groups)
-
-
-def _check_fold(fold: object, order: int) -> None:
-    if isinstance(fold, str):
-        _check_choice("fold", fold, _FOLDS)
-        return
-    if not isinstance(fold, tuple):
-        raise TypeError(f"fold must be one of {_FOLDS} or a tuple of mode sizes: got {fold!r}")
-    if len(fold) != order:
-        raise ValueError(f"fold must have {order} modes, the order: got {tuple(fold)}")
-    for mode, size in enumerate(fold):
-        check_count(f"fold[{mode}]", size)
-
-
-def _check_one_rank(name: str, rank: object) -> None:
-    if isinstance(rank, str):
-        _check_choice(name, rank, ("full",), "or an integer")
-    else:
-        check_count(name, rank)
-
-
-def _split_ranks(rank: Rank, order: int, splits: int) -> tuple[Any, ...]:
-    if not isinstance(rank, tuple):
-        _check_one_rank("rank", rank)
-        return (rank,) * splits
-    # One split's modes, without the outer tuple; (r,) is that split's rank.
-    bare = not any(isinstance(item, tuple) for item in rank)
-    if splits == 1 and bare and (len(rank) != 1 or order == 1):
-        rank = (rank,)
-    if len(rank) != splits:
-        raise ValueError(f"rank must have one entry for each of {splits} splits: got {rank}")
-    for split, item in enumerate(rank):
-        if not isinstance(item, tuple):
-            _check_one_rank(f"rank[{split}]", item)
-            continue
-        if len(item) != order:
-            raise ValueError(
-                f"rank[{split}] must have one entry for each of {order} modes: got {item}"
-            )
-        for mode, value in enumerate(item):
-            _check_one_rank(f"rank[{split}][{mode}]", value)
-    return rank
-
-
-def _check_map(fixed: object, ratio: object) -> None:
-    if not isinstance(fixed, Map):
-        raise TypeError(f"map must be a superlora.maps.Map: got {fixed!r}")
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-        raise ValueError(f"ratio must be in (0, 1]: got {ratio!r}")
-    if isinstance(fixed, Identity) and ratio != 1:
-        raise ValueError(
-            f"ratio must be 1 with map=Identity(), which has as many entries after as before: "
-            f"got {ratio}"
-        )
-
-
-def _check_scale(spec: Spec) -> None:
-    for name in ("alpha", "scale"):
-        value = getattr(spec, name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number: got {value!r}")
-        if not abs(value) <= sys.float_info.max:
-            raise ValueError(f"{name} must be finite: got {value}")
-    if spec.alpha is None:
-        return
-    if spec.scale is not None:
-        raise ValueError(f"alpha must not be given beside scale={spec.scale}: got {spec.alpha}")
-    if len(_integers(spec.rank)) != 1:
-        raise ValueError(f"alpha must come with one integer rank: got rank={spec.rank!r}")
-
-
-def _integers(rank: object) -> set[int]:
-    if isinstance(rank, tuple):
-        return set().union(*map(_integers, rank))
-    return {rank} if isinstance(rank, int) else set()
+def _parsed(values: Mapping[str, Any]) -> dict[str, Any]:
+    fields = dict(values)
+    if "map" in fields:
+        fields["map"] = map_from_dict(fields["map"])
+    if isinstance(fields.get("overrides"), Mapping):
+        fields["overrides"] = {
+            pattern: _parsed(changes) if isinstance(changes, Mapping) else changes
+            for pattern, changes in fields["overrides"].items()
+        }
+    return fields

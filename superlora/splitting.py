@@ -13,49 +13,57 @@ from superlora.shapes import (
     aligned_splits,
     balanced,
     balanced_splits,
+    bounded_splits,
     ceil_divide,
-    split_modes,
 )
 from superlora.spec import Spec
 
 
 @dataclass(frozen=True)
 class Split:
-    """One Tucker factorisation of the Kronecker product.
+    """One Tucker factorisation of the product.
 
     Attributes
     ----------
+    shape : tuple of int
+        Its mode sizes as the product takes them, one for each mode of the fold.
     sizes : tuple of M int
-        Mode sizes ``d_km``.
+        Mode sizes ``d_km`` that are factored: `shape`, or fewer modes where its own
+        order is lower.
     ranks : tuple of M int
         Core sizes ``r_km``; equal to the mode's size where it is un-factored.
     factored : tuple of M bool
-        Whether mode m has a trainable factor ``A_km``; else it is the identity.
-    trainable_core : bool
-        False for the superdiagonal core, which is not stored.
+        Whether mode m has a factor ``A_km``; else it is the identity.
+    core : str
+        ``"full"``; ``"diagonal"``, stored as a vector; or ``"identity"``, not stored.
     capped : bool
         Whether an integer rank exceeded a mode's size here.
     """
 
+    shape: Shape
     sizes: Shape
     ranks: Shape
     factored: tuple[bool, ...]
-    trainable_core: bool
+    core: str
     capped: bool = False
 
     @functools.cached_property
     def block_shapes(self) -> dict[str, Shape]:
-        """Shapes of the trainable blocks: ``core`` (r_1, …, r_M), ``factorM`` (d_m, r_m)."""
-        blocks: dict[str, Shape] = {"core": self.ranks} if self.trainable_core else {}
+        """Shapes of the blocks: ``core`` (r_1, …, r_M), ``factorM`` (d_m, r_m)."""
+        blocks: dict[str, Shape] = {}
+        if self.core != "identity":
+            blocks["core"] = self.ranks if self.core == "full" else self.ranks[:1]
         for mode, (size, rank) in enumerate(zip(self.sizes, self.ranks, strict=True)):
             if self.factored[mode]:
                 blocks[f"factor{mode}"] = (size, rank)
         return blocks
 
     @property
-    def num_parameters(self) -> int:
-        """Trainable entries."""
-        return sum(map(math.prod, self.block_shapes.values()))
+    def last(self) -> tuple[int, int, bool]:
+        """Size and rank of the last mode, and whether the product takes its factor apart."""
+        if self.sizes != self.shape:  # the product takes it as a dense tensor
+            return self.shape[-1], self.shape[-1], False
+        return self.sizes[-1], self.ranks[-1], self.factored[-1]
 
 
 @dataclass(frozen=True)
@@ -67,19 +75,14 @@ class Group:
     size : int
         Entries after the map: what the weights of the group hold.
     fold : tuple of M int
-        Mode sizes ``D_m = prod_k d_km`` before the map.
+        Mode sizes ``D_m`` before the map.
     splits : tuple of Split
-        The K factors of the Kronecker product.
+        The K factors of each of the products that are summed, one after the other.
     """
 
     size: int
     fold: Shape
     splits: tuple[Split, ...]
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable entries."""
-        return sum(split.num_parameters for split in self.splits)
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,14 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
     """
     held = members.padded or size
     before = held if isinstance(spec.map, Identity) else _scaled(spec.ratio, held)
-    sizes = _split_sizes(spec, before, members)
+    if spec.combine == "kronecker":
+        sizes = _split_sizes(spec, spec.splits, before, members)
+        fold = tuple(map(math.prod, zip(*sizes, strict=True)))
+    else:
+        (fold,) = _split_sizes(spec, 1, before, members)
+        sizes = (fold,) * spec.splits
     for index, split in enumerate(sizes):
-        if len(sizes) > 1 and math.prod(split) == 1:
+        if len(sizes) > 1 and math.prod(split) == 1 and spec.combine == "kronecker":
             raise ValueError(
                 f"splits must leave every split more than one entry: got split {index} of size 1 "
                 f"in every mode for a fold of {before} entries; use fewer splits"
@@ -127,29 +135,41 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
         _make_split(spec, index, split_sizes, rank)
         for index, (split_sizes, rank) in enumerate(zip(sizes, spec.split_ranks, strict=True))
     )
-    fold = tuple(map(math.prod, zip(*sizes, strict=True)))
-    return Group(size, fold, splits)
+    return Group(size, fold, splits * spec.terms)
 
 
-def _split_sizes(spec: Spec, before: int, members: Members) -> tuple[Shape, ...]:
+def _split_sizes(spec: Spec, splits: int, before: int, members: Members) -> tuple[Shape, ...]:
+    fold: Shape
     if isinstance(spec.fold, tuple):
-        return split_modes(_check_explicit(spec.fold, before), spec.splits)
+        return _check_explicit(spec, splits, before)
+    if spec.fold == "balanced" and spec.first_split is None:
+        return balanced_splits(before, spec.modes, splits)
     if spec.fold == "balanced":
-        return balanced_splits(before, spec.order, spec.splits)
-    if spec.order == 1:
-        return split_modes((before,), spec.splits)
-    if not isinstance(spec.map, Identity):
+        fold = balanced_splits(before, spec.modes, 1)[0]
+    elif spec.modes == 1:
+        fold = (before,)
+    elif not isinstance(spec.map, Identity):
         raise ValueError(
             f"fold must be 'balanced' or a tuple with map={type(spec.map).__name__}, whose fold is "
             f"not the weights' own: got {spec.fold!r}"
         )
-    if spec.fold == "aligned":
-        return aligned_splits(before, spec.order, spec.splits, members.divisor)
-    fold = _natural(spec, members) if spec.fold == "natural" else _stack(spec, before, members)
-    return split_modes(fold, spec.splits)
+    elif spec.fold == "aligned":
+        if spec.first_split is None:
+            return aligned_splits(before, spec.modes, splits, members.divisor)
+        fold = aligned_splits(before, spec.modes, 1, members.divisor)[0]
+    else:
+        fold = _natural(spec, members) if spec.fold == "natural" else _stack(spec, before, members)
+    return bounded_splits(fold, splits, spec.first_split)
 
 
-def _check_explicit(fold: Shape, before: int) -> Shape:
+def _check_explicit(spec: Spec, splits: int, before: int) -> tuple[Shape, ...]:
+    assert isinstance(spec.fold, tuple)
+    if isinstance(spec.fold[0], tuple):
+        sizes: tuple[Shape, ...] = spec.fold
+        fold = tuple(map(math.prod, zip(*sizes, strict=True)))
+    else:
+        fold = spec.fold
+        sizes = bounded_splits(fold, splits, spec.first_split)
     if math.prod(fold) < before:
         raise ValueError(
             f"fold must cover the group: expected at least {before} entries, got {fold} with "
@@ -163,7 +183,7 @@ def _check_explicit(fold: Shape, before: int) -> Shape:
             f"fold[{first}] must be at most {needed}, beyond which no slice of mode {first} holds "
             f"any of the {before} entries: got {fold[first]}"
         )
-    return fold
+    return sizes
 
 
 def _scaled(ratio: float, entries: int) -> int:
@@ -178,21 +198,21 @@ def _natural(spec: Spec, members: Members) -> Shape:
             f"groups={spec.groups!r}; use fold='balanced', 'aligned' or 'stack'"
         )
     rows, columns = members.shapes[0]
-    output_modes = ceil_divide(spec.order, 2)
-    return balanced(rows, output_modes) + balanced(columns, spec.order - output_modes)
+    output_modes = ceil_divide(spec.modes, 2)
+    return balanced(rows, output_modes) + balanced(columns, spec.modes - output_modes)
 
 
 def _stack(spec: Spec, before: int, members: Members) -> Shape:
     distinct = sorted(set(members.shapes))
-    if spec.order == 3:
+    if spec.modes == 3:
         if len(distinct) != 1 or not members.whole or members.padded:
             raise ValueError(
                 "fold='stack' of order 3 must have whole weights of one shape in each group: got "
                 f"{distinct}{'' if members.whole else ' cut by a group boundary'}"
             )
         return (len(members.shapes), *distinct[0])
-    if spec.order != 2:
-        raise ValueError(f"fold='stack' must have order 2 or 3: got order {spec.order}")
+    if spec.modes != 2:
+        raise ValueError(f"fold='stack' must have order 2 or 3: got order {spec.modes}")
     widths = sorted({columns for _, columns in distinct})
     if len(widths) != 1 or members.divisor != widths[0]:
         raise ValueError(
@@ -202,49 +222,62 @@ def _stack(spec: Spec, before: int, members: Members) -> Shape:
     return (before // widths[0], widths[0])
 
 
-def _make_split(spec: Spec, index: int, sizes: Shape, rank: object) -> Split:
+def _make_split(spec: Spec, index: int, shape: Shape, rank: object) -> Split:
+    sizes = _neighbours(shape, spec.orders[index])
     order = len(sizes)
+    core = spec.cores[index]
     everything = (False,) * order
     if rank == "full":
-        return Split(sizes, sizes, everything, trainable_core=True)
+        return Split(shape, sizes, sizes, everything, "full")
     if order == 1:
-        return _make_vector(index, sizes, rank)
+        # A vector is its own factor: any rank above 1 is redundant (row sums of A).
+        explicit = rank[0] if isinstance(rank, tuple) else None
+        if isinstance(explicit, int) and explicit > 1:
+            raise ValueError(
+                f"rank[{index}][0] must be 1 or 'full' with order=1, a dense vector: got {explicit}"
+            )
+        return Split(shape, sizes, sizes, everything, "full")
     if isinstance(rank, int):
-        identity = spec.core == "identity" or (spec.core is None and order <= 2)
-        if identity:
+        if core in ("identity", "diagonal") or (core is None and order <= 2):
             # A matrix has rank min(sizes) at most: above it dense has fewer parameters.
-            # A CP rank has no such bound.
-            if order == 2 and rank > min(sizes):
-                return Split(sizes, sizes, everything, trainable_core=True, capped=True)
-            return Split(sizes, (rank,) * order, (True,) * order, trainable_core=False)
+            # A CP rank has no such bound. Frozen factors are not made trainable by it.
+            kept = any(key.partition(".")[0] == str(index) for key, _ in spec.frozen)
+            dense = 2 * rank >= max(sizes) if spec.dense_from == "half" else rank > min(sizes)
+            if order == 2 and dense and not kept:
+                return Split(shape, sizes, sizes, everything, "full", capped=True)
+            return Split(shape, sizes, (rank,) * order, (True,) * order, core or "identity")
         factored = tuple(rank <= size for size in sizes)
         ranks = tuple(min(rank, size) for size in sizes)
-        return Split(sizes, ranks, factored, trainable_core=True, capped=not all(factored))
+        return Split(shape, sizes, ranks, factored, "full", capped=not all(factored))
     assert isinstance(rank, tuple)
-    return _make_nested(spec, index, sizes, rank)
+    return _make_nested(spec, index, shape, sizes, rank)
 
 
-def _make_vector(index: int, sizes: Shape, rank: object) -> Split:
-    # A vector is its own factor: any rank above 1 is redundant (row sums of A).
-    explicit = rank[0] if isinstance(rank, tuple) else None
-    if isinstance(explicit, int) and explicit > 1:
-        raise ValueError(
-            f"rank[{index}][0] must be 1 or 'full' with order=1, a dense vector: got {explicit}"
-        )
-    return Split(sizes, sizes, (False,), trainable_core=True)
+def _neighbours(shape: Shape, order: int) -> Shape:
+    """Join neighbouring modes so that `order` are left, the first ones of the most."""
+    least, extra = divmod(len(shape), order)
+    counts = [least + (mode < extra) for mode in range(order)]
+    modes = iter(shape)
+    return tuple(math.prod(next(modes) for _ in range(count)) for count in counts)
 
 
-def _make_nested(spec: Spec, index: int, sizes: Shape, rank: tuple[object, ...]) -> Split:
+def _make_nested(
+    spec: Spec, index: int, shape: Shape, sizes: Shape, rank: tuple[object, ...]
+) -> Split:
     order = len(sizes)
+    core = spec.cores[index]
     uniform = len(set(rank)) == 1 and rank[0] != "full"
-    identity = spec.core == "identity" or (spec.core is None and order <= 2 and uniform)
-    if identity and not uniform:
+    if core in ("identity", "diagonal") and not uniform:
         raise ValueError(
-            f"core='identity' must have one rank for all modes of split {index}: got {rank}"
+            f"core={core!r} must have one rank for all modes of split {index}: got {rank}"
         )
-    bounded = not identity or order == 2
+    if core is None:
+        core = "identity" if order <= 2 and uniform else "full"
+    frozen = {block for block, _ in spec.frozen}
     nested = isinstance(spec.rank, tuple) and isinstance(spec.rank[index], tuple)
     place = f"rank[{index}]" if nested else "rank"
+    # A trainable core beyond a mode's size is redundant; a fixed one is not.
+    bounded = (core == "full" and f"{index}.core" not in frozen) or order == 2
     for mode, (value, size) in enumerate(zip(rank, sizes, strict=True)):
         if bounded and isinstance(value, int) and value > size:
             raise ValueError(
@@ -255,4 +288,4 @@ def _make_nested(spec: Spec, index: int, sizes: Shape, rank: tuple[object, ...])
         value if isinstance(value, int) else size for value, size in zip(rank, sizes, strict=True)
     )
     factored = tuple(isinstance(value, int) for value in rank)
-    return Split(sizes, ranks, factored, trainable_core=not identity)
+    return Split(shape, sizes, ranks, factored, core)

@@ -15,7 +15,8 @@ def tucker(core: Array | None, factors: Sequence[Array | None]) -> Array:
     ----------
     core : array, (r_1, …, r_M), or None
         None is the superdiagonal core of ones: the sum of rank-one terms (CP),
-        for M = 2 the product ``A_1 A_2ᵀ`` of LoRA.
+        for M = 2 the product ``A_1 A_2ᵀ`` of LoRA. A vector (r,) beside M > 1
+        factors is a superdiagonal core of these numbers.
     factors : sequence of M arrays (d_m, r_m), or None
         None leaves that mode un-factored: ``A_m`` is the identity, d_m = r_m.
 
@@ -57,6 +58,8 @@ def tucker(core: Array | None, factors: Sequence[Array | None]) -> Array:
     _check(core, factors)
     if core is None:
         return _canonical(library, arrays)
+    if _is_diagonal(core, factors):
+        return _canonical(library, [arrays[1] * core, *arrays[2:]])
     return _multiply_modes(library, core, factors)
 
 
@@ -114,12 +117,19 @@ def open_last_mode(core: Array | None, factors: Sequence[Array | None]) -> Array
     """
     if core is None:
         return khatri_rao([factor for factor in factors if factor is not None])
+    if len(core.shape) == 1 and factors:
+        return khatri_rao([factor for factor in factors if factor is not None]) * core
     library = backend_of(core, *(factor for factor in factors if factor is not None))
     return _multiply_modes(library, core, [*factors, None])
 
 
+def _is_diagonal(core: Array, factors: Sequence[Array | None]) -> bool:
+    return len(core.shape) == 1 < len(factors)
+
+
 def _check(core: Array | None, factors: Sequence[Array | None]) -> None:
-    if core is not None and len(core.shape) != len(factors):
+    diagonal = core is not None and _is_diagonal(core, factors)
+    if core is not None and not diagonal and len(core.shape) != len(factors):
         raise ValueError(
             f"factors must hold one factor for each of {len(core.shape)} modes of core: got "
             f"{len(factors)}"
@@ -127,14 +137,18 @@ def _check(core: Array | None, factors: Sequence[Array | None]) -> None:
     rank = None
     for mode, factor in enumerate(factors):
         if factor is None:
-            if core is None:
-                raise ValueError(f"factors[{mode}] must be an array where core is None: got None")
+            if core is None or diagonal:
+                kind = "None" if core is None else "diagonal"
+                raise ValueError(f"factors[{mode}] must be an array where core is {kind}: got None")
             continue
         if len(factor.shape) != 2:
             raise ValueError(
                 f"factors[{mode}] must have two modes (size, rank): got shape {tuple(factor.shape)}"
             )
-        rank = core.shape[mode] if core is not None else (rank or factor.shape[1])
+        if core is not None:
+            rank = core.shape[0 if diagonal else mode]
+        elif rank is None:
+            rank = factor.shape[1]
         if factor.shape[1] != rank:
             raise ValueError(
                 f"factors[{mode}] must have rank {rank} in mode {mode}: got shape "

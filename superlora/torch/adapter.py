@@ -7,21 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from superlora.errors import AdapterError
 from superlora.plan import Plan
-from superlora.reconstruct import apply_factored, weight_delta
-from superlora.torch.formed import autocasts, without_autocast
+from superlora.torch.blocks import Blocks
 from superlora.torch.freezing import Frozen, release
 from superlora.torch.layers import parameter_of
 from superlora.torch.site import Site
 
 
-class Adapter(nn.Module):
+class Adapter(Blocks):
     """The factors of a plan, attached to a model's layers.
 
     Made by `attach` and `load`. Its parameters are named like the plan's factors,
@@ -32,7 +29,7 @@ class Adapter(nn.Module):
     plan : Plan
         What lies where; its weights are named like the adapted layers.
     factors : mapping of str to torch.Tensor
-        One tensor for each of ``plan.factor_shapes``.
+        One tensor for each of ``plan.factor_shapes`` and ``plan.frozen_shapes``.
     name : str
         The attribute of the model under which the adapter is registered.
 
@@ -47,19 +44,11 @@ class Adapter(nn.Module):
     """
 
     def __init__(self, plan: Plan, factors: Mapping[str, Tensor], name: str = "superlora") -> None:
-        super().__init__()
-        self.plan = plan
+        super().__init__(plan, factors)
         self.name = name
         self.merged = False
         self._disabled = 0  # how many `disabled` blocks are open
         self._merge_again = False  # when the last of them ends
-        self._scale = plan.scale
-        self._blocks = {weight: plan.blocks_of(weight) for weight in plan.shapes}
-        # The update is linear in each block, so the scale goes into the smallest of
-        # every group: one place for forward, backward, merge and export.
-        self._scaled = {weight: plan.layout.smallest_blocks(weight) for weight in plan.shapes}
-        for weight in plan.shapes:
-            plan.layout.prepare(weight)
         self._sites: dict[str, Site] = {}
         # The model, and the module of it that registers this one; in a tuple, or
         # torch would make them submodules of their own part.
@@ -67,20 +56,6 @@ class Adapter(nn.Module):
         self._frozen: Frozen = []
         self._hook: RemovableHandle | None = None  # before the model loads a state dict
         self._order = 0  # of attachment
-        self._seed = 0  # of the initial factors
-        for block, shape in plan.factor_shapes.items():
-            factor = factors[block]
-            if tuple(factor.shape) != shape:
-                raise ValueError(
-                    f"factors[{block!r}] must have shape {shape}: got {tuple(factor.shape)}"
-                )
-            *path, leaf = block.split(".")
-            owner: nn.Module = self
-            for key in path:
-                if key not in owner._modules:
-                    owner.add_module(key, nn.Module())
-                owner = owner.get_submodule(key)
-            owner.register_parameter(leaf, nn.Parameter(factor))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x`, for a model that calls all its children: the layers do the work."""
@@ -90,7 +65,6 @@ class Adapter(nn.Module):
         # The factors are too many to list.
         return f"Adapter({self.plan!r}, scale={self.scale})"
 
-    @torch.no_grad()
     def reset(self, seed: int = 0) -> None:
         """Draw the initial factors anew, so that every update is zero.
 
@@ -106,26 +80,7 @@ class Adapter(nn.Module):
         """
         if self.merged:
             raise AdapterError(f"adapter {self.name!r} must be unmerged to be reset")
-        for block, values in self.plan.init(seed, like=numpy.float64).items():
-            self._factor(block).copy_(torch.from_numpy(values))
-
-    def _apply(self, *arguments: Any, **options: Any) -> Adapter:
-        empty = any(parameter.is_meta for parameter in self.parameters())
-        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
-        # Memory given to factors that had none (`Module.to_empty`) holds anything.
-        if empty and not any(parameter.is_meta for parameter in self.parameters()):
-            self.reset(self._seed)
-        return self
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable entries of all factors."""
-        return self.plan.num_parameters
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The factors' dtype."""
-        return next(self.parameters()).dtype
+        self.draw(seed)
 
     @property
     def active(self) -> bool:
@@ -134,7 +89,10 @@ class Adapter(nn.Module):
 
     @property
     def scale(self) -> float:
-        """The number in front of ΔW, in forward, merge and file alike; `plan` keeps its own."""
+        """The number in front of ΔW, in forward, merge and file alike; `plan` keeps its own.
+
+        Scales that the spec's overrides give some layers change in proportion.
+        """
         return self._scale
 
     @scale.setter
@@ -143,83 +101,7 @@ class Adapter(nn.Module):
             raise AdapterError("scale must be set on an unmerged adapter: call unmerge() first")
         if value is None:
             raise TypeError("scale must be a number: got None")
-        self._scale = self.plan.spec.replace(alpha=None, scale=value).scaling
-
-    def factors(self) -> dict[str, nn.Parameter]:
-        """Return all factors by name, the form that ``Plan`` takes.
-
-        Returns
-        -------
-        dict of str to torch.nn.Parameter
-            The parameters themselves.
-        """
-        return {block: self._factor(block) for block in self.plan.factor_shapes}
-
-    def delta(self, name: str) -> Tensor:
-        """Form one layer's update.
-
-        Parameters
-        ----------
-        name : str
-            The layer's dotted name.
-
-        Returns
-        -------
-        torch.Tensor, (output width, input width)
-            ``scale * ΔW``, differentiable.
-
-        Raises
-        ------
-        KeyError
-            If the adapter has no layer of that name.
-        """
-        self.plan.blocks_of(name)  # names the layers there are, if this is none
-        device = self._factor(self._blocks[name][0]).device
-        return self.form(name, self.blocks(name, device))
-
-    def deltas(self) -> dict[str, Tensor]:
-        """Form the updates of all layers.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            ``scale * ΔW`` for each layer, (output width, input width).
-        """
-        return {name: self.delta(name) for name in self.plan.shapes}
-
-    def blocks(self, name: str, device: torch.device) -> dict[str, Tensor]:
-        """Return what one layer's update is made of: its factors, the scale multiplied in."""
-        blocks = {block: self._factor(block).to(device) for block in self._blocks[name]}
-        if self._scale != 1:
-            for block in self._scaled[name]:
-                blocks[block] = blocks[block] * self._scale
-        return blocks
-
-    def form(self, name: str, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Form one layer's update from what `blocks` gave."""
-        device = next(iter(blocks.values())).device
-        with without_autocast(device):
-            delta: Tensor = weight_delta(self.plan.layout, blocks, name, 1.0)
-        return delta
-
-    def applies_factored(self, name: str) -> bool:
-        """Return whether the layer's update is applied without being formed."""
-        return self.plan.layout.applies_factored(name)
-
-    def apply_factored(self, name: str, x: Tensor) -> Tensor:
-        """Multiply by one layer's update without forming it."""
-        blocks = self.blocks(name, x.device)
-        dtype = next(iter(blocks.values())).dtype
-        if autocasts(x.device):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            blocks = {block: factor.to(dtype) for block, factor in blocks.items()}
-        y: Tensor = apply_factored(self.plan.layout, blocks, name, x.to(dtype), 1.0)
-        return y
-
-    def _factor(self, block: str) -> nn.Parameter:
-        group, split, leaf = block.split(".")
-        owner = self._modules[group]._modules[split]  # type: ignore[union-attr]
-        return owner._parameters[leaf]  # type: ignore[union-attr, return-value]
+        self._scale = self.plan.spec.replace(alpha=None, scale=value, overrides=()).scaling
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from superlora.errors import AdapterError
+from superlora.errors import AdapterError, some
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter, adapters_of
 from superlora.torch.freezing import freeze
-from superlora.torch.layers import parameter_of, shape_of
+from superlora.torch.layers import parameter_of, shape_of, weight_of
 from superlora.torch.site import Site
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
 
@@ -73,6 +73,7 @@ def attach(
     modules = find_targets(model, targets)
     plan = Plan(spec, {target: shape_of(module) for target, module in modules.items()})
     check_free(model, host_of(model, modules), name)
+    _refuse_stored(plan)
     adapter = register(model, plan, modules, _initial(plan, modules, seed, dtype), name)
     adapter._seed = seed
     return adapter
@@ -193,11 +194,66 @@ def _initial(
         dtype = functools.reduce(torch.promote_types, weights, torch.float32)
     # Whatever contexts we are called in, the factors hold values and can be trained.
     with torch.device("cpu"), torch.inference_mode(False):
-        factors = plan.init(seed, like=torch.float64)
+        factors = plan.init(seed, like=torch.float64) | frozen_of(plan, modules)
     for block, factor in factors.items():
         device = first_weight(plan, modules, block).device
         factors[block] = factor.to(device=device, dtype=dtype)
     return factors
+
+
+def frozen_of(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Make the frozen blocks of a model's adapter, in float64 and on the CPU.
+
+    Parameters
+    ----------
+    plan : Plan
+        What lies where.
+    modules : mapping of str to torch.nn.Module
+        The layers, whose weights' singular vectors may be asked for.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        All but those that a file stores.
+
+    Raises
+    ------
+    AdapterError
+        If singular vectors are asked for and a weight lies on the meta device.
+    """
+    frozen: dict[str, Tensor] = plan.frozen(_Weights(modules), like=torch.float64)
+    return frozen
+
+
+def _refuse_stored(plan: Plan) -> None:
+    stored = [block for block, source in plan.layout.frozen.items() if source == "stored"]
+    if stored:
+        raise ValueError(
+            f"spec must say how frozen blocks are made to be attached: {some(stored)} are 'stored' "
+            "in a file"
+        )
+
+
+class _Weights(Mapping[str, Tensor]):
+    """The weights of layers by name, in single precision at least; one is read at a time."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = weight_of(self._modules[name]).detach()
+        if weight.is_meta:
+            raise AdapterError(
+                f"weights must be loaded where a spec takes their singular vectors: {name!r} lies "
+                "on the meta device"
+            )
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
 
 def first_weight(plan: Plan, modules: Mapping[str, nn.Module], block: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Mapping
@@ -14,16 +15,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
+from superlora.frozen import fingerprint
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_free, first_weight, host_of, register
+from superlora.torch.attach import check_free, first_weight, frozen_of, host_of, register
 from superlora.torch.layers import is_adaptable, parameter_of, shape_of
 from superlora.torch.targets import find_targets
 
 FORMAT_VERSION = 1
 # One metadata key: safetensors writes several in no fixed order.
 _KEY = "superlora"
+# Between fingerprints: rounding changes one by less.
+_TOLERANCE = 1e-3
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -44,17 +48,24 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
     IsADirectoryError
         If it is a folder.
     """
-    spec = adapter.plan.spec
-    if adapter.scale != spec.scaling:
-        spec = spec.replace(alpha=None, scale=adapter.scale)
-    header = {
+    blocks = {name: block.detach().cpu() for name, block in adapter.factors().items()}
+    header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "spec": spec.to_dict(),
+        "spec": adapter.plan.spec.to_dict(),
         "weights": [[name, list(shape)] for name, shape in adapter.plan.shapes.items()],
     }
+    if adapter.scale != adapter.plan.scale:
+        header["scale"] = adapter.scale
+    made = {name: blocks[name] for name in adapter.plan.frozen_shapes}
     tensors = {
-        name: factor.detach().cpu().contiguous() for name, factor in adapter.factors().items()
+        name: blocks[name].contiguous() for name in _stored_shapes(adapter.plan) if name in blocks
     }
+    if made:
+        header["frozen"] = {
+            name: fingerprint(block.double().numpy())
+            for name, block in made.items()
+            if name not in tensors
+        }
     path = path.resolve()  # a link stays a link
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must lie in an existing folder: got {path}")
@@ -106,7 +117,7 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
     path = Path(path)
-    plan, factors = _read(path)
+    plan, factors, header = _read(path)
     modules = _find_layers(model, plan, path)
     check_free(model, host_of(model, modules), name)
     empty = [layer for layer, module in modules.items() if parameter_of(module).is_meta]
@@ -115,27 +126,56 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
             f"weights must be loaded before an adapter: {len(empty)} lie on the meta device, first "
             f"{empty[0]!r}"
         )
+    dtype = next(iter(factors.values())).dtype
+    factors |= _make_frozen(plan, modules, header, path)
     for block, factor in factors.items():
         device = first_weight(plan, modules, block).device
-        factors[block] = factor.to(device)
-    return register(model, plan, modules, factors, name)
+        factors[block] = factor.to(device, dtype)
+    adapter = register(model, plan, modules, factors, name)
+    adapter.scale = header.get("scale", plan.scale)
+    return adapter
 
 
-def _read(path: Path) -> tuple[Plan, dict[str, Tensor]]:
+def _make_frozen(
+    plan: Plan, modules: Mapping[str, nn.Module], header: Mapping[str, Any], path: Path
+) -> dict[str, Tensor]:
+    made = frozen_of(plan, modules)
+    expected = header.get("frozen", {})
+    wrong = [
+        name
+        for name, block in made.items()
+        if not abs(fingerprint(block.numpy()) - expected.get(name, math.nan)) < _TOLERANCE
+    ]
+    if wrong:
+        raise ValueError(
+            f"frozen blocks must be made as they were when {path} was saved, from a seed or from "
+            f"the model's weights, which must be the same: {some(wrong, 20)} differ"
+        )
+    return made
+
+
+def _stored_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the blocks that a file holds."""
+    frozen = plan.layout.frozen
+    shapes = plan.layout.block_shapes
+    return {n: shape for n, shape in shapes.items() if frozen.get(n, "stored") == "stored"}
+
+
+def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            plan = _plan_of(file.metadata() or {}, path)
+            plan, header = _plan_of(file.metadata() or {}, path)
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             _check_tensors(plan, slices, path)
             # Cloned: the tensors may be views of the file as it lies on the disk.
-            return plan, {key: file.get_tensor(key).clone() for key in plan.factor_shapes}
+            return plan, {key: file.get_tensor(key).clone() for key in slices}, header
     except SafetensorError as error:
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
 
 
-def _plan_of(metadata: Mapping[str, str], path: Path) -> Plan:
+def _plan_of(metadata: Mapping[str, str], path: Path) -> tuple[Plan, dict[str, Any]]:
     if _KEY not in metadata:
         raise ValueError(f"{path} must be a superlora adapter: its header does not say so")
     try:
@@ -147,13 +187,19 @@ def _plan_of(metadata: Mapping[str, str], path: Path) -> Plan:
         raise ValueError(f"{path} must be of format version {FORMAT_VERSION}: got {version!r}")
     try:
         shapes = {name: tuple(shape) for name, shape in header["weights"]}
-        return Plan(Spec.from_dict(header["spec"]), shapes)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        plan = Plan(Spec.from_dict(header["spec"]), shapes)
+        if "scale" in header:
+            plan.spec.replace(alpha=None, scale=header["scale"], overrides=())
+        for number in header.get("frozen", {}).values():
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"fingerprints must be numbers: got {number!r}")
+        return plan, header
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} must have a valid superlora header: {error}") from None
 
 
 def _check_tensors(plan: Plan, slices: Mapping[str, Any], path: Path) -> None:
-    expected = plan.factor_shapes
+    expected = _stored_shapes(plan)
     shapes = {key: tuple(found.get_shape()) for key, found in slices.items()}
     dtypes = {key: found.get_dtype() for key, found in slices.items()}
     problems = [f"missing {key!r}" for key in expected if key not in shapes]

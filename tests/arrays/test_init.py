@@ -95,7 +95,7 @@ def test_blocks_of_one_shape_differ():
 # The rank r that LoRA would have, and the number t of products summed in an entry.
 STARTS = {
     "lora": (sl.lora(rank=8), 8, 8),
-    "lokr": (sl.lokr(rank=8), 8, 8),
+    "lokr": (sl.lokr(rank=8, dense_from="rank"), 8, 8),
     "krona": (sl.krona(), 1, 1),
     "lonkr": (sl.lonkr(rank=4, splits=2), 4, 4 * 4),
     "lotr": (sl.lotr(rank=16), 16, 16 * 16),

@@ -22,11 +22,25 @@ SPECS = {
     "lokr": sl.lokr(2, scale=0.7),
     "lokr-both": sl.lokr(1, decompose_both=True, scale=0.7),
     "krona": sl.krona(scale=-1.5),
+    "loha": sl.loha(2, scale=0.7),
     "lonkr": sl.lonkr(1, splits=3, scale=0.7),
     "lotr": sl.lotr(2, scale=0.7),
     "fact_tt": sl.fact_tt(3, scale=0.7),
     "fact_tk": sl.fact_tk(2, alpha=3),
     "lorta": sl.lorta(2, scale=0.7),
+    "lora_fa": sl.lora_fa(2, alpha=5),
+    "vera": sl.vera(5, scale=0.7),
+    "lora_xs": sl.lora_xs(3, scale=0.7),
+    "tinylora": sl.tinylora(2, 5, scale=0.7),
+    "tinylora-tied": sl.tinylora(2, 5, scale=0.7, tied=["0.factor0"]),
+    "lorta_cp": sl.lorta_cp(3, fold=(2, 2, 2, 4, 16), scale=0.7),
+    "compacter": sl.Spec(rank=("full", 1), splits=2, terms=3, tied=["0.core"], scale=0.7),
+    "per-split-order": sl.Spec(
+        rank=(1, 2), order=(2, 3), splits=2, fold=((2, 2, 2), (2, 2, 4)), scale=0.7
+    ),
+    "overrides": sl.lora(
+        2, alpha=5, overrides={"v": {"rank": 3}, "o": {"rank": "full", "scale": -0.5}}
+    ),
     "lorta-4": sl.lorta(2, order=4, scale=0.7),
     "stack": sl.Spec(rank=2, groups=1, fold="stack", scale=0.7),
     "one-group": sl.Spec(rank=2, groups=1, fold="balanced", scale=0.7),
@@ -50,7 +64,9 @@ every_layer = pytest.mark.parametrize("layer", LAYERS)
 
 def targets_of(key: str) -> list[str]:
     """Return the targets that a spec of the table can serve: a stack needs equal shapes."""
-    return ["q", "v"] if SPECS[key].fold == "stack" else ["q", "v", "o"]
+    spec = SPECS[key]
+    one_shape = spec.fold == "stack" and spec.groups != "weight"
+    return ["q", "v"] if one_shape or isinstance(spec.fold, tuple) else ["q", "v", "o"]
 
 
 def make_layer(layer: str, width: int, outputs: int) -> nn.Module:
@@ -195,7 +211,7 @@ def base_bits(model: nn.Module) -> dict[str, object]:
         id(tensor)
         for module in model.modules()
         if isinstance(module, slt.Adapter)
-        for tensor in module.parameters()
+        for tensor in [*module.parameters(), *module.buffers()]
     }
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: bits(tensor) for name, tensor in named if id(tensor) not in own}

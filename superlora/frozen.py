@@ -1,0 +1,115 @@
+"""Frozen blocks: drawn from a seed, ones, or singular vectors of the weight they adapt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+
+from superlora._backend import Array, backend_of, from_numpy
+from superlora.init import frozen_variance
+from superlora.layout import Layout
+from superlora.random import normal
+
+# Apart from the streams of the initial factors, which count from 0.
+_FIRST_STREAM = 1 << 63
+# The exponent of the singular values that each source multiplies to its vectors.
+_POWERS = {"singular": 0.0, "singular_root": 0.5, "singular_scaled": 1.0}
+
+
+def frozen_blocks(
+    layout: Layout, weights: Mapping[str, Array] | None = None, like: Any = numpy.float32
+) -> dict[str, Array]:
+    """Make the blocks that are not trained.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    weights : mapping of str to array, (output width, input width), optional
+        The weights whose singular vectors are asked for.
+    like : array or dtype
+        Library, dtype and device of the result.
+
+    Returns
+    -------
+    dict of str to array
+        Every frozen block by name, but those that are ``"stored"``.
+
+    Raises
+    ------
+    TypeError
+        If `like` is not of a floating-point type.
+    ValueError
+        If a weight is missing, or has another shape than the plan says.
+
+    Notes
+    -----
+    Random blocks are normal, of the variance that `frozen_variance` gives, from the spec's
+    own seed. Singular vectors have signs such that the largest entry of every left one is
+    positive, so that they do not depend on the library.
+    """
+    found: dict[str, Array] = {}
+    singular: dict[int, tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] = {}
+    for stream, (name, source) in enumerate(layout.frozen.items()):
+        shape = layout.block_shapes[name]
+        group, index, leaf = name.split(".")
+        split = layout.groups[int(group)].splits[int(index)]
+        last = leaf == f"factor{len(split.sizes) - 1}"
+        if source == "stored":
+            continue
+        if source == "ones":
+            values = numpy.ones(shape)
+        elif source == "random":
+            seed = layout.specs[int(group)].seed
+            deviation = frozen_variance(source, leaf, shape, last) ** 0.5
+            values = normal(seed, _FIRST_STREAM + stream, shape) * deviation
+        else:
+            if int(group) not in singular:
+                (weight,) = layout.grouping.members[int(group)]
+                singular[int(group)] = _decompose(weight, layout.shapes[weight], weights or {})
+            left, numbers, right = singular[int(group)]
+            vectors = (right if last else left)[:, : shape[1]]
+            values = vectors * numbers[: shape[1]] ** _POWERS[source]
+        found[name] = from_numpy(values, like)
+    return found
+
+
+def fingerprint(block: numpy.ndarray) -> float:
+    """Return a number that tells whether a frozen block was made anew as it was.
+
+    Parameters
+    ----------
+    block : numpy.ndarray
+        A frozen block.
+
+    Returns
+    -------
+    float
+        A fixed combination of the entries, relative to their norm and to six digits: rounding
+        does not change it by more than 1e-4, other values do.
+    """
+    entries = block.astype(numpy.float64).ravel()
+    weights = numpy.cos(1.0 + numpy.arange(entries.size))
+    norm = float(numpy.linalg.norm(entries)) or 1.0
+    return round(float(entries @ weights) / norm, 6)
+
+
+def _decompose(
+    name: str, shape: tuple[int, int], weights: Mapping[str, Array]
+) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    if name not in weights:
+        raise ValueError(
+            f"weights must hold {name!r}, whose singular vectors the spec asks for: it is missing"
+        )
+    weight = weights[name]
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"weights[{name!r}] must have shape {shape}: got {tuple(weight.shape)}")
+    library = backend_of(weight)
+    left, numbers, right = map(
+        numpy.asarray, map(library.to_numpy, library.svd(weight, full_matrices=False))
+    )
+    columns = numpy.arange(left.shape[1])
+    signs = numpy.sign(left[numpy.abs(left).argmax(axis=0), columns])
+    return left * signs, numbers, right.T * signs

@@ -1,0 +1,190 @@
+"""`Blocks`: a plan's blocks as parameters and buffers, and what is computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from superlora.plan import Plan
+from superlora.reconstruct import apply_factored, low_rank_factors, weight_delta
+from superlora.torch.formed import autocasts, without_autocast
+
+
+class Blocks(nn.Module):
+    """The blocks of a plan, named ``"group.split.block"``: the trainable ones are parameters.
+
+    Parameters
+    ----------
+    plan : Plan
+        What lies where.
+    blocks : mapping of str to torch.Tensor
+        One tensor for each of ``plan.factor_shapes`` and ``plan.frozen_shapes``.
+    """
+
+    def __init__(self, plan: Plan, blocks: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.plan = plan
+        self._scale = plan.scale
+        self._seed = 0  # of the initial factors
+        # What an override's scale is to that of the spec.
+        self._ratios = {
+            name: plan.layout.scaling(name) / plan.scale if plan.scale else 1.0
+            for name in plan.shapes
+        }
+        self._names = {name: plan.blocks_of(name) for name in plan.shapes}
+        # The update is linear in each block, so the scale goes into the smallest of
+        # every product: one place for forward, backward, merge and export.
+        self._scaled = {name: plan.layout.smallest_blocks(name) for name in plan.shapes}
+        for name in plan.shapes:
+            plan.layout.prepare(name)
+        for block, shape in plan.layout.block_shapes.items():
+            if tuple(blocks[block].shape) != shape:
+                raise ValueError(
+                    f"factors[{block!r}] must have shape {shape}: got {tuple(blocks[block].shape)}"
+                )
+            self._register(block, blocks[block], plan.layout.frozen.get(block))
+
+    def _register(self, block: str, values: Tensor, source: str | None) -> None:
+        *path, leaf = block.split(".")
+        owner: nn.Module = self
+        for key in path:
+            if key not in owner._modules:
+                owner.add_module(key, nn.Module())
+            owner = owner.get_submodule(key)
+        if source is None:
+            owner.register_parameter(leaf, nn.Parameter(values))
+        else:  # what the spec alone decides is in no state dict
+            owner.register_buffer(leaf, values, persistent=source not in ("random", "ones"))
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable entries of all factors."""
+        return self.plan.num_parameters
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The factors' dtype."""
+        return next(self.parameters()).dtype
+
+    def factors(self) -> dict[str, Tensor]:
+        """Return all blocks by name, frozen ones too: the form that ``Plan`` takes.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            The parameters and buffers themselves.
+        """
+        return {block: self._block(block) for block in self.plan.layout.block_shapes}
+
+    @torch.no_grad()
+    def draw(self, seed: int, frozen: bool = False) -> None:
+        """Draw the initial factors anew, and the frozen blocks if asked to."""
+        values = self.plan.init(seed, like=numpy.float64)
+        if frozen:
+            values |= self.plan.frozen(like=numpy.float64)
+        for block, drawn in values.items():
+            self._block(block).copy_(torch.from_numpy(drawn))
+
+    def _apply(self, *arguments: Any, **options: Any) -> Blocks:
+        empty = any(parameter.is_meta for parameter in self.parameters())
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        # Memory given to factors that had none (`Module.to_empty`) holds anything.
+        if empty and not any(parameter.is_meta for parameter in self.parameters()):
+            self.draw(self._seed, frozen=True)
+        return self
+
+    def delta(self, name: str) -> Tensor:
+        """Form one layer's update.
+
+        Parameters
+        ----------
+        name : str
+            The layer's dotted name.
+
+        Returns
+        -------
+        torch.Tensor, (output width, input width)
+            ``scale * ΔW``, differentiable.
+
+        Raises
+        ------
+        KeyError
+            If the adapter has no layer of that name.
+        """
+        return self.form(name, self.blocks(name, self._device(name)))
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Form the updates of all layers.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            ``scale * ΔW`` for each layer, (output width, input width).
+        """
+        return {name: self.delta(name) for name in self.plan.shapes}
+
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Write one layer's update as a product of two thin matrices, where its fold allows.
+
+        Parameters
+        ----------
+        name : str
+            The layer's dotted name.
+
+        Returns
+        -------
+        pair of torch.Tensor, (output width, q) and (input width, q), or None
+            ``scale * ΔW = left @ rightᵀ``, never formed; None where q would not be below both
+            widths.
+
+        Raises
+        ------
+        KeyError
+            If the adapter has no layer of that name.
+        """
+        blocks = self.blocks(name, self._device(name))
+        return low_rank_factors(self.plan.layout, blocks, name, 1.0)
+
+    def _device(self, name: str) -> torch.device:
+        self.plan.blocks_of(name)  # names the layers there are, if this is none
+        return self._block(self._names[name][0]).device
+
+    def blocks(self, name: str, device: torch.device) -> dict[str, Tensor]:
+        """Return what one layer's update is made of: its blocks, the scale multiplied in."""
+        blocks = {block: self._block(block).to(device) for block in self._names[name]}
+        scale = self._scale * self._ratios[name]
+        if scale != 1:
+            for block in self._scaled[name]:
+                blocks[block] = blocks[block] * scale
+        return blocks
+
+    def form(self, name: str, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Form one layer's update from what `blocks` gave."""
+        device = next(iter(blocks.values())).device
+        with without_autocast(device):
+            delta: Tensor = weight_delta(self.plan.layout, blocks, name, 1.0)
+        return delta
+
+    def applies_factored(self, name: str) -> bool:
+        """Return whether the layer's update is applied without being formed."""
+        return self.plan.layout.applies_factored(name)
+
+    def apply_factored(self, name: str, x: Tensor) -> Tensor:
+        """Multiply by one layer's update without forming it."""
+        blocks = self.blocks(name, x.device)
+        dtype = next(iter(blocks.values())).dtype
+        if autocasts(x.device):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            blocks = {block: factor.to(dtype) for block, factor in blocks.items()}
+        y: Tensor = apply_factored(self.plan.layout, blocks, name, x.to(dtype), 1.0)
+        return y
+
+    def _block(self, block: str) -> Tensor:
+        group, split, leaf = block.split(".")
+        owner = self._modules[group]._modules[split]  # type: ignore[union-attr]
+        found = owner._parameters.get(leaf)  # type: ignore[union-attr]
+        return found if found is not None else owner._buffers[leaf]  # type: ignore[union-attr, return-value]
