@@ -19,7 +19,7 @@ SOURCES = ("random", "ones", "stored", "singular", "singular_scaled", "singular_
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "combine": ("kronecker", "hadamard"),
-    "dense_from": ("rank", "half"),
+    "dense_from": ("rank", "half", "never"),
     "cut": ("even", "pad"),
 }
 _CORES = ("identity", "diagonal", "full", None)

@@ -58,9 +58,10 @@ class Spec:
         Bound on the mode sizes of the first split: in every mode it takes this
         divisor, or the largest below it, as LoKr's ``factor``. None balances the
         splits.
-    dense_from : {"rank", "half"}
+    dense_from : {"rank", "half", "never"}
         From which integer rank a matrix split is dense: above the smaller mode, where
-        a factorisation says no more, or from half of the larger mode, LoKr's rule.
+        a factorisation says no more; from half of the larger mode on, LoKr's rule; or
+        never, as in the peers' LoRA.
     frozen : mapping of str to str
         Blocks that are fixed, ``"split.block"``, and where they come from:
         ``"random"`` (normal, from `seed`), ``"ones"``, ``"stored"`` (in the

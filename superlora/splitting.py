@@ -242,8 +242,8 @@ def _make_split(spec: Spec, index: int, shape: Shape, rank: object) -> Split:
             # A matrix has rank min(sizes) at most: above it dense has fewer parameters.
             # A CP rank has no such bound. Frozen factors are not made trainable by it.
             kept = any(key.partition(".")[0] == str(index) for key, _ in spec.frozen)
-            dense = 2 * rank >= max(sizes) if spec.dense_from == "half" else rank > min(sizes)
-            if order == 2 and dense and not kept:
+            least = {"rank": min(sizes) + 1, "half": max(sizes) / 2, "never": math.inf}
+            if order == 2 and rank >= least[spec.dense_from] and not kept:
                 return Split(shape, sizes, sizes, everything, "full", capped=True)
             return Split(shape, sizes, (rank,) * order, (True,) * order, core or "identity")
         factored = tuple(rank <= size for size in sizes)

@@ -2,6 +2,9 @@
 
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import attach
+from superlora.torch.export import Export
+from superlora.torch.from_peft import from_peft
+from superlora.torch.lycoris import from_lycoris
 from superlora.torch.state import load
 
-__all__ = ["Adapter", "attach", "load"]
+__all__ = ["Adapter", "Export", "attach", "from_lycoris", "from_peft", "load"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -15,7 +15,11 @@ from superlora.plan import Plan
 from superlora.torch.blocks import Blocks
 from superlora.torch.freezing import Frozen, release
 from superlora.torch.layers import parameter_of
+from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
+
+if TYPE_CHECKING:
+    from superlora.torch.export import Export
 
 
 class Adapter(Blocks):
@@ -41,12 +45,16 @@ class Adapter(Blocks):
         As given.
     merged : bool
         Whether the weights hold the update.
+    replaced : Replaced or None
+        Parameters of the model itself that came with the adapter, as a head that
+        was trained with it; `disabled` and `detach` put the model's own back.
     """
 
     def __init__(self, plan: Plan, factors: Mapping[str, Tensor], name: str = "superlora") -> None:
         super().__init__(plan, factors)
         self.name = name
         self.merged = False
+        self.replaced: Replaced | None = None
         self._disabled = 0  # how many `disabled` blocks are open
         self._merge_again = False  # when the last of them ends
         self._sites: dict[str, Site] = {}
@@ -83,6 +91,27 @@ class Adapter(Blocks):
         self.draw(seed)
 
     @property
+    def attached(self) -> bool:
+        """Whether the adapter is on a model."""
+        return bool(self._homes)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that the adapter is attached to."""
+        self._check_attached("asked for its model")
+        return self._homes[0]
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Return the adapted layers.
+
+        Returns
+        -------
+        dict of str to torch.nn.Module
+            By dotted name, in the plan's order.
+        """
+        return {name: site.module for name, site in self._sites.items()}
+
+    @property
     def active(self) -> bool:
         """Whether the layers' forward adds the update."""
         return not self._disabled and not self.merged
@@ -117,14 +146,21 @@ class Adapter(Blocks):
         if self.merged:
             self.unmerge()
             self._merge_again = True
+        self._exchange()
         self._disabled += 1
         try:
             yield
         finally:
             self._disabled -= 1
+            self._exchange()
             if self._merge_again and not self._disabled:
                 self._merge_again = False
                 self.merge()
+
+    def _exchange(self) -> None:
+        """Exchange replaced parameters with the model's own, when no `disabled` block is open."""
+        if self.replaced is not None and not self._disabled:
+            self.replaced.exchange()
 
     def merge(self) -> None:
         """Add every update to its weight, so that the model costs what its base does.
@@ -215,6 +251,9 @@ class Adapter(Blocks):
                 f"detach or unmerge {', '.join(map(repr, below))} first"
             )
         model, host = self._homes
+        if not keep_merged:
+            self._exchange()
+        self.replaced = None
         for site in self._sites.values():
             site.remove(self)
         del host._modules[self.name]
@@ -242,6 +281,77 @@ class Adapter(Blocks):
         from superlora.torch.state import save_adapter
 
         save_adapter(self, Path(path))
+
+    def to_peft(
+        self, directory: str | Path, *, rank: int | None = None, energy: float | None = None
+    ) -> Export:
+        """Write a folder that ``peft.PeftModel.from_pretrained`` loads.
+
+        Parameters
+        ----------
+        directory : str or pathlib.Path
+            The folder; made if there is none.
+        rank : int, optional
+            Where PEFT has no exact counterpart, the rank of the LoRA that is nearest.
+        energy : float, optional
+            Instead, or besides: keep the least rank with this part, in (0, 1], of the sum of
+            squares of the update's singular values.
+
+        Returns
+        -------
+        Export
+            The format of every layer, and its relative error; printed it is a table.
+
+        Raises
+        ------
+        AdapterError
+            If the adapter is not attached.
+        NotADirectoryError
+            If `directory` is a file.
+        ValueError
+            If an update needs a rank or an energy and none is given.
+
+        Notes
+        -----
+        LoRA, LoKr and LoHa are written as what they are. Any other update whose fold
+        is aligned has two thin factors, which are a LoRA of their inner width exactly; with a
+        rank or an energy it is truncated by its singular values.
+        """
+        from superlora.torch.to_peft import save_peft
+
+        return save_peft(self, Path(directory), rank, energy)
+
+    def to_lycoris(
+        self, path: str | Path, *, rank: int | None = None, energy: float | None = None
+    ) -> Export:
+        """Write a safetensors file that LyCORIS loads.
+
+        Parameters
+        ----------
+        path : str or pathlib.Path
+            The file; replaced if it exists.
+        rank : int, optional
+            Where LyCORIS has no exact counterpart, the rank of the LoRA that is nearest.
+        energy : float, optional
+            Instead, or besides: keep the least rank with this part, in (0, 1], of the sum of
+            squares of the update's singular values.
+
+        Returns
+        -------
+        Export
+            The format of every layer, and its relative error; printed it is a table.
+
+        Raises
+        ------
+        AdapterError
+            If the adapter is not attached, or has replaced parameters that LyCORIS cannot hold.
+        ValueError
+            If an update needs a rank or an energy and none is given, or a layer is
+            none of LyCORIS's.
+        """
+        from superlora.torch.lycoris import save_lycoris
+
+        return save_lycoris(self, Path(path), rank, energy)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

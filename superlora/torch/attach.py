@@ -15,6 +15,7 @@ from superlora.spec import Spec
 from superlora.torch.adapter import Adapter, adapters_of
 from superlora.torch.freezing import freeze
 from superlora.torch.layers import parameter_of, shape_of, weight_of
+from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
 
@@ -85,6 +86,7 @@ def register(
     modules: Mapping[str, nn.Module],
     factors: Mapping[str, Tensor],
     name: str,
+    replaced: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Put an adapter with the given factors on a model; all checks lie behind us.
 
@@ -100,12 +102,21 @@ def register(
         One tensor for each block of the plan.
     name : str
         A free attribute of the model.
+    replaced : mapping of str to torch.Tensor, optional
+        New values of the model's own parameters, which fit it.
 
     Returns
     -------
     Adapter
         The adapter.
+
+    Raises
+    ------
+    AdapterError
+        If another adapter has replaced the same parameter.
     """
+    if replaced:
+        _refuse_replaced_twice(model, replaced)
     adapter = Adapter(plan, factors, name)
     adapter.train(model.training)
     adapter._order = 1 + max((other._order for other in adapters_of(model)), default=0)
@@ -117,7 +128,19 @@ def register(
     adapter._homes = (model, host)
     host.add_module(name, adapter)
     adapter._hook = model.register_load_state_dict_pre_hook(_refuse_merged)
+    if replaced:
+        adapter.replaced = Replaced(model, replaced)
+        adapter.replaced.exchange()
     return adapter
+
+
+def _refuse_replaced_twice(model: nn.Module, replaced: Mapping[str, Tensor]) -> None:
+    for other in adapters_of(model):
+        for name in replaced:
+            if other.replaced is not None and other.replaced.holds(model.get_parameter(name)):
+                raise AdapterError(
+                    f"adapter {other.name!r} has replaced {name!r} already: detach it first"
+                )
 
 
 def host_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -195,10 +218,38 @@ def _initial(
     # Whatever contexts we are called in, the factors hold values and can be trained.
     with torch.device("cpu"), torch.inference_mode(False):
         factors = plan.init(seed, like=torch.float64) | frozen_of(plan, modules)
-    for block, factor in factors.items():
-        device = first_weight(plan, modules, block).device
-        factors[block] = factor.to(device=device, dtype=dtype)
-    return factors
+    return placed(plan, modules, factors, dtype)
+
+
+def placed(
+    plan: Plan,
+    modules: Mapping[str, nn.Module],
+    factors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Move blocks to their group's first weight, all in one dtype.
+
+    Parameters
+    ----------
+    plan : Plan
+        What lies where.
+    modules : mapping of str to torch.nn.Module
+        The layers.
+    factors : mapping of str to torch.Tensor
+        The blocks by name.
+    dtype : torch.dtype, optional
+        That of the first trainable block by default.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        The same values.
+    """
+    dtype = dtype or factors[next(iter(plan.factor_shapes))].dtype
+    return {
+        block: factor.to(device=_first_weight(plan, modules, block).device, dtype=dtype)
+        for block, factor in factors.items()
+    }
 
 
 def frozen_of(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -256,7 +307,7 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._modules)
 
 
-def first_weight(plan: Plan, modules: Mapping[str, nn.Module], block: str) -> Tensor:
+def _first_weight(plan: Plan, modules: Mapping[str, nn.Module], block: str) -> Tensor:
     """Return the first weight of the block's group, on whose device the block lives."""
     group = int(block.partition(".")[0])
     return parameter_of(modules[plan.layout.grouping.members[group][0]])

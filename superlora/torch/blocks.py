@@ -156,11 +156,15 @@ class Blocks(nn.Module):
     def blocks(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """Return what one layer's update is made of: its blocks, the scale multiplied in."""
         blocks = {block: self._block(block).to(device) for block in self._names[name]}
-        scale = self._scale * self._ratios[name]
+        scale = self.scale_of(name)
         if scale != 1:
             for block in self._scaled[name]:
                 blocks[block] = blocks[block] * scale
         return blocks
+
+    def scale_of(self, name: str) -> float:
+        """Return the number in front of one layer's update."""
+        return self._scale * self._ratios[name]
 
     def form(self, name: str, blocks: Mapping[str, Tensor]) -> Tensor:
         """Form one layer's update from what `blocks` gave."""

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
@@ -19,16 +15,19 @@ from superlora.frozen import fingerprint
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_free, first_weight, frozen_of, host_of, register
+from superlora.torch.attach import check_free, frozen_of, host_of, placed, register
+from superlora.torch.files import Header, read_tensors, unfit_dtypes, write_tensors
 from superlora.torch.layers import is_adaptable, parameter_of, shape_of
+from superlora.torch.replaced import refuse_unfit
 from superlora.torch.targets import find_targets
 
 FORMAT_VERSION = 1
+# Before the names of the model's own parameters that come with the adapter.
+_MODEL = "model."
 # One metadata key: safetensors writes several in no fixed order.
 _KEY = "superlora"
 # Between fingerprints: rounding changes one by less.
 _TOLERANCE = 1e-3
-_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
@@ -40,13 +39,6 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
         The adapter.
     path : pathlib.Path
         The file; replaced if it exists.
-
-    Raises
-    ------
-    FileNotFoundError
-        If its folder does not exist.
-    IsADirectoryError
-        If it is a folder.
     """
     blocks = {name: block.detach().cpu() for name, block in adapter.factors().items()}
     header: dict[str, Any] = {
@@ -57,30 +49,15 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
     if adapter.scale != adapter.plan.scale:
         header["scale"] = adapter.scale
     made = {name: blocks[name] for name in adapter.plan.frozen_shapes}
-    tensors = {
-        name: blocks[name].contiguous() for name in _stored_shapes(adapter.plan) if name in blocks
-    }
+    tensors = {name: blocks[name] for name in _stored_shapes(adapter.plan)}
+    made = {name: block for name, block in blocks.items() if name not in tensors}
     if made:
         header["frozen"] = {
-            name: fingerprint(block.double().numpy())
-            for name, block in made.items()
-            if name not in tensors
+            name: fingerprint(block.double().numpy()) for name, block in made.items()
         }
-    path = path.resolve()  # a link stays a link
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path must lie in an existing folder: got {path}")
-    if path.is_dir():
-        raise IsADirectoryError(f"path must be a file, not a directory: got {path}")
-    temporary = path.parent / f".{uuid.uuid4().hex}.part"
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    mode = (path if path.exists() else temporary).stat().st_mode
-    try:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(header, separators=(",", ":"))})
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    if adapter.replaced is not None:
+        tensors |= {_MODEL + name: value for name, value in adapter.replaced.values().items()}
+    write_tensors(path, tensors, {_KEY: json.dumps(header, separators=(",", ":"))})
 
 
 def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adapter:
@@ -117,21 +94,18 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
     path = Path(path)
-    plan, factors, header = _read(path)
-    modules = _find_layers(model, plan, path)
+    plan, header, tensors = _read(path)
+    factors = {key: value for key, value in tensors.items() if not key.startswith(_MODEL)}
+    replaced = {
+        key.removeprefix(_MODEL): value for key, value in tensors.items() if key.startswith(_MODEL)
+    }
+    modules = find_layers(model, plan, path)
     check_free(model, host_of(model, modules), name)
-    empty = [layer for layer, module in modules.items() if parameter_of(module).is_meta]
-    if empty:  # giving the model memory later would wipe the factors
-        raise AdapterError(
-            f"weights must be loaded before an adapter: {len(empty)} lie on the meta device, first "
-            f"{empty[0]!r}"
-        )
-    dtype = next(iter(factors.values())).dtype
+    refuse_unfit(model, replaced, path)
     factors |= _make_frozen(plan, modules, header, path)
-    for block, factor in factors.items():
-        device = first_weight(plan, modules, block).device
-        factors[block] = factor.to(device, dtype)
-    adapter = register(model, plan, modules, factors, name)
+    adapter = register(
+        model, plan, modules, placed(plan, modules, factors), name, replaced=replaced
+    )
     adapter.scale = header.get("scale", plan.scale)
     return adapter
 
@@ -161,18 +135,15 @@ def _stored_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return {n: shape for n, shape in shapes.items() if frozen.get(n, "stored") == "stored"}
 
 
-def _read(path: Path) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            plan, header = _plan_of(file.metadata() or {}, path)
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            _check_tensors(plan, slices, path)
-            # Cloned: the tensors may be views of the file as it lies on the disk.
-            return plan, {key: file.get_tensor(key).clone() for key in slices}, header
-    except SafetensorError as error:
-        raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
+def _read(path: Path) -> tuple[Plan, dict[str, Any], dict[str, Tensor]]:
+    found: list[tuple[Plan, dict[str, Any]]] = []
+
+    def check(metadata: Mapping[str, str], tensors: Header) -> None:
+        found.append(_plan_of(metadata, path))
+        _check_tensors(found[0][0], tensors, path)
+
+    tensors = read_tensors(path, check)
+    return *found[0], tensors
 
 
 def _plan_of(metadata: Mapping[str, str], path: Path) -> tuple[Plan, dict[str, Any]]:
@@ -198,27 +169,49 @@ def _plan_of(metadata: Mapping[str, str], path: Path) -> tuple[Plan, dict[str, A
         raise ValueError(f"{path} must have a valid superlora header: {error}") from None
 
 
-def _check_tensors(plan: Plan, slices: Mapping[str, Any], path: Path) -> None:
+def _check_tensors(plan: Plan, header: Header, path: Path) -> None:
     expected = _stored_shapes(plan)
-    shapes = {key: tuple(found.get_shape()) for key, found in slices.items()}
-    dtypes = {key: found.get_dtype() for key, found in slices.items()}
-    problems = [f"missing {key!r}" for key in expected if key not in shapes]
-    problems += [f"extra {key!r}" for key in shapes if key not in expected]
+    own = {key: shape for key, (shape, _) in header.items() if not key.startswith(_MODEL)}
+    dtypes = {key: dtype for key, (_, dtype) in header.items()}
+    problems = [f"missing {key!r}" for key in expected if key not in own]
+    problems += [f"extra {key!r}" for key in own if key not in expected]
     problems += [
-        f"{key!r} of shape {shapes[key]} instead of {shape}"
+        f"{key!r} of shape {own[key]} instead of {shape}"
         for key, shape in expected.items()
-        if key in shapes and shapes[key] != shape
+        if key in own and own[key] != shape
     ]
-    problems += [
-        f"{key!r} of dtype {found}" for key, found in dtypes.items() if found not in _DTYPES
-    ]
-    if len(set(dtypes.values())) > 1:
-        problems.append(f"more than one dtype: {', '.join(sorted(set(dtypes.values())))}")
+    problems += unfit_dtypes(header)
+    kinds = sorted({dtypes[key] for key in own})
+    if len(kinds) > 1:
+        problems.append(f"more than one dtype: {', '.join(kinds)}")
     if problems:
         raise ValueError(f"{path} must hold the factors of its spec: {some(problems, 20)}")
 
 
-def _find_layers(model: nn.Module, plan: Plan, path: Path) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module, plan: Plan, path: Path) -> dict[str, nn.Module]:
+    """Return the layers of a model that a plan names.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+    plan : Plan
+        Whose weights are named like the layers.
+    path : pathlib.Path
+        The file that the plan was read from, for the message.
+
+    Returns
+    -------
+    dict of str to torch.nn.Module
+        In the plan's order.
+
+    Raises
+    ------
+    AdapterError
+        If a weight lies on the meta device.
+    ValueError
+        If a layer is missing, of another shape or not adaptable; all are listed.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     problems = []
     for name, shape in plan.shapes.items():
@@ -232,4 +225,11 @@ def _find_layers(model: nn.Module, plan: Plan, path: Path) -> dict[str, nn.Modul
         raise ValueError(f"the model must have the layers of {path}: {some(problems, 20)}")
     chosen = {id(modules[name]) for name in plan.shapes}
     find_targets(model, lambda _, module: id(module) in chosen)  # refuses unfit ones
-    return {name: modules[name] for name in plan.shapes}
+    found = {name: modules[name] for name in plan.shapes}
+    empty = [layer for layer, module in found.items() if parameter_of(module).is_meta]
+    if empty:  # giving the model memory later would wipe the factors
+        raise AdapterError(
+            f"weights must be loaded before an adapter: {len(empty)} lie on the meta device, first "
+            f"{empty[0]!r}"
+        )
+    return found

@@ -1,0 +1,270 @@
+"""What an adapter's layers are in the formats of other libraries, exactly or nearly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from superlora.shapes import check_count
+from superlora.torch.adapter import Adapter
+from superlora.torch.foreign import Matrix
+
+
+@dataclass
+class Export:
+    """What was written, and how near it is.
+
+    Attributes
+    ----------
+    path : pathlib.Path
+        File or folder.
+    methods : dict of str to str
+        The format of every layer: ``"lora"``, ``"lokr"``, ``"loha"`` or ``"full"``.
+    errors : dict of str to float
+        The Frobenius norm of what is missing of every layer's update, relative to the update;
+        0 where the format says it exactly.
+    """
+
+    path: Path
+    methods: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.errors), default=0)
+        lines = [
+            f"{name:{width}}  {self.methods[name]}  {f'error {error:.2e}' if error else 'exact'}"
+            for name, error in self.errors.items()
+        ]
+        return "\n".join([f"wrote {self.path}", *lines])
+
+
+@dataclass
+class Layer:
+    """One layer's update in a form that another library has.
+
+    Attributes
+    ----------
+    method : str
+        ``"lora"``, ``"lokr"``, ``"loha"`` or ``"full"``.
+    parts : tuple of Matrix
+        One pair (output, r) and (r, input) for LoRA; the two factors of LoKr; two pairs
+        for LoHa; the update itself for full.
+    scale : float
+        The number in front.
+    """
+
+    method: str
+    parts: tuple[Matrix, ...]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension of the last product; 0 where there is none."""
+        return self.parts[-1][0].shape[1] if len(self.parts[-1]) == 2 else 0
+
+
+def exact_layer(adapter: Adapter, name: str) -> Layer | None:
+    """Return a layer's update if LoRA, LoKr, LoHa or a dense matrix says just this.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        The adapter.
+    name : str
+        The layer.
+
+    Returns
+    -------
+    Layer or None
+        The factors themselves, not scaled.
+    """
+    layout = adapter.plan.layout
+    pieces = layout.grouping.pieces[name]
+    group = pieces[0].group
+    own, item = layout.specs[group], layout.groups[group]
+    alone = layout.grouping.members[group] == (name,) and len(pieces) == 1
+    if not alone or own.terms > 1 or not layout.identity(group):
+        return None
+    scale = adapter.scale_of(name)
+    if own.splits == 1 and not any(item.splits[0].factored) and item.splits[0].core == "full":
+        return Layer("full", ((adapter.delta(name).detach(),),), 1.0)
+    if item.fold != layout.shapes[name] or any(split.sizes != split.shape for split in item.splits):
+        return None
+    matrices = [_matrix(adapter, group, index) for index in range(own.splits)]
+    if any(matrix is None for matrix in matrices):
+        return None
+    parts: tuple[Matrix, ...] = tuple(matrices)  # type: ignore[arg-type]
+    if own.splits == 1:
+        return Layer("lora", parts, scale)
+    if own.splits != 2:
+        return None
+    if own.combine == "kronecker":
+        return Layer("lokr", parts, scale)
+    same = [len(part) == 2 and part[0].shape[1] == parts[0][0].shape[1] for part in parts]
+    return Layer("loha", parts, scale) if all(same) else None
+
+
+def _matrix(adapter: Adapter, group: int, index: int) -> Matrix | None:
+    """Return a split of order 2 as a dense matrix or a product of two."""
+    layout = adapter.plan.layout
+    split = layout.groups[group].splits[index]
+    blocks = adapter.factors()
+
+    def block(leaf: str) -> Tensor:
+        shape = split.block_shapes[leaf]
+        found = blocks[layout.block(group, index, leaf)].detach()
+        return found[tuple(slice(size) for size in shape)]
+
+    if split.core == "identity":
+        return block("factor0"), block("factor1").t()
+    return (block("core"),) if not any(split.factored) else None
+
+
+def low_rank_layer(
+    adapter: Adapter, name: str, rank: int | None, energy: float | None
+) -> tuple[Layer, float]:
+    """Return the LoRA that is nearest to a layer's update.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        The adapter.
+    name : str
+        The layer.
+    rank : int or None
+        The rank to keep at most.
+    energy : float or None
+        Keep the least rank with this part of the sum of squares of the singular values.
+
+    Returns
+    -------
+    Layer
+        In double precision.
+    float
+        The relative error in the Frobenius norm, 0 where nothing was dropped.
+
+    Raises
+    ------
+    ValueError
+        If neither is given and the update is not known to be of low rank.
+
+    Notes
+    -----
+    The truncated singular value decomposition (Eckart and Young 1936). Where the fold
+    is aligned it is taken of the two thin factors, by way of their QR decompositions, and the
+    update is never formed.
+    """
+    with torch.no_grad():
+        thin = adapter.low_rank(name)
+        if thin is None:
+            if rank is None and energy is None:
+                raise ValueError(
+                    f"rank or energy must be given: the update of {name!r}, of fold "
+                    f"{_fold(adapter, name)}, is not exactly one of low rank"
+                )
+            left, numbers, right = torch.linalg.svd(
+                adapter.delta(name).double(), full_matrices=False
+            )
+        else:
+            left, right = (matrix.double() for matrix in thin)
+            if rank is None and energy is None:
+                return Layer("lora", ((left, right.t()),), 1.0), 0.0
+            (first, upper), (second, lower) = torch.linalg.qr(left), torch.linalg.qr(right)
+            left, numbers, right = torch.linalg.svd(upper @ lower.t(), full_matrices=False)
+            left, right = first @ left, right @ second.t()
+        squares = numbers.square()
+        kept = _kept(squares, rank, energy)
+        roots = numbers[:kept].sqrt()
+        part = (left[:, :kept] * roots, roots[:, None] * right[:kept])
+        missing, total = float(squares[kept:].sum()), float(squares.sum())
+        error = math.sqrt(missing / total) if total else 0.0
+    return Layer("lora", (part,), 1.0), error
+
+
+def _kept(squares: Tensor, rank: int | None, energy: float | None) -> int:
+    kept = len(squares) if rank is None else min(rank, len(squares))
+    if energy is not None and float(squares.sum()):
+        parts = squares.cumsum(0) / squares.sum()
+        # Rounding may leave the whole a little below 1.
+        reached = int((parts < min(energy, float(parts[-1]))).sum()) + 1
+        kept = min(kept, reached)
+    return max(kept, 1)
+
+
+def _fold(adapter: Adapter, name: str) -> tuple[int, ...]:
+    layout = adapter.plan.layout
+    return layout.groups[layout.grouping.pieces[name][0].group].fold
+
+
+def check_truncation(rank: int | None, energy: float | None) -> None:
+    """Refuse a rank or an energy that says nothing.
+
+    Parameters
+    ----------
+    rank : int or None
+        At least 1.
+    energy : float or None
+        In (0, 1].
+
+    Raises
+    ------
+    TypeError
+        If `rank` is not an integer.
+    ValueError
+        If one is out of its range.
+    """
+    if rank is not None:
+        check_count("rank", rank)
+    if energy is not None and (
+        isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1
+    ):
+        raise ValueError(f"energy must be in (0, 1]: got {energy!r}")
+
+
+def product(matrix: Matrix) -> Tensor:
+    """Return a matrix that may be given as two factors."""
+    return matrix[0] if len(matrix) == 1 else matrix[0] @ matrix[1]
+
+
+def as_the_peers_build(layer: Layer, both: bool) -> Layer:
+    """Return a Kronecker product of the same value, in blocks that the peers would make.
+
+    Parameters
+    ----------
+    layer : Layer
+        A LoKr.
+    both : bool
+        Whether the first factor may be of low rank.
+
+    Returns
+    -------
+    Layer
+        Of low rank is a factor only below half of its larger side, and the first one only if
+        the second one is of the same rank.
+    """
+    first, second = (
+        part
+        if len(part) == 2 and 2 * part[0].shape[1] < max(part[0].shape[0], part[1].shape[1])
+        else (product(part),)
+        for part in layer.parts
+    )
+    same = len(first) == len(second) == 2 and first[0].shape[1] == second[0].shape[1]
+    if not (both and same):
+        first = (product(first),)
+    return Layer("lokr", (first, second), layer.scale)
+
+
+def named_parts(layer: Layer) -> dict[str, Tensor]:
+    """Return the factors of a LoKr or a LoHa by the names that PEFT and LyCORIS share."""
+    stem = "lokr_w" if layer.method == "lokr" else "hada_w"
+    found = {}
+    for index, part in enumerate(layer.parts, start=1):
+        if len(part) == 1:
+            found[f"{stem}{index}"] = part[0]
+        else:
+            found[f"{stem}{index}_a"], found[f"{stem}{index}_b"] = part
+    return found

@@ -1,0 +1,117 @@
+"""Safetensors files: read without trust, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# What a file's header says of its tensors: shape and dtype by name.
+Header = dict[str, tuple[tuple[int, ...], str]]
+
+
+def unfit_dtypes(header: Header) -> list[str]:
+    """Return what to say of tensors that are not of a floating-point type.
+
+    Parameters
+    ----------
+    header : dict of str to (tuple of int, str)
+        Shape and dtype of every tensor.
+
+    Returns
+    -------
+    list of str
+        One entry for each of them.
+    """
+    kinds = {key: dtype for key, (_, dtype) in header.items()}
+    return [f"{key!r} of dtype {kind}" for key, kind in kinds.items() if kind not in _DTYPES]
+
+
+def read_tensors(
+    path: Path, check: Callable[[Mapping[str, str], Header], None]
+) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, after its header was found good.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+    check : callable
+        Takes the metadata and the header, and raises if they are not as they must be: no
+        tensor is read then.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        All tensors, in memory of their own.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is no whole safetensors file; one that Python would unpickle is never opened.
+    """
+    if path.suffix in _PICKLES:
+        raise ValueError(
+            f"{path} must be a safetensors file: a {path.suffix} file may run any code when it is "
+            "read; load it where you trust it and save it with safetensors.torch.save_file"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            header = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+            check(file.metadata() or {}, header)
+            # Cloned: the tensors may be views of the file as it lies on the disk.
+            return {key: file.get_tensor(key).clone() for key in header}
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, atomically.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file; replaced if it exists, and left as it was if writing fails.
+    tensors : mapping of str to torch.Tensor
+        What to write; moved to the CPU.
+    metadata : dict of str to str, optional
+        What the header says besides.
+
+    Raises
+    ------
+    FileNotFoundError
+        If its folder does not exist.
+    IsADirectoryError
+        If it is a folder.
+    """
+    path = path.resolve()  # a link stays a link
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must lie in an existing folder: got {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"path must be a file, not a directory: got {path}")
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    temporary = path.parent / f".{uuid.uuid4().hex}.part"
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = (path if path.exists() else temporary).stat().st_mode
+    try:
+        save_file(held, temporary, metadata=metadata)
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
