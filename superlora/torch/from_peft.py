@@ -133,7 +133,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON: {error}") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in _LEAVES:
+    if not isinstance(kind, str) or kind not in _LEAVES:
         raise ValueError(f"{path} must be of peft_type {', '.join(_LEAVES)}: got {kind!r}")
     problems = [f"{option}={config[option]!r}" for option in _OTHER_FORWARD if config.get(option)]
     start = config.get("init_lora_weights")
@@ -167,10 +167,13 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
             problems.append(f"{key}={pattern!r}")
             continue
         problems += [f"{key} {name!r}" for name in pattern if not _compiles(name)]
-    targets = config.get("target_modules")
-    listed = isinstance(targets, list) and all(isinstance(item, str) for item in targets)
-    if not listed and not (isinstance(targets, str) and _compiles(targets)):
-        problems.append(f"target_modules={targets!r}")
+    optional = {"exclude_modules": True, "modules_to_save": False}
+    for key, pattern in {"target_modules": True, **optional}.items():
+        value = config.get(key)
+        listed = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        matched = pattern and isinstance(value, str) and _compiles(value)
+        if not listed and not matched and not (value is None and key in optional):
+            problems.append(f"{key}={value!r}")
     if problems:
         raise ValueError(f"{path} must have valid values: got {some(problems)}")
 

@@ -1,0 +1,1 @@
+"""Adapters of other libraries, in and out, against those libraries themselves."""
