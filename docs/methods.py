@@ -1,0 +1,244 @@
+"""The table of `methods.md`, from the presets: ``python docs/methods.py`` rewrites it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import superlora as sl
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tables import between, replaced
+
+PAGE = Path(__file__).parent / "methods.md"
+# What the symbols of the table stand for where it shows numbers: L weights of do x di.
+EXAMPLE = {"L": 4, "do": 24, "di": 36, "r": 2, "a": 8, "u": 5, "K": 3, "H": 3}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes
+    ----------
+    code : str
+        The preset, in the symbols of ``EXAMPLE``.
+    source : str
+        Where the method is from.
+    update : str
+        The update of one weight.
+    count : str
+        Trainable parameters of L weights, a Python expression in these symbols.
+    peer : str
+        What the tests compare it with.
+    verdict : str
+        What they show.
+    """
+
+    code: str
+    source: str
+    update: str
+    count: str
+    peer: str
+    verdict: str
+
+    @property
+    def preset(self) -> str:
+        """Name of the function."""
+        return self.code.partition("(")[0].removeprefix("sl.")
+
+    def spec(self) -> sl.Spec:
+        """Return the spec for the example's numbers."""
+        spec: sl.Spec = eval(self.code, {"sl": sl, **EXAMPLE})
+        return spec
+
+    def plan(self) -> sl.Plan:
+        """Return the plan for the example's weights."""
+        size = (EXAMPLE["do"], EXAMPLE["di"])
+        return sl.Plan(self.spec(), {f"{i}.weight": size for i in range(EXAMPLE["L"])})
+
+    def counted(self) -> int:
+        """Return the value of `count`, where o1 x i1 … are the splits and D1 x D2 … the fold."""
+        group = self.plan().layout.groups[0]
+        sizes = {f"D{mode}": size for mode, size in enumerate(group.fold, start=1)}
+        for index, split in enumerate(group.splits, start=1):
+            sizes |= {f"o{index}": split.shape[0], f"i{index}": split.shape[-1]}
+        value: int = eval(self.count, {**EXAMPLE, **sizes})
+        return value
+
+    def settings(self) -> str:
+        """Return the fields that differ from those of a bare `Spec`."""
+        plain = sl.Spec()
+        shown = []
+        for item in dataclasses.fields(sl.Spec):
+            value = getattr(self.spec(), item.name)
+            if value != getattr(plain, item.name) and item.name != "alpha":
+                value = dict(value) if item.name == "frozen" else value
+                shown.append(f"{item.name}={value!r}")
+        return ", ".join(shown) or "the defaults"
+
+
+METHODS = (
+    Method("sl.dense()", "dense fine-tuning", "any matrix", "L*do*di", "LyCORIS full", "equal"),
+    Method(
+        "sl.lora(rank=r, alpha=a)",
+        "LoRA, Hu et al. 2021; `rslora=True`: Kalajdzievski 2023",
+        "s A₁A₂ᵀ",
+        "L*r*(do + di)",
+        "PEFT LoRA, LyCORIS LoCon",
+        "equal",
+    ),
+    Method(
+        "sl.lora_fa(rank=r, alpha=a)",
+        "LoRA-FA, Zhang et al. 2023",
+        "s A₁A₂ᵀ, A₂ frozen",
+        "L*r*do",
+        "PEFT LoRA with a frozen A",
+        "equal",
+    ),
+    Method(
+        "sl.lokr(rank=r)",
+        "LoKr, Yeh et al. 2024",
+        "s X₁ ⊗ A₁A₂ᵀ",
+        "L*(o1*i1 + r*(o2 + i2))",
+        "PEFT LoKr, LyCORIS LoKr",
+        "equal",
+    ),
+    Method(
+        "sl.lokr(rank=1, decompose_both=True)",
+        "LoKr, both factors of low rank",
+        "s A₁A₂ᵀ ⊗ A₃A₄ᵀ",
+        "L*(o1 + i1 + o2 + i2)",
+        "PEFT LoKr, LyCORIS LoKr",
+        "equal",
+    ),
+    Method(
+        "sl.lokr(rank=r, factor=2)",
+        "LoKr, first factor of bounded size",
+        "s X₁ ⊗ A₁A₂ᵀ",
+        "L*(o1*i1 + r*(o2 + i2))",
+        "PEFT LoKr, LyCORIS LoKr",
+        "equal; where the bound exceeds the root of a width, PEFT's first factor is the "
+        "larger one, LyCORIS' and ours the smaller one",
+    ),
+    Method(
+        "sl.krona()",
+        "KronA, Edalati et al. 2022",
+        "s X₁ ⊗ X₂",
+        "L*(o1*i1 + o2*i2)",
+        "LyCORIS LoKr, full matrix",
+        "equal",
+    ),
+    Method(
+        "sl.loha(rank=r, alpha=a)",
+        "LoHa, Hyeon-Woo et al. 2022",
+        "s A₁A₂ᵀ ∘ A₃A₄ᵀ",
+        "L*2*r*(do + di)",
+        "PEFT LoHa, LyCORIS LoHa",
+        "equal",
+    ),
+    Method(
+        "sl.lonkr(rank=1, splits=K)",
+        "LoNKr, SuperLoRA",
+        "s ⊗ₖ Aₖ₁Aₖ₂ᵀ",
+        "L*(o1 + i1 + o2 + i2 + o3 + i3)",
+        "none: chain of `numpy.kron`",
+        "equal",
+    ),
+    Method(
+        "sl.lotr(rank=r)",
+        "LoTR, Bershatsky et al. 2024",
+        "s A₂C_lA₃ᵀ",
+        "L*r**2 + r*(do + di)",
+        "published formula",
+        "equal",
+    ),
+    Method(
+        "sl.fact_tt(rank=r)",
+        "FacT-TT, Jie and Deng 2023",
+        "s A₂C_lA₃ᵀ",
+        "L*r**2 + r*(do + di)",
+        "published formula",
+        "equal for weights of one shape; the MLP's blocks of columns are no contiguous pieces",
+    ),
+    Method(
+        "sl.fact_tk(rank=r)",
+        "FacT-TK, Jie and Deng 2023",
+        "Tucker of (L, do, di)",
+        "r**3 + r*(L + do + di)",
+        "published formula",
+        "equal for attention; the code's MLP is another model for r = 3, 4, 8",
+    ),
+    Method(
+        "sl.lorta(rank=r)",
+        "LoRTA, SuperLoRA",
+        "Tucker of a balanced fold",
+        "r**3 + r*(D1 + D2 + D3)",
+        "none: TensorLy's `tucker_to_tensor`",
+        "equal",
+    ),
+    Method(
+        "sl.lorta_cp(rank=r, fold=(2, L // 2, H, do // H, di))",
+        "LoRTA, Hounie et al. 2024",
+        "CP of (layers, matrices, heads, head, di)",
+        "r*(D1 + D2 + D3 + D4 + D5)",
+        "published formula",
+        "equal for this order of axes",
+    ),
+    Method(
+        "sl.vera(rank=r)",
+        "VeRA, Kopiczko et al. 2024",
+        "s diag(b) B diag(d) A, B and A frozen",
+        "L*(do + r)",
+        "PEFT VeRA",
+        "equal with PEFT's B and A; our own draws differ",
+    ),
+    Method(
+        "sl.lora_xs(rank=r)",
+        "LoRA-XS, Bałazy et al. 2024",
+        "s U_rΣ_r C V_rᵀ, C trained",
+        "L*r**2",
+        "none: NumPy's singular values",
+        "equal",
+    ),
+    Method(
+        "sl.tinylora(rank=r, projections=u)",
+        "TinyLoRA, 2026",
+        "s U_r√Σ_r (Σᵢ vᵢPᵢ) √Σ_rV_rᵀ, v trained",
+        "L*u",
+        "PEFT TinyLoRA",
+        "equal with PEFT's P; our own draws differ",
+    ),
+)
+
+
+def table() -> str:
+    """Return the table of all methods."""
+    lines = [
+        "| preset | method | ΔW of a weight | fields of `Spec` | parameters | here | compared with | result |",
+        "|---|---|---|---|---|--:|---|---|",
+    ]
+    for method in METHODS:
+        cells = (
+            f"`{method.code}`",
+            method.source,
+            method.update,
+            f"`{method.settings()}`" if "=" in method.settings() else method.settings(),
+            f"`{method.count}`",
+            f"{method.plan().num_parameters:,}",
+            method.peer,
+            method.verdict,
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Rewrite the page's table."""
+    PAGE.write_text(replaced(PAGE.read_text("utf-8"), "methods", table()), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

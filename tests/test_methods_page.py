@@ -1,0 +1,40 @@
+"""The page of methods says what the presets are."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+import superlora as sl
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("methods", DOCS / "methods.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["methods"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+methods = load()
+rows = pytest.mark.parametrize("method", methods.METHODS, ids=lambda method: method.code)
+
+
+def test_the_page_is_up_to_date():
+    page = (DOCS / "methods.md").read_text("utf-8")
+    assert methods.between(page, "methods") == methods.table(), "run `python docs/methods.py`"
+
+
+def test_every_preset_has_a_row():
+    assert {method.preset for method in methods.METHODS} == set(sl.presets.__all__)
+
+
+@rows
+@pytest.mark.parametrize("sizes", [{}, {"L": 6, "do": 36, "di": 24}, {"do": 48, "di": 60, "r": 3}])
+def test_the_count_is_that_of_the_plan(method, sizes, monkeypatch):
+    for name, value in sizes.items():
+        monkeypatch.setitem(methods.EXAMPLE, name, value)
+    assert method.counted() == method.plan().num_parameters
