@@ -19,7 +19,10 @@ from tests.torch.helpers import seeded
 peft = pytest.importorskip("peft")
 conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
-quiet = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::DeprecationWarning")
+# Of PEFT's own use of transformers, and of its hints.
+quiet = pytest.mark.filterwarnings(
+    "ignore::UserWarning:peft", "ignore::DeprecationWarning", "ignore::FutureWarning:transformers"
+)
 
 
 class Block(nn.Module):

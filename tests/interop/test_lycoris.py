@@ -57,13 +57,6 @@ def test_lycoris_adapter_gives_its_outputs_here(options, tmp_path):
 def test_what_came_from_lycoris_goes_back_exactly(options, tmp_path):
     expected = save_with_lycoris(tmp_path / "in.safetensors", **options)
     adapter = slt.from_lycoris(make_model(), tmp_path / "in.safetensors")
-    if options.get("unbalanced_factorization"):
-        # LyCORIS guesses these sizes wrongly, also those of its own file.
-        with pytest.raises(RuntimeError, match="must match"):
-            load_with_lycoris(tmp_path / "in.safetensors")
-        with pytest.raises(ValueError, match="rank or energy must be given"):
-            adapter.to_lycoris(tmp_path / "out.safetensors")
-        return
     if adapter.replaced is not None:
         with pytest.raises(sl.AdapterError, match="replaced parameters of the model"):
             adapter.to_lycoris(tmp_path / "out.safetensors")
@@ -71,6 +64,11 @@ def test_what_came_from_lycoris_goes_back_exactly(options, tmp_path):
     export = adapter.to_lycoris(tmp_path / "out.safetensors")
     assert set(export.errors.values()) == {0.0}
     assert_outputs(load_with_lycoris(tmp_path / "out.safetensors")(make_x()), expected)
+    if options.get("unbalanced_factorization"):
+        # LyCORIS guesses these sizes wrongly, also those of its own file: it is written as LoRA.
+        with pytest.raises(RuntimeError, match="must match"):
+            load_with_lycoris(tmp_path / "in.safetensors")
+        return
     before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("in", "out"))
     assert before.keys() == after.keys()
     for key in before:
