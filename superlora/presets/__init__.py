@@ -4,6 +4,7 @@ from superlora.presets.partly_frozen import lora_fa, lora_xs, tinylora, vera
 from superlora.presets.shared import fact_tk, fact_tt, lorta, lorta_cp, lotr
 from superlora.presets.weightwise import dense, krona, loha, lokr, lonkr, lora
 
+# The package names them too.  pylint: disable=duplicate-code
 __all__ = [
     "dense",
     "fact_tk",
