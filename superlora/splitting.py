@@ -238,14 +238,17 @@ def _make_split(spec: Spec, index: int, shape: Shape, rank: object) -> Split:
             )
         return Split(shape, sizes, sizes, everything, "full")
     if isinstance(rank, int):
+        # Frozen factors are not made trainable by a cap: they stay, of a lower rank.
+        kept = any(key.partition(".")[0] == str(index) for key, _ in spec.frozen)
         if core in ("identity", "diagonal") or (core is None and order <= 2):
             # A matrix has rank min(sizes) at most: above it dense has fewer parameters.
-            # A CP rank has no such bound. Frozen factors are not made trainable by it.
-            kept = any(key.partition(".")[0] == str(index) for key, _ in spec.frozen)
+            # A CP rank has no such bound.
             least = {"rank": min(sizes) + 1, "half": max(sizes) / 2, "never": math.inf}
             if order == 2 and rank >= least[spec.dense_from] and not kept:
                 return Split(shape, sizes, sizes, everything, "full", capped=True)
             return Split(shape, sizes, (rank,) * order, (True,) * order, core or "identity")
+        if kept:
+            rank = min(rank, *sizes)
         factored = tuple(rank <= size for size in sizes)
         ranks = tuple(min(rank, size) for size in sizes)
         return Split(shape, sizes, ranks, factored, "full", capped=not all(factored))
@@ -274,10 +277,13 @@ def _make_nested(
     if core is None:
         core = "identity" if order <= 2 and uniform else "full"
     frozen = {block for block, _ in spec.frozen}
+    kept = any(block.partition(".")[0] == str(index) for block in frozen)
     nested = isinstance(spec.rank, tuple) and isinstance(spec.rank[index], tuple)
     place = f"rank[{index}]" if nested else "rank"
-    # A trainable core beyond a mode's size is redundant; a fixed one is not.
-    bounded = (core == "full" and f"{index}.core" not in frozen) or order == 2
+    # A core beyond a mode's size is redundant, and so is a matrix of such a rank; where
+    # blocks are fixed it is not.
+    bounded = core == "full" and f"{index}.core" not in frozen
+    bounded |= order == 2 and not kept and spec.dense_from != "never"
     for mode, (value, size) in enumerate(zip(rank, sizes, strict=True)):
         if bounded and isinstance(value, int) and value > size:
             raise ValueError(
