@@ -155,3 +155,10 @@ def zeros(shape: tuple[int, ...], like: Array) -> Array:
     """Return zeros of the library, dtype and device of `like`."""
     library, context = _context(like)
     return library.zeros(shape, **context)
+
+
+def at_least_single(array: Array) -> Array:
+    """Return `array` in single precision if it is of less."""
+    library, context = _context(array)
+    # A product promotes; conversions have another name in every library.
+    return array * library.ones((1,), **{**context, "dtype": library.float32})

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from superlora.maps import Identity, Map
-from superlora.shapes import check_count
+from superlora.values import check_count
 
 if TYPE_CHECKING:
     from superlora.spec import Spec
@@ -48,11 +48,15 @@ def pairs(name: str, value: object) -> tuple[Any, ...]:
     ------
     TypeError
         If it is neither.
+    ValueError
+        If a key stands there twice.
     """
     items: Any = tuple(value.items()) if isinstance(value, Mapping) else value
     listed = isinstance(items, tuple) and all(isinstance(p, tuple) and len(p) == 2 for p in items)
     if not listed or not all(isinstance(key, str) for key, _ in items):
         raise TypeError(f"{name} must be a mapping with strings as keys: got {value!r}")
+    if len(dict(items)) < len(items):
+        raise ValueError(f"{name} must have every key once: got {[key for key, _ in items]}")
     if name != "overrides":
         return tuple(items)
     found = []
@@ -262,7 +266,7 @@ def check_blocks(spec: Spec) -> None:
         raise TypeError(f"tied must be a list of blocks, as in ['0.factor1']: got {spec.tied!r}")
     for name, blocks in (("frozen", [key for key, _ in spec.frozen]), ("tied", spec.tied)):
         for block in blocks:
-            found = re.fullmatch(r"(\d+)\.(?:core|factor(\d+))", str(block))
+            found = re.fullmatch(r"(0|[1-9][0-9]*)\.(?:core|factor(0|[1-9][0-9]*))", str(block))
             split = int(found[1]) if found else spec.splits
             if found is None or split >= spec.splits or int(found[2] or 0) >= spec.orders[split]:
                 raise ValueError(

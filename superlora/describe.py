@@ -72,7 +72,7 @@ def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
     if capped:
         notes.append(
             f"note: rank {layout.spec.rank} exceeds a mode in {capped} of {len(layout.groups)} "
-            "groups; it is un-factored there"
+            f"groups; it is {'lowered' if layout.frozen else 'un-factored'} there"
         )
     before = sum(math.prod(group.fold) * count for group, count in alike.items())
     after = sum(group.size * count for group, count in alike.items())

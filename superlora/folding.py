@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from superlora._backend import Array, backend_of
 from superlora.maps import Identity
-from superlora.shapes import check_count
+from superlora.values import check_count
 
 
 def fold_group(vector: Array, fold: Sequence[int]) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 
-from superlora._backend import Array, backend_of, from_numpy
+from superlora._backend import Array, at_least_single, backend_of, from_numpy
 from superlora.init import frozen_variance
 from superlora.layout import Layout
 from superlora.random import normal
@@ -19,7 +19,11 @@ _POWERS = {"singular": 0.0, "singular_root": 0.5, "singular_scaled": 1.0}
 
 
 def frozen_blocks(
-    layout: Layout, weights: Mapping[str, Array] | None = None, like: Any = numpy.float32
+    layout: Layout,
+    weights: Mapping[str, Array] | None = None,
+    like: Any = numpy.float32,
+    *,
+    singular: bool = True,
 ) -> dict[str, Array]:
     """Make the blocks that are not trained.
 
@@ -31,6 +35,8 @@ def frozen_blocks(
         The weights whose singular vectors are asked for.
     like : array or dtype
         Library, dtype and device of the result.
+    singular : bool
+        Whether to make singular vectors.
 
     Returns
     -------
@@ -42,7 +48,7 @@ def frozen_blocks(
     TypeError
         If `like` is not of a floating-point type.
     ValueError
-        If a weight is missing, or has another shape than the plan says.
+        If a weight is missing, has another shape than the plan says, or is not finite.
 
     Notes
     -----
@@ -51,7 +57,7 @@ def frozen_blocks(
     positive, so that they do not depend on the library.
     """
     found: dict[str, Array] = {}
-    singular: dict[int, tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] = {}
+    decomposed: dict[int, tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] = {}
     for stream, (name, source) in enumerate(layout.frozen.items()):
         shape = layout.block_shapes[name]
         group, index, leaf = name.split(".")
@@ -66,10 +72,13 @@ def frozen_blocks(
             deviation = frozen_variance(source, leaf, shape, last) ** 0.5
             values = normal(seed, _FIRST_STREAM + stream, shape) * deviation
         else:
-            if int(group) not in singular:
+            if not singular:
+                continue
+            if int(group) not in decomposed:
                 (weight,) = layout.grouping.members[int(group)]
-                singular[int(group)] = _decompose(weight, layout.shapes[weight], weights or {})
-            left, numbers, right = singular[int(group)]
+                known = {} if weights is None else weights
+                decomposed[int(group)] = _decompose(weight, layout.shapes[weight], known)
+            left, numbers, right = decomposed[int(group)]
             vectors = (right if last else left)[:, : shape[1]]
             values = vectors * numbers[: shape[1]] ** _POWERS[source]
         found[name] = from_numpy(values, like)
@@ -106,7 +115,10 @@ def _decompose(
     weight = weights[name]
     if tuple(weight.shape) != shape:
         raise ValueError(f"weights[{name!r}] must have shape {shape}: got {tuple(weight.shape)}")
+    weight = at_least_single(weight)
     library = backend_of(weight)
+    if not numpy.isfinite(library.to_numpy(weight)).all():
+        raise ValueError(f"weights[{name!r}] must be finite to have singular vectors")
     left, numbers, right = map(
         numpy.asarray, map(library.to_numpy, library.svd(weight, full_matrices=False))
     )

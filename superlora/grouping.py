@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from superlora.shapes import Shape, ceil_divide, check_count, hashable
+from superlora.shapes import Shape, ceil_divide
+from superlora.values import check_count, hashable
 
 # Each group is a tensor with names, shapes and an optimiser's state of its own.
 _MOST_GROUPS = 1 << 20

@@ -29,8 +29,8 @@ def zero_block(layout: Layout, group: int, term: int = 0) -> str:
     -------
     str
         The last split's core where that is trainable, else its first trainable factor,
-        which is LoRA's B; of an earlier split where none is. A block that other groups
-        share is taken last.
+        which is LoRA's B; of an earlier split where none is. Where groups share blocks it is
+        one that all of them have of their own, else one that they share.
 
     Notes
     -----
@@ -44,8 +44,18 @@ def zero_block(layout: Layout, group: int, term: int = 0) -> str:
         for leaf in split.block_shapes
         if layout.block(group, term * count + index, leaf) in layout.factor_shapes
     ]
-    own = [(i, leaf) for i, leaf in candidates if f"{i}.{leaf}" not in layout.specs[group].tied]
-    index, leaf = (own or candidates)[0]
+    tied = layout.specs[group].tied
+    if tied:
+        first = term * count
+        common = [
+            (i, leaf)
+            for i, leaf in candidates
+            if all(leaf in item.splits[first + i].block_shapes for item in layout.alike(group))
+        ]
+        own = [(i, leaf) for i, leaf in common if f"{i}.{leaf}" not in tied]
+        shared = [(i, leaf) for i, leaf in candidates if f"{i}.{leaf}" in tied]
+        candidates = own or shared or candidates
+    index, leaf = candidates[0]
     return layout.block(group, term * count + index, leaf)
 
 

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping
 
+from superlora.block_rules import check_frozen
 from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
 from superlora.maps import Identity
@@ -58,6 +59,7 @@ class Layout:
         groups: list[Group] = []
         specs: list[Spec] = []
         first: list[int] = []
+        alike: dict[int, tuple[Group, ...]] = {}
         for own, names in self._parts().items():
             part = group_weights({name: self.shapes[name] for name in names}, own.groups, own.cut)
             # Most groups of a large model are alike: solve each distinct one once.
@@ -65,18 +67,21 @@ class Layout:
             groups += [
                 make(size, self._fold_context(part, index)) for index, size in enumerate(part.sizes)
             ]
-            first += [len(specs)] * len(part.sizes)
+            start = len(specs)
+            alike[start] = tuple(dict.fromkeys(groups[start:]))
+            first += [start] * len(part.sizes)
             specs += [own] * len(part.sizes)
             parts.append(part)
         self.grouping: Grouping = join(parts, self.shapes)
         self.groups: tuple[Group, ...] = tuple(groups)
         self.specs: tuple[Spec, ...] = tuple(specs)
         self._first = first  # the first group of every group's part, which names tied blocks
+        self._alike = alike
         # Asked at every forward pass; plain dicts, which torch.compile traces.
         self._piece_slices: dict[Piece, Slice] = {}
         self._row_slices: dict[str, Slice | None] = {}
         self._factored: dict[str, bool] = {}
-        self._check_frozen()
+        check_frozen(self)
         unit_modes = self.unit_modes()
         if unit_modes:
             warnings.warn(f"{unit_modes}; use fewer splits or fold='balanced'", stacklevel=3)
@@ -112,40 +117,6 @@ class Layout:
             divisor = math.gcd(divisor, part.padded)
         shapes = tuple(self.shapes[name] for name in names)
         return Members(shapes, part.whole(group), divisor, part.padded)
-
-    def _check_frozen(self) -> None:
-        for group, (own, item) in enumerate(zip(self.specs, self.groups, strict=True)):
-            if not own.frozen and not own.tied:
-                continue
-            for kind, blocks in (("frozen", dict(own.frozen)), ("tied", own.tied)):
-                for block in blocks:
-                    index, _, leaf = block.partition(".")
-                    split = item.splits[int(index)]
-                    alike = self.groups[self._first[group]].splits[int(index)].block_shapes
-                    if len(split.block_shapes.get(leaf, ())) != len(alike.get(leaf, (0,))):
-                        raise ValueError(
-                            f"{kind} must name blocks that every group has: group {group} has no "
-                            f"{block!r}, its split {index} has {list(split.block_shapes)}"
-                        )
-            self._check_singular(group, own)
-            for term in self.term_blocks(group):
-                if not any(block in self.factor_shapes for block in term):
-                    raise ValueError(
-                        f"frozen must leave every product a trainable block: group {group} has none"
-                    )
-
-    def _check_singular(self, group: int, own: Spec) -> None:
-        for block, source in own.frozen:
-            if not source.startswith("singular"):
-                continue
-            index, _, leaf = block.partition(".")
-            rank = self.groups[group].splits[int(index)].ranks[int(leaf[-1])]
-            (name,) = self.grouping.members[group]
-            if rank > min(self.shapes[name]):
-                raise ValueError(
-                    f"rank must be at most {min(self.shapes[name])}, the singular vectors of "
-                    f"{name!r}: got {rank} for the frozen block {block!r}"
-                )
 
     def scaling(self, name: str) -> float:
         """Return the number s in front of one weight's update."""
@@ -303,18 +274,45 @@ class Layout:
             raise KeyError(
                 f"no weight is named {name!r}; the plan has {some(map(repr, self.shapes))}"
             )
-        return tuple(block for blocks in self._blocks_by_term(name) for block in blocks)
+        groups = dict.fromkeys(piece.group for piece in self.grouping.pieces[name])
+        terms = (blocks for group in groups for blocks in self.term_blocks(group))
+        return tuple(dict.fromkeys(block for blocks in terms for block in blocks))
 
     def smallest_blocks(self, name: str) -> tuple[str, ...]:
-        """Return the smallest block of each of a weight's products; the update is linear in it."""
-        return tuple(
-            min(blocks, key=lambda block: math.prod(self.block_shapes[block]))
-            for blocks in self._blocks_by_term(name)
-        )
+        """Return one block of each of a weight's products, of which the update is a multiple.
 
-    def _blocks_by_term(self, name: str) -> list[list[str]]:
-        groups = dict.fromkeys(piece.group for piece in self.grouping.pieces[name])
-        return [blocks for group in groups for blocks in self.term_blocks(group)]
+        Returns
+        -------
+        tuple of str
+            The smallest; where a weight is cut over groups that share blocks the smallest
+            shared one, so that each product has just one of those returned.
+        """
+        groups = list(dict.fromkeys(piece.group for piece in self.grouping.pieces[name]))
+        shared = len(groups) > 1 and self.specs[groups[0]].tied
+        found: dict[str, None] = {}
+        for group in groups:
+            tied = {self.block(group, *key) for key in self._tied_of(group)} if shared else set()
+            for blocks in self.term_blocks(group):
+                among = [block for block in blocks if not tied or block in tied]
+                found[min(among, key=lambda block: math.prod(self.block_shapes[block]))] = None
+        return tuple(found)
+
+    def _tied_of(self, group: int) -> list[tuple[int, str]]:
+        """List split and leaf of every tied block of a group, terms included."""
+        own = self.specs[group]
+        return [
+            (term * own.splits + int(block.partition(".")[0]), block.partition(".")[2])
+            for term in range(own.terms)
+            for block in own.tied
+        ]
+
+    def first_group(self, group: int) -> int:
+        """Return the first of the groups that a group can share blocks with."""
+        return self._first[group]
+
+    def alike(self, group: int) -> tuple[Group, ...]:
+        """Return the distinct groups among those that a group can share blocks with."""
+        return self._alike[self._first[group]]
 
     def term_blocks(self, group: int) -> list[list[str]]:
         """Return the names of the blocks of each of a group's products."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from superlora._backend import Array, backend_of, zeros
-from superlora.shapes import hashable
+from superlora.values import hashable
 
 
 @dataclass(frozen=True)

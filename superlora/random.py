@@ -7,7 +7,7 @@ import math
 import numpy
 from scipy.special import ndtri
 
-from superlora.shapes import check_count
+from superlora.values import check_count
 
 
 def normal(seed: int, stream: int, shape: tuple[int, ...]) -> numpy.ndarray:

@@ -8,10 +8,10 @@ when the group is unfolded. Entries are never floored away.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+
+from superlora.values import check_count
 
 Shape = tuple[int, ...]
 
@@ -20,59 +20,6 @@ Shape = tuple[int, ...]
 _LARGEST_TRIAL_DIVISOR = 1 << 20
 # An exact fold may cost this many times the parameters of the best cover.
 _LOPSIDED = 1.25
-
-
-def hashable(value: Any) -> Any:
-    """Return lists as tuples, at any depth, and numbers as Python's own.
-
-    Parameters
-    ----------
-    value : Any
-        A field of a spec or a map.
-
-    Returns
-    -------
-    Any
-        A hashable value, where the items are.
-    """
-    if isinstance(value, (list, tuple)):
-        return tuple(map(hashable, value))
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
-
-
-def check_count(name: str, value: object, least: int = 1) -> int:
-    """Return `value` if it is an integer of at least `least`, or say what it must be.
-
-    Parameters
-    ----------
-    name : str
-        What the error message calls the value.
-    value : object
-        The value to check; ``bool`` is not an integer here.
-    least : int
-        The smallest value allowed.
-
-    Returns
-    -------
-    int
-        `value`, unchanged.
-
-    Raises
-    ------
-    TypeError
-        If `value` is not an integer.
-    ValueError
-        If `value` is below `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer: got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}: got {value}")
-    return value
 
 
 @lru_cache(maxsize=4096)
@@ -277,9 +224,8 @@ def bounded_splits(fold: Sequence[int], splits: int, bound: int | None) -> tuple
     splits : int
         Number of splits K.
     bound : int or None
-        Of every mode the first split takes `bound` where that divides it, else the
-        largest divisor below it, but never more than the rest where there are two
-        splits: LyCORIS' factorisation. None is `split_modes`.
+        The first split takes `bound` where that divides a mode, else the largest divisor
+        below it; of two splits the smaller part, as LyCORIS does. None is `split_modes`.
 
     Returns
     -------
@@ -288,8 +234,6 @@ def bounded_splits(fold: Sequence[int], splits: int, bound: int | None) -> tuple
 
     Examples
     --------
-    >>> bounded_splits((768, 768), 2, 8)
-    ((8, 8), (96, 96))
     >>> bounded_splits((128, 250), 2, 16)
     ((8, 10), (16, 25))
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 from superlora import _checks as checks
 from superlora._checks import Rank
 from superlora.maps import Identity, Map, map_from_dict
-from superlora.shapes import hashable
+from superlora.values import hashable
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Spec:
         may exceed the sizes, since a tensor's rank may.
         ``"full"`` leaves every split un-factored: dense. A tuple has one entry
         a split, each an integer, ``"full"``, or a tuple with one entry a mode;
-        with ``splits=1`` the outer tuple may be left out.
+        with ``splits=1`` the outer tuple may be left out. Where factors are frozen, an
+        integer is lowered to what they can have instead.
     order : int or tuple of int
         Number of modes M of the fold, 1 to 16. A tuple gives every split its own
         order, and the fold the largest of them: a split of lower order has
@@ -208,8 +210,16 @@ class Spec:
         str or None
             The first that matches.
         """
-        patterns = (pattern for pattern, _ in self.overrides)
-        return next((p for p in patterns if re.fullmatch(rf"(?:.*\.)?(?:{p})", name)), None)
+        for pattern, _ in self.overrides:
+            compiled = _compile(pattern)
+            start = 0
+            while not compiled.fullmatch(name, start):
+                start = name.find(".", start) + 1
+                if not start:
+                    break
+            else:
+                return str(pattern)
+        return None
 
     def _with(self, changes: Any) -> Spec:
         changes = dict(changes)
@@ -221,7 +231,7 @@ class Spec:
         known = {item.name for item in dataclasses.fields(self)} - {"overrides"}
         place = f"overrides[{pattern!r}]"
         try:
-            re.compile(pattern)
+            _compile(pattern)
         except re.error as error:
             raise ValueError(f"{place} must be a valid regular expression: {error}") from None
         unknown = sorted(set(dict(changes)) - known)
@@ -290,6 +300,9 @@ class Spec:
         if unknown:
             raise ValueError(f"spec must have only the fields {sorted(known)}: got also {unknown}")
         return cls(**_parsed(values))
+
+
+_compile = functools.lru_cache(maxsize=4096)(re.compile)
 
 
 def _plain(name: str, value: Any) -> Any:

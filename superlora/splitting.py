@@ -238,20 +238,23 @@ def _make_split(spec: Spec, index: int, shape: Shape, rank: object) -> Split:
             )
         return Split(shape, sizes, sizes, everything, "full")
     if isinstance(rank, int):
-        # Frozen factors are not made trainable by a cap: they stay, of a lower rank.
-        kept = any(key.partition(".")[0] == str(index) for key, _ in spec.frozen)
+        kept = [source for key, source in spec.frozen if key.partition(".")[0] == str(index)]
         if core in ("identity", "diagonal") or (core is None and order <= 2):
             # A matrix has rank min(sizes) at most: above it dense has fewer parameters.
-            # A CP rank has no such bound.
-            least = {"rank": min(sizes) + 1, "half": max(sizes) / 2, "never": math.inf}
-            if order == 2 and rank >= least[spec.dense_from] and not kept:
+            # A CP rank has no such bound. Frozen factors are not made trainable by it.
+            dense_from = {"rank": min(sizes) + 1, "half": max(sizes) / 2, "never": math.inf}
+            if order == 2 and rank >= dense_from[spec.dense_from] and not kept:
                 return Split(shape, sizes, sizes, everything, "full", capped=True)
             return Split(shape, sizes, (rank,) * order, (True,) * order, core or "identity")
-        if kept:
-            rank = min(rank, *sizes)
-        factored = tuple(rank <= size for size in sizes)
-        ranks = tuple(min(rank, size) for size in sizes)
-        return Split(shape, sizes, ranks, factored, "full", capped=not all(factored))
+        factored = tuple(rank <= size or bool(kept) for size in sizes)
+        # There are as many singular vectors of the outputs as of the inputs.
+        least = min(sizes[-2:]) if any(s.startswith("singular") for s in kept) else rank
+        sides = (False,) * (order - 2) + (True, True)
+        ranks = tuple(
+            min(rank, size, least) if side else min(rank, size)
+            for size, side in zip(sizes, sides, strict=True)
+        )
+        return Split(shape, sizes, ranks, factored, "full", capped=any(r < rank for r in ranks))
     assert isinstance(rank, tuple)
     return _make_nested(spec, index, shape, sizes, rank)
 

@@ -5,8 +5,10 @@ Shapes may come from a plan's layout; every value, and where it goes, comes from
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy
@@ -129,41 +131,150 @@ def integers_in(rank: object) -> list[int]:
     return [rank] if isinstance(rank, int) else []
 
 
+def hadamard(tensors: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    """Return ``Z[i] = prod_k X_k[i]`` of tensors of one shape."""
+    product = numpy.zeros(tensors[0].shape)
+    for index in indices(product.shape):
+        product[index] = math.prod(float(tensor[index]) for tensor in tensors)
+    return product
+
+
+def neighbours(shape: Sequence[int], order: int) -> tuple[int, ...]:
+    """Join neighbouring modes so that `order` are left, the first ones of the most modes."""
+    parts = numpy.array_split(numpy.array(shape), order)
+    return tuple(math.prod(part.tolist()) for part in parts)
+
+
+def fields_of(spec: object, name: str) -> dict[str, object]:
+    """Return the fields that hold for one weight: those of the first override that matches."""
+    fields = {item.name: getattr(spec, item.name) for item in dataclasses.fields(spec)}  # type: ignore[arg-type]
+    overrides = fields.pop("overrides")
+    ends = [name] + [name[dot + 1 :] for dot, letter in enumerate(name) if letter == "."]
+    for pattern, changes in overrides:
+        if any(re.fullmatch(pattern, end) for end in ends):
+            changed = dict(changes)
+            if changed.keys() & {"scale", "alpha"}:
+                fields.update(scale=None, alpha=None)
+            return {**fields, **changed}
+    return fields
+
+
+def scale_of(fields: Mapping[str, object]) -> float:
+    """Return alpha by rank, the scale given, or one."""
+    if fields["alpha"] is not None:
+        (rank,) = set(integers_in(fields["rank"]))
+        return float(fields["alpha"]) / rank  # type: ignore[arg-type]
+    return 1.0 if fields["scale"] is None else fields["scale"]  # type: ignore[return-value]
+
+
+def parts_of(plan: object) -> list[tuple[dict[str, object], list[list[tuple[str, int, int]]]]]:
+    """List the designs in order of first appearance, each with the groups of its own weights."""
+    spec, shapes = plan.spec, plan.layout.shapes  # type: ignore[attr-defined]
+    parts: list[tuple[dict[str, object], dict[str, tuple[int, int]]]] = []
+    for name, shape in shapes.items():
+        fields = fields_of(spec, name)
+        own = next((weights for other, weights in parts if other == fields), None)
+        if own is None:
+            parts.append((fields, {name: shape}))
+        else:
+            own[name] = shape
+    return [
+        (fields, groups_of(weights, fields["groups"], fields["cut"]))  # type: ignore[arg-type]
+        for fields, weights in parts
+    ]
+
+
+def split_tensor(split: object, blocks: Mapping[str, numpy.ndarray]) -> numpy.ndarray:
+    """Return one split, of the fold's modes, from its own blocks."""
+    sizes, shape = split.sizes, split.shape  # type: ignore[attr-defined]
+    assert sizes == neighbours(shape, len(sizes))
+    planes = [blocks.get(f"factor{mode}") for mode in range(len(sizes))]
+    core = blocks.get("core")
+    if core is not None and core.ndim < len(sizes):
+        numbers, core = core, numpy.zeros((len(core),) * len(sizes))
+        for place, number in enumerate(numbers):
+            core[(place,) * len(sizes)] = number
+    tensor = canonical(planes) if core is None else tucker(core, planes)  # type: ignore[arg-type]
+    assert tensor.shape == sizes
+    return fold(unfold(tensor, tensor.size), shape)
+
+
+def group_vector(
+    fields: Mapping[str, object],
+    groups: Sequence[object],
+    number: int,
+    first: int,
+    factors: Mapping[str, numpy.ndarray],
+) -> numpy.ndarray:
+    """Return the fold of a group, raveled: the products of its splits, summed.
+
+    `groups` are all of the plan's; `first` is the number of the first one of this design.
+    """
+    group, count = groups[number], fields["splits"]
+    assert len(group.splits) == count * fields["terms"]  # type: ignore[attr-defined,operator]
+    total = numpy.zeros(group.fold)  # type: ignore[attr-defined]
+    for term in range(fields["terms"]):  # type: ignore[call-overload]
+        tensors = []
+        for place in range(count):  # type: ignore[call-overload]
+            index = term * count + place  # type: ignore[operator]
+            split = group.splits[index]  # type: ignore[attr-defined]
+            own = {}
+            for leaf, shape in split.block_shapes.items():
+                tied = f"{place}.{leaf}" in fields["tied"]  # type: ignore[operator]
+                block = factors[f"{first if tied else number}.{index}.{leaf}"]
+                own[leaf] = block[tuple(map(slice, shape))]
+                assert own[leaf].shape == shape
+                assert tied or block.shape == shape
+            tensors.append(split_tensor(split, own))
+        product = kronecker(tensors) if fields["combine"] == "kronecker" else hadamard(tensors)
+        assert product.shape == total.shape
+        total += product
+    return unfold(total, total.size)
+
+
 def deltas(plan: object, factors: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
     """Return every weight's update: the whole equation.
 
     Of the plan this reads the shapes of the weights, the folds with their splits
     and ranks, and from the spec the grouping, the map and the scale.
     """
-    layout, spec = plan.layout, plan.spec  # type: ignore[attr-defined]
+    layout = plan.layout  # type: ignore[attr-defined]
     updates = {name: numpy.full(shape, numpy.nan) for name, shape in layout.shapes.items()}
-    held = groups_of(layout.shapes, spec.groups, spec.cut)
-    assert len(held) == len(layout.groups)
-    if spec.alpha is not None:
-        (rank,) = set(integers_in(spec.rank))
-        scale = spec.alpha / rank
-    else:
-        scale = 1.0 if spec.scale is None else spec.scale
-    for number, (listed, group) in enumerate(zip(held, layout.groups, strict=True)):
-        tensors = []
-        for index, split in enumerate(group.splits):
-            prefix = f"{number}.{index}."
-            planes = [factors.get(f"{prefix}factor{mode}") for mode in range(len(split.sizes))]
-            core = factors.get(f"{prefix}core")
-            tensor = canonical(planes) if core is None else tucker(core, planes)
-            assert tensor.shape == split.sizes
-            tensors.append(tensor)
-        product = kronecker(tensors)
-        assert product.shape == group.fold
-        vector = unfold(product, product.size)
-        if type(spec.map).__name__ == "Identity":
-            vector = vector[: len(listed)]
-        else:
-            vector = spec.map.matrix(vector.size, len(listed)) @ vector
-        for (name, row, column), value in zip(listed, vector, strict=True):
-            updates[name][row, column] = scale * value
+    number = 0
+    for fields, held in parts_of(plan):
+        first = number
+        for listed in held:
+            vector = group_vector(fields, layout.groups, number, first, factors)
+            if type(fields["map"]).__name__ == "Identity":
+                vector = vector[: len(listed)]
+            else:
+                vector = fields["map"].matrix(vector.size, len(listed)) @ vector  # type: ignore[attr-defined]
+            for (name, row, column), value in zip(listed, vector, strict=True):
+                updates[name][row, column] = scale_of(fields) * value
+            number += 1
+    assert number == len(layout.groups)
     assert not any(numpy.isnan(update).any() for update in updates.values())
     return updates
+
+
+def blocks_of(plan: object) -> dict[str, tuple[tuple[int, ...], str | None]]:
+    """Return shape and source (None: trainable) of every block, by the documented names."""
+    found: dict[str, tuple[tuple[int, ...], str | None]] = {}
+    number = 0
+    for fields, held in parts_of(plan):
+        first, frozen = number, dict(fields["frozen"])  # type: ignore[call-overload]
+        for number in range(first, first + len(held)):
+            splits = plan.layout.groups[number].splits  # type: ignore[attr-defined]
+            for index, split in enumerate(splits):
+                for leaf, shape in split.block_shapes.items():
+                    key = f"{index % fields['splits']}.{leaf}"  # type: ignore[operator]
+                    owner = first if key in fields["tied"] else number  # type: ignore[operator]
+                    name = f"{owner}.{index}.{leaf}"
+                    seen = found.get(name, (shape, None))[0]
+                    largest = tuple(max(pair) for pair in zip(seen, shape, strict=True))
+                    found[name] = (largest, frozen.get(key))
+        number = first + len(held)
+    return found
 
 
 def jacobian_rank(function: object, blocks: Sequence[numpy.ndarray]) -> int:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy
+from hypothesis import reject
 from hypothesis import strategies as st
 
 import superlora as sl
 from superlora._backend import backend_of, from_numpy
+from superlora.shapes import divisors
 from tests.oracles import integers_in
 
 Shapes = dict[str, tuple[int, int]]
@@ -67,9 +70,10 @@ def make_plan(spec: sl.Spec, shapes: Mapping[str, tuple[int, int]]) -> sl.Plan:
 
 
 def draw_factors(plan: sl.Plan, seed: int = 0) -> dict[str, numpy.ndarray]:
-    """Draw dense float64 factors, none of them zero."""
+    """Draw dense float64 blocks, frozen ones too, none of them zero."""
     generator = numpy.random.default_rng(seed)
-    return {name: generator.standard_normal(shape) for name, shape in plan.factor_shapes.items()}
+    shapes = plan.layout.block_shapes
+    return {name: generator.standard_normal(shape) for name, shape in shapes.items()}
 
 
 @st.composite
@@ -231,8 +235,111 @@ def plans(draw: st.DrawFn, mapped: bool = False, kinds: tuple[str, ...] | None =
     return make_plan(sl.Spec(**fields), shapes)
 
 
+CORES = (None, "identity", "diagonal", "full")
+SOURCES = ("random", "ones", "stored")  # singular vectors need weights
+
+
 @st.composite
-def problems(draw: st.DrawFn, mapped: bool = False) -> tuple[sl.Plan, dict[str, Any]]:
-    """Draw a plan with float64 factors."""
-    plan = draw(plans(mapped))
+def _nested(draw: st.DrawFn, fold: tuple[int, ...], splits: int) -> tuple[tuple[int, ...], ...]:
+    """Draw the sizes of every split of a fold."""
+    sizes = []
+    for _ in range(splits - 1):
+        split = tuple(draw(st.sampled_from(divisors(mode))) for mode in fold)
+        fold = tuple(mode // size for mode, size in zip(fold, split, strict=True))
+        sizes.append(split)
+    return (*sizes, fold)
+
+
+@st.composite
+def _extended_rank(draw: st.DrawFn, fields: dict[str, Any]) -> Any:
+    """Draw a rank for splits of orders of their own; a Tucker rank may not fit and be refused."""
+    small = st.integers(1, 2)
+    orders = fields["order"]
+    orders = orders if isinstance(orders, tuple) else (orders,) * fields["splits"]
+    each = [
+        draw(
+            st.one_of(
+                st.integers(1, 5 if order <= 2 else 2),
+                st.just("full"),
+                small.map(lambda rank, order=order: (rank if order > 1 else 1,) * order),
+                st.tuples(*[st.one_of(small, st.just("full"))] * order),
+            )
+        )
+        for order in orders
+    ]
+    return draw(st.sampled_from([tuple(each), draw(st.integers(1, 4)), "full"]))
+
+
+@st.composite
+def _blocks(draw: st.DrawFn, plan: sl.Plan) -> dict[str, Any]:
+    """Draw which blocks of a plan are tied and which are frozen."""
+    leaves = sorted(
+        {
+            f"{index % own.splits}.{leaf}"
+            for own, group in zip(plan.layout.specs, plan.layout.groups, strict=True)
+            for index, split in enumerate(group.splits)
+            for leaf in split.block_shapes
+        }
+    )
+    some = st.lists(st.sampled_from(leaves), unique=True, max_size=2)
+    frozen = {block: draw(st.sampled_from(SOURCES)) for block in draw(some)}
+    return {"tied": draw(some), "frozen": frozen}
+
+
+@st.composite
+def _overrides(draw: st.DrawFn, shapes: Shapes) -> dict[str, dict[str, Any]]:
+    """Draw other fields for some weights, by whole name, by end, or by an expression."""
+    name = draw(st.sampled_from(sorted(shapes)))
+    patterns = [re.escape(name), name[-1], r"[01]\.q", ".*2.*", "q|v"]
+    changes: list[dict[str, Any]] = [
+        {"scale": -0.5},
+        {"alpha": 3, "rank": 2},
+        {"rank": "full"},
+        {"terms": 2},
+        {"groups": "weight", "fold": "balanced"},
+        {"groups": 2, "fold": "balanced", "order": 2, "rank": 2, "splits": 1, "core": None},
+        {},
+    ]
+    chosen = draw(st.lists(st.sampled_from(patterns), unique=True, max_size=2))
+    return {pattern: draw(st.sampled_from(changes)) for pattern in chosen}
+
+
+@st.composite
+def extended_plans(draw: st.DrawFn) -> sl.Plan:
+    """Draw a plan of any field at all; what cannot be is refused in words, and drawn anew."""
+    mapped = draw(st.booleans())
+    own = () if mapped else ("natural", "stack", "aligned")
+    fields, shapes = draw(_designs(mapped, ("balanced", "explicit", *own)))
+    splits = fields["splits"] = draw(st.integers(1, 3))
+    fields["combine"] = draw(st.sampled_from(["kronecker", "hadamard"]))
+    fields["terms"] = draw(st.integers(1, 3))
+    fields["dense_from"] = draw(st.sampled_from(["rank", "half"]))
+    fields["core"] = draw(
+        st.one_of(st.sampled_from(CORES), st.tuples(*[st.sampled_from(CORES)] * splits))
+    )
+    if splits > 1 and draw(st.booleans()):
+        orders = [draw(st.integers(1, fields["order"])) for _ in range(splits)]
+        orders[draw(st.integers(0, splits - 1))] = fields["order"]
+        fields["order"] = tuple(orders)
+    if splits > 1 and fields["combine"] == "kronecker":
+        fields["first_split"] = draw(st.one_of(st.none(), st.integers(1, 6)))
+        if isinstance(fields["fold"], tuple) and draw(st.booleans()):
+            fields["fold"] = draw(_nested(fields["fold"], splits))
+    fields["rank"] = draw(_extended_rank(fields))
+    fields["scale"] = draw(st.sampled_from([None, 0.5, -3]))
+    try:
+        plan = make_plan(sl.Spec(**fields), shapes)
+        fields |= draw(_blocks(plan))
+        fields["overrides"] = draw(_overrides(shapes))
+        return make_plan(sl.Spec(**fields), shapes)
+    except ValueError as error:
+        if not re.search(r" must .*(: got | has | matched none )", str(error)):
+            raise  # in no words of ours
+        reject()
+
+
+@st.composite
+def problems(draw: st.DrawFn, kind: str = "plain") -> tuple[sl.Plan, dict[str, Any]]:
+    """Draw a plan with float64 factors: "plain", "mapped", or "extended"."""
+    plan = draw(extended_plans() if kind == "extended" else plans(kind == "mapped"))
     return plan, draw_factors(plan, draw(st.integers(0, 9)))

@@ -286,7 +286,7 @@ def _refuse_stored(plan: Plan) -> None:
 
 
 class _Weights(Mapping[str, Tensor]):
-    """The weights of layers by name, in single precision at least; one is read at a time."""
+    """The weights of layers by name; one is read at a time."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
@@ -298,7 +298,7 @@ class _Weights(Mapping[str, Tensor]):
                 f"weights must be loaded where a spec takes their singular vectors: {name!r} lies "
                 "on the meta device"
             )
-        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)

@@ -9,6 +9,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from superlora.frozen import frozen_blocks
 from superlora.plan import Plan
 from superlora.reconstruct import apply_factored, low_rank_factors, weight_delta
 from superlora.torch.formed import autocasts, without_autocast
@@ -30,11 +31,7 @@ class Blocks(nn.Module):
         self.plan = plan
         self._scale = plan.scale
         self._seed = 0  # of the initial factors
-        # What an override's scale is to that of the spec.
-        self._ratios = {
-            name: plan.layout.scaling(name) / plan.scale if plan.scale else 1.0
-            for name in plan.shapes
-        }
+        self._scales = {name: plan.layout.scaling(name) for name in plan.shapes}
         self._names = {name: plan.blocks_of(name) for name in plan.shapes}
         # The update is linear in each block, so the scale goes into the smallest of
         # every product: one place for forward, backward, merge and export.
@@ -85,7 +82,8 @@ class Blocks(nn.Module):
         """Draw the initial factors anew, and the frozen blocks if asked to."""
         values = self.plan.init(seed, like=numpy.float64)
         if frozen:
-            values |= self.plan.frozen(like=numpy.float64)
+            # What depends on the weights comes with the state dict that fills them.
+            values |= frozen_blocks(self.plan.layout, like=numpy.float64, singular=False)
         for block, drawn in values.items():
             self._block(block).copy_(torch.from_numpy(drawn))
 
@@ -164,7 +162,11 @@ class Blocks(nn.Module):
 
     def scale_of(self, name: str) -> float:
         """Return the number in front of one layer's update."""
-        return self._scale * self._ratios[name]
+        own = self._scales[name]
+        if self._scale == self.plan.scale:
+            return own
+        # An override's scale changes in proportion.
+        return self._scale if own == self.plan.scale else self._scale * (own / self.plan.scale)
 
     def form(self, name: str, blocks: Mapping[str, Tensor]) -> Tensor:
         """Form one layer's update from what `blocks` gave."""

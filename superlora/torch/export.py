@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from superlora.shapes import check_count
 from superlora.torch.adapter import Adapter
 from superlora.torch.foreign import Matrix
+from superlora.values import check_count
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
@@ -26,6 +27,8 @@ FORMAT_VERSION = 1
 _MODEL = "model."
 # One metadata key: safetensors writes several in no fixed order.
 _KEY = "superlora"
+# What reading a header of other values than ours can raise.
+_UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 # Between fingerprints: rounding changes one by less.
 _TOLERANCE = 1e-3
 
@@ -102,7 +105,8 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
     modules = find_layers(model, plan, path)
     check_free(model, host_of(model, modules), name)
     refuse_unfit(model, replaced, path)
-    factors |= _make_frozen(plan, modules, header, path)
+    dtype = factors[next(iter(plan.factor_shapes))].dtype
+    factors |= _make_frozen(plan, modules, header, path, dtype)
     adapter = register(
         model, plan, modules, placed(plan, modules, factors), name, replaced=replaced
     )
@@ -111,14 +115,19 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
 
 
 def _make_frozen(
-    plan: Plan, modules: Mapping[str, nn.Module], header: Mapping[str, Any], path: Path
+    plan: Plan,
+    modules: Mapping[str, nn.Module],
+    header: Mapping[str, Any],
+    path: Path,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    made = frozen_of(plan, modules)
+    # Rounded as they were when they were saved.
+    made = {name: block.to(dtype) for name, block in frozen_of(plan, modules).items()}
     expected = header.get("frozen", {})
     wrong = [
         name
         for name, block in made.items()
-        if not abs(fingerprint(block.numpy()) - expected.get(name, math.nan)) < _TOLERANCE
+        if not abs(fingerprint(block.double().numpy()) - expected.get(name, math.nan)) < _TOLERANCE
     ]
     if wrong:
         raise ValueError(
@@ -160,12 +169,19 @@ def _plan_of(metadata: Mapping[str, str], path: Path) -> tuple[Plan, dict[str, A
         shapes = {name: tuple(shape) for name, shape in header["weights"]}
         plan = Plan(Spec.from_dict(header["spec"]), shapes)
         if "scale" in header:
-            plan.spec.replace(alpha=None, scale=header["scale"], overrides=())
+            plan.spec.replace(alpha=None, scale=0.0 + header["scale"], overrides=())
         for number in header.get("frozen", {}).values():
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
+            if isinstance(number, bool) or not math.isfinite(number):
                 raise TypeError(f"fingerprints must be numbers: got {number!r}")
         return plan, header
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OverflowError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"{path} must have a valid superlora header: {error}") from None
 
 

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import superlora as sl
 from superlora.init import zero_block
-from tests.strategies import make_plan, plans
+from tests.strategies import draw_factors, extended_plans, make_plan, plans
 
 SHAPES = {"0.q": (6, 4), "1.q": (6, 4)}
 LARGE = {f"{layer}.q": (900, 400) for layer in range(40)}
@@ -35,6 +35,37 @@ def test_one_block_a_group_is_zero_and_so_is_every_update(plan, seed, dtype):
         if name not in zeros:
             assert numpy.all(block != 0)
             assert numpy.isfinite(block).all()
+
+
+@given(extended_plans(), st.integers(0, 9))
+def test_one_block_of_every_product_is_zero_and_can_learn(plan, seed):
+    factors = plan.init(seed, like=numpy.float64)
+    assert factors.keys() == plan.factor_shapes.keys()
+    drawn = draw_factors(plan, seed)
+    blocks = {**drawn, **factors}
+    zeros = set(zero_blocks(factors))
+    expected = set()
+    for group in range(len(plan.layout.groups)):
+        for term, names in enumerate(plan.layout.term_blocks(group)):
+            assert len(zeros & set(names)) == 1
+            expected.add(zero_block(plan.layout, group, term))
+    assert zeros == expected
+    for delta in plan.deltas(blocks).values():
+        assert_array_equal(delta, numpy.zeros(delta.shape))
+    scaled = {name for name in plan.shapes if plan.layout.scaling(name)}
+    for zero in zeros:
+        # The update is linear in the block: no update from random entries is no gradient.
+        moved = plan.deltas({**blocks, zero: drawn[zero]})
+        mine = {name for name in scaled if zero in plan.blocks_of(name)}
+        assert any(moved[name].any() for name in mine)
+
+
+def test_blocks_that_groups_share_leave_each_group_one_zero_block():
+    # The second group has no factor of mode 0, so that all its blocks are shared ones.
+    spec = sl.Spec(rank=3, core="full", tied=["0.core", "0.factor1"])
+    factors = sl.Plan(spec, {"a": (6, 6), "b": (2, 6)}).init()
+    assert factors.keys() == {"0.0.core", "0.0.factor0", "0.0.factor1"}
+    assert len(zero_blocks(factors)) == 1
 
 
 @given(plans(mapped=True))

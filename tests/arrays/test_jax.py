@@ -22,6 +22,13 @@ SPECS = {
     "aligned cp": sl.Spec(rank=2, order=3, splits=2, core="identity", groups=1, fold="aligned"),
     "cut anywhere": sl.lorta(rank=2, groups=3),
     "mixing": sl.lora(rank=2, groups=1, fold="balanced", map=Mixing(), ratio=0.5),
+    "loha": sl.loha(rank=2, scale=0.5),
+    "vera": sl.vera(rank=3),
+    "terms, tied": sl.Spec(
+        rank=2, groups=3, fold="balanced", terms=2, tied=["0.factor0"], scale=0.3
+    ),
+    "diagonal": sl.Spec(rank=2, order=3, core="diagonal", groups=1, fold="aligned"),
+    "overrides": sl.lora(rank=2, overrides={"1.*": {"terms": 2, "scale": 0.3}}),
 }
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 

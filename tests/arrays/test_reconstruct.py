@@ -51,8 +51,38 @@ ROWS = {
         MIXED,
     ),
     "permuting": (sl.lora(rank=2, fold="balanced", map=Permuting(4), groups=2), PRIME),
+    "lokr of a bounded split": (sl.lokr(rank=1, factor=2), SAME),
+    "loha": (sl.loha(rank=2), {"q": (6, 5), "v": (9, 7)}),
+    "vera": (sl.vera(rank=2), MIXED),
+    "tinylora, one for all": (sl.tinylora(2, 3, tied=["0.factor0"]), SAME),
+    "terms, tied and cut anywhere": (
+        sl.Spec(rank=2, groups=3, fold="balanced", terms=2, tied=["0.factor0"], scale=0.3),
+        PRIME,
+    ),
+    "splits of two orders": (
+        sl.Spec(rank=(1, 2), order=(2, 3), splits=2, groups=1, fold=((3, 2, 2), (1, 2, 3))),
+        SAME,
+    ),
+    "diagonal, hadamard, aligned": (
+        sl.Spec(
+            rank=2,
+            order=3,
+            splits=2,
+            combine="hadamard",
+            core=("diagonal", "full"),
+            groups=1,
+            fold="aligned",
+        ),
+        MIXED,
+    ),
+    "overrides": (
+        sl.lora(
+            rank=2, alpha=3, overrides={"v": {"rank": "full", "scale": -1}, "1.q": {"rank": 1}}
+        ),
+        MIXED,
+    ),
 }
-FEW = ("lora", "lokr", "lotr", "aligned cp of two splits", "padded", "mixing")
+FEW = ("lora", "lokr", "lotr", "aligned cp of two splits", "padded", "mixing", "loha", "overrides")
 
 rows = pytest.mark.parametrize(("spec", "shapes"), ROWS.values(), ids=ROWS)
 few_rows = pytest.mark.parametrize(("spec", "shapes"), [ROWS[key] for key in FEW], ids=FEW)
@@ -87,11 +117,31 @@ def check_apply(xp, plan, factors, leading=(2, 3)):
         results = [plan.apply(arrays, name, xp.array(x))]
         if plan.layout.row_slice(name) is not None:
             # Also where forming is cheaper, and `apply` would not choose it.
-            results.append(apply_factored(plan.layout, arrays, name, xp.array(x), plan.scale))
+            scale = plan.layout.scaling(name)
+            results.append(apply_factored(plan.layout, arrays, name, xp.array(x), scale))
         for result in results:
             assert xp.owns(result)
             assert tuple(result.shape) == (*leading, outputs)
             assert_allclose(xp.to_numpy(result), x @ expected[name].T, **CLOSE)
+
+
+def check_low_rank(xp, plan, factors):
+    expected = oracles.deltas(plan, factors)
+    arrays = xp.arrays(factors)
+    for name, (outputs, inputs) in plan.shapes.items():
+        pair = plan.low_rank(arrays, name)
+        aligned = plan.layout.row_slice(name) is not None
+        assert (pair is not None) == (
+            aligned and plan.layout.inner_width(name) < min(outputs, inputs)
+        )
+        if pair is None:
+            continue
+        left, right = pair
+        assert xp.owns(left)
+        assert xp.owns(right)
+        assert tuple(left.shape) == (outputs, plan.layout.inner_width(name))
+        assert tuple(right.shape) == (inputs, plan.layout.inner_width(name))
+        assert_allclose(xp.to_numpy(left) @ xp.to_numpy(right).T, expected[name], **CLOSE)
 
 
 @rows
@@ -104,24 +154,26 @@ def test_deltas_are_those_of_the_loops(xp, spec, shapes):
 def test_apply_is_the_product_with_the_loops_delta(xp, spec, shapes):
     plan = make_plan(spec, shapes)
     check_apply(xp, plan, draw_factors(plan))
+    check_low_rank(xp, plan, draw_factors(plan))
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_any_deltas_are_those_of_the_loops(xp, mapped):
-    @examples(xp)
-    @given(problems(mapped=mapped))
+@pytest.mark.parametrize("kind", ["plain", "mapped", "extended"])
+def test_any_deltas_are_those_of_the_loops(xp, kind):
+    @examples(xp, 40 if kind == "extended" else 100)
+    @given(problems(kind))
     def check(problem):
         check_deltas(xp, *problem)
 
     check()
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_any_apply_is_the_product_with_the_loops_delta(xp, mapped):
-    @examples(xp)
-    @given(problems(mapped=mapped), st.sampled_from([(), (3,), (2, 2), (0,)]))
+@pytest.mark.parametrize("kind", ["plain", "mapped", "extended"])
+def test_any_apply_is_the_product_with_the_loops_delta(xp, kind):
+    @examples(xp, 40 if kind == "extended" else 100)
+    @given(problems(kind), st.sampled_from([(), (3,), (2, 2), (0,)]))
     def check(problem, leading):
         check_apply(xp, *problem, leading)
+        check_low_rank(xp, *problem)
 
     check()
 
@@ -139,7 +191,7 @@ def test_a_group_is_made_whole_as_it_is_in_slices(xp, spec, shapes):
         assert vectors[index].shape == (group.size,)
     for name, delta in plan.deltas(factors).items():
         runs = [vectors[p.group][p.start : p.stop] for p in plan.layout.grouping.pieces[name]]
-        expected = plan.scale * numpy.concatenate(runs)
+        expected = plan.layout.scaling(name) * numpy.concatenate(runs)
         assert_allclose(xp.to_numpy(delta).ravel(), expected, **CLOSE)
 
 

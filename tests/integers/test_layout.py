@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy
 import pytest
 from hypothesis import given
 
 import superlora as sl
 from superlora.layout import Layout
-from tests.strategies import Mixing, make_plan, plans
+from tests import oracles
+from tests.strategies import Mixing, extended_plans, make_plan, plans
 
 ONE = {"q": (6, 4)}
 TWO = {"blocks.0.q": (6, 4), "blocks.1.q": (6, 4)}
@@ -104,6 +106,25 @@ def test_counts_and_names_agree(plan):
         groups = {str(piece.group) for piece in layout.grouping.pieces[name]}
         mine = [block for block in plan.factor_shapes if block.split(".")[0] in groups]
         assert sorted(plan.blocks_of(name)) == sorted(mine)
+
+
+@given(extended_plans())
+def test_blocks_have_the_documented_names_shapes_and_sources(plan):
+    expected = oracles.blocks_of(plan)
+    assert plan.layout.block_shapes == {name: shape for name, (shape, _) in expected.items()}
+    assert plan.layout.frozen == {name: source for name, (_, source) in expected.items() if source}
+    assert plan.factor_shapes.keys() | plan.frozen_shapes.keys() == expected.keys()
+    assert not plan.factor_shapes.keys() & plan.frozen_shapes.keys()
+    assert plan.num_parameters == sum(map(math.prod, plan.factor_shapes.values()))
+
+
+@given(extended_plans())
+def test_the_blocks_of_a_weight_are_those_that_it_is_made_of(plan):
+    for name, shape in plan.shapes.items():
+        blocks = plan.blocks_of(name)
+        assert len(set(blocks)) == len(blocks)
+        ones = {block: numpy.ones(plan.layout.block_shapes[block]) for block in blocks}
+        assert plan.delta(ones, name).shape == shape
 
 
 def expected_split(asked, sizes, core):

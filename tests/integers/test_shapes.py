@@ -14,12 +14,12 @@ from superlora.shapes import (
     balanced,
     balanced_splits,
     ceil_divide,
-    check_count,
     cover,
     divisors,
     integer_root,
     split_modes,
 )
+from superlora.values import check_count
 
 VIT_Q_V = 24 * 768 * 768
 GPT2_MEDIUM_Q_V = 48 * 1024 * 1024

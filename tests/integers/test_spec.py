@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import superlora as sl
-from tests.strategies import Mixing, Permuting, plans
+from tests.strategies import Mixing, Permuting, extended_plans, plans
 
 NUMBERS = "must be a number: got"
 
 
-@given(plans(), plans(mapped=True))
-def test_a_spec_survives_json(plan, mapped):
-    for spec in (plan.spec, mapped.spec):
+@given(plans(), plans(mapped=True), extended_plans())
+def test_a_spec_survives_json(plan, mapped, extended):
+    for spec in (plan.spec, mapped.spec, extended.spec):
         again = sl.Spec.from_dict(json.loads(json.dumps(spec.to_dict())))
         assert again == spec
         assert hash(again) == hash(spec)
@@ -35,11 +35,19 @@ def test_the_dict_of_a_spec_is_plain():
         "groups": "weight",
         "fold": [4, 6],
         "core": None,
+        "combine": "kronecker",
+        "terms": 1,
+        "first_split": None,
+        "dense_from": "rank",
+        "frozen": {},
+        "tied": [],
+        "seed": 0,
         "ratio": 0.5,
         "map": {"name": "Permuting", "seed": 7},
         "alpha": None,
         "scale": None,
         "cut": "even",
+        "overrides": {},
     }
 
 
@@ -158,7 +166,7 @@ def test_one_entry_a_split_is_a_rank_also_with_one_split():
         ({"fold": (2, 3, 4)}, ValueError, r"fold must have 2 modes, the order: got \(2, 3, 4\)"),
         ({"fold": (2, 0)}, ValueError, r"fold\[1\] must be at least 1: got 0"),
         ({"fold": (2.0, 3)}, TypeError, r"fold\[0\] must be an integer: got 2\.0"),
-        ({"core": "diagonal"}, ValueError, "core must be one of 'identity', 'full', None: got"),
+        ({"core": "half"}, ValueError, "core must be one of 'identity', 'diagonal', 'full', None:"),
         ({"cut": "odd"}, ValueError, "cut must be one of 'even', 'pad': got 'odd'"),
         ({"map": "Identity"}, TypeError, r"map must be a superlora\.maps\.Map: got 'Identity'"),
         ({"map": Mixing}, TypeError, r"map must be a superlora\.maps\.Map: got <class"),

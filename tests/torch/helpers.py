@@ -156,6 +156,12 @@ def attach_filled(
     return fill(slt.attach(model, SPECS[key], targets_of(key), name=name, **options), seed)
 
 
+def kept_blocks(plan: sl.Plan) -> list[str]:
+    """List the blocks that a state dict holds: not those that the spec alone decides."""
+    frozen = plan.layout.frozen
+    return [name for name in plan.layout.block_shapes if frozen.get(name) not in ("random", "ones")]
+
+
 def layers_of(model: nn.Module, adapter: slt.Adapter) -> dict[str, nn.Module]:
     return {name: model.get_submodule(name) for name in adapter.plan.shapes}
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import superlora as sl
 import superlora.torch as slt
-from superlora.torch import state
+from superlora.torch import files
 from tests.torch.helpers import (
     SPECS,
     assert_near,
@@ -66,7 +66,7 @@ def test_file_holds_every_factor_once(key, tmp_path):
     names = sum(len(name) for name in adapter.plan.shapes) + sum(map(len, adapter.factors()))
     assert path.stat().st_size <= 4 * adapter.num_parameters + 4096 + names
     with safe_open(path, framework="pt") as file:
-        assert sorted(file.keys()) == sorted(adapter.factors())
+        assert sorted(file.keys()) == sorted(dict(adapter.named_parameters()))
         header = json.loads(file.metadata()["superlora"])
         assert set(file.metadata()) == {"superlora"}
     assert header["format_version"] == 1
@@ -133,7 +133,7 @@ def test_failed_save_leaves_the_old_file(fault, old, tmp_path, monkeypatch):
             file.write(b"half of it")
         raise fault("disk full")
 
-    monkeypatch.setattr(state, "save_file", half)
+    monkeypatch.setattr(files, "save_file", half)
     with pytest.raises(fault, match="disk full"):
         adapter.save(path)
     monkeypatch.undo()

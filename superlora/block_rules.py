@@ -1,0 +1,71 @@
+"""Which blocks a layout's groups can freeze and share. Integers only."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from superlora.layout import Layout
+
+# Frozen blocks may hold this many entries, and 16 times as many as the weights.
+_MOST_FROZEN = 1 << 24
+
+
+def check_frozen(layout: Layout) -> None:
+    """Refuse frozen and tied blocks that the groups have not, or that leave nothing to train.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+
+    Raises
+    ------
+    ValueError
+        If it is so, or the frozen blocks would take far more memory than the weights.
+    """
+    for group, own in enumerate(layout.specs):
+        if not own.frozen and not own.tied:
+            continue
+        for kind, blocks in (("frozen", [key for key, _ in own.frozen]), ("tied", own.tied)):
+            for block in blocks:
+                _check_present(layout, group, kind, block)
+        for block, source in own.frozen:
+            if source.startswith("singular"):
+                _check_singular(layout, group, block)
+        for term in layout.term_blocks(group):
+            if not any(block in layout.factor_shapes for block in term):
+                raise ValueError(
+                    f"frozen must leave every product a trainable block: group {group} has none"
+                )
+    # A rank costs nothing to write down, and a file holds none of these blocks.
+    entries = sum(math.prod(layout.block_shapes[block]) for block in layout.frozen)
+    most = _MOST_FROZEN + 16 * layout.num_dense
+    if entries > most:
+        raise ValueError(
+            f"frozen blocks must hold at most {most:,} entries, for weights of "
+            f"{layout.num_dense:,}: got {entries:,}"
+        )
+
+
+def _check_present(layout: Layout, group: int, kind: str, block: str) -> None:
+    index, _, leaf = block.partition(".")
+    shapes = layout.groups[group].splits[int(index)].block_shapes
+    first = layout.groups[layout.first_group(group)].splits[int(index)].block_shapes
+    if len(shapes.get(leaf, ())) != len(first.get(leaf, (0,))):
+        raise ValueError(
+            f"{kind} must name blocks that every group has: group {group} has no {block!r}, its "
+            f"split {index} has {list(shapes)}"
+        )
+
+
+def _check_singular(layout: Layout, group: int, block: str) -> None:
+    index, _, leaf = block.partition(".")
+    rank = layout.groups[group].splits[int(index)].block_shapes[leaf][1]
+    (name,) = layout.grouping.members[group]
+    if rank > min(layout.shapes[name]):
+        raise ValueError(
+            f"rank must be at most {min(layout.shapes[name])}, the singular vectors of {name!r}: "
+            f"got {rank} for the frozen block {block!r}"
+        )
