@@ -28,6 +28,7 @@ class Replaced:
 
     def __init__(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
         self.names = list(values)
+        self._in_use = False
         self._parameters = [model.get_parameter(name) for name in values]
         self._others = [
             value.detach().clone().to(parameter)
@@ -35,10 +36,9 @@ class Replaced:
         ]
 
     def values(self) -> dict[str, Tensor]:
-        """Return what the parameters hold now, by name."""
-        return {
-            name: p.detach().clone() for name, p in zip(self.names, self._parameters, strict=True)
-        }
+        """Return the new values by name, whether they are in use or not."""
+        held = self._parameters if self._in_use else self._others
+        return {name: v.detach().clone() for name, v in zip(self.names, held, strict=True)}
 
     def holds(self, parameter: Tensor) -> bool:
         """Return whether a parameter is one of these."""
@@ -51,6 +51,7 @@ class Replaced:
             before = parameter.detach().clone()
             parameter.copy_(other)
             other.copy_(before)
+        self._in_use = not self._in_use
 
 
 def refuse_unfit(model: nn.Module, values: Mapping[str, Tensor], source: object) -> None:

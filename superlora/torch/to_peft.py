@@ -201,15 +201,17 @@ def _replaced(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     model, layers = adapter.model, adapter.layers()
     whole: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
-    for name in adapter.replaced.names:
+    values = adapter.replaced.values()
+    for name in values:
         module, _, leaf = name.rpartition(".")
         if module in layers and leaf == "bias":
             biases |= {
-                f"{layer}.base_layer.bias": own.bias.detach().clone()
+                f"{layer}.base_layer.bias": values.get(f"{layer}.bias", own.bias.detach())
                 for layer, own in layers.items()
                 if isinstance(own.bias, torch.Tensor)
             }
         else:
             parameters = model.get_submodule(module).named_parameters()
-            whole |= {f"{module}.{key}": value.detach().clone() for key, value in parameters}
+            named = {f"{module}.{key}": value.detach() for key, value in parameters}
+            whole |= {key: values.get(key, value) for key, value in named.items()}
     return whole, biases

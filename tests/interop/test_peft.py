@@ -232,3 +232,25 @@ def test_half_precision_base(tmp_path):
     adapter = slt.from_peft(model, tmp_path)
     assert adapter.dtype == torch.float32
     assert_outputs(model(make_x(dtype=torch.bfloat16)).float(), expected, 5e-2)
+
+
+def test_what_is_disabled_is_saved_as_what_it_is(tmp_path):
+    expected = save_with_peft(CONFIGS["lora-head"], tmp_path / "in")
+    model = make_model()
+    adapter = slt.from_peft(model, tmp_path / "in")
+    with adapter.disabled():
+        adapter.to_peft(tmp_path / "out")
+        adapter.save(tmp_path / "own.safetensors")
+    assert_outputs(load_with_peft(tmp_path / "out")(make_x()), expected)
+    again = make_model()
+    slt.load(again, tmp_path / "own.safetensors")
+    assert_outputs(again(make_x()), expected)
+
+
+def test_detached_for_good_keeps_weights_and_head(tmp_path):
+    expected = save_with_peft(CONFIGS["lora-head"], tmp_path)
+    model = make_model()
+    adapter = slt.from_peft(model, tmp_path)
+    adapter.merge()
+    adapter.detach(keep_merged=True)
+    assert_outputs(model(make_x()), expected)
