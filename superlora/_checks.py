@@ -245,7 +245,11 @@ def check_scale(spec: Spec) -> None:
             raise TypeError(f"{name} must be a number: got {value!r}")
         if not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name} must be finite: got {value}")
+    if not isinstance(spec.rslora, bool):
+        raise TypeError(f"rslora must be a bool: got {spec.rslora!r}")
     if spec.alpha is None:
+        if spec.rslora:
+            raise ValueError("rslora must come with alpha, which it divides by another number")
         return
     if spec.scale is not None:
         raise ValueError(f"alpha must not be given beside scale={spec.scale}: got {spec.alpha}")

@@ -331,7 +331,8 @@ class Layout:
         bare = sorted(
             {
                 (index, mode)
-                for group in self.groups
+                for group, own in zip(self.groups, self.specs, strict=True)
+                if not isinstance(own.fold[0], tuple)  # as asked for
                 for index, split in enumerate(group.splits)
                 for mode, size in enumerate(split.shape)
                 if size == 1 < group.fold[mode]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -81,6 +82,8 @@ class Spec:
         The fixed linear map F between a fold and its group.
     alpha : float, optional
         The scale is ``alpha / rank``; a nested rank must have one integer only.
+    rslora : bool
+        Divide alpha by the root of the rank instead.
     scale : float, optional
         The scale itself. Neither given: 1.
     cut : {"even", "pad"}
@@ -132,6 +135,7 @@ class Spec:
     ratio: float = 1.0
     map: Map = field(default_factory=Identity)
     alpha: float | None = None
+    rslora: bool = False
     scale: float | None = None
     cut: str = "even"
     overrides: Any = ()
@@ -178,7 +182,7 @@ class Spec:
         """The number s in front of the equation, resolved from `scale` and `alpha`."""
         if self.alpha is not None:
             (rank,) = checks.integers_in(self.rank)
-            return self.alpha / rank
+            return self.alpha / (math.sqrt(rank) if self.rslora else rank)
         return 1.0 if self.scale is None else self.scale
 
     def of(self, name: str) -> Spec:
@@ -224,7 +228,8 @@ class Spec:
     def _with(self, changes: Any) -> Spec:
         changes = dict(changes)
         if "scale" in changes or "alpha" in changes:  # one takes the place of the other
-            changes = {"scale": None, "alpha": None, **changes}
+            number = {"scale": None, "alpha": None, "rslora": self.rslora and "alpha" in changes}
+            changes = {**number, **changes}
         return self.replace(**{**changes, "overrides": ()})
 
     def _check_override(self, pattern: str, changes: Any) -> None:
@@ -258,6 +263,21 @@ class Spec:
             The changed copy.
         """
         return dataclasses.replace(self, **changes)
+
+    def scaled(self, scale: float) -> Spec:
+        """Return a copy of this scale, whatever alpha it had, without overrides.
+
+        Parameters
+        ----------
+        scale : float
+            The number s.
+
+        Returns
+        -------
+        Spec
+            The changed copy.
+        """
+        return self.replace(alpha=None, rslora=False, scale=scale, overrides=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain JSON values.

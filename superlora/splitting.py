@@ -125,8 +125,9 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
     else:
         (fold,) = _split_sizes(spec, 1, before, members)
         sizes = (fold,) * spec.splits
+    chosen = spec.combine == "kronecker" and not isinstance(spec.fold[0], tuple)
     for index, split in enumerate(sizes):
-        if len(sizes) > 1 and math.prod(split) == 1 and spec.combine == "kronecker":
+        if chosen and len(sizes) > 1 and math.prod(split) == 1:
             raise ValueError(
                 f"splits must leave every split more than one entry: got split {index} of size 1 "
                 f"in every mode for a fold of {before} entries; use fewer splits"

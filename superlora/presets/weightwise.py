@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from superlora._checks import Rank
@@ -62,14 +61,7 @@ def lora(rank: int = 8, rslora: bool = False, **changes: Any) -> Spec:
     >>> sl.Plan(sl.lora(rank=2), {"q": (6, 4)}).num_parameters
     20
     """
-    if rslora:
-        if changes.get("alpha") is None or not isinstance(rank, int):
-            raise ValueError(
-                "rslora must come with alpha and an integer rank, the scale is alpha / sqrt(rank): "
-                f"got alpha={changes.get('alpha')}, rank={rank!r}"
-            )
-        changes = {**changes, "alpha": None, "scale": changes["alpha"] / math.sqrt(rank)}
-    return make(changes, rank=rank)
+    return make(changes, rank=rank, rslora=rslora)
 
 
 def lokr(

@@ -5,28 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from superlora.errors import AdapterError
+from superlora.errors import AdapterError, some
 from superlora.plan import Plan
 from superlora.torch.blocks import Blocks
+from superlora.torch.exporting import Exporting
 from superlora.torch.freezing import Frozen, release
 from superlora.torch.layers import parameter_of
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
 
-if TYPE_CHECKING:
-    from superlora.torch.export import Export
 
-
-class Adapter(Blocks):
+class Adapter(Exporting, Blocks):
     """The factors of a plan, attached to a model's layers.
 
-    Made by `attach` and `load`. Its parameters are named like the plan's factors,
-    ``"group.split.block"``; only they are trained.
+    Made by `attach`, `load`, `from_peft` and `from_lycoris`. Its parameters are named
+    like the plan's factors, ``"group.split.block"``; only they are trained.
 
     Parameters
     ----------
@@ -130,7 +128,7 @@ class Adapter(Blocks):
             raise AdapterError("scale must be set on an unmerged adapter: call unmerge() first")
         if value is None:
             raise TypeError("scale must be a number: got None")
-        self._scale = self.plan.spec.replace(alpha=None, scale=value, overrides=()).scaling
+        self._scale = self.plan.spec.scaled(value).scaling
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -251,7 +249,7 @@ class Adapter(Blocks):
                 f"detach or unmerge {', '.join(map(repr, below))} first"
             )
         model, host = self._homes
-        if not keep_merged:
+        if not (keep_merged and self.merged):
             self._exchange()
         self.replaced = None
         for site in self._sites.values():
@@ -282,78 +280,8 @@ class Adapter(Blocks):
 
         save_adapter(self, Path(path))
 
-    def to_peft(
-        self, directory: str | Path, *, rank: int | None = None, energy: float | None = None
-    ) -> Export:
-        """Write a folder that ``peft.PeftModel.from_pretrained`` loads.
-
-        Parameters
-        ----------
-        directory : str or pathlib.Path
-            The folder; made if there is none.
-        rank : int, optional
-            Where PEFT has no exact counterpart, the rank of the LoRA that is nearest.
-        energy : float, optional
-            Instead, or besides: keep the least rank with this part, in (0, 1], of the sum of
-            squares of the update's singular values.
-
-        Returns
-        -------
-        Export
-            The format of every layer, and its relative error; printed it is a table.
-
-        Raises
-        ------
-        AdapterError
-            If the adapter is not attached.
-        NotADirectoryError
-            If `directory` is a file.
-        ValueError
-            If an update needs a rank or an energy and none is given.
-
-        Notes
-        -----
-        LoRA, LoKr and LoHa are written as what they are. Any other update whose fold
-        is aligned has two thin factors, which are a LoRA of their inner width exactly; with a
-        rank or an energy it is truncated by its singular values.
-        """
-        from superlora.torch.to_peft import save_peft
-
-        return save_peft(self, Path(directory), rank, energy)
-
-    def to_lycoris(
-        self, path: str | Path, *, rank: int | None = None, energy: float | None = None
-    ) -> Export:
-        """Write a safetensors file that LyCORIS loads.
-
-        Parameters
-        ----------
-        path : str or pathlib.Path
-            The file; replaced if it exists.
-        rank : int, optional
-            Where LyCORIS has no exact counterpart, the rank of the LoRA that is nearest.
-        energy : float, optional
-            Instead, or besides: keep the least rank with this part, in (0, 1], of the sum of
-            squares of the update's singular values.
-
-        Returns
-        -------
-        Export
-            The format of every layer, and its relative error; printed it is a table.
-
-        Raises
-        ------
-        AdapterError
-            If the adapter is not attached, or has replaced parameters that LyCORIS cannot hold.
-        ValueError
-            If an update needs a rank or an energy and none is given, or a layer is
-            none of LyCORIS's.
-        """
-        from superlora.torch.lycoris import save_lycoris
-
-        return save_lycoris(self, Path(path), rank, energy)
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._check_in_use()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination._metadata[prefix[:-1]]["merged"] = True
@@ -366,11 +294,19 @@ class Adapter(Blocks):
 
     def check_loadable(self, metadata: Mapping[str, Any]) -> None:
         """Refuse to load a state dict, with this metadata, that would count an update twice."""
+        self._check_in_use()
         if self.merged or metadata.get("merged"):
             whose = "the model" if self.merged else "the state dict"
             raise AdapterError(
                 f"adapter {self.name!r} must be unmerged where a state dict is taken and where it "
                 f"is loaded, or its update counts twice: it is merged in {whose}"
+            )
+
+    def _check_in_use(self) -> None:
+        if self.replaced is not None and not self.replaced.in_use:
+            raise AdapterError(
+                f"adapter {self.name!r} must not be disabled where a state dict is taken or "
+                f"loaded: the model has its own {some(self.replaced.names)} meanwhile"
             )
 
     def _check_attached(self, verb: str) -> None:

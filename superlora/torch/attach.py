@@ -70,7 +70,7 @@ def attach(
     >>> adapter.num_parameters, model(torch.ones(1, 8)).shape
     (32, torch.Size([1, 2]))
     """
-    _check_model(model)
+    check_model(model)
     modules = find_targets(model, targets)
     plan = Plan(spec, {target: shape_of(module) for target, module in modules.items()})
     check_free(model, host_of(model, modules), name)
@@ -136,11 +136,11 @@ def register(
 
 def _refuse_replaced_twice(model: nn.Module, replaced: Mapping[str, Tensor]) -> None:
     for other in adapters_of(model):
-        for name in replaced:
-            if other.replaced is not None and other.replaced.holds(model.get_parameter(name)):
-                raise AdapterError(
-                    f"adapter {other.name!r} has replaced {name!r} already: detach it first"
-                )
+        name = other.replaced.overlaps(replaced, model) if other.replaced is not None else None
+        if name is not None:
+            raise AdapterError(
+                f"adapter {other.name!r} has replaced {name!r} already: detach it first"
+            )
 
 
 def host_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -202,7 +202,8 @@ def _refuse_merged(model: nn.Module, state_dict: Any, *_: Any) -> None:
             module.check_loadable(metadata.get(path, {}))
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
+    """Refuse what is no model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
 

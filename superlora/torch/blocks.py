@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from superlora.frozen import frozen_blocks
 from superlora.plan import Plan
-from superlora.reconstruct import apply_factored, low_rank_factors, weight_delta
+from superlora.reconstruct import apply_factored, weight_delta
 from superlora.torch.formed import autocasts, without_autocast
 
 
@@ -124,28 +124,6 @@ class Blocks(nn.Module):
             ``scale * ΔW`` for each layer, (output width, input width).
         """
         return {name: self.delta(name) for name in self.plan.shapes}
-
-    def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Write one layer's update as a product of two thin matrices, where its fold allows.
-
-        Parameters
-        ----------
-        name : str
-            The layer's dotted name.
-
-        Returns
-        -------
-        pair of torch.Tensor, (output width, q) and (input width, q), or None
-            ``scale * ΔW = left @ rightᵀ``, never formed; None where q would not be below both
-            widths.
-
-        Raises
-        ------
-        KeyError
-            If the adapter has no layer of that name.
-        """
-        blocks = self.blocks(name, self._device(name))
-        return low_rank_factors(self.plan.layout, blocks, name, 1.0)
 
     def _device(self, name: str) -> torch.device:
         self.plan.blocks_of(name)  # names the layers there are, if this is none

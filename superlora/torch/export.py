@@ -80,7 +80,7 @@ def exact_layer(adapter: Adapter, name: str) -> Layer | None:
     Returns
     -------
     Layer or None
-        The factors themselves, not scaled.
+        The factors themselves in double precision, not scaled.
     """
     layout = adapter.plan.layout
     pieces = layout.grouping.pieces[name]
@@ -91,7 +91,8 @@ def exact_layer(adapter: Adapter, name: str) -> Layer | None:
         return None
     scale = adapter.scale_of(name)
     if own.splits == 1 and not any(item.splits[0].factored) and item.splits[0].core == "full":
-        return Layer("full", ((adapter.delta(name).detach(),),), 1.0)
+        delta = adapter.plan.delta(double_factors(adapter), name, scale)
+        return Layer("full", ((delta,),), 1.0)
     if item.fold != layout.shapes[name] or any(split.sizes != split.shape for split in item.splits):
         return None
     matrices = [_matrix(adapter, group, index) for index in range(own.splits)]
@@ -112,11 +113,11 @@ def _matrix(adapter: Adapter, group: int, index: int) -> Matrix | None:
     """Return a split of order 2 as a dense matrix or a product of two."""
     layout = adapter.plan.layout
     split = layout.groups[group].splits[index]
-    blocks = adapter.factors()
+    blocks = double_factors(adapter)
 
     def block(leaf: str) -> Tensor:
         shape = split.block_shapes[leaf]
-        found = blocks[layout.block(group, index, leaf)].detach()
+        found = blocks[layout.block(group, index, leaf)]
         return found[tuple(slice(size) for size in shape)]
 
     if split.core == "identity":
@@ -159,18 +160,18 @@ def low_rank_layer(
     update is never formed.
     """
     with torch.no_grad():
-        thin = adapter.low_rank(name)
+        blocks, scale = double_factors(adapter), adapter.scale_of(name)
+        thin = adapter.plan.low_rank(blocks, name, scale)
         if thin is None:
             if rank is None and energy is None:
                 raise ValueError(
                     f"rank or energy must be given: the update of {name!r}, of fold "
                     f"{_fold(adapter, name)}, is not exactly one of low rank"
                 )
-            left, numbers, right = torch.linalg.svd(
-                adapter.delta(name).double(), full_matrices=False
-            )
+            delta = adapter.plan.delta(blocks, name, scale)
+            left, numbers, right = torch.linalg.svd(delta, full_matrices=False)
         else:
-            left, right = (matrix.double() for matrix in thin)
+            left, right = thin
             if rank is None and energy is None:
                 return Layer("lora", ((left, right.t()),), 1.0), 0.0
             (first, upper), (second, lower) = torch.linalg.qr(left), torch.linalg.qr(right)
@@ -193,6 +194,16 @@ def _kept(squares: Tensor, rank: int | None, energy: float | None) -> int:
         reached = int((parts < min(energy, float(parts[-1]))).sum()) + 1
         kept = min(kept, reached)
     return max(kept, 1)
+
+
+def double_factors(adapter: Adapter) -> dict[str, Tensor]:
+    """Return an adapter's blocks in double precision, apart from any gradient."""
+    return {block: value.detach().double() for block, value in adapter.factors().items()}
+
+
+def written(adapter: Adapter, values: Tensor) -> Tensor:
+    """Return values as they are written: in the adapter's precision, single at least."""
+    return values.to(torch.promote_types(adapter.dtype, torch.float32))
 
 
 def _fold(adapter: Adapter, name: str) -> tuple[int, ...]:

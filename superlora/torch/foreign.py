@@ -6,7 +6,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from superlora.torch.attach import check_free, frozen_of, host_of, placed, regis
 from superlora.torch.layers import is_adaptable, shape_of
 from superlora.torch.replaced import refuse_unfit
 from superlora.torch.state import find_layers
+from superlora.torch.targets import is_named
 
 # A matrix, or the two whose product it is.
 Matrix = tuple[Tensor, ...]
@@ -268,8 +269,18 @@ def _spec_of(updates: Mapping[str, LayerUpdate]) -> Spec:
                 for item in plain.__dataclass_fields__
                 if getattr(plain, item) != getattr(spec, item)
             }
-            overrides["|".join(map(re.escape, layers))] = changes
+            overrides[_pattern(layers, updates)] = changes
     return spec.replace(overrides=overrides)
+
+
+def _pattern(layers: Sequence[str], everything: Iterable[str]) -> str:
+    """Return a pattern that matches these layers and no others, short where that can be."""
+    wanted = set(layers)
+    for count in (1, 2):
+        ends = dict.fromkeys(".".join(layer.split(".")[-count:]) for layer in layers)
+        if {layer for layer in everything if is_named(layer, ends)} == wanted:
+            return "|".join(map(re.escape, ends))
+    return "^(?:" + "|".join(map(re.escape, layers)) + ")"
 
 
 def refuse(source: object, problems: list[str]) -> None:

@@ -6,14 +6,17 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from superlora.errors import some
 from superlora.presets import vera
 from superlora.torch.adapter import Adapter
+from superlora.torch.attach import check_model
 from superlora.torch.files import Header, read_tensors, unfit_dtypes
 from superlora.torch.foreign import (
     Foreign,
@@ -29,6 +32,7 @@ from superlora.torch.foreign import (
     refuse,
 )
 from superlora.torch.layers import is_adaptable
+from superlora.torch.targets import is_named, outside_adapters
 
 _PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -94,15 +98,15 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
         config or do not fit the model: all are listed, and nothing is attached. A
         pickled file is never opened.
     """
+    check_model(model)
     folder = Path(directory)
     config = _read_config(folder)
-    layers: dict[str, dict[str, str]] = {}
-    extra: dict[str, str] = {}
+    keys: list[_Keys] = []
 
     def check(_: Mapping[str, str], header: Header) -> None:
-        problems = _sort_keys(config, header, layers, extra)
-        problems += _check_targets(model, config, layers)
-        refuse(folder / WEIGHTS, problems)
+        keys.append(_sort_keys(config, header))
+        problems = [*keys[0].problems, *_check_targets(model, config, keys[0].layers)]
+        refuse(folder / WEIGHTS, problems + _check_replaced(model, config, keys[0]))
 
     pickled = folder / "adapter_model.bin"
     path = folder / WEIGHTS
@@ -110,9 +114,13 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
         path = pickled
     tensors = read_tensors(path, check)
     updates: dict[str, LayerUpdate] = {}
-    problems: list[str] = []
-    for layer, keys in layers.items():
-        found = {leaf: tensors[key] for leaf, key in keys.items()}
+    problems = [
+        f"{parameter!r} differs from the model's: it was saved with another base"
+        for parameter, key in keys[0].base.items()
+        if not _same(model, parameter, tensors[key])
+    ]
+    for layer, leaves in keys[0].layers.items():
+        found = {leaf: tensors[key] for leaf, key in leaves.items()}
         for key in _SHARED.get(config["peft_type"], ()):
             found[key.removeprefix("base_model.")] = tensors[key]
         try:
@@ -120,14 +128,21 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
         except ValueError as error:
             problems.append(f"{layer!r}: {error}")
     refuse(path, problems)
-    replaced = {parameter: tensors[key] for key, parameter in extra.items()}
+    replaced = {parameter: tensors[key] for parameter, key in keys[0].replaced.items()}
     return attach_foreign(model, Foreign(folder, updates, replaced), name)
+
+
+def _same(model: nn.Module, parameter: str, value: Tensor) -> bool:
+    own = model.get_parameter(parameter).detach()
+    return own.shape == value.shape and torch.equal(own, value.to(own))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG} in {folder}, the folder that PEFT saved")
+        below = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}"))
+        hint = f"; its sub-folders {below} have one each" if below else ""
+        raise FileNotFoundError(f"no {CONFIG} in {folder}, the folder that PEFT saved{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -190,77 +205,122 @@ def _alpha_key(config: Mapping[str, Any]) -> str:
     return {"LORA": "lora_alpha", "VERA": ""}.get(config["peft_type"], "alpha")
 
 
-def _sort_keys(
-    config: Mapping[str, Any],
-    header: Header,
-    layers: dict[str, dict[str, str]],
-    extra: dict[str, str],
-) -> list[str]:
-    """Sort a file's keys to layers and to the model's own parameters; return what is wrong."""
+@dataclass
+class _Keys:
+    """A file's keys: by layer and leaf, by the model's parameter, and what is wrong."""
+
+    layers: dict[str, dict[str, str]]
+    replaced: dict[str, str]
+    base: dict[str, str]  # weights of adapted layers, which PEFT saves beside an adapted head
+    problems: list[str]
+
+
+def _sort_keys(config: Mapping[str, Any], header: Header) -> _Keys:
     known = set().union(*_LEAVES[config["peft_type"]])
     shared = _SHARED.get(config["peft_type"], ())
-    whole = tuple(config.get("modules_to_save") or ())
-    problems = unfit_dtypes(header)
+    keys = _Keys({}, {}, {}, unfit_dtypes(header))
+    rest: dict[str, str] = {}
     for key in header:
-        if key in shared:
-            continue
-        path = key.removeprefix(_PREFIX)
+        path = key.removeprefix(_PREFIX).replace(".modules_to_save.", ".")
         leaf = next((leaf for leaf in known if path.endswith(f".{leaf}")), None)
-        parameter = path.replace(".base_layer.", ".")
-        module, _, last = parameter.rpartition(".")
-        if path == key:
-            problems.append(f"extra {key!r}")
+        if key in shared or ".original_module." in path:
+            continue
+        if not key.startswith(_PREFIX):
+            keys.problems.append(f"extra {key!r}")
         elif leaf is not None:
-            layers.setdefault(path.removesuffix(f".{leaf}"), {})[leaf] = key
-        elif any(f".{module}.".find(f".{name}.") >= 0 for name in whole) or (
-            last == "bias" and config.get("bias", "none") != "none"
-        ):
-            extra[key] = parameter
+            keys.layers.setdefault(path.removesuffix(f".{leaf}"), {})[leaf] = key
         else:
-            problems.append(f"extra {key!r}")
-    problems += [f"missing {key!r}" for key in shared if key not in header]
-    for layer, found in layers.items():
+            rest[path.replace(".base_layer.", ".")] = key
+    for parameter, key in rest.items():
+        layer, _, leaf = parameter.rpartition(".")
+        if _is_saved_whole(config, layer) or (
+            "bias" in leaf and config.get("bias", "none") != "none"
+        ):
+            keys.replaced[parameter] = key
+        elif layer in keys.layers and leaf == "weight":
+            keys.base[parameter] = key
+        else:
+            keys.problems.append(f"extra {key!r}")
+    keys.problems += [f"missing {key!r}" for key in shared if key not in header]
+    for layer, found in keys.layers.items():
         if set(found) not in _LEAVES[config["peft_type"]]:
-            problems.append(f"{layer!r} has {sorted(found)}, none of the forms of its method")
-    if not layers:
-        problems.append(f"no tensor of a {config['peft_type']} layer")
+            keys.problems.append(f"{layer!r} has {sorted(found)}, none of the forms of its method")
+    if not keys.layers:
+        keys.problems.append(f"no tensor of a {config['peft_type']} layer")
+    return keys
+
+
+def _is_saved_whole(config: Mapping[str, Any], module: str) -> bool:
+    """Return whether PEFT saves a module, or one that has it: by the end of its name."""
+    parts = module.split(".")
+    names = tuple(config.get("modules_to_save") or ())
+    return any(".".join(parts[: count + 1]).endswith(names) for count in range(len(parts)))
+
+
+def _check_replaced(model: nn.Module, config: Mapping[str, Any], keys: _Keys) -> list[str]:
+    """Return the parameters that PEFT would have saved and the file lacks."""
+    kind = config.get("bias", "none")
+    problems = []
+    for path, module in outside_adapters(model):
+        for leaf, _ in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}".lstrip(".")
+            biased = "bias" in leaf and (
+                kind == "all" or (kind == "lora_only" and path in keys.layers)
+            )
+            if (biased or _is_saved_whole(config, path)) and name not in keys.replaced:
+                problems.append(f"missing {name!r}, which the config says was saved")
     return problems
 
 
 def _check_targets(
     model: nn.Module, config: Mapping[str, Any], layers: Mapping[str, Any]
 ) -> list[str]:
-    """Return where config and tensors, or config and model, disagree on the layers."""
+    """Return where config, tensors and model disagree on the layers."""
+    modules = dict(outside_adapters(model))
+    problems = [f"no layer {layer!r} in the model" for layer in layers if layer not in modules]
     targets = config["target_modules"]
     if targets == "all-linear":
-        return []
-
-    def matches(names: Any, layer: str) -> bool:
-        if isinstance(names, str):
-            return re.fullmatch(names, layer) is not None
-        return any(layer == name or layer.endswith(f".{name}") for name in names or ())
-
-    problems = [
-        f"{layer!r} is no target of the config" for layer in layers if not matches(targets, layer)
-    ]
-    if config.get("layers_to_transform") is not None:
         return problems
-    wanted = [
+    strangers = [layer for layer in layers if not _matches(targets, layer)]
+    problems += [f"{layer!r} is no target of the config" for layer in strangers]
+    named = [
         layer
-        for layer, module in model.named_modules()
-        if is_adaptable(module)
-        and matches(targets, layer)
-        and not matches(config.get("exclude_modules"), layer)
+        for layer, module in modules.items()
+        if is_adaptable(module) and _matches(targets, layer)
     ]
+    wanted = [layer for layer in named if _is_transformed(config, layer)]
     if isinstance(targets, list):
         problems += [
             f"no layer of the model is the target {target!r}"
             for target in targets
-            if not any(matches([target], layer) for layer in {*wanted, *layers})
+            if not any(is_named(layer, [target]) for layer in {*named, *layers})
         ]
-    return problems + [
-        f"missing the tensors of {layer!r}" for layer in wanted if layer not in layers
-    ]
+    return problems + [f"missing the tensors of {name!r}" for name in wanted if name not in layers]
+
+
+def _matches(names: Any, layer: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, layer) is not None
+    return is_named(layer, names or ())
+
+
+def _is_transformed(config: Mapping[str, Any], layer: str) -> bool:
+    """Return whether PEFT adapts a layer that is named like a target."""
+    saved = config.get("modules_to_save") or ()
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", layer) for name in saved):
+        return False
+    if _matches(config.get("exclude_modules"), layer):
+        return False
+    indices = config.get("layers_to_transform")
+    targets = config["target_modules"]
+    if indices in (None, []) or isinstance(targets, str) or layer in targets:
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", layer)
+        if found:
+            return int(found[1]) in ([indices] if isinstance(indices, int) else indices)
+    return False
 
 
 def _update(config: Mapping[str, Any], layer: str, found: Mapping[str, Tensor]) -> LayerUpdate:
@@ -280,9 +340,7 @@ def _update(config: Mapping[str, Any], layer: str, found: Mapping[str, Tensor]) 
         return lokr_update(*parts, scale=alpha / rank)
     if kind == "LOHA":
         return loha_update(*parts, alpha=alpha)
-    if config.get("use_rslora"):
-        return lora_update(*parts[0], scale=alpha / math.sqrt(rank))
-    return lora_update(*parts[0], alpha=alpha)
+    return lora_update(*parts[0], alpha=alpha, rslora=bool(config.get("use_rslora")))
 
 
 def _vera_update(rank: int, found: Mapping[str, Tensor]) -> LayerUpdate:

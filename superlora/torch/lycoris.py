@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from superlora.errors import AdapterError, some
 from superlora.shapes import bounded_splits
 from superlora.torch.adapter import Adapter
+from superlora.torch.attach import check_model
 from superlora.torch.export import (
     Export,
     Layer,
@@ -19,6 +21,7 @@ from superlora.torch.export import (
     exact_layer,
     low_rank_layer,
     named_parts,
+    written,
 )
 from superlora.torch.files import Header, read_tensors, unfit_dtypes, write_tensors
 from superlora.torch.foreign import (
@@ -36,6 +39,7 @@ from superlora.torch.foreign import (
     refuse,
 )
 from superlora.torch.layers import is_adaptable, is_transposed
+from superlora.torch.targets import outside_adapters
 
 # The tensors of each method, beside an optional alpha.
 _FORMS = {
@@ -83,6 +87,7 @@ def from_lycoris(
         layer is not in the model or its name not unique: all are listed, and nothing is
         attached.
     """
+    check_model(model)
     path = Path(path)
     layers: dict[str, dict[str, str]] = {}
 
@@ -114,7 +119,7 @@ def _sort_keys(
 ) -> list[str]:
     """Sort a file's keys to the model's layers; return what is wrong."""
     flat: dict[str, list[str]] = {}
-    for layer, module in model.named_modules():
+    for layer, module in outside_adapters(model):
         if is_adaptable(module):
             flat.setdefault(f"{prefix}_{layer}".replace(".", "_"), []).append(layer)
     problems = unfit_dtypes(header)
@@ -156,8 +161,8 @@ def _update(found: Mapping[str, Tensor]) -> LayerUpdate:
     alpha = found.get("alpha", torch.tensor(0.0))
     if alpha.numel() != 1 or not torch.isfinite(alpha).all():
         raise ValueError(f"must have one finite number alpha: got {alpha}")
-    # Without an alpha the scale is 1, and two dense factors have no rank to divide it by.
-    number = float(alpha) if rank and "alpha" in found else float(rank or 1)
+    # Without an alpha, or with 0, the scale is 1; two dense factors have no rank to divide by.
+    number = float(alpha) if rank and float(alpha) else float(rank or 1)
     if method == "lokr":
         return lokr_update(*parts, scale=number / (rank or 1))
     if method == "loha":
@@ -166,7 +171,11 @@ def _update(found: Mapping[str, Tensor]) -> LayerUpdate:
 
 
 def save_lycoris(
-    adapter: Adapter, path: Path, rank: int | None = None, energy: float | None = None
+    adapter: Adapter,
+    path: Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    prefix: str = "lycoris",
 ) -> Export:
     """Write an adapter as one of LyCORIS's files.
 
@@ -180,6 +189,8 @@ def save_lycoris(
         Rank to truncate to, where there is no exact counterpart.
     energy : float, optional
         Keep the least rank with this part of the squares of the singular values.
+    prefix : str
+        What the keys begin with, before the layer's name with underscores.
 
     Returns
     -------
@@ -191,7 +202,8 @@ def save_lycoris(
     AdapterError
         If the adapter is not attached, or has replaced parameters.
     ValueError
-        If a layer is not one of LyCORIS's.
+        If a layer is not one of LyCORIS's, has another's name once its dots are underscores, or
+        needs a rank or an energy that is not given.
     """
     check_truncation(rank, energy)
     if not adapter.attached:
@@ -204,6 +216,14 @@ def save_lycoris(
     conv = [name for name, module in adapter.layers().items() if is_transposed(module)]
     if conv:
         raise ValueError(f"layers must be Linear, LyCORIS has no Conv1D: got {some(conv)}")
+    modules = [name for name, _ in outside_adapters(adapter.model)]
+    stems = {name: f"{prefix}_{name}".replace(".", "_") for name in modules}
+    counts = Counter(stems.values())
+    alike = [name for name in adapter.plan.shapes if counts[stems[name]] > 1]
+    if alike:
+        raise ValueError(
+            f"layers must have names that differ once dots are underscores: got {some(alike)}"
+        )
     export = Export(path)
     tensors: dict[str, Tensor] = {}
     for name in adapter.plan.shapes:
@@ -211,9 +231,8 @@ def save_lycoris(
         if layer is None:
             layer, error = low_rank_layer(adapter, name, rank, energy)
         export.methods[name], export.errors[name] = layer.method, error
-        stem = f"lycoris_{name}".replace(".", "_")
         for leaf, values in _tensors(layer).items():
-            tensors[f"{stem}.{leaf}"] = values.to(adapter.dtype)
+            tensors[f"{stems[name]}.{leaf}"] = written(adapter, values)
     write_tensors(path, tensors)
     return export
 
@@ -251,6 +270,9 @@ def _tensors(layer: Layer) -> dict[str, Tensor]:
     if layer.method == "full":
         return {"diff": layer.parts[0][0]}
     rank = max(layer.rank, 1)
+    if not layer.scale:  # an alpha of 0 is read as the rank
+        (first, *others), *parts = layer.parts
+        layer = Layer(layer.method, ((0 * first, *others), *parts), 1.0)
     found = {"alpha": torch.tensor(layer.scale * rank)}
     if layer.method == "lora":
         ((up, down),) = layer.parts

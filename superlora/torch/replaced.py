@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from superlora.errors import some
+from superlora.errors import AdapterError, some
 
 
 class Replaced:
-    """Values that take the place of a model's own, and can be exchanged with them.
+    """Parameters that take the place of a model's own, and can be exchanged with them.
+
+    The model's own are put aside as they are: nothing is written into them, also where
+    two modules share one.
 
     Parameters
     ----------
@@ -24,34 +26,63 @@ class Replaced:
     ----------
     names : list of str
         The parameters.
+    in_use : bool
+        Whether the model has the new ones.
     """
 
     def __init__(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
         self.names = list(values)
-        self._in_use = False
-        self._parameters = [model.get_parameter(name) for name in values]
-        self._others = [
-            value.detach().clone().to(parameter)
-            for value, parameter in zip(values.values(), self._parameters, strict=True)
-        ]
+        self.in_use = False
+        self._model = (model,)
+        self._owners = [model.get_submodule(name.rpartition(".")[0]) for name in values]
+        self._others: list[nn.Parameter] = []
+        for name, value in values.items():
+            new = value.detach().clone().to(model.get_parameter(name))
+            self._others.append(nn.Parameter(new, requires_grad=False))
 
     def values(self) -> dict[str, Tensor]:
         """Return the new values by name, whether they are in use or not."""
-        held = self._parameters if self._in_use else self._others
+        held = [own for _, own in self._own()] if self.in_use else self._others
         return {name: v.detach().clone() for name, v in zip(self.names, held, strict=True)}
 
-    def holds(self, parameter: Tensor) -> bool:
-        """Return whether a parameter is one of these."""
-        return any(parameter is own for own in self._parameters)
-
-    @torch.no_grad()
     def exchange(self) -> None:
-        """Exchange the values in use with the others, bit for bit."""
-        for parameter, other in zip(self._parameters, self._others, strict=True):
-            before = parameter.detach().clone()
-            parameter.copy_(other)
-            other.copy_(before)
-        self._in_use = not self._in_use
+        """Exchange the parameters in use with the others.
+
+        Raises
+        ------
+        AdapterError
+            If a module that has one was exchanged itself.
+        """
+        for place, (owner, own) in enumerate(self._own()):
+            other = self._others[place]
+            other.data = other.data.to(own)  # the model may have moved since
+            owner._parameters[self.names[place].rpartition(".")[2]] = other
+            self._others[place] = own
+        self.in_use = not self.in_use
+
+    def overlaps(self, names: Mapping[str, Tensor], model: nn.Module) -> str | None:
+        """Return one of a model's parameter names that is replaced here already, if any."""
+        mine = {
+            (id(owner), name.rpartition(".")[2])
+            for owner, name in zip(self._owners, self.names, strict=True)
+        }
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            if (id(model.get_submodule(path)), leaf) in mine:
+                return name
+        return None
+
+    def _own(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        found = []
+        for owner, name in zip(self._owners, self.names, strict=True):
+            path, _, leaf = name.rpartition(".")
+            if self._model[0].get_submodule(path) is not owner:
+                raise AdapterError(
+                    f"{path!r} must be the module whose {leaf} the adapter replaced: it is another "
+                    "now"
+                )
+            found.append((owner, owner.get_parameter(leaf)))
+        return found
 
 
 def refuse_unfit(model: nn.Module, values: Mapping[str, Tensor], source: object) -> None:

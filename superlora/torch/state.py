@@ -16,7 +16,7 @@ from superlora.frozen import fingerprint
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_free, frozen_of, host_of, placed, register
+from superlora.torch.attach import check_free, check_model, frozen_of, host_of, placed, register
 from superlora.torch.files import Header, read_tensors, unfit_dtypes, write_tensors
 from superlora.torch.layers import is_adaptable, parameter_of, shape_of
 from superlora.torch.replaced import refuse_unfit
@@ -51,7 +51,6 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
     }
     if adapter.scale != adapter.plan.scale:
         header["scale"] = adapter.scale
-    made = {name: blocks[name] for name in adapter.plan.frozen_shapes}
     tensors = {name: blocks[name] for name in _stored_shapes(adapter.plan)}
     made = {name: block for name, block in blocks.items() if name not in tensors}
     if made:
@@ -94,8 +93,7 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
         other names or shapes, or has missing or extra tensors: they are listed,
         and the model is as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    check_model(model)
     path = Path(path)
     plan, header, tensors = _read(path)
     factors = {key: value for key, value in tensors.items() if not key.startswith(_MODEL)}
@@ -169,19 +167,12 @@ def _plan_of(metadata: Mapping[str, str], path: Path) -> tuple[Plan, dict[str, A
         shapes = {name: tuple(shape) for name, shape in header["weights"]}
         plan = Plan(Spec.from_dict(header["spec"]), shapes)
         if "scale" in header:
-            plan.spec.replace(alpha=None, scale=0.0 + header["scale"], overrides=())
+            plan.spec.scaled(0.0 + header["scale"])
         for number in header.get("frozen", {}).values():
             if isinstance(number, bool) or not math.isfinite(number):
                 raise TypeError(f"fingerprints must be numbers: got {number!r}")
         return plan, header
-    except (
-        OverflowError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path} must have a valid superlora header: {error}") from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -46,7 +46,7 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
         names; or if what matches cannot be adapted.
     """
     modules = {
-        name: module for name, module in _outside_adapters(model) if name or is_adaptable(module)
+        name: module for name, module in outside_adapters(model) if name or is_adaptable(module)
     }
     chosen = _choose(model, modules, targets)
     unfit = [name for name in chosen if not is_adaptable(modules[name])]
@@ -61,6 +61,11 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     _check_read_by_forward({"": model, **modules}, found)
     _check_untied(model, found)
     return found
+
+
+def is_named(name: str, ends: Iterable[str]) -> bool:
+    """Return whether a dotted name is one of `ends`, or ends with one after a dot."""
+    return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
 def _choose(model: nn.Module, modules: dict[str, nn.Module], targets: Targets) -> list[str]:
@@ -108,7 +113,7 @@ def _match_suffixes(modules: dict[str, nn.Module], suffixes: object) -> list[str
         raise ValueError("targets must hold at least one name: got an empty list")
     chosen: set[str] = set()
     for index, suffix in enumerate(suffixes):
-        matched = [name for name in modules if name == suffix or name.endswith(f".{suffix}")]
+        matched = [name for name in modules if is_named(name, [suffix])]
         if not matched:
             raise ValueError(
                 f"targets[{index}]={suffix!r} matched no layer; the nearest names are "
@@ -129,7 +134,8 @@ def _nearest(wanted: str, modules: dict[str, nn.Module]) -> str:
     return some(map(repr, dict.fromkeys(ends[end] for end in close) or names)) or "none: no layers"
 
 
-def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model by name, but those of its adapters."""
     inside: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, Adapter):

@@ -23,10 +23,12 @@ from superlora.torch.export import (
     exact_layer,
     low_rank_layer,
     named_parts,
+    written,
 )
 from superlora.torch.files import write_tensors
 from superlora.torch.from_peft import CONFIG, WEIGHTS
 from superlora.torch.layers import is_transposed
+from superlora.torch.targets import is_named, outside_adapters
 
 _PREFIX = "base_model.model."
 
@@ -56,19 +58,26 @@ def save_peft(
     ------
     AdapterError
         If the adapter is not attached.
+    IsADirectoryError
+        If one of the files is a folder.
     NotADirectoryError
         If `directory` is a file.
+    ValueError
+        If an update needs a rank or an energy and none is given.
     """
     check_truncation(rank, energy)
     if not adapter.attached:
         raise AdapterError("adapter must be attached to a model, whose layers the files name")
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a folder: got {directory}")
+    for name in (CONFIG, WEIGHTS):
+        if (directory / name).is_dir():
+            raise IsADirectoryError(f"directory must have no folder {name}: got {directory}")
     layers, errors, method, options = _layers(adapter, rank, energy)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         for leaf, values in _tensors(layer).items():
-            tensors[f"{_PREFIX}{name}.{leaf}"] = values.to(adapter.dtype)
+            tensors[f"{_PREFIX}{name}.{leaf}"] = written(adapter, values)
     whole, biases = _replaced(adapter)
     tensors |= {_PREFIX + key: value for key, value in {**whole, **biases}.items()}
     config = _config(adapter, layers, method, options)
@@ -77,10 +86,13 @@ def save_peft(
     if biases:
         config["bias"] = "lora_only"
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
     temporary = directory / f".{CONFIG}.part"
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / CONFIG)
+    try:
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
+        os.replace(temporary, directory / CONFIG)
+    finally:
+        temporary.unlink(missing_ok=True)
     return Export(directory, {name: layer.method for name, layer in layers.items()}, errors)
 
 
@@ -183,13 +195,9 @@ def _config(
 
 def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
     """Return the shortest form that chooses these modules and no others."""
-    everything = [name for name, _ in model.named_modules()]
-
-    def chosen(targets: list[str]) -> set[str]:
-        return {n for n in everything if any(n == t or n.endswith(f".{t}") for t in targets)}
-
+    everything = [name for name, _ in outside_adapters(model)]
     for targets in (sorted({name.rpartition(".")[2] for name in names}), sorted(names)):
-        if chosen(targets) == set(names):
+        if {name for name in everything if is_named(name, targets)} == set(names):
             return targets
     return "|".join(map(re.escape, names))
 

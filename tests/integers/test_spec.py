@@ -45,6 +45,7 @@ def test_the_dict_of_a_spec_is_plain():
         "ratio": 0.5,
         "map": {"name": "Permuting", "seed": 7},
         "alpha": None,
+        "rslora": False,
         "scale": None,
         "cut": "even",
         "overrides": {},

@@ -88,7 +88,7 @@ def test_the_update_is_not_formed_where_the_fold_is_aligned(monkeypatch, tmp_pat
     def forbidden(*_):
         raise AssertionError("an update was formed")
 
-    monkeypatch.setattr(slt.Adapter, "delta", forbidden)
+    monkeypatch.setattr("superlora.plan.weight_delta", forbidden)
     monkeypatch.setattr(slt.Adapter, "form", forbidden)
     adapter.to_peft(tmp_path, rank=2)
 

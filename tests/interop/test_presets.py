@@ -1,0 +1,77 @@
+"""Every preset, exported: what the peers compute is what the adapter computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import superlora as sl
+from tests.interop.models import (
+    assert_outputs,
+    attach_random,
+    load_with_lycoris,
+    load_with_peft,
+    make_model,
+    make_x,
+    quiet,
+)
+
+pytestmark = quiet
+
+# With and without bias, of unequal shapes; stacks take one shape.
+SPECS = {
+    "dense": sl.dense(scale=0.7),
+    "fact_tk": sl.fact_tk(2, scale=0.7),
+    "fact_tt": sl.fact_tt(2, scale=0.7),
+    "krona": sl.krona(scale=0.7),
+    "loha": sl.loha(2, alpha=5),
+    "lokr": sl.lokr(1, scale=0.7),
+    "lonkr": sl.lonkr(1, splits=2, scale=0.7),
+    "lora": sl.lora(3, alpha=5),
+    "lora_fa": sl.lora_fa(3, alpha=5),
+    "lora_xs": sl.lora_xs(3, scale=0.7),
+    "lorta": sl.lorta(2, scale=0.7),
+    "lorta_cp": sl.lorta_cp(3, fold=(2, 1, 4, 4, 24), scale=0.7),
+    "lotr": sl.lotr(2, scale=0.7),
+    "tinylora": sl.tinylora(2, 5, scale=0.7),
+    "vera": sl.vera(3, scale=0.7),
+}
+STACKS = ("fact_tk", "fact_tt", "lotr", "lorta_cp")
+TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 4e-2}
+
+every_preset = pytest.mark.parametrize("key", SPECS)
+every_base = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+
+
+def test_every_preset_is_here():
+    assert set(SPECS) == set(sl.presets.__all__)
+
+
+def targets_of(key: str, layer: str) -> list[str]:
+    return [f"blocks.{block}.{layer}" for block in (0, 1)]
+
+
+@every_preset
+@every_base
+@pytest.mark.parametrize("layer", ["q", "v"], ids=["bias", "no-bias"])
+def test_exported_to_peft(key, dtype, layer, tmp_path):
+    if key == "lorta_cp" and layer == "v":
+        pytest.skip("the fold is that of the other layers")
+    model, adapter = attach_random(SPECS[key], targets_of(key, layer), dtype=dtype)
+    adapter.to_peft(tmp_path, rank=16)
+    theirs = load_with_peft(tmp_path, make_model(dtype=dtype))
+    expected = model(make_x(dtype=dtype)).float()
+    assert_outputs(theirs(make_x(dtype=dtype)).float(), expected, TOLERANCES[dtype])
+    merged = theirs.merge_and_unload()(make_x(dtype=dtype)).float()
+    assert_outputs(merged, expected, TOLERANCES[dtype])
+
+
+@every_preset
+@every_base
+def test_exported_to_lycoris(key, dtype, tmp_path):
+    path = tmp_path / "a.safetensors"
+    model, adapter = attach_random(SPECS[key], targets_of(key, "q"), dtype=dtype)
+    adapter.to_lycoris(path, rank=16)
+    theirs = load_with_lycoris(path, make_model(dtype=dtype))
+    expected = model(make_x(dtype=dtype)).float()
+    assert_outputs(theirs(make_x(dtype=dtype)).float(), expected, TOLERANCES[dtype])
