@@ -221,7 +221,7 @@ def _sort_keys(config: Mapping[str, Any], header: Header) -> _Keys:
     keys = _Keys({}, {}, {}, unfit_dtypes(header))
     rest: dict[str, str] = {}
     for key in header:
-        path = key.removeprefix(_PREFIX).replace(".modules_to_save.", ".")
+        path = re.sub(r"\.modules_to_save\.(default\.)?", ".", key.removeprefix(_PREFIX))
         leaf = next((leaf for leaf in known if path.endswith(f".{leaf}")), None)
         if key in shared or ".original_module." in path:
             continue
