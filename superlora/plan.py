@@ -137,8 +137,8 @@ class Plan:
         Returns
         -------
         dict of str to array
-            One array for each of `factor_shapes`; exactly one block a group is
-            zero.
+            One array for each of `factor_shapes`; exactly one block of each product
+            is zero.
 
         Raises
         ------

@@ -27,7 +27,7 @@ def group_tensor(layout: Layout, factors: Mapping[str, Array], group: int) -> Ar
     layout : Layout
         What lies where.
     factors : mapping of str to array
-        The trainable blocks by name; those of other groups are not read.
+        The blocks by name, frozen ones too; those of other groups are not read.
     group : int
         Index of the group.
 
@@ -51,7 +51,7 @@ def weight_delta(layout: Layout, factors: Mapping[str, Array], name: str, scale:
     layout : Layout
         What lies where.
     factors : mapping of str to array
-        The trainable blocks by name; only those of the weight's groups are read.
+        The blocks by name, frozen ones too; only those of the weight's groups are read.
     name : str
         The weight.
     scale : float
@@ -82,7 +82,7 @@ def group_vector(layout: Layout, factors: Mapping[str, Array], group: int) -> Ar
     layout : Layout
         What lies where.
     factors : mapping of str to array
-        The trainable blocks by name.
+        The blocks by name, frozen ones too.
     group : int
         Index of the group.
 
@@ -105,7 +105,7 @@ def apply_factored(
     layout : Layout
         What lies where; ``layout.row_slice(name)`` must not be None.
     factors : mapping of str to array
-        The trainable blocks by name.
+        The blocks by name, frozen ones too.
     name : str
         The weight.
     x : array, (..., input width)

@@ -63,7 +63,8 @@ def read_tensors(
     if path.suffix in _PICKLES:
         raise ValueError(
             f"{path} must be a safetensors file: a {path.suffix} file may run any code when it is "
-            "read; load it where you trust it and save it with safetensors.torch.save_file"
+            "read; where you trust it, convert it with safetensors.torch.save_file(torch.load("
+            f"{path.name!r}, weights_only=True), {path.with_suffix('.safetensors').name!r})"
         )
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
