@@ -198,10 +198,6 @@ PLANS = {
         sl.Spec(fold=((4, 2), (4, 2)), splits=2),
         r"fold\[0\] must be at most 6, .* the 24 entries: got 16",
     ),
-    "folds with a bare split": (
-        sl.Spec(fold=((1, 1), (6, 4)), splits=2),
-        "splits must leave every split more than one entry: got split 0",
-    ),
     "diagonal of unequal ranks": (
         sl.Spec(rank=(2, "full"), core="diagonal"),
         r"core='diagonal' must have one rank for all modes of split 0: got \(2, 'full'\)",
@@ -282,9 +278,16 @@ def test_from_which_rank_a_matrix_is_dense(dense_from, dense):
 def test_the_first_modes_of_a_split_of_lower_order_join_the_most(orders, sizes):
     fold = ((2, 3, 2, 3, 2), (1, 1, 1, 1, 2))
     spec = sl.Spec(rank="full", order=orders, splits=2, fold=fold)
-    with pytest.warns(UserWarning, match="no Kronecker structure"):
-        plan = sl.Plan(spec, {"q": (12, 12)})
+    plan = sl.Plan(spec, {"q": (12, 12)})  # sizes of 1 are as asked for: no warning
     split = plan.layout.groups[0].splits[0]
     assert [split.sizes] == sizes
     assert split.shape == fold[0]
     assert plan.factor_shapes["0.0.core"] == sizes[0]
+
+
+def test_a_split_may_be_a_number_if_its_sizes_are_given():
+    """As the peers' LoKr of two prime widths has it."""
+    plan = sl.Plan(sl.Spec(rank=("full", 2), fold=((1, 1), (6, 4)), splits=2), {"q": (6, 4)})
+    assert plan.factor_shapes == {"0.0.core": (1, 1), "0.1.factor0": (6, 2), "0.1.factor1": (4, 2)}
+    with pytest.raises(ValueError, match="splits must leave every split more than one entry"):
+        sl.Plan(sl.lokr(2), {"q": (7, 13)})

@@ -55,7 +55,7 @@ def test_every_way_gives_one_update(key, layer, dtype, tmp_path):
             assert_near(module(x), base + expected.t(), dtype)
             if plan.layout.row_slice(name) is not None:  # also where it would cost more
                 assert_near(adapter.apply_factored(name, x).t(), expected, torch.float32)
-            pair = adapter.low_rank(name)
+            pair = plan.low_rank(adapter.factors(), name, adapter.scale_of(name))
             if pair is not None:
                 assert_near(pair[0] @ pair[1].t(), expected, torch.float32)
             weight = module.weight.double()
