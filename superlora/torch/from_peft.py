@@ -182,13 +182,21 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
             problems.append(f"{key}={pattern!r}")
             continue
         problems += [f"{key} {name!r}" for name in pattern if not _compiles(name)]
-    optional = {"exclude_modules": True, "modules_to_save": False}
-    for key, pattern in {"target_modules": True, **optional}.items():
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         value = config.get(key)
-        listed = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        matched = pattern and isinstance(value, str) and _compiles(value)
-        if not listed and not matched and not (value is None and key in optional):
+        names: Any = [value] if isinstance(value, str) and key != "modules_to_save" else value
+        listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        # A list of targets holds ends of names, all else is or may be a pattern.
+        if listed and not (key == "target_modules" and names is value):
+            listed = all(map(_compiles, names))
+        if not listed and not (value is None and key != "target_modules"):
             problems.append(f"{key}={value!r}")
+    indices = config.get("layers_to_transform")
+    many = indices if isinstance(indices, list) else [0 if indices is None else indices]
+    if not all(type(index) is int for index in many):
+        problems.append(f"layers_to_transform={indices!r}")
+    if not isinstance(config.get("bias", "none"), str):
+        problems.append(f"bias={config['bias']!r}")
     if problems:
         raise ValueError(f"{path} must have valid values: got {some(problems)}")
 
@@ -233,9 +241,8 @@ def _sort_keys(config: Mapping[str, Any], header: Header) -> _Keys:
             rest[path.replace(".base_layer.", ".")] = key
     for parameter, key in rest.items():
         layer, _, leaf = parameter.rpartition(".")
-        if _is_saved_whole(config, layer) or (
-            "bias" in leaf and config.get("bias", "none") != "none"
-        ):
+        biased = "bias" in leaf and config.get("bias", "none") != "none"
+        if biased or _is_saved_whole(config, layer):
             keys.replaced[parameter] = key
         elif layer in keys.layers and leaf == "weight":
             keys.base[parameter] = key
@@ -264,9 +271,9 @@ def _check_replaced(model: nn.Module, config: Mapping[str, Any], keys: _Keys) ->
     for path, module in outside_adapters(model):
         for leaf, _ in module.named_parameters(recurse=False):
             name = f"{path}.{leaf}".lstrip(".")
-            biased = "bias" in leaf and (
-                kind == "all" or (kind == "lora_only" and path in keys.layers)
-            )
+            # "lora_only", "vera_only"
+            chosen = kind == "all" or (kind.endswith("_only") and path in keys.layers)
+            biased = chosen and "bias" in leaf
             if (biased or _is_saved_whole(config, path)) and name not in keys.replaced:
                 problems.append(f"missing {name!r}, which the config says was saved")
     return problems

@@ -133,7 +133,14 @@ def test_missing_layers_are_all_listed(copy_of):
         ({"rank_pattern": {"q": 5}}, "must have rank 5"),
         ({"modules_to_save": None}, r"extra .*head\.bias"),
         ({"modules_to_save": 3}, "modules_to_save=3"),
+        ({"modules_to_save": ["("]}, "modules_to_save="),
         ({"exclude_modules": 3}, "exclude_modules=3"),
+        ({"exclude_modules": "("}, "exclude_modules='\\('"),
+        ({"layers_to_transform": "x"}, "layers_to_transform='x'"),
+        ({"layers_to_transform": [True]}, "layers_to_transform="),
+        ({"layers_to_transform": [0], "layers_pattern": "("}, "layers_pattern='\\('"),
+        ({"layers_to_transform": [0], "layers_pattern": 5}, "layers_pattern=5"),
+        ({"bias": 3}, "bias=3"),
     ],
 )
 def test_config_that_contradicts_the_tensors(copy_of, config, message):
