@@ -141,24 +141,24 @@ class Adapter(Exporting, Blocks):
         None
             Nothing.
         """
+        self._use_replaced(False)
         if self.merged:
             self.unmerge()
             self._merge_again = True
-        self._exchange()
         self._disabled += 1
         try:
             yield
         finally:
             self._disabled -= 1
-            self._exchange()
+            if not self._disabled:
+                self._use_replaced(True)
             if self._merge_again and not self._disabled:
                 self._merge_again = False
                 self.merge()
 
-    def _exchange(self) -> None:
-        """Exchange replaced parameters with the model's own, when no `disabled` block is open."""
-        if self.replaced is not None and not self._disabled:
-            self.replaced.exchange()
+    def _use_replaced(self, new: bool) -> None:
+        if self.replaced is not None:
+            self.replaced.use(new)
 
     def merge(self) -> None:
         """Add every update to its weight, so that the model costs what its base does.
@@ -250,7 +250,7 @@ class Adapter(Exporting, Blocks):
             )
         model, host = self._homes
         if not (keep_merged and self.merged):
-            self._exchange()
+            self._use_replaced(False)
         self.replaced = None
         for site in self._sites.values():
             site.remove(self)

@@ -113,10 +113,13 @@ def register(
     Raises
     ------
     AdapterError
-        If another adapter has replaced the same parameter.
+        If another adapter has replaced the same parameter, or is merged into it.
     """
+    pending = None
     if replaced:
         _refuse_replaced_twice(model, replaced)
+        pending = Replaced(model, replaced)
+        pending.refuse_merged()
     adapter = Adapter(plan, factors, name)
     adapter.train(model.training)
     adapter._order = 1 + max((other._order for other in adapters_of(model)), default=0)
@@ -128,9 +131,9 @@ def register(
     adapter._homes = (model, host)
     host.add_module(name, adapter)
     adapter._hook = model.register_load_state_dict_pre_hook(_refuse_merged)
-    if replaced:
-        adapter.replaced = Replaced(model, replaced)
-        adapter.replaced.exchange()
+    if pending is not None:
+        adapter.replaced = pending
+        pending.use(True)
     return adapter
 
 

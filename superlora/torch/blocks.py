@@ -52,10 +52,13 @@ class Blocks(nn.Module):
             if key not in owner._modules:
                 owner.add_module(key, nn.Module())
             owner = owner.get_submodule(key)
-        if source is None:
-            owner.register_parameter(leaf, nn.Parameter(values))
-        else:  # what the spec alone decides is in no state dict
-            owner.register_buffer(leaf, values, persistent=source not in ("random", "ones"))
+        # Made under `torch.inference_mode` a tensor could never be trained.
+        with torch.inference_mode(False):
+            values = values.clone() if values.is_inference() else values
+            if source is None:
+                owner.register_parameter(leaf, nn.Parameter(values))
+            else:  # what the spec alone decides is in no state dict
+                owner.register_buffer(leaf, values, persistent=source not in ("random", "ones"))
 
     @property
     def num_parameters(self) -> int:

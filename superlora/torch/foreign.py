@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,7 +257,8 @@ def _spec_of(updates: Mapping[str, LayerUpdate]) -> Spec:
     for layer, update in updates.items():
         kinds.setdefault(json.dumps(update.fields, sort_keys=True, default=repr), []).append(layer)
     by_kind = {key: updates[layers[0]].fields for key, layers in kinds.items()}
-    ((common, _),) = Counter({key: len(layers) for key, layers in kinds.items()}).most_common(1)
+    # Scales are in proportion to that of the spec, which must not be 0 where another is not.
+    common = max(kinds, key=lambda key: (Spec(**by_kind[key]).scaling != 0, len(kinds[key])))
     spec = Spec(**by_kind[common])
     overrides = {}
     for key, layers in kinds.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
     Returns
     -------
     Adapter
-        With the very values of the files. Ranks and scales that differ between layers are
+        With the very factors of the files. Ranks and scales that differ between layers are
         overrides of its spec; modules and biases that PEFT saved whole replace the
         model's own until the adapter is disabled or detached. Dropout is not taken over.
 
@@ -241,8 +242,9 @@ def _sort_keys(config: Mapping[str, Any], header: Header) -> _Keys:
             rest[path.replace(".base_layer.", ".")] = key
     for parameter, key in rest.items():
         layer, _, leaf = parameter.rpartition(".")
-        biased = "bias" in leaf and config.get("bias", "none") != "none"
-        if biased or _is_saved_whole(config, layer):
+        biased = leaf == "bias" and config.get("bias", "none") != "none"
+        # With ensure_weight_tying the modules that shared a weight with a saved one too.
+        if biased or _is_saved_whole(config, layer) or config.get("ensure_weight_tying"):
             keys.replaced[parameter] = key
         elif layer in keys.layers and leaf == "weight":
             keys.base[parameter] = key
@@ -273,7 +275,7 @@ def _check_replaced(model: nn.Module, config: Mapping[str, Any], keys: _Keys) ->
             name = f"{path}.{leaf}".lstrip(".")
             # "lora_only", "vera_only"
             chosen = kind == "all" or (kind.endswith("_only") and path in keys.layers)
-            biased = chosen and "bias" in leaf
+            biased = chosen and leaf == "bias"
             if (biased or _is_saved_whole(config, path)) and name not in keys.replaced:
                 problems.append(f"missing {name!r}, which the config says was saved")
     return problems
@@ -285,23 +287,22 @@ def _check_targets(
     """Return where config, tensors and model disagree on the layers."""
     modules = dict(outside_adapters(model))
     problems = [f"no layer {layer!r} in the model" for layer in layers if layer not in modules]
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    problems += [
+        f"{layer!r} has another name too, under which PEFT leaves it as it was"
+        for layer in layers
+        if layer in modules and names[id(modules[layer])] > 1
+    ]
     targets = config["target_modules"]
     if targets == "all-linear":
         return problems
     strangers = [layer for layer in layers if not _matches(targets, layer)]
     problems += [f"{layer!r} is no target of the config" for layer in strangers]
-    named = [
+    wanted = [
         layer
         for layer, module in modules.items()
-        if is_adaptable(module) and _matches(targets, layer)
+        if is_adaptable(module) and _matches(targets, layer) and _is_transformed(config, layer)
     ]
-    wanted = [layer for layer in named if _is_transformed(config, layer)]
-    if isinstance(targets, list):
-        problems += [
-            f"no layer of the model is the target {target!r}"
-            for target in targets
-            if not any(is_named(layer, [target]) for layer in {*named, *layers})
-        ]
     return problems + [f"missing the tensors of {name!r}" for name in wanted if name not in layers]
 
 
@@ -322,9 +323,11 @@ def _is_transformed(config: Mapping[str, Any], layer: str) -> bool:
     targets = config["target_modules"]
     if indices in (None, []) or isinstance(targets, str) or layer in targets:
         return True
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", layer)
+    names = config.get("layers_pattern") or []
+    names = [names] if isinstance(names, str) else names
+    patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
+    for pattern in patterns:
+        found = re.match(pattern, layer)
         if found:
             return int(found[1]) in ([indices] if isinstance(indices, int) else indices)
     return False

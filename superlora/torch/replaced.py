@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
+from superlora.torch.site import Site
 
 
 class Replaced:
     """Parameters that take the place of a model's own, and can be exchanged with them.
 
-    The model's own are put aside as they are: nothing is written into them, also where
-    two modules share one.
+    The model's own are put aside as they are, also where two modules share one.
 
     Parameters
     ----------
@@ -35,30 +36,66 @@ class Replaced:
         self.in_use = False
         self._model = (model,)
         self._owners = [model.get_submodule(name.rpartition(".")[0]) for name in values]
-        self._others: list[nn.Parameter] = []
-        for name, value in values.items():
-            new = value.detach().clone().to(model.get_parameter(name))
-            self._others.append(nn.Parameter(new, requires_grad=False))
+        self._others = [_like(value.clone(), model.get_parameter(n)) for n, value in values.items()]
 
     def values(self) -> dict[str, Tensor]:
-        """Return the new values by name, whether they are in use or not."""
-        held = [own for _, own in self._own()] if self.in_use else self._others
-        return {name: v.detach().clone() for name, v in zip(self.names, held, strict=True)}
+        """Return the new values by name, whether they are in use or not.
 
-    def exchange(self) -> None:
-        """Exchange the parameters in use with the others.
+        Returns
+        -------
+        dict of str to torch.Tensor
+            Copies.
 
         Raises
         ------
         AdapterError
-            If a module that has one was exchanged itself.
+            If a module that has one was exchanged, or another adapter is merged into one.
         """
-        for place, (owner, own) in enumerate(self._own()):
-            other = self._others[place]
-            other.data = other.data.to(own)  # the model may have moved since
-            owner._parameters[self.names[place].rpartition(".")[2]] = other
-            self._others[place] = own
-        self.in_use = not self.in_use
+        self.refuse_merged()
+        for owner, name in zip(self._owners, self.names, strict=True):
+            path = name.rpartition(".")[0]
+            if self._model[0].get_submodule(path) is not owner:
+                raise AdapterError(
+                    f"{path!r} must be the module whose parameters the adapter replaced: it is "
+                    "another now"
+                )
+        held = self._own() if self.in_use else self._others
+        return {name: v.detach().clone() for name, v in zip(self.names, held, strict=True)}
+
+    def use(self, new: bool) -> None:
+        """Let the model have the new parameters, or its own: all of them, or none.
+
+        Parameters
+        ----------
+        new : bool
+            Which.
+
+        Raises
+        ------
+        AdapterError
+            If an adapter is merged into one of them.
+        """
+        if new == self.in_use:
+            return
+        self.refuse_merged()
+        own = self._own()
+        # The model may have moved since.
+        others = [_like(other, now) for other, now in zip(self._others, own, strict=True)]
+        for owner, name, other in zip(self._owners, self.names, others, strict=True):
+            owner._parameters[name.rpartition(".")[2]] = other
+        self._others = own
+        self.in_use = new
+
+    def refuse_merged(self) -> None:
+        """Raise if one of them is a weight that some adapter is merged into."""
+        for owner, name in zip(self._owners, self.names, strict=True):
+            site = Site.of(owner)
+            if site is not None and site.merged and name.endswith("weight"):
+                merged = [link.adapter.name for link in site.merged]
+                raise AdapterError(
+                    f"{name!r}, which an adapter has replaced, must not hold merged updates for "
+                    f"this: unmerge {some(map(repr, merged))} first"
+                )
 
     def overlaps(self, names: Mapping[str, Tensor], model: nn.Module) -> str | None:
         """Return one of a model's parameter names that is replaced here already, if any."""
@@ -72,17 +109,21 @@ class Replaced:
                 return name
         return None
 
-    def _own(self) -> list[tuple[nn.Module, nn.Parameter]]:
-        found = []
-        for owner, name in zip(self._owners, self.names, strict=True):
-            path, _, leaf = name.rpartition(".")
-            if self._model[0].get_submodule(path) is not owner:
-                raise AdapterError(
-                    f"{path!r} must be the module whose {leaf} the adapter replaced: it is another "
-                    "now"
-                )
-            found.append((owner, owner.get_parameter(leaf)))
-        return found
+    def _own(self) -> list[nn.Parameter]:
+        pairs = zip(self._owners, self.names, strict=True)
+        return [owner.get_parameter(name.rpartition(".")[2]) for owner, name in pairs]
+
+
+def _like(value: Tensor, own: Tensor) -> nn.Parameter:
+    """Return a value as a parameter of the device and dtype of another, itself where it is."""
+    with torch.inference_mode(False):
+        if isinstance(value, nn.Parameter) and (value.device, value.dtype) == (
+            own.device,
+            own.dtype,
+        ):
+            return value
+        grad = value.requires_grad if isinstance(value, nn.Parameter) else False
+        return nn.Parameter(value.detach().clone().to(own), requires_grad=grad)
 
 
 def refuse_unfit(model: nn.Module, values: Mapping[str, Tensor], source: object) -> None:

@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from superlora.errors import AdapterError
@@ -78,13 +77,15 @@ def save_peft(
     for name, layer in layers.items():
         for leaf, values in _tensors(layer).items():
             tensors[f"{_PREFIX}{name}.{leaf}"] = written(adapter, values)
-    whole, biases = _replaced(adapter)
+    whole, biases, kind = _replaced(adapter)
     tensors |= {_PREFIX + key: value for key, value in {**whole, **biases}.items()}
     config = _config(adapter, layers, method, options)
     if whole:
-        config["modules_to_save"] = sorted({key.rpartition(".")[0] for key in whole})
+        owners = {key.rpartition(".")[0] for key in whole}
+        inner = {one for one in owners for other in owners if one.startswith(f"{other}.")}
+        config["modules_to_save"] = sorted(owners - inner)
     if biases:
-        config["bias"] = "lora_only"
+        config["bias"] = kind
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".{CONFIG}.part"
     try:
@@ -202,24 +203,37 @@ def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
     return "|".join(map(re.escape, names))
 
 
-def _replaced(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return modules that are saved whole, and biases of adapted layers, by PEFT's keys."""
+def _replaced(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """Return parameters of modules saved whole, biases, and PEFT's word for which biases."""
     if adapter.replaced is None:
-        return {}, {}
-    model, layers = adapter.model, adapter.layers()
-    whole: dict[str, Tensor] = {}
-    biases: dict[str, Tensor] = {}
-    values = adapter.replaced.values()
-    for name in values:
-        module, _, leaf = name.rpartition(".")
-        if module in layers and leaf == "bias":
-            biases |= {
-                f"{layer}.base_layer.bias": values.get(f"{layer}.bias", own.bias.detach())
-                for layer, own in layers.items()
-                if isinstance(own.bias, torch.Tensor)
-            }
-        else:
-            parameters = model.get_submodule(module).named_parameters()
-            named = {f"{module}.{key}": value.detach() for key, value in parameters}
-            whole |= {key: values.get(key, value) for key, value in named.items()}
-    return whole, biases
+        return {}, {}, "none"
+    model, layers, values = adapter.model, adapter.layers(), adapter.replaced.values()
+    own = {
+        f"{path}.{leaf}".lstrip("."): parameter.detach()
+        for path, module in outside_adapters(model)
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
+    every_bias = {name for name in own if name.rpartition(".")[2] == "bias"}
+    kind = "all" if every_bias <= set(values) else "lora_only"
+    of_layers = {f"{layer}.bias" for layer in layers}
+    chosen = every_bias if kind == "all" else every_bias & of_layers
+    owners = {name.rpartition(".")[0] for name in values if name not in chosen}
+    outermost = sorted(o for o in owners if not any(o.startswith(f"{p}.") for p in owners))
+    whole = {
+        name: values.get(name, own[name])
+        for name in own
+        if name.startswith(tuple(f"{o}." for o in outermost))
+    }
+    inside = [layer for layer in layers if layer.startswith(tuple(f"{o}." for o in outermost))]
+    if inside or "" in owners:
+        raise ValueError(
+            f"replaced parameters must be of modules that PEFT can save whole, without adapted "
+            f"layers in them: got {outermost} with {inside}"
+        )
+    biases = {}
+    if set(values) & chosen:
+        for name in sorted(chosen - set(whole)):
+            layer = name.rpartition(".")[0]
+            key = f"{layer}.base_layer.bias" if layer in layers else name
+            biases[key] = values.get(name, own[name])
+    return whole, biases, kind if biases else "none"

@@ -117,7 +117,6 @@ def test_missing_layers_are_all_listed(copy_of):
         ({"init_lora_weights": "pissa_niter_4"}, "relative to other base weights"),
         ({"target_modules": ["q"]}, "'blocks.0.v' is no target of the config"),
         ({"target_modules": ["q", "v", "down"]}, "missing the tensors of 'down'"),
-        ({"target_modules": ["q", "v", "nowhere"]}, "is the target 'nowhere'"),
         ({"target_modules": "blocks.*q"}, "'blocks.0.v' is no target"),
         ({"target_modules": "("}, "target_modules='\\('"),
         ({"target_modules": None}, "target_modules=None"),
