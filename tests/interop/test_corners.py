@@ -269,68 +269,6 @@ def test_a_kronecker_product_with_a_number(tmp_path):
     assert_outputs(load_with_peft(tmp_path / "out", copy.deepcopy(base))(x), theirs(x))
 
 
-def test_a_reference_without_the_adapter_and_its_head(tmp_path):
-    """As in preference optimisation: both outputs, one backward pass."""
-    save_with_peft(
-        peft.LoraConfig(r=2, target_modules=["q", "v"], modules_to_save=["head"]), tmp_path
-    )
-    model = make_model()
-    adapter = slt.from_peft(model, tmp_path)
-    y = model(make_x())
-    with adapter.disabled():
-        reference = model(make_x()).detach()
-    (y - reference).square().mean().backward()
-    assert all(factor.grad is not None for factor in adapter.parameters())
-
-
-def test_the_head_of_an_unmerged_adapter_leaves_with_it(tmp_path):
-    save_with_peft(
-        peft.LoraConfig(r=2, target_modules=["q", "v"], modules_to_save=["head"]), tmp_path
-    )
-    model = make_model()
-    with unchanged(model):
-        slt.from_peft(model, tmp_path).detach(keep_merged=True)
-
-
-def test_no_state_dict_without_the_head(tmp_path):
-    save_with_peft(
-        peft.LoraConfig(r=2, target_modules=["q", "v"], modules_to_save=["head"]), tmp_path
-    )
-    model = make_model()
-    adapter = slt.from_peft(model, tmp_path)
-    with adapter.disabled(), pytest.raises(sl.AdapterError, match="must not be disabled"):
-        model.state_dict()
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(make_x()), model(make_x()))
-    with twin.superlora.disabled():
-        assert torch.equal(twin(make_x()), make_model()(make_x()))
-
-
-def test_a_head_that_was_exchanged_is_told(tmp_path):
-    save_with_peft(
-        peft.LoraConfig(r=2, target_modules=["q", "v"], modules_to_save=["head"]), tmp_path
-    )
-    model = make_model()
-    adapter = slt.from_peft(model, tmp_path)
-    model.head = nn.Linear(36, 3)
-    with pytest.raises(sl.AdapterError, match="'head' must be the module whose"):
-        adapter.save(tmp_path / "a.safetensors")
-
-
-def test_the_head_trains_and_is_saved(tmp_path):
-    save_with_peft(
-        peft.LoraConfig(r=2, target_modules=["q", "v"], modules_to_save=["head"]), tmp_path / "in"
-    )
-    model = make_model()
-    adapter = slt.from_peft(model, tmp_path / "in")
-    model.head.requires_grad_(True)
-    optimizer = torch.optim.SGD([*adapter.parameters(), *model.head.parameters()], lr=0.1)
-    model(make_x()).square().mean().backward()
-    optimizer.step()
-    adapter.to_peft(tmp_path / "out")
-    assert_outputs(load_with_peft(tmp_path / "out")(make_x()), model(make_x()))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("key", ["lora", "vera", "lora_xs", "lokr"])
 def test_exact_is_exact_whatever_the_factors_precision(key, dtype, tmp_path):

@@ -151,6 +151,53 @@ def test_made_in_inference_mode_it_can_be_trained(folder, way, tmp_path):
     assert model.head.weight.grad is not None
 
 
+def test_a_reference_without_the_adapter_and_its_head(folder):
+    """As in preference optimisation: both outputs, one backward pass."""
+    model = make_model()
+    adapter = slt.from_peft(model, folder)
+    y = model(make_x())
+    with adapter.disabled():
+        reference = model(make_x()).detach()
+    (y - reference).square().mean().backward()
+    assert all(factor.grad is not None for factor in adapter.parameters())
+
+
+def test_the_head_of_an_unmerged_adapter_leaves_with_it(folder):
+    model = make_model()
+    with unchanged(model):
+        slt.from_peft(model, folder).detach(keep_merged=True)
+
+
+def test_no_state_dict_without_the_head(folder):
+    model = make_model()
+    adapter = slt.from_peft(model, folder)
+    with adapter.disabled(), pytest.raises(sl.AdapterError, match="must not be disabled"):
+        model.state_dict()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(make_x()), model(make_x()))
+    with twin.superlora.disabled():
+        assert torch.equal(twin(make_x()), make_model()(make_x()))
+
+
+def test_a_head_that_was_exchanged_is_told(folder, tmp_path):
+    model = make_model()
+    adapter = slt.from_peft(model, folder)
+    model.head = nn.Linear(36, 3)
+    with pytest.raises(sl.AdapterError, match="'head' must be the module whose"):
+        adapter.save(tmp_path / "a.safetensors")
+
+
+def test_the_head_trains_and_is_saved(folder, tmp_path):
+    model = make_model()
+    adapter = slt.from_peft(model, folder)
+    model.head.requires_grad_(True)
+    optimizer = torch.optim.SGD([*adapter.parameters(), *model.head.parameters()], lr=0.1)
+    model(make_x()).square().mean().backward()
+    optimizer.step()
+    adapter.to_peft(tmp_path / "out")
+    assert_outputs(load_with_peft(tmp_path / "out")(make_x()), model(make_x()))
+
+
 def through(base, config, call, tmp_path):
     """Send a random PEFT adapter here and back; compare three outputs."""
     with seeded(1):
