@@ -36,7 +36,7 @@ class Replaced:
         self.in_use = False
         self._model = (model,)
         self._owners = [model.get_submodule(name.rpartition(".")[0]) for name in values]
-        self._others = [_like(value.clone(), model.get_parameter(n)) for n, value in values.items()]
+        self._others = [_like(value, model.get_parameter(n)) for n, value in values.items()]
 
     def values(self) -> dict[str, Tensor]:
         """Return the new values by name, whether they are in use or not.
