@@ -66,13 +66,21 @@ def _split_text(split: Split) -> str:
     return modes if split.core == "full" else f"{modes}, {split.core} core"
 
 
+def _how_capped(alike: Counter[Group]) -> str:
+    capped = [split for group in alike for split in group.splits if split.capped]
+    whole = {all(split.factored) for split in capped}
+    return " or ".join(
+        word for word, found in (("lowered", True), ("un-factored", False)) if found in whole
+    )
+
+
 def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
     notes = []
     capped = sum(count for group, count in alike.items() if any(s.capped for s in group.splits))
     if capped:
         notes.append(
             f"note: rank {layout.spec.rank} exceeds a mode in {capped} of {len(layout.groups)} "
-            f"groups; it is {'lowered' if layout.frozen else 'un-factored'} there"
+            f"groups; it is {_how_capped(alike)} there"
         )
     before = sum(math.prod(group.fold) * count for group, count in alike.items())
     after = sum(group.size * count for group, count in alike.items())

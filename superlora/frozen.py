@@ -69,7 +69,7 @@ def frozen_blocks(
             values = numpy.ones(shape)
         elif source == "random":
             seed = layout.specs[int(group)].seed
-            deviation = frozen_variance(source, leaf, shape, last) ** 0.5
+            deviation = frozen_variance(source, shape, last) ** 0.5
             values = normal(seed, _FIRST_STREAM + stream, shape) * deviation
         else:
             if not singular:
@@ -96,8 +96,8 @@ def fingerprint(block: numpy.ndarray) -> float:
     Returns
     -------
     float
-        A fixed combination of the entries, relative to their norm and to six digits: rounding
-        does not change it by more than 1e-4, other values do.
+        A fixed combination of n entries, relative to their norm and to six digits. Rounding by
+        a relative e changes it by at most ``e sqrt(n)``, other values by about 1.
     """
     entries = block.astype(numpy.float64).ravel()
     weights = numpy.cos(1.0 + numpy.arange(entries.size))

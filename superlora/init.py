@@ -109,15 +109,13 @@ def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> di
     return factors
 
 
-def frozen_variance(source: str, leaf: str, shape: tuple[int, ...], last: bool) -> float:
+def frozen_variance(source: str, shape: tuple[int, ...], last: bool) -> float:
     """Return the variance of a frozen block's entries, 1 where it is not known beforehand.
 
     Parameters
     ----------
     source : str
         Where the block comes from.
-    leaf : str
-        ``"core"`` or ``"factorM"``.
     shape : tuple of int
         Shape of the block.
     last : bool
@@ -131,7 +129,7 @@ def frozen_variance(source: str, leaf: str, shape: tuple[int, ...], last: bool) 
     """
     if source == "random":
         return 1 / (shape[0] if last else shape[-1])
-    return 1 / shape[0] if source.startswith("singular") and leaf != "core" else 1.0
+    return 1 / shape[0] if source.startswith("singular") else 1.0
 
 
 def _variance(layout: Layout, group: int, term: int) -> float:
@@ -148,7 +146,7 @@ def _variance(layout: Layout, group: int, term: int) -> float:
             source = layout.frozen.get(layout.block(group, term * count + index, leaf))
             last = leaf == f"factor{len(split.sizes) - 1}"
             if source is not None:
-                known *= frozen_variance(source, leaf, shape, last)
+                known *= frozen_variance(source, shape, last)
             elif leaf != "core":
                 largest = max(largest, shape[1])
     return largest / (width * terms * known)

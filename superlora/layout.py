@@ -260,7 +260,8 @@ class Layout:
         return {
             self.block(group, index, leaf): source
             for group, own in enumerate(self.specs)
-            for index, leaf, source in _frozen_of(own)
+            for key, source in own.frozen
+            for index, leaf in _of_terms(own.splits, own.terms, key)
         }
 
     @functools.cached_property
@@ -291,20 +292,16 @@ class Layout:
         shared = len(groups) > 1 and self.specs[groups[0]].tied
         found: dict[str, None] = {}
         for group in groups:
-            tied = {self.block(group, *key) for key in self._tied_of(group)} if shared else set()
+            own = self.specs[group]
+            tied = {
+                self.block(group, index, leaf)
+                for key in (own.tied if shared else ())
+                for index, leaf in _of_terms(own.splits, own.terms, key)
+            }
             for blocks in self.term_blocks(group):
                 among = [block for block in blocks if not tied or block in tied]
                 found[min(among, key=lambda block: math.prod(self.block_shapes[block]))] = None
         return tuple(found)
-
-    def _tied_of(self, group: int) -> list[tuple[int, str]]:
-        """List split and leaf of every tied block of a group, terms included."""
-        own = self.specs[group]
-        return [
-            (term * own.splits + int(block.partition(".")[0]), block.partition(".")[2])
-            for term in range(own.terms)
-            for block in own.tied
-        ]
 
     def first_group(self, group: int) -> int:
         """Return the first of the groups that a group can share blocks with."""
@@ -332,7 +329,7 @@ class Layout:
             {
                 (index, mode)
                 for group, own in zip(self.groups, self.specs, strict=True)
-                if not isinstance(own.fold[0], tuple)  # as asked for
+                if not own.has_sizes  # else as asked for
                 for index, split in enumerate(group.splits)
                 for mode, size in enumerate(split.shape)
                 if size == 1 < group.fold[mode]
@@ -354,10 +351,8 @@ class Layout:
         return sum(map(math.prod, self.shapes.values()))
 
 
-def _frozen_of(spec: Spec) -> list[tuple[int, str, str]]:
-    """List split, block and source of every frozen block of a group, terms included."""
-    return [
-        (term * spec.splits + int(block.partition(".")[0]), block.partition(".")[2], source)
-        for term in range(spec.terms)
-        for block, source in spec.frozen
-    ]
+@functools.lru_cache
+def _of_terms(splits: int, terms: int, key: str) -> tuple[tuple[int, str], ...]:
+    """Return split and leaf in every term of a block that a spec names ``"split.block"``."""
+    split, _, leaf = key.partition(".")
+    return tuple((term * splits + int(split), leaf) for term in range(terms))

@@ -168,6 +168,11 @@ class Spec:
         return max(self.orders)
 
     @property
+    def has_sizes(self) -> bool:
+        """Whether the fold gives the mode sizes of every split."""
+        return isinstance(self.fold[0], tuple)
+
+    @property
     def cores(self) -> tuple[str | None, ...]:
         """The kind of core of every split."""
         return self.core if isinstance(self.core, tuple) else (self.core,) * self.splits

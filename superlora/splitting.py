@@ -125,7 +125,7 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
     else:
         (fold,) = _split_sizes(spec, 1, before, members)
         sizes = (fold,) * spec.splits
-    chosen = spec.combine == "kronecker" and not isinstance(spec.fold[0], tuple)
+    chosen = spec.combine == "kronecker" and not spec.has_sizes
     for index, split in enumerate(sizes):
         if chosen and len(sizes) > 1 and math.prod(split) == 1:
             raise ValueError(
@@ -165,7 +165,7 @@ def _split_sizes(spec: Spec, splits: int, before: int, members: Members) -> tupl
 
 def _check_explicit(spec: Spec, splits: int, before: int) -> tuple[Shape, ...]:
     assert isinstance(spec.fold, tuple)
-    if isinstance(spec.fold[0], tuple):
+    if spec.has_sizes:
         sizes: tuple[Shape, ...] = spec.fold
         fold = tuple(map(math.prod, zip(*sizes, strict=True)))
     else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from superlora.errors import AdapterError
 from superlora.torch.adapter import Adapter
 from superlora.torch.foreign import Matrix
 from superlora.values import check_count
@@ -91,11 +93,12 @@ def exact_layer(adapter: Adapter, name: str) -> Layer | None:
         return None
     scale = adapter.scale_of(name)
     if own.splits == 1 and not any(item.splits[0].factored) and item.splits[0].core == "full":
-        delta = adapter.plan.delta(double_factors(adapter), name, scale)
+        delta = adapter.plan.delta(_doubled(adapter, name), name, scale)
         return Layer("full", ((delta,),), 1.0)
     if item.fold != layout.shapes[name] or any(split.sizes != split.shape for split in item.splits):
         return None
-    matrices = [_matrix(adapter, group, index) for index in range(own.splits)]
+    blocks = _doubled(adapter, name)
+    matrices = [_matrix(adapter, blocks, group, index) for index in range(own.splits)]
     if any(matrix is None for matrix in matrices):
         return None
     parts: tuple[Matrix, ...] = tuple(matrices)  # type: ignore[arg-type]
@@ -109,11 +112,12 @@ def exact_layer(adapter: Adapter, name: str) -> Layer | None:
     return Layer("loha", parts, scale) if all(same) else None
 
 
-def _matrix(adapter: Adapter, group: int, index: int) -> Matrix | None:
+def _matrix(
+    adapter: Adapter, blocks: Mapping[str, Tensor], group: int, index: int
+) -> Matrix | None:
     """Return a split of order 2 as a dense matrix or a product of two."""
     layout = adapter.plan.layout
     split = layout.groups[group].splits[index]
-    blocks = double_factors(adapter)
 
     def block(leaf: str) -> Tensor:
         shape = split.block_shapes[leaf]
@@ -160,7 +164,7 @@ def low_rank_layer(
     update is never formed.
     """
     with torch.no_grad():
-        blocks, scale = double_factors(adapter), adapter.scale_of(name)
+        blocks, scale = _doubled(adapter, name), adapter.scale_of(name)
         thin = adapter.plan.low_rank(blocks, name, scale)
         if thin is None:
             if rank is None and energy is None:
@@ -196,9 +200,10 @@ def _kept(squares: Tensor, rank: int | None, energy: float | None) -> int:
     return max(kept, 1)
 
 
-def double_factors(adapter: Adapter) -> dict[str, Tensor]:
-    """Return an adapter's blocks in double precision, apart from any gradient."""
-    return {block: value.detach().double() for block, value in adapter.factors().items()}
+def _doubled(adapter: Adapter, name: str) -> dict[str, Tensor]:
+    """Return a layer's blocks in double precision, apart from any gradient."""
+    blocks = adapter.factors()
+    return {block: blocks[block].detach().double() for block in adapter.plan.blocks_of(name)}
 
 
 def written(adapter: Adapter, values: Tensor) -> Tensor:
@@ -211,11 +216,13 @@ def _fold(adapter: Adapter, name: str) -> tuple[int, ...]:
     return layout.groups[layout.grouping.pieces[name][0].group].fold
 
 
-def check_truncation(rank: int | None, energy: float | None) -> None:
-    """Refuse a rank or an energy that says nothing.
+def check_export(adapter: Adapter, rank: int | None, energy: float | None) -> None:
+    """Refuse an adapter that is on no model, and a rank or an energy that says nothing.
 
     Parameters
     ----------
+    adapter : Adapter
+        The adapter.
     rank : int or None
         At least 1.
     energy : float or None
@@ -223,6 +230,8 @@ def check_truncation(rank: int | None, energy: float | None) -> None:
 
     Raises
     ------
+    AdapterError
+        If the adapter is not attached.
     TypeError
         If `rank` is not an integer.
     ValueError
@@ -234,6 +243,8 @@ def check_truncation(rank: int | None, energy: float | None) -> None:
         isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1
     ):
         raise ValueError(f"energy must be in (0, 1]: got {energy!r}")
+    if not adapter.attached:
+        raise AdapterError("adapter must be attached to a model, whose layers the files name")
 
 
 def product(matrix: Matrix) -> Tensor:

@@ -23,6 +23,13 @@ from superlora.torch.replaced import refuse_unfit
 from superlora.torch.state import find_layers
 from superlora.torch.targets import is_named
 
+# The names of a layer's tensors that PEFT and LyCORIS share.
+LOHA_FORMS = ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},)
+LOKR_FORMS = tuple(
+    {*first, *second}
+    for first in (["lokr_w1"], ["lokr_w1_a", "lokr_w1_b"])
+    for second in (["lokr_w2"], ["lokr_w2_a", "lokr_w2_b"])
+)
 # A matrix, or the two whose product it is.
 Matrix = tuple[Tensor, ...]
 

@@ -20,6 +20,8 @@ from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_model
 from superlora.torch.files import Header, read_tensors, unfit_dtypes
 from superlora.torch.foreign import (
+    LOHA_FORMS,
+    LOKR_FORMS,
     Foreign,
     LayerUpdate,
     Matrix,
@@ -35,17 +37,13 @@ from superlora.torch.foreign import (
 from superlora.torch.layers import is_adaptable
 from superlora.torch.targets import is_named, outside_adapters
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The tensors of a layer, by PEFT's name of the method.
 _LEAVES = {
     "LORA": ({"lora_A.weight", "lora_B.weight"},),
-    "LOHA": ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},),
-    "LOKR": tuple(
-        {*first, *second}
-        for first in (["lokr_w1"], ["lokr_w1_a", "lokr_w1_b"])
-        for second in (["lokr_w2"], ["lokr_w2_a", "lokr_w2_b"])
-    ),
+    "LOHA": LOHA_FORMS,
+    "LOKR": LOKR_FORMS,
     "VERA": ({"vera_lambda_b", "vera_lambda_d"},),
 }
 _SHARED = {"VERA": ("base_model.vera_A", "base_model.vera_B")}
@@ -230,11 +228,11 @@ def _sort_keys(config: Mapping[str, Any], header: Header) -> _Keys:
     keys = _Keys({}, {}, {}, unfit_dtypes(header))
     rest: dict[str, str] = {}
     for key in header:
-        path = re.sub(r"\.modules_to_save\.(default\.)?", ".", key.removeprefix(_PREFIX))
+        path = re.sub(r"\.modules_to_save\.(default\.)?", ".", key.removeprefix(PREFIX))
         leaf = next((leaf for leaf in known if path.endswith(f".{leaf}")), None)
         if key in shared or ".original_module." in path:
             continue
-        if not key.startswith(_PREFIX):
+        if not key.startswith(PREFIX):
             keys.problems.append(f"extra {key!r}")
         elif leaf is not None:
             keys.layers.setdefault(path.removesuffix(f".{leaf}"), {})[leaf] = key

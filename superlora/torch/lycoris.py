@@ -17,7 +17,7 @@ from superlora.torch.export import (
     Export,
     Layer,
     as_the_peers_build,
-    check_truncation,
+    check_export,
     exact_layer,
     low_rank_layer,
     named_parts,
@@ -25,6 +25,8 @@ from superlora.torch.export import (
 )
 from superlora.torch.files import Header, read_tensors, unfit_dtypes, write_tensors
 from superlora.torch.foreign import (
+    LOHA_FORMS,
+    LOKR_FORMS,
     Foreign,
     LayerUpdate,
     Matrix,
@@ -44,12 +46,8 @@ from superlora.torch.targets import outside_adapters
 # The tensors of each method, beside an optional alpha.
 _FORMS = {
     "lora": ({"lora_up.weight", "lora_down.weight"},),
-    "loha": ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},),
-    "lokr": tuple(
-        {*first, *second}
-        for first in (["lokr_w1"], ["lokr_w1_a", "lokr_w1_b"])
-        for second in (["lokr_w2"], ["lokr_w2_a", "lokr_w2_b"])
-    ),
+    "loha": LOHA_FORMS,
+    "lokr": LOKR_FORMS,
     "full": ({"diff"}, {"diff", "diff_b"}),
 }
 
@@ -73,8 +71,8 @@ def from_lycoris(
     Returns
     -------
     Adapter
-        With the very values of the file; it computes what LyCORIS computes in training, whose
-        merge multiplies by the scale once more.
+        With the very factors of the file. It computes what LyCORIS computes in training; its
+        merge of LoKr and LoHa multiplies by the scale once more.
 
     Raises
     ------
@@ -205,9 +203,7 @@ def save_lycoris(
         If a layer is not one of LyCORIS's, has another's name once its dots are underscores, or
         needs a rank or an energy that is not given.
     """
-    check_truncation(rank, energy)
-    if not adapter.attached:
-        raise AdapterError("adapter must be attached to a model, whose layers the file names")
+    check_export(adapter, rank, energy)
     if adapter.replaced is not None:
         raise AdapterError(
             f"adapter {adapter.name!r} has replaced parameters of the model, which the format "

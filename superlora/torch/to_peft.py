@@ -11,25 +11,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from superlora.errors import AdapterError
 from superlora.shapes import bounded_splits, ceil_divide
 from superlora.torch.adapter import Adapter
 from superlora.torch.export import (
     Export,
     Layer,
     as_the_peers_build,
-    check_truncation,
+    check_export,
     exact_layer,
     low_rank_layer,
     named_parts,
     written,
 )
 from superlora.torch.files import write_tensors
-from superlora.torch.from_peft import CONFIG, WEIGHTS
+from superlora.torch.from_peft import CONFIG, PREFIX, WEIGHTS
 from superlora.torch.layers import is_transposed
 from superlora.torch.targets import is_named, outside_adapters
-
-_PREFIX = "base_model.model."
 
 
 def save_peft(
@@ -64,9 +61,7 @@ def save_peft(
     ValueError
         If an update needs a rank or an energy and none is given.
     """
-    check_truncation(rank, energy)
-    if not adapter.attached:
-        raise AdapterError("adapter must be attached to a model, whose layers the files name")
+    check_export(adapter, rank, energy)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a folder: got {directory}")
     for name in (CONFIG, WEIGHTS):
@@ -76,9 +71,9 @@ def save_peft(
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         for leaf, values in _tensors(layer).items():
-            tensors[f"{_PREFIX}{name}.{leaf}"] = written(adapter, values)
+            tensors[f"{PREFIX}{name}.{leaf}"] = written(adapter, values)
     whole, biases, kind = _replaced(adapter)
-    tensors |= {_PREFIX + key: value for key, value in {**whole, **biases}.items()}
+    tensors |= {PREFIX + key: value for key, value in {**whole, **biases}.items()}
     config = _config(adapter, layers, method, options)
     if whole:
         owners = {key.rpartition(".")[0] for key in whole}
