@@ -7,8 +7,10 @@ from superlora.kronecker import kronecker
 from superlora.plan import Plan
 from superlora.presets import (
     dense,
+    did,
     fact_tk,
     fact_tt,
+    fourierft,
     krona,
     loha,
     lokr,
@@ -19,11 +21,15 @@ from superlora.presets import (
     lorta,
     lorta_cp,
     lotr,
+    nola,
+    said,
     tinylora,
+    unilora,
     vera,
 )
 from superlora.spec import Spec
 from superlora.tucker import tucker
+from superlora.walsh_hadamard import fwht
 
 __version__ = "0.1.0"
 
@@ -32,9 +38,12 @@ __all__ = [
     "Plan",
     "Spec",
     "dense",
+    "did",
     "fact_tk",
     "fact_tt",
     "fold_group",
+    "fourierft",
+    "fwht",
     "krona",
     "kronecker",
     "loha",
@@ -47,9 +56,12 @@ __all__ = [
     "lorta_cp",
     "lotr",
     "maps",
+    "nola",
     "presets",
+    "said",
     "tinylora",
     "tucker",
     "unfold_group",
+    "unilora",
     "vera",
 ]

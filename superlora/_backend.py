@@ -157,8 +157,76 @@ def zeros(shape: tuple[int, ...], like: Array) -> Array:
     return library.zeros(shape, **context)
 
 
+def ones(shape: tuple[int, ...], like: Array) -> Array:
+    """Return ones of the library, dtype and device of `like`."""
+    library, context = _context(like)
+    return library.ones(shape, **context)
+
+
 def at_least_single(array: Array) -> Array:
     """Return `array` in single precision if it is of less."""
     library, context = _context(array)
     # A product promotes; conversions have another name in every library.
     return array * library.ones((1,), **{**context, "dtype": library.float32})
+
+
+def check_floating(name: str, array: Array) -> None:
+    """Refuse an array of integers, booleans or complex numbers."""
+    backend_of(array)
+    if "float" not in str(array.dtype):
+        raise TypeError(f"{name} must have a floating-point dtype: got {array.dtype}")
+
+
+def widened(array: Array) -> Array:
+    """Return `array` in single precision if it is of half, and itself otherwise."""
+    return at_least_single(array) if "float16" in str(array.dtype) else array
+
+
+def cast(array: Array, like: Array) -> Array:
+    """Return `array` in the dtype of another array of its library."""
+    if array.dtype == like.dtype:
+        return array
+    return array.to(like.dtype) if hasattr(array, "is_floating_point") else array.astype(like.dtype)
+
+
+def constant(values: numpy.ndarray, like: Array) -> Array:
+    """Return fixed numbers of any dtype for arithmetic with `like`, on its device.
+
+    jax takes numpy's arrays as they are, also while it traces.
+    """
+    library = backend_of(like)
+    if library.backend_name in ("numpy", "jax"):
+        return values
+    if library.backend_name != "pytorch":
+        return library.tensor(values)
+    torch = sys.modules["torch"]
+    # Made under `torch.inference_mode` they could take part in no later gradient.
+    with torch.inference_mode(False):
+        return torch.from_numpy(values).to(like.device)
+
+
+def take(array: Array, positions: Array) -> Array:
+    """Return the entries of a vector at some positions."""
+    # torch's own indexing scatters one by one on the way back.
+    return array.index_select(0, positions) if hasattr(array, "index_select") else array[positions]
+
+
+def scatter_add(values: Array, positions: Array, size: int) -> Array:
+    """Return a vector in which `values` are added up at some positions: the adjoint of `take`."""
+    library = backend_of(values)
+    if library.backend_name == "numpy":
+        return numpy.bincount(positions, values, minlength=size).astype(values.dtype)
+    empty = zeros((size,), like=values)
+    if hasattr(empty, "index_add"):
+        return empty.index_add(0, positions, values)
+    if hasattr(empty, "at"):
+        return empty.at[positions].add(values)
+    raise TypeError(f"scattering must be on numpy, torch or jax: got {library.backend_name}")
+
+
+def fourier_transforms(array: Array) -> Any:
+    """Return the ``fft`` module of an array's library, of numpy's interface."""
+    name = backend_of(array).backend_name
+    if name == "jax":
+        return sys.modules["jax"].numpy.fft
+    return sys.modules["torch" if name == "pytorch" else name].fft

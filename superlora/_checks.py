@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from superlora.maps import Identity, Map
+from superlora.maps import Identity, Map, Separable
 from superlora.values import check_count
 
 if TYPE_CHECKING:
@@ -222,17 +222,58 @@ def split_ranks(rank: Rank, orders: tuple[int, ...]) -> tuple[Any, ...]:
     return rank
 
 
-def check_map(fixed: object, ratio: object) -> None:
-    """Refuse what is no map, and a ratio that it cannot have."""
+def check_map(spec: Spec) -> None:
+    """Refuse what is no map, and a ratio or a size that it cannot have."""
+    fixed, ratio = spec.map, spec.ratio
     if not isinstance(fixed, Map):
         raise TypeError(f"map must be a superlora.maps.Map: got {fixed!r}")
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1]: got {ratio!r}")
-    if isinstance(fixed, Identity) and ratio != 1:
+    kind = type(fixed).__name__
+    if fixed.keeps_size and ratio != 1:
         raise ValueError(
-            f"ratio must be 1 with map=Identity(), which has as many entries after as before: "
+            f"ratio must be 1 with map={kind}(), which has as many entries after as before: "
             f"got {ratio}"
         )
+    if isinstance(fixed, Separable):
+        fixed.check_modes(spec.modes)
+        if fixed.before is not None:
+            raise ValueError(
+                "map=Separable() must leave before and after to the fold and the ratio: got "
+                f"before={fixed.before}"
+            )
+        if set(spec.orders) != {spec.modes}:
+            raise ValueError(
+                f"order must be one number with map=Separable(): got order={spec.order}"
+            )
+    if spec.size is None:
+        return
+    check_count("size", spec.size)
+    if fixed.keeps_size or isinstance(fixed, Separable) or ratio != 1:
+        raise ValueError(
+            f"size must come with a map of another number of entries, and without a ratio: got "
+            f"size={spec.size} with map={kind}() and ratio={ratio}"
+        )
+
+
+def check_factor_map(spec: Spec) -> None:
+    """Refuse what is no map of the factors, or one without a number of parameters."""
+    check_choice("factor_scope", spec.factor_scope, ("all", "block"))
+    fixed = spec.factor_map
+    if fixed is None:
+        if spec.factor_size is not None or spec.factor_scope != "all":
+            raise ValueError(
+                "factor_size and factor_scope must come with a factor_map: got "
+                f"{spec.factor_size} and {spec.factor_scope!r}"
+            )
+        return
+    if not isinstance(fixed, Map):
+        raise TypeError(f"factor_map must be a superlora.maps.Map or None: got {fixed!r}")
+    if isinstance(fixed, Separable) or getattr(fixed, "scope", "group") != "group":
+        raise ValueError(f"factor_map must be a map of one vector: got {fixed!r}")
+    if spec.factor_size is None:
+        raise ValueError("factor_size must be given with a factor_map: the entries of its vector")
+    check_count("factor_size", spec.factor_size)
 
 
 def check_scale(spec: Spec) -> None:
@@ -289,6 +330,7 @@ def _check_singular(spec: Spec, block: str) -> None:
     sides = (f"factor{order - 2}", f"factor{order - 1}")
     whole = spec.groups == "weight" and (spec.splits == 1 or spec.combine == "hadamard")
     natural = (spec.fold, order) in (("natural", 2), ("stack", 3)) and order == spec.modes
+    natural &= isinstance(spec.map, Identity)
     if leaf not in sides or not whole or not natural or block in spec.tied:
         raise ValueError(
             f"frozen[{block!r}] must be the factor of one weight's outputs or inputs to hold its "

@@ -35,7 +35,7 @@ def check_frozen(layout: Layout) -> None:
             if source.startswith("singular"):
                 _check_singular(layout, group, block)
         for term in layout.term_blocks(group):
-            if not any(block in layout.factor_shapes for block in term):
+            if not any(block in layout.trainable for block in term):
                 raise ValueError(
                     f"frozen must leave every product a trainable block: group {group} has none"
                 )

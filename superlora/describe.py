@@ -82,7 +82,7 @@ def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
             f"note: rank {layout.spec.rank} exceeds a mode in {capped} of {len(layout.groups)} "
             f"groups; it is {_how_capped(alike)} there"
         )
-    before = sum(math.prod(group.fold) * count for group, count in alike.items())
+    before = sum(group.before * count for group, count in alike.items())
     after = sum(group.size * count for group, count in alike.items())
     if all(map(layout.identity, range(len(layout.groups)))):
         if before > after:

@@ -9,8 +9,13 @@ import numpy
 
 from superlora._backend import Array, from_numpy
 from superlora.layout import Layout
+from superlora.maps import Separable
 from superlora.random import normal
 from superlora.splitting import Split
+
+
+# The deviation of numbers in ±0.02, which Uni-LoRA starts its vector with.
+_SHARED_VECTOR = 0.02 / math.sqrt(3)
 
 
 def zero_block(layout: Layout, group: int, term: int = 0) -> str:
@@ -42,7 +47,7 @@ def zero_block(layout: Layout, group: int, term: int = 0) -> str:
         (index, leaf)
         for index, split in reversed([*enumerate(layout.terms(group)[term])])
         for leaf in split.block_shapes
-        if layout.block(group, term * count + index, leaf) in layout.factor_shapes
+        if layout.block(group, term * count + index, leaf) in layout.trainable
     ]
     tied = layout.specs[group].tied
     if tied:
@@ -60,7 +65,7 @@ def zero_block(layout: Layout, group: int, term: int = 0) -> str:
 
 
 def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> dict[str, Array]:
-    """Draw initial factors for which every update is exactly zero.
+    """Draw initial factors for which every update is zero, but with one vector for all blocks.
 
     Parameters
     ----------
@@ -89,18 +94,25 @@ def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> di
     weights, t the number of products that sum to one entry of the update, r the
     largest rank of a trainable factor. A step of the zero block then moves an entry of ΔW
     as it does in LoRA of that rank, at any order and any number of splits, so that
-    learning rates carry over.
+    learning rates carry over; a map's gain is a part of it. With an F_in from one vector to all
+    blocks no update can be zero and have a gradient: it starts near zero, as in Uni-LoRA.
     """
     from_numpy(numpy.zeros(()), like)  # refuses a wrong dtype before anything is drawn
     deviations: dict[str, float] = {}
     for group in range(len(layout.groups)):
         for term, blocks in enumerate(layout.term_blocks(group)):
             zero = zero_block(layout, group, term)
-            drawn = [name for name in blocks if name in layout.factor_shapes and name != zero]
+            drawn = [name for name in blocks if name in layout.trainable and name != zero]
             variance = _variance(layout, group, term)
             for name in drawn:
                 deviations.setdefault(name, variance ** (0.5 / len(drawn)))
             deviations[zero] = 0.0
+    for block, inner in layout.inner.items():
+        gain = inner.map.gain(inner.before, inner.size)
+        own = deviations[block] * gain**-0.5 if gain else 0.0
+        # A vector for all blocks has no gradient at zero.
+        shared = inner.stop - inner.start < inner.size
+        deviations[inner.name] = _SHARED_VECTOR if shared else own
     factors = {}
     for stream, (name, shape) in enumerate(layout.factor_shapes.items()):
         deviation = deviations[name]
@@ -139,7 +151,7 @@ def _variance(layout: Layout, group: int, term: int) -> float:
     count = layout.specs[group].splits
     splits = layout.terms(group)[term]
     terms, largest = layout.specs[group].terms, 1
-    known = 1.0
+    known = _gain(layout, group)
     for index, split in enumerate(splits):
         terms *= _summed(split)
         for leaf, shape in split.block_shapes.items():
@@ -150,6 +162,20 @@ def _variance(layout: Layout, group: int, term: int) -> float:
             elif leaf != "core":
                 largest = max(largest, shape[1])
     return largest / (width * terms * known)
+
+
+def _gain(layout: Layout, group: int) -> float:
+    """Return the mean square of an entry of the update for an entry 1 of the product."""
+    item, own = layout.groups[group], layout.specs[group]
+    fixed = own.map
+    if not isinstance(fixed, Separable):
+        return layout.maps[group].gain(item.before, item.size)
+    # Every split has maps of its own.
+    return math.prod(
+        fixed.mode(index * own.modes + mode).gain(split.sizes[mode], split.shape[mode])
+        for index, split in enumerate(item.splits[: own.splits])
+        for mode in fixed.mapped(own.modes)
+    )
 
 
 def _summed(split: Split) -> int:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from superlora.block_rules import check_frozen
+from superlora.costs import factored_cost
 from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
-from superlora.maps import Identity
+from superlora.inner import Inner, inner_vectors
+from superlora.maps import Identity, Map, Place, Separable
 from superlora.shapes import Shape
 from superlora.slicing import Slice, slice_of
 from superlora.spec import Spec
@@ -43,6 +45,8 @@ class Layout:
         Every group's fold and splits.
     specs : tuple of Spec
         Every group's design, overrides applied.
+    maps : tuple of Map
+        Every group's map, its own where it depends on the group.
 
     Raises
     ------
@@ -60,6 +64,7 @@ class Layout:
         specs: list[Spec] = []
         first: list[int] = []
         alike: dict[int, tuple[Group, ...]] = {}
+        designs: list[Spec] = []
         for own, names in self._parts().items():
             part = group_weights({name: self.shapes[name] for name in names}, own.groups, own.cut)
             # Most groups of a large model are alike: solve each distinct one once.
@@ -68,6 +73,7 @@ class Layout:
                 make(size, self._fold_context(part, index)) for index, size in enumerate(part.sizes)
             ]
             start = len(specs)
+            designs.append(own)
             alike[start] = tuple(dict.fromkeys(groups[start:]))
             first += [start] * len(part.sizes)
             specs += [own] * len(part.sizes)
@@ -77,11 +83,14 @@ class Layout:
         self.specs: tuple[Spec, ...] = tuple(specs)
         self._first = first  # the first group of every group's part, which names tied blocks
         self._alike = alike
+        self.maps: tuple[Map, ...] = self._bind(designs)
         # Asked at every forward pass; plain dicts, which torch.compile traces.
         self._piece_slices: dict[Piece, Slice] = {}
         self._row_slices: dict[str, Slice | None] = {}
         self._factored: dict[str, bool] = {}
         check_frozen(self)
+        if any(own.factor_map is not None for own in designs):
+            self.inner  # noqa: B018  (raises where a map does not fit)
         unit_modes = self.unit_modes()
         if unit_modes:
             warnings.warn(f"{unit_modes}; use fewer splits or fold='balanced'", stacklevel=3)
@@ -116,15 +125,61 @@ class Layout:
         if part.padded:
             divisor = math.gcd(divisor, part.padded)
         shapes = tuple(self.shapes[name] for name in names)
-        return Members(shapes, part.whole(group), divisor, part.padded)
+        return Members(shapes, part.whole(group), divisor, part.padded, group)
+
+    def _bind(self, designs: list[Spec]) -> tuple[Map, ...]:
+        if all(type(own.map).bind is Map.bind for own in designs):
+            return tuple([own.map for own in self.specs])
+        # Equal ones are one object, which keeps what it draws from its seed once.
+        known: dict[Map, Map] = {}
+        found = []
+        for group, own in enumerate(self.specs):
+            members = self.grouping.members[group]
+            shapes = tuple(self.shapes[name] for name in members)
+            place = Place(group, shapes, self.grouping.whole(group))
+            bound = own.map.bind(place)
+            found.append(known.setdefault(bound, bound))
+        return tuple(found)
+
+    def joint(self, group: int) -> range:
+        """Return the groups that one map takes together: the group, or all of its part."""
+        if getattr(self.specs[group].map, "scope", "group") == "group":
+            return range(group, group + 1)
+        first = self._first[group]
+        last = first + sum(start == first for start in self._first)
+        return range(first, last)
+
+    def position(self, piece: Piece) -> tuple[int, int]:
+        """Return where a piece begins and ends in the vector of its joint groups."""
+        before = sum(self.groups[g].size for g in self.joint(piece.group) if g < piece.group)
+        return before + piece.start, before + piece.stop
+
+    def blocks_of_joint(self, group: int) -> tuple[str, ...]:
+        """Return the names of the blocks of all groups that a group's map takes together."""
+        terms = (blocks for index in self.joint(group) for blocks in self.term_blocks(index))
+        return tuple(dict.fromkeys(block for blocks in terms for block in blocks))
+
+    def inputs_of_joint(self, group: int) -> tuple[str, ...]:
+        """Return the names of what those blocks are made from."""
+        return self._sources(self.blocks_of_joint(group))
+
+    def _sources(self, blocks: Iterable[str]) -> tuple[str, ...]:
+        inner = self.inner
+        found = (inner[block].name if block in inner else block for block in blocks)
+        return tuple(dict.fromkeys(found))
+
+    def groups_of(self, name: str) -> tuple[int, ...]:
+        """Return the groups that a weight's update is made of."""
+        pieces = self.grouping.pieces[name]
+        return tuple(dict.fromkeys(g for piece in pieces for g in self.joint(piece.group)))
 
     def scaling(self, name: str) -> float:
         """Return the number s in front of one weight's update."""
         return self.specs[self.grouping.pieces[name][0].group].scaling
 
     def identity(self, group: int) -> bool:
-        """Return whether a group's map keeps every entry in its place."""
-        return isinstance(self.specs[group].map, Identity)
+        """Return whether weights are cut from the product itself, whose entries stay in place."""
+        return isinstance(self.specs[group].map, (Identity, Separable))
 
     def radices(self, group: int, modes: int | None = None) -> Shape:
         """Return the digits of the first `modes` modes of a group, all modes if None."""
@@ -188,19 +243,8 @@ class Layout:
             the input width, which the weight's gradient costs when ΔW is formed.
         """
         if name not in self._factored:
-            self._factored[name] = self._count_factored(name)
+            self._factored[name] = factored_cost(self, name) < math.prod(self.shapes[name])
         return self._factored[name]
-
-    def _count_factored(self, name: str) -> bool:
-        if self.row_slice(name) is None:
-            return False
-        rows, columns = self.shapes[name]
-        group = self.grouping.pieces[name][0].group
-        blocks = columns // self.groups[group].fold[-1]
-        cost = rows * self.inner_width(name)
-        for splits in self.terms(group):
-            cost += blocks * self._last_mode_cost(self.specs[group].combine, splits)
-        return cost < rows * columns
 
     def inner_width(self, name: str) -> int:
         """Return q of ``ΔW = left @ rightᵀ`` where a weight's fold is aligned, else its widths'."""
@@ -210,19 +254,6 @@ class Layout:
         blocks = self.shapes[name][1] // self.groups[group].fold[-1]
         ranks = (math.prod(split.last[1] for split in splits) for splits in self.terms(group))
         return blocks * sum(ranks)
-
-    def _last_mode_cost(self, combine: str, splits: tuple[Split, ...]) -> int:
-        """Return the multiplications of one block of inputs by the last factors."""
-        lasts = [split.last for split in splits]
-        if combine == "hadamard":
-            return lasts[0][0] * math.prod(rank for _, rank, _ in lasts)
-        widths = [size for size, _, _ in lasts]
-        cost = 0
-        for index, (_, rank, factored) in enumerate(lasts):
-            if factored:
-                cost += math.prod(widths) * rank
-            widths[index] = rank
-        return cost
 
     def terms(self, group: int) -> list[tuple[Split, ...]]:
         """Return the splits of each of a group's products."""
@@ -266,8 +297,30 @@ class Layout:
 
     @functools.cached_property
     def factor_shapes(self) -> dict[str, Shape]:
-        """Shape of every trainable block by name, ``"group.split.block"``."""
+        """Shape of what is trained by name: blocks, or the vectors that they are mapped from."""
+        return {n: shape for n, shape in self.input_shapes.items() if n not in self.frozen}
+
+    @functools.cached_property
+    def trainable(self) -> dict[str, Shape]:
+        """Shape of every block by name that is not frozen."""
         return {n: shape for n, shape in self.block_shapes.items() if n not in self.frozen}
+
+    @functools.cached_property
+    def inner(self) -> dict[str, Inner]:
+        """The vector that every block that has one is mapped from."""
+        return inner_vectors(self)
+
+    @functools.cached_property
+    def input_shapes(self) -> dict[str, Shape]:
+        """Shape of everything that an update is made from: what is trained or frozen."""
+        inner = self.inner
+        found: dict[str, Shape] = {}
+        for block, shape in self.block_shapes.items():
+            if block in inner:
+                found[inner[block].name] = (inner[block].before,)
+            else:
+                found[block] = shape
+        return found
 
     def blocks_of(self, name: str) -> tuple[str, ...]:
         """Return the names of the blocks that a weight's update is made of."""
@@ -275,9 +328,12 @@ class Layout:
             raise KeyError(
                 f"no weight is named {name!r}; the plan has {some(map(repr, self.shapes))}"
             )
-        groups = dict.fromkeys(piece.group for piece in self.grouping.pieces[name])
-        terms = (blocks for group in groups for blocks in self.term_blocks(group))
+        terms = (blocks for group in self.groups_of(name) for blocks in self.term_blocks(group))
         return tuple(dict.fromkeys(block for blocks in terms for block in blocks))
+
+    def inputs_of(self, name: str) -> tuple[str, ...]:
+        """Return the names of what a weight's update is made from, keys of `input_shapes`."""
+        return self._sources(self.blocks_of(name))
 
     def smallest_blocks(self, name: str) -> tuple[str, ...]:
         """Return one block of each of a weight's products, of which the update is a multiple.
@@ -288,7 +344,7 @@ class Layout:
             The smallest; where a weight is cut over groups that share blocks the smallest
             shared one, so that each product has just one of those returned.
         """
-        groups = list(dict.fromkeys(piece.group for piece in self.grouping.pieces[name]))
+        groups = self.groups_of(name)
         shared = len(groups) > 1 and self.specs[groups[0]].tied
         found: dict[str, None] = {}
         for group in groups:

@@ -14,10 +14,11 @@ from superlora.init import init_factors
 from superlora.layout import Layout
 from superlora.reconstruct import (
     apply_factored,
-    group_vector,
+    joint_entries,
     low_rank_factors,
     scaled,
     weight_delta,
+    with_blocks,
 )
 from superlora.spec import Spec
 
@@ -271,20 +272,25 @@ class Plan:
         """
         for name in self.layout.shapes:
             self._check(factors, name)
-        vectors = {
-            group: group_vector(self.layout, factors, group)
-            for group in range(len(self.layout.groups))
-            if not self.layout.identity(group)
-        }
+        layout = self.layout
+        factors = with_blocks(layout, factors, layout.block_shapes)
+        vectors: dict[int, Array] = {}  # by the first of the groups that a map takes together
+        for group in range(len(layout.groups)):
+            if not layout.identity(group) and group == layout.joint(group)[0]:
+                x, size = joint_entries(layout, factors, group)
+                vectors[group] = layout.maps[group].apply(x, size)
         deltas = {}
-        for name, pieces in self.layout.grouping.pieces.items():
+        for name, pieces in layout.grouping.pieces.items():
             number = self._scaling(name, scale)
-            if pieces[0].group not in vectors:
-                deltas[name] = weight_delta(self.layout, factors, name, number)
+            if layout.identity(pieces[0].group):
+                deltas[name] = weight_delta(layout, factors, name, number)
                 continue
-            runs = [vectors[piece.group][piece.start : piece.stop] for piece in pieces]
+            runs = [
+                vectors[layout.joint(piece.group)[0]][slice(*layout.position(piece))]
+                for piece in pieces
+            ]
             library = backend_of(*runs)
-            delta = library.reshape(library.concatenate(runs, axis=0), self.layout.shapes[name])
+            delta = library.reshape(library.concatenate(runs, axis=0), layout.shapes[name])
             deltas[name] = scaled(delta, number)
         return deltas
 
@@ -344,7 +350,7 @@ class Plan:
         return backend_of(x).tensordot(x, delta, axes=([len(x.shape) - 1], [1]))
 
     def blocks_of(self, name: str) -> tuple[str, ...]:
-        """Return the names of the blocks that one weight's update is made of.
+        """Return the names of what one weight's update is made from.
 
         Parameters
         ----------
@@ -361,7 +367,7 @@ class Plan:
         KeyError
             If the plan has no weight of that name.
         """
-        return self.layout.blocks_of(name)
+        return self.layout.inputs_of(name)
 
     def _check(self, factors: Mapping[str, Array], name: str) -> None:
         blocks = self.blocks_of(name)
@@ -373,7 +379,7 @@ class Plan:
                     f"missing{'; Plan.frozen makes those' * frozen}"
                 )
             backend_of(factors[block])
-            expected, got = self.layout.block_shapes[block], tuple(factors[block].shape)
+            expected, got = self.layout.input_shapes[block], tuple(factors[block].shape)
             if got != expected:
                 raise ValueError(f"factors[{block!r}] must have shape {expected}: got {got}")
         backend_of(*(factors[block] for block in blocks))

@@ -1,4 +1,9 @@
-"""Random numbers from raw Philox bits: the same on every array library and device."""
+"""Random numbers from raw Philox bits: the same on every array library and device.
+
+A seed is a format: files store it in place of what is drawn. Everything here is derived from
+Philox 4x64-10 (Salmon et al. 2011) by integer arithmetic, but for the normal distribution's
+inverse, and any part of a stream can be drawn without the rest.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,67 @@ import numpy
 from scipy.special import ndtri
 
 from superlora.values import check_count
+
+# Of these derivations, in the maps that a file names; a later one gets another number.
+VERSION = 1
+_WORDS = 4  # that Philox makes of one counter
+
+
+def check_seed(seed: object) -> int:
+    """Return `seed` if it is one, or say what it must be.
+
+    Parameters
+    ----------
+    seed : object
+        The value to check.
+
+    Returns
+    -------
+    int
+        `seed`, unchanged.
+
+    Raises
+    ------
+    TypeError
+        If `seed` is not an integer.
+    ValueError
+        If `seed` is not in [0, 2**64).
+    """
+    if check_count("seed", seed, least=0) >= 1 << 64:
+        raise ValueError(f"seed must be below 2**64: got {seed}")
+    assert isinstance(seed, int)
+    return seed
+
+
+def bits(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:
+    """Draw raw words of a stream.
+
+    Parameters
+    ----------
+    seed : int
+        In [0, 2**64).
+    stream : int
+        Which of the seed's independent streams, in [0, 2**64).
+    start, stop : int
+        Positions in the stream.
+
+    Returns
+    -------
+    numpy.ndarray of uint64, (stop - start,)
+        Words ``start <= position < stop``.
+
+    Examples
+    --------
+    >>> bool((bits(1, 2, 3, 9) == bits(1, 2, 0, 9)[3:]).all())
+    True
+    """
+    skipped = start % _WORDS
+    philox = numpy.random.Philox(
+        key=numpy.array([seed, stream], dtype=numpy.uint64),
+        counter=numpy.array([start // _WORDS, 0, 0, 0], dtype=numpy.uint64),
+    )
+    words: numpy.ndarray = philox.random_raw(stop - start + skipped)[skipped:]
+    return words
 
 
 def normal(seed: int, stream: int, shape: tuple[int, ...]) -> numpy.ndarray:
@@ -30,7 +96,7 @@ def normal(seed: int, stream: int, shape: tuple[int, ...]) -> numpy.ndarray:
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If `seed` is not an integer of that range.
 
     Examples
@@ -38,11 +104,86 @@ def normal(seed: int, stream: int, shape: tuple[int, ...]) -> numpy.ndarray:
     >>> normal(0, 0, (2,)).round(6)
     array([-2.271884, -0.701328])
     """
-    if check_count("seed", seed, least=0) >= 1 << 64:
-        raise ValueError(f"seed must be below 2**64: got {seed}")
-    bits = numpy.random.Philox(key=numpy.array([seed, stream], dtype=numpy.uint64))
-    raw = bits.random_raw(math.prod(shape))
-    # The half keeps both ends of (0, 1) out, where the inverse is infinite.
-    uniform = ((raw >> numpy.uint64(11)).astype(numpy.float64) + 0.5) * 2.0**-53
-    values: numpy.ndarray = ndtri(uniform).reshape(shape)
+    values: numpy.ndarray = _normals(check_seed(seed), stream, 0, math.prod(shape)).reshape(shape)
     return values
+
+
+def _normals(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:
+    raw = bits(seed, stream, start, stop)
+    # The half keeps both ends of (0, 1) out, where the inverse is infinite.
+    values: numpy.ndarray = ndtri(((raw >> numpy.uint64(11)).astype(numpy.float64) + 0.5) * 2**-53)
+    return values
+
+
+def coarse_normals(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:
+    """Draw standard normal numbers that do not depend on the last bits of the inverse.
+
+    Parameters
+    ----------
+    seed : int
+        In [0, 2**64).
+    stream : int
+        Which of the seed's independent streams, in [0, 2**64).
+    start, stop : int
+        Positions in the stream.
+
+    Returns
+    -------
+    numpy.ndarray of float32, (stop - start,)
+        Those of `normal` rounded to multiples of 2**-16, which float32 holds exactly, so that a
+        platform's own logarithm does not show in them.
+    """
+    scaled = numpy.rint(_normals(seed, stream, start, stop) * 65536.0)
+    return (scaled / 65536.0).astype(numpy.float32)
+
+
+def signs(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:
+    """Draw random signs, 64 from each raw word, its lowest bit first.
+
+    Parameters
+    ----------
+    seed : int
+        In [0, 2**64).
+    stream : int
+        Which of the seed's independent streams, in [0, 2**64).
+    start, stop : int
+        Positions in the stream.
+
+    Returns
+    -------
+    numpy.ndarray of int8, (stop - start,)
+        1 where the bit is 0, -1 where it is 1.
+
+    Examples
+    --------
+    >>> signs(0, 0, 0, 5)
+    array([-1, -1,  1, -1, -1], dtype=int8)
+    """
+    first = start // 64
+    words = bits(seed, stream, first, -(-stop // 64))
+    drawn = numpy.unpackbits(words.astype("<u8").view(numpy.uint8), bitorder="little")
+    drawn = drawn[start - 64 * first : stop - 64 * first]
+    return numpy.int8(1) - 2 * drawn.view(numpy.int8)
+
+
+def integers(seed: int, stream: int, bound: int, size: int) -> numpy.ndarray:
+    """Draw integers below a bound.
+
+    Parameters
+    ----------
+    seed : int
+        In [0, 2**64).
+    stream : int
+        Which of the seed's independent streams, in [0, 2**64).
+    bound : int
+        Below 2**32.
+    size : int
+        How many.
+
+    Returns
+    -------
+    numpy.ndarray of int64, (size,)
+        In [0, bound): a word's rest, whose bias is below 2**-32.
+    """
+    drawn: numpy.ndarray = (bits(seed, stream, 0, size) % numpy.uint64(bound)).astype(numpy.int64)
+    return drawn

@@ -11,7 +11,9 @@ from superlora._backend import Array, backend_of
 from superlora.folding import ravel
 from superlora.kronecker import hadamard, khatri_rao_columns, kronecker
 from superlora.layout import Layout
+from superlora.maps import Separable
 from superlora.slicing import Box
+from superlora.splitting import Split
 from superlora.tucker import open_last_mode, tucker
 
 # One split's blocks: its core, None where it is the identity, and a factor a mode,
@@ -62,6 +64,7 @@ def weight_delta(layout: Layout, factors: Mapping[str, Array], name: str, scale:
     array, (output width, input width)
         Only a map that mixes all entries makes the whole group be formed.
     """
+    factors = with_blocks(layout, factors, layout.blocks_of(name))
     runs = []
     for piece in layout.grouping.pieces[name]:
         if layout.identity(piece.group):
@@ -70,12 +73,15 @@ def weight_delta(layout: Layout, factors: Mapping[str, Array], name: str, scale:
             parts = [ravel(_box_tensor(layout, blocks, piece.group, box)) for box in part.boxes]
             runs.append(_join(parts)[part.skip : part.skip + part.size])
         else:
-            runs.append(group_vector(layout, factors, piece.group)[piece.start : piece.stop])
+            x, size = joint_entries(layout, factors, piece.group)
+            runs.append(layout.maps[piece.group].apply_slice(x, size, *layout.position(piece)))
     return scaled(backend_of(runs[0]).reshape(_join(runs), layout.shapes[name]), scale)
 
 
-def group_vector(layout: Layout, factors: Mapping[str, Array], group: int) -> Array:
-    """Form a whole group's vector after the map, before the scale.
+def joint_entries(
+    layout: Layout, factors: Mapping[str, Array], group: int
+) -> tuple[Array, int]:
+    """Return what a group's map takes, and how many entries it makes of it.
 
     Parameters
     ----------
@@ -88,11 +94,59 @@ def group_vector(layout: Layout, factors: Mapping[str, Array], group: int) -> Ar
 
     Returns
     -------
-    array, (size,)
-        What the weights of the group are cut from.
+    array, (before,)
+        The entries of the group, or of all groups that its map takes together.
+    int
+        The entries after the map.
     """
-    tensor = group_tensor(layout, factors, group)
-    return layout.specs[group].map.apply(ravel(tensor), layout.groups[group].size)
+    joint = layout.joint(group)
+    size = sum(layout.groups[index].size for index in joint)
+    if len(joint) == 1:
+        return ravel(group_tensor(layout, factors, group)), size
+    tensors = (group_tensor(layout, factors, index) for index in joint)
+    cropped = [
+        ravel(tensor)[: layout.groups[index].size]
+        for index, tensor in zip(joint, tensors, strict=True)
+    ]
+    return _join(cropped), size
+
+
+def with_blocks(
+    layout: Layout, factors: Mapping[str, Array], blocks: Iterable[str]
+) -> Mapping[str, Array]:
+    """Add the blocks that F_in makes from the vectors among the factors.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    factors : mapping of str to array
+        What is trained, and frozen blocks.
+    blocks : iterable of str
+        The blocks that are wanted.
+
+    Returns
+    -------
+    mapping of str to array
+        `factors` itself where nothing is missing.
+    """
+    inner = layout.inner
+    missing = [block for block in blocks if block in inner and block not in factors]
+    if not missing:
+        return factors
+    found = dict(factors)
+    whole: dict[str, Array] = {}
+    for block in missing:
+        item = inner[block]
+        theta = factors[item.name]
+        if item.map.sliced:
+            part = item.map.apply_slice(theta, item.size, item.start, item.stop)
+        else:
+            if item.name not in whole:
+                whole[item.name] = item.map.apply(theta, item.size)
+            part = whole[item.name][item.start : item.stop]
+        found[block] = backend_of(part).reshape(part, layout.block_shapes[block])
+    return found
 
 
 def apply_factored(
@@ -124,6 +178,7 @@ def apply_factored(
     open, the weight's rows of all other modes make ``R``, (output width * input
     width / g, r_M); the input's blocks of g entries meet the last factors alone.
     """
+    factors = with_blocks(layout, factors, layout.blocks_of(name))
     library = backend_of(x)
     outputs = layout.shapes[name][0]
     group = layout.grouping.pieces[name][0].group
@@ -162,6 +217,7 @@ def low_rank_factors(
     """
     if layout.inner_width(name) >= min(layout.shapes[name]):
         return None
+    factors = with_blocks(layout, factors, layout.blocks_of(name))
     group = layout.grouping.pieces[name][0].group
     columns = layout.shapes[name][1]
     width = layout.groups[group].fold[-1]
@@ -232,6 +288,7 @@ def _total(terms: Iterable[Array]) -> Array:
 def _blocks(layout: Layout, factors: Mapping[str, Array], group: int) -> list[list[Blocks]]:
     """Return the blocks of every split of each of a group's products."""
     found: list[list[Blocks]] = []
+    fixed = layout.maps[group]
     for term, splits in enumerate(layout.terms(group)):
         found.append([])
         for place, split in enumerate(splits):
@@ -242,12 +299,29 @@ def _blocks(layout: Layout, factors: Mapping[str, Array], group: int) -> list[li
             }
             core = own.get("core")
             planes = [own.get(f"factor{mode}") for mode in range(len(split.sizes))]
-            if split.sizes != split.shape:  # of lower order: its neighbouring modes are one
+            if isinstance(fixed, Separable):
+                core, planes = _mapped_modes(fixed, split, place, core, planes)
+            if split.joined:  # of lower order: its neighbouring modes are one
                 tensor = tucker(core, planes)
                 core = backend_of(tensor).reshape(tensor, split.shape)
                 planes = [None] * len(split.shape)
             found[-1].append((core, planes))
     return found
+
+
+def _mapped_modes(
+    fixed: Separable, split: Split, place: int, core: Array | None, planes: list[Array | None]
+) -> Blocks:
+    """Apply the map of every mode to its factor, or to the core where it has none."""
+    modes = len(split.shape)
+    for mode in fixed.mapped(modes):
+        index, size = place * modes + mode, split.shape[mode]
+        plane = planes[mode]
+        if plane is not None:
+            planes[mode] = fixed.map_mode(plane, 0, index, size)
+        else:
+            core = fixed.map_mode(core, mode, index, size)
+    return core, planes
 
 
 def _leading(block: Array, shape: tuple[int, ...]) -> Array:

@@ -77,9 +77,21 @@ class Spec:
     seed : int
         Of the random frozen blocks, in [0, 2**64).
     ratio : float
-        Entries before the map over entries after it, in (0, 1].
+        Entries before the map over entries after it, in (0, 1]; rounded up to whole modes
+        of the fold. A fold of explicit sizes says it by itself.
+    size : int, optional
+        Entries before the map in every group, instead of a ratio.
     map : Map
-        The fixed linear map F between a fold and its group.
+        The fixed linear map F between a fold and its group. But for `maps.Separable` and maps
+        that keep the size, it takes a balanced fold or explicit sizes.
+    factor_map : Map, optional
+        A fixed linear map F_in from the trained parameters to the trainable blocks, which
+        are the blocks themselves without it. The update is then not linear in them.
+    factor_size : int, optional
+        How many parameters it takes.
+    factor_scope : {"all", "block"}
+        Whether one vector of so many is mapped to all blocks, joined in the order of their
+        names' first appearance, or each block has one of its own.
     alpha : float, optional
         The scale is ``alpha / rank``; a nested rank must have one integer only.
     rslora : bool
@@ -104,6 +116,7 @@ class Spec:
     further choices::
 
         dW_group = scale * F( sum_t kron_k( C_tk x_1 A_tk1 ... x_M A_tkM ) )
+        [C, A] = F_in(theta)
 
     References
     ----------
@@ -133,7 +146,11 @@ class Spec:
     tied: Any = ()
     seed: int = 0
     ratio: float = 1.0
+    size: int | None = None
     map: Map = field(default_factory=Identity)
+    factor_map: Map | None = None
+    factor_size: int | None = None
+    factor_scope: str = "all"
     alpha: float | None = None
     rslora: bool = False
     scale: float | None = None
@@ -144,14 +161,15 @@ class Spec:
         for name in ("frozen", "overrides"):
             object.__setattr__(self, name, checks.pairs(name, getattr(self, name)))
         for item in dataclasses.fields(self):
-            if item.name != "map":
+            if item.name not in ("map", "factor_map"):
                 object.__setattr__(self, item.name, hashable(getattr(self, item.name)))
         checks.check_counts(self)
         checks.check_groups(self.groups)
         checks.check_choices(self)
         checks.check_fold(self)
         self.split_ranks  # noqa: B018  (raises for a wrongly nested rank)
-        checks.check_map(self.map, self.ratio)
+        checks.check_map(self)
+        checks.check_factor_map(self)
         checks.check_scale(self)
         checks.check_blocks(self)
         for pattern, fields in self.overrides:
@@ -331,7 +349,7 @@ _compile = functools.lru_cache(maxsize=4096)(re.compile)
 
 
 def _plain(name: str, value: Any) -> Any:
-    if name == "map":
+    if isinstance(value, Map):
         return value.to_dict()
     if name == "frozen":
         return dict(value)
@@ -344,8 +362,9 @@ def _plain(name: str, value: Any) -> Any:
 
 def _parsed(values: Mapping[str, Any]) -> dict[str, Any]:
     fields = dict(values)
-    if "map" in fields:
-        fields["map"] = map_from_dict(fields["map"])
+    for name in ("map", "factor_map"):
+        if fields.get(name) is not None:
+            fields[name] = map_from_dict(fields[name])
     if isinstance(fields.get("overrides"), Mapping):
         fields["overrides"] = {
             pattern: _parsed(changes) if isinstance(changes, Mapping) else changes

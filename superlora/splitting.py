@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
-from superlora.maps import Identity
+from superlora.maps import Place, Separable
 from superlora.shapes import (
     Shape,
     aligned_splits,
@@ -28,8 +28,8 @@ class Split:
     shape : tuple of int
         Its mode sizes as the product takes them, one for each mode of the fold.
     sizes : tuple of M int
-        Mode sizes ``d_km`` that are factored: `shape`, or fewer modes where its own
-        order is lower.
+        Mode sizes ``d_km`` that are factored: `shape`, fewer modes where its own order is
+        lower, or those before a map of single modes.
     ranks : tuple of M int
         Core sizes ``r_km``; equal to the mode's size where it is un-factored.
     factored : tuple of M bool
@@ -59,11 +59,16 @@ class Split:
         return blocks
 
     @property
+    def joined(self) -> bool:
+        """Whether its own order is lower, so that the product takes it as a dense tensor."""
+        return len(self.sizes) < len(self.shape)
+
+    @property
     def last(self) -> tuple[int, int, bool]:
         """Size and rank of the last mode, and whether the product takes its factor apart."""
-        if self.sizes != self.shape:  # the product takes it as a dense tensor
+        if self.joined or not self.factored[-1]:
             return self.shape[-1], self.shape[-1], False
-        return self.sizes[-1], self.ranks[-1], self.factored[-1]
+        return self.shape[-1], self.ranks[-1], True
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,16 @@ class Group:
     size : int
         Entries after the map: what the weights of the group hold.
     fold : tuple of M int
-        Mode sizes ``D_m`` before the map.
+        Mode sizes ``D_m`` before the map; after it where it is one of single modes.
+    before : int
+        Entries before the map.
     splits : tuple of Split
         The K factors of each of the products that are summed, one after the other.
     """
 
     size: int
     fold: Shape
+    before: int
     splits: tuple[Split, ...]
 
 
@@ -93,6 +101,12 @@ class Members:
     whole: bool  # no weight is cut by the group's boundary
     divisor: int  # of all input widths and cut positions
     padded: int
+    index: int = field(default=0, compare=False)
+
+    @property
+    def place(self) -> Place:
+        """What a map may depend on."""
+        return Place(self.index, self.shapes, self.whole)
 
 
 def make_group(spec: Spec, size: int, members: Members) -> Group:
@@ -117,8 +131,7 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
     ValueError
         If fold, splits or rank cannot serve the group.
     """
-    held = members.padded or size
-    before = held if isinstance(spec.map, Identity) else _scaled(spec.ratio, held)
+    before = _entries(spec, members.padded or size, members)
     if spec.combine == "kronecker":
         sizes = _split_sizes(spec, spec.splits, before, members)
         fold = tuple(map(math.prod, zip(*sizes, strict=True)))
@@ -132,24 +145,44 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
                 f"splits must leave every split more than one entry: got split {index} of size 1 "
                 f"in every mode for a fold of {before} entries; use fewer splits"
             )
+    own, before = sizes, math.prod(fold)
+    if isinstance(spec.map, Separable):
+        count = len(spec.map.mapped(spec.modes))
+        share = spec.ratio ** (1 / (count * (len(sizes) if spec.combine == "kronecker" else 1)))
+        own = tuple(spec.map.sizes_before(split, share) for split in sizes)
+        before = math.prod(map(math.prod, own if spec.combine == "kronecker" else own[:1]))
+    else:
+        spec.map.bind(members.place).check(before, size)
     splits = tuple(
-        _make_split(spec, index, split_sizes, rank)
-        for index, (split_sizes, rank) in enumerate(zip(sizes, spec.split_ranks, strict=True))
+        _make_split(spec, index, split_sizes, before_sizes, rank)
+        for index, (split_sizes, before_sizes, rank) in enumerate(
+            zip(sizes, own, spec.split_ranks, strict=True)
+        )
     )
-    return Group(size, fold, splits * spec.terms)
+    return Group(size, fold, before, splits * spec.terms)
+
+
+def _entries(spec: Spec, held: int, members: Members) -> int:
+    """Return how many entries the fold has to have."""
+    fixed = spec.map.fixed_entries(members.place)
+    if fixed is not None:
+        return fixed
+    if spec.map.keeps_size or isinstance(spec.map, Separable):
+        return held
+    return spec.size or _scaled(spec.ratio, held)
 
 
 def _split_sizes(spec: Spec, splits: int, before: int, members: Members) -> tuple[Shape, ...]:
     fold: Shape
     if isinstance(spec.fold, tuple):
-        return _check_explicit(spec, splits, before)
+        return _check_explicit(spec, splits, before, members)
     if spec.fold == "balanced" and spec.first_split is None:
         return balanced_splits(before, spec.modes, splits)
     if spec.fold == "balanced":
         fold = balanced_splits(before, spec.modes, 1)[0]
     elif spec.modes == 1:
         fold = (before,)
-    elif not isinstance(spec.map, Identity):
+    elif not (spec.map.keeps_size or isinstance(spec.map, Separable)):
         raise ValueError(
             f"fold must be 'balanced' or a tuple with map={type(spec.map).__name__}, whose fold is "
             f"not the weights' own: got {spec.fold!r}"
@@ -163,7 +196,7 @@ def _split_sizes(spec: Spec, splits: int, before: int, members: Members) -> tupl
     return bounded_splits(fold, splits, spec.first_split)
 
 
-def _check_explicit(spec: Spec, splits: int, before: int) -> tuple[Shape, ...]:
+def _check_explicit(spec: Spec, splits: int, before: int, members: Members) -> tuple[Shape, ...]:
     assert isinstance(spec.fold, tuple)
     if spec.has_sizes:
         sizes: tuple[Shape, ...] = spec.fold
@@ -171,6 +204,9 @@ def _check_explicit(spec: Spec, splits: int, before: int) -> tuple[Shape, ...]:
     else:
         fold = spec.fold
         sizes = bounded_splits(fold, splits, spec.first_split)
+    says_it = not (spec.map.keeps_size or isinstance(spec.map, Separable)) and spec.ratio == 1
+    if says_it and spec.size is None and spec.map.fixed_entries(members.place) is None:
+        return sizes
     if math.prod(fold) < before:
         raise ValueError(
             f"fold must cover the group: expected at least {before} entries, got {fold} with "
@@ -223,8 +259,8 @@ def _stack(spec: Spec, before: int, members: Members) -> Shape:
     return (before // widths[0], widths[0])
 
 
-def _make_split(spec: Spec, index: int, shape: Shape, rank: object) -> Split:
-    sizes = _neighbours(shape, spec.orders[index])
+def _make_split(spec: Spec, index: int, shape: Shape, before: Shape, rank: object) -> Split:
+    sizes = _neighbours(before, spec.orders[index])
     order = len(sizes)
     core = spec.cores[index]
     everything = (False,) * order

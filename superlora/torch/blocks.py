@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -10,9 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from superlora.frozen import frozen_blocks
+from superlora.maps import Identity, Separable
 from superlora.plan import Plan
-from superlora.reconstruct import apply_factored, weight_delta
+from superlora.reconstruct import (
+    apply_factored,
+    joint_entries,
+    scaled,
+    weight_delta,
+    with_blocks,
+)
 from superlora.torch.formed import autocasts, without_autocast
+from superlora.torch.shared import Shared
 
 
 class Blocks(nn.Module):
@@ -36,14 +44,16 @@ class Blocks(nn.Module):
         # The update is linear in each block, so the scale goes into the smallest of
         # every product: one place for forward, backward, merge and export.
         self._scaled = {name: plan.layout.smallest_blocks(name) for name in plan.shapes}
+        self._shared = Shared(plan.layout)
         for name in plan.shapes:
             plan.layout.prepare(name)
-        for block, shape in plan.layout.block_shapes.items():
+        for block, shape in plan.layout.input_shapes.items():
             if tuple(blocks[block].shape) != shape:
                 raise ValueError(
                     f"factors[{block!r}] must have shape {shape}: got {tuple(blocks[block].shape)}"
                 )
             self._register(block, blocks[block], plan.layout.frozen.get(block))
+        self._prepare_maps()
 
     def _register(self, block: str, values: Tensor, source: str | None) -> None:
         *path, leaf = block.split(".")
@@ -78,7 +88,7 @@ class Blocks(nn.Module):
         dict of str to torch.Tensor
             The parameters and buffers themselves.
         """
-        return {block: self._block(block) for block in self.plan.layout.block_shapes}
+        return {block: self._block(block) for block in self.plan.layout.input_shapes}
 
     @torch.no_grad()
     def draw(self, seed: int, frozen: bool = False) -> None:
@@ -96,7 +106,36 @@ class Blocks(nn.Module):
         # Memory given to factors that had none (`Module.to_empty`) holds anything.
         if empty and not any(parameter.is_meta for parameter in self.parameters()):
             self.draw(self._seed, frozen=True)
+        self._shared.clear()
+        self._prepare_maps()
         return self
+
+    @torch.no_grad()
+    def _prepare_maps(self) -> None:
+        """Let the maps draw what they keep now, so that compiled code only reads it."""
+        layout = self.plan.layout
+        done = set()
+        for name, pieces in layout.grouping.pieces.items():
+            device = self._device(name)
+            for piece in pieces:
+                fixed, item = layout.maps[piece.group], layout.groups[piece.group]
+                if isinstance(fixed, Identity) or device.type == "meta":
+                    continue
+                if isinstance(fixed, Separable):
+                    self.form(name, self.blocks(name, device))
+                    continue
+                joint = layout.joint(piece.group)
+                size = sum(layout.groups[group].size for group in joint)
+                before = item.before if len(joint) == 1 else size
+                bounds = layout.position(piece) if fixed.sliced else (0, size)
+                key = (id(fixed), before, size, bounds, device)
+                if key not in done:
+                    done.add(key)
+                    fixed.apply_slice(torch.zeros(before, device=device), size, *bounds)
+        for inner in dict.fromkeys(layout.inner.values()):
+            theta = self._block(inner.name)
+            if not theta.is_meta:
+                inner.map.apply_slice(theta, inner.size, inner.start, inner.stop)
 
     def delta(self, name: str) -> Tensor:
         """Form one layer's update.
@@ -134,12 +173,36 @@ class Blocks(nn.Module):
 
     def blocks(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """Return what one layer's update is made of: its blocks, the scale multiplied in."""
-        blocks = {block: self._block(block).to(device) for block in self._names[name]}
         scale = self.scale_of(name)
+        if self._shared.serves(name):
+            parts = self._shared.parts(name, self._tensors_of, self._entries(scale), scale)
+            return {str(index): part.to(device) for index, part in enumerate(parts)}
+        layout = self.plan.layout
+        blocks = {block: self._block(block).to(device) for block in self._names[name]}
+        if layout.inner:
+            own = layout.blocks_of(name)
+            blocks = dict(with_blocks(layout, blocks, own))
+            blocks = {block: blocks[block] for block in own}
         if scale != 1:
             for block in self._scaled[name]:
                 blocks[block] = blocks[block] * scale
         return blocks
+
+    def _tensors_of(self, group: int) -> tuple[Tensor, ...]:
+        """Return all that a group and those that its map takes with it are made from."""
+        return tuple(self._block(block) for block in self.plan.layout.inputs_of_joint(group))
+
+    def _entries(self, scale: float) -> Any:
+        def entries(group: int, tensors: Sequence[Tensor]) -> Tensor:
+            layout = self.plan.layout
+            names = layout.inputs_of_joint(group)
+            device = tensors[0].device
+            given = {n: tensor.to(device) for n, tensor in zip(names, tensors, strict=True)}
+            found = with_blocks(layout, given, layout.blocks_of_joint(group))
+            x: Tensor = scaled(joint_entries(layout, found, group)[0], scale)
+            return x
+
+        return entries
 
     def scale_of(self, name: str) -> float:
         """Return the number in front of one layer's update."""
@@ -152,6 +215,8 @@ class Blocks(nn.Module):
     def form(self, name: str, blocks: Mapping[str, Tensor]) -> Tensor:
         """Form one layer's update from what `blocks` gave."""
         device = next(iter(blocks.values())).device
+        if self._shared.serves(name):
+            return torch.cat(list(blocks.values())).reshape(self.plan.layout.shapes[name])
         with without_autocast(device):
             delta: Tensor = weight_delta(self.plan.layout, blocks, name, 1.0)
         return delta

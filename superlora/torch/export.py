@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from superlora.errors import AdapterError
+from superlora.reconstruct import with_blocks
 from superlora.torch.adapter import Adapter
 from superlora.torch.foreign import Matrix
 from superlora.values import check_count
@@ -202,8 +203,9 @@ def _kept(squares: Tensor, rank: int | None, energy: float | None) -> int:
 
 def _doubled(adapter: Adapter, name: str) -> dict[str, Tensor]:
     """Return a layer's blocks in double precision, apart from any gradient."""
-    blocks = adapter.factors()
-    return {block: blocks[block].detach().double() for block in adapter.plan.blocks_of(name)}
+    blocks, layout = adapter.factors(), adapter.plan.layout
+    own = {block: blocks[block].detach().double() for block in layout.inputs_of(name)}
+    return dict(with_blocks(layout, own, layout.blocks_of(name)))
 
 
 def written(adapter: Adapter, values: Tensor) -> Tensor:

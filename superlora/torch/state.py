@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
 from superlora.frozen import fingerprint
+from superlora.maps import Separable
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter
@@ -57,6 +58,9 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
         header["frozen"] = {
             name: fingerprint(block.double().numpy()) for name, block in made.items()
         }
+    checksums = _checksums(adapter.plan)
+    if checksums:
+        header["maps"] = checksums
     if adapter.replaced is not None:
         tensors |= {_MODEL + name: value for name, value in adapter.replaced.values().items()}
     write_tensors(path, tensors, {_KEY: json.dumps(header, separators=(",", ":"))})
@@ -102,6 +106,7 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
     }
     modules = find_layers(model, plan, path)
     check_free(model, host_of(model, modules), name)
+    _check_maps(plan, header, path)
     refuse_unfit(model, replaced, path)
     dtype = factors[next(iter(plan.factor_shapes))].dtype
     factors |= _make_frozen(plan, modules, header, path, dtype)
@@ -135,10 +140,39 @@ def _make_frozen(
     return made
 
 
+def _checksums(plan: Plan) -> dict[str, int]:
+    """Return a number for what each different map draws, by its first group or its vector."""
+    layout = plan.layout
+    uses = {}
+    for group, fixed in enumerate(layout.maps):
+        joint = layout.joint(group)
+        size = sum(layout.groups[index].size for index in joint)
+        before = layout.groups[group].before if len(joint) == 1 else size
+        if isinstance(fixed, Separable):
+            splits = layout.groups[group].splits[: layout.specs[group].splits]
+            fixed = fixed.joined([(split.sizes, split.shape) for split in splits])
+        uses.setdefault((fixed, before, size), str(group))
+    for inner in layout.inner.values():
+        uses.setdefault((inner.map, inner.before, inner.size), inner.name)
+    found = {name: use[0].checksum(*use[1:]) for use, name in uses.items()}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def _check_maps(plan: Plan, header: Mapping[str, Any], path: Path) -> None:
+    expected = header.get("maps", {})
+    found = _checksums(plan)
+    wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    if wrong:
+        raise ValueError(
+            f"maps must be drawn from their seeds as they were when {path} was saved: those of "
+            f"{some(map(repr, sorted(wrong)), 20)} differ"
+        )
+
+
 def _stored_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the blocks that a file holds."""
     frozen = plan.layout.frozen
-    shapes = plan.layout.block_shapes
+    shapes = plan.layout.input_shapes
     return {n: shape for n, shape in shapes.items() if frozen.get(n, "stored") == "stored"}
 
 
@@ -171,6 +205,7 @@ def _plan_of(metadata: Mapping[str, str], path: Path) -> tuple[Plan, dict[str, A
         for number in header.get("frozen", {}).values():
             if isinstance(number, bool) or not math.isfinite(number):
                 raise TypeError(f"fingerprints must be numbers: got {number!r}")
+        header.get("maps", {}).items()
         return plan, header
     except _UNREADABLE as error:
         raise ValueError(f"{path} must have a valid superlora header: {error}") from None

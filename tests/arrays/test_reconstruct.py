@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 import superlora as sl
-from superlora.reconstruct import apply_factored, group_tensor, group_vector
+from superlora.reconstruct import apply_factored, group_tensor, joint_entries
 from tests import oracles
 from tests.strategies import Mixing, Permuting, draw_factors, make_plan, problems
 
@@ -182,10 +182,10 @@ def test_any_apply_is_the_product_with_the_loops_delta(xp, kind):
 def test_a_group_is_made_whole_as_it_is_in_slices(xp, spec, shapes):
     plan = make_plan(spec, shapes)
     factors = xp.arrays(draw_factors(plan))
-    vectors = [
-        xp.to_numpy(group_vector(plan.layout, factors, group))
-        for group in range(len(plan.layout.groups))
-    ]
+    vectors = []
+    for group, fixed in enumerate(plan.layout.maps):
+        x, size = joint_entries(plan.layout, factors, group)
+        vectors.append(xp.to_numpy(fixed.apply(x, size)))
     for index, group in enumerate(plan.layout.groups):
         assert tuple(group_tensor(plan.layout, factors, index).shape) == group.fold
         assert vectors[index].shape == (group.size,)

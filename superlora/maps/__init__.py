@@ -1,0 +1,34 @@
+"""The fixed linear maps F between a folded tensor and its group.
+
+A map takes a vector of the fold's entries to one of the group's entries; it has
+no trainable parameters. A map of your own is a frozen dataclass that derives
+from `Map`; its fields are what a file stores.
+"""
+
+from superlora.maps._base import Map, Place, map_from_dict
+from superlora.maps.broadcast import Broadcast, Selection
+from superlora.maps.composed import BlockDiagonal, Composed
+from superlora.maps.fastfood import Fastfood
+from superlora.maps.fourier import Fourier
+from superlora.maps.gaussian import Gaussian
+from superlora.maps.identity import Identity
+from superlora.maps.one_hot import OneHot
+from superlora.maps.separable import Separable
+from superlora.maps.shuffle import Shuffle
+
+__all__ = [
+    "BlockDiagonal",
+    "Broadcast",
+    "Composed",
+    "Fastfood",
+    "Fourier",
+    "Gaussian",
+    "Identity",
+    "Map",
+    "OneHot",
+    "Place",
+    "Selection",
+    "Separable",
+    "Shuffle",
+    "map_from_dict",
+]

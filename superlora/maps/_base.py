@@ -1,0 +1,326 @@
+"""`Map`: what every fixed linear map has, and how a spec and a file name it."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy
+
+from superlora._backend import Array, constant
+from superlora.values import hashable
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a map stands in a plan.
+
+    Attributes
+    ----------
+    group : int
+        Index of the group.
+    shapes : tuple of (int, int)
+        Output and input width of the group's weights, in order.
+    whole : bool
+        Whether no weight is cut by the group's boundary.
+    """
+
+    group: int
+    shapes: tuple[tuple[int, int], ...]
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Map(abc.ABC):
+    """A fixed linear map from ``before`` entries to ``size`` entries.
+
+    Derive a frozen dataclass from it and implement `apply` and `adjoint`; the
+    class is then known to ``Spec.from_dict`` by its name, and its fields are what a
+    file stores.
+
+    Attributes
+    ----------
+    keeps_size : bool
+        Of the class: whether it has as many entries after as before, so that a spec
+        has no ratio with it.
+    sliced : bool
+        Of the class or the map: whether `apply_slice` costs less than `apply`.
+
+    Raises
+    ------
+    TypeError
+        When a second class of the same name is defined by another module.
+    """
+
+    _known: ClassVar[dict[str, type[Map]]] = {}
+    keeps_size: ClassVar[bool] = False
+    sliced: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        other = Map._known.get(cls.__name__)
+        if other is not None and other.__module__ != cls.__module__:
+            raise TypeError(f"a map named {cls.__name__!r} exists already in {other.__module__}")
+        Map._known[cls.__name__] = cls
+
+    @abc.abstractmethod
+    def apply(self, x: Array, size: int) -> Array:
+        """Return F x.
+
+        Parameters
+        ----------
+        x : array, (before,)
+            The folded tensor, raveled in row-major order.
+        size : int
+            Entries of the group.
+
+        Returns
+        -------
+        array, (size,)
+            Same library, dtype and device as `x`.
+        """
+
+    @abc.abstractmethod
+    def adjoint(self, y: Array, size: int) -> Array:
+        """Return Fᵀ y.
+
+        Parameters
+        ----------
+        y : array, (after,)
+            A vector of the group's entries.
+        size : int
+            Entries of the fold.
+
+        Returns
+        -------
+        array, (size,)
+            Same library, dtype and device as `y`.
+        """
+
+    def apply_slice(self, x: Array, size: int, start: int, stop: int) -> Array:
+        """Return some entries of F x.
+
+        Parameters
+        ----------
+        x : array, (before,)
+            The folded tensor, raveled in row-major order.
+        size : int
+            Entries of the group.
+        start, stop : int
+            Which entries, ``start <= position < stop``.
+
+        Returns
+        -------
+        array, (stop - start,)
+            What `apply` has there.
+        """
+        return self.apply(x, size)[start:stop]
+
+    def bind(self, place: Place) -> Map:
+        """Return the map as it is for one group of a plan.
+
+        Parameters
+        ----------
+        place : Place
+            The group and the weights in it.
+
+        Returns
+        -------
+        Map
+            Itself, unless it depends on the group.
+        """
+        return self
+
+    def fixed_entries(self, place: Place) -> int | None:
+        """Return how many entries the map takes, where that is not the spec's choice.
+
+        Parameters
+        ----------
+        place : Place
+            The group and the weights in it.
+
+        Returns
+        -------
+        int or None
+            None where a ratio or a size says it.
+        """
+        return None
+
+    def check(self, before: int, size: int) -> None:
+        """Refuse sizes that the map cannot serve.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Raises
+        ------
+        ValueError
+            If it cannot.
+        """
+
+    def gain(self, before: int, size: int) -> float:
+        """Return the mean square of an output for inputs of mean square 1.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        float
+            ``before / size`` for an isometric map; 1 where nothing else is known.
+        """
+        return 1.0
+
+    def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
+        """Return what the map draws from its seed: all of it, or the first part.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            What `checksum` is taken of; empty where nothing is drawn.
+        """
+        return {}
+
+    def checksum(self, before: int, size: int) -> int | None:
+        """Return a number that tells whether the map is drawn as it was.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int or None
+            The CRC-32 of `constants`; None where nothing is drawn.
+        """
+        drawn = self.constants(before, size)
+        total = 0
+        for name, values in drawn.items():
+            # The bytes of one byte order, and of integers of one size.
+            kind = "<i8" if values.dtype.kind == "i" else "<f8"
+            total = zlib.crc32(name.encode() + values.astype(kind).tobytes(), total)
+        return total if drawn else None
+
+    def operations(self, before: int, size: int) -> int:
+        """Return about how many additions and multiplications `apply` takes.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int
+            Moves of entries not counted.
+        """
+        return 0
+
+    def nbytes(self, before: int, size: int) -> int:
+        """Return how many bytes of constants are kept for these sizes, not stored in any file.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int
+            For `apply` and `adjoint` both.
+        """
+        return 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the map's name and fields as plain JSON values.
+
+        Returns
+        -------
+        dict
+            ``{"name": class name, field: value, …}``.
+        """
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {"name": type(self).__name__, **{key: _plain(v) for key, v in fields.items()}}
+
+    def _kept(self, key: object, make: Callable[[], numpy.ndarray], like: Array) -> Array:
+        """Return a constant on the device of `like`, made on the first call."""
+        kept = self.__dict__.get("_constants")
+        if kept is None:
+            kept = self.__dict__.setdefault("_constants", {})
+        place = (key, str(getattr(like, "device", "")) if hasattr(like, "is_meta") else "")
+        if place not in kept:
+            kept[place] = constant(make(), like)
+        return kept[place]
+
+    # What is kept is no part of the value.
+    def __getstate__(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Map:
+        return self  # it cannot change
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Map):
+        return value.to_dict()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def map_from_dict(values: object) -> Map:
+    """Make a map from what `Map.to_dict` gave.
+
+    Parameters
+    ----------
+    values : Map or mapping
+        A map is returned as it is.
+
+    Returns
+    -------
+    Map
+        The map.
+
+    Raises
+    ------
+    TypeError
+        If `values` is neither.
+    ValueError
+        If the name is unknown or a field is wrong.
+    """
+    if isinstance(values, Map):
+        return values
+    if not isinstance(values, Mapping):
+        raise TypeError(f"map must be a mapping with a name: got {values!r}")
+    fields = dict(values)
+    name = fields.pop("name", None)
+    if name not in Map._known:
+        raise ValueError(
+            f"map must be one of {sorted(Map._known)}; a map of your own must be imported before "
+            f"its file is read: got {name!r}"
+        )
+    try:
+        return Map._known[name](**{key: _parsed(value) for key, value in fields.items()})
+    except TypeError as error:
+        raise ValueError(f"map {name} has wrong fields: {error}") from None
+
+
+def _parsed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return map_from_dict(value)
+    return tuple(map(_parsed, value)) if isinstance(value, (list, tuple)) else hashable(value)

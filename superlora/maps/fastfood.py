@@ -1,0 +1,300 @@
+"""The fastfood projection: two Walsh–Hadamard transforms around random numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy
+
+from superlora._backend import Array, backend_of, constant, take
+from superlora.maps._seeded import (
+    CHECKED,
+    NORMALIZE,
+    NORMALS,
+    ROWS,
+    SIGNS,
+    SeededMap,
+    scale_of,
+)
+from superlora.maps.identity import padded
+from superlora.maps.shuffle import position_type
+from superlora.permutations import Permutation, permutation_rows
+from superlora.random import coarse_normals, signs
+from superlora.walsh_hadamard import (
+    next_power_of_two,
+    transform_cropped,
+    transform_padded,
+)
+
+_CHUNK = 1 << 18  # entries of stacked blocks that are worked out at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fastfood(SeededMap):
+    """SuperLoRA's projection, ``vec(x) H' diag(G) Π H diag(B)``.
+
+    Parameters
+    ----------
+    seed : int
+        In [0, 2**64).
+    shared : bool
+        Whether all groups of one size have the same map.
+    order : {"paper", "le"}
+        Where the signs B are: on the outputs (SuperLoRA [1]_), which leaves norms as they
+        are, or on the inputs (Le et al. [2]_), which spreads inputs that have a structure.
+    blocks : {"single", "stacked"}
+        One transform of at least as many entries as outputs, cropped (SuperLoRA); or one of at
+        least as many as inputs for each run of outputs (Le et al.), in which a slice of the
+        outputs needs only its blocks.
+    values : {"normal", "sign"}
+        G: Gaussian, or random signs, for which F is better conditioned.
+    normalize : {"isometric", "variance", None}
+        Divide so that ``E |F x|² = |x|²``, so that ``E y_i²`` is the inputs' mean square, or
+        not at all.
+    stored : bool
+        Whether Π, G and B are kept in memory, or drawn anew each time.
+    version, substream : int
+        As in every map with a seed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a field is out of its range.
+
+    Notes
+    -----
+    With n the next power of two, of the larger of ``before`` and ``size`` (single) or of
+    ``before`` alone (stacked), and H the unnormalised Walsh–Hadamard matrix::
+
+        paper:  y = c B ∘ (H Π (G ∘ (H pad(x))))[:size]
+        le:     y = c (H (G ∘ (Πᵀ (H (B ∘ pad(x))))))[:size]
+
+    ``c = 1 / sqrt(n size)`` is isometric in the mean over G, for every x, Π and B [1]_. The map
+    of the paper from p to N is the transpose of that of Le et al. from N to p. The first
+    transform costs ``d log d``, d the next power of two of the inputs: the rest repeats.
+
+    References
+    ----------
+    .. [1] X. Chen et al., "SuperLoRA: Parameter-Efficient Unified Adaptation for
+       Large Vision Models", 2024, Section 2.
+    .. [2] Q. Le, T. Sarlós and A. Smola, "Fastfood: Approximating Kernel Expansions in
+       Loglinear Time", 2013.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> fixed = Fastfood(seed=0, values="sign")
+    >>> y = fixed.apply(np.array([1.0, -2.0, 0.5]), 8)
+    >>> float((y @ y).round(12)), float(fixed.adjoint(y, 3)[1].round(12))
+    (5.25, -2.0)
+    """
+
+    order: str = "paper"
+    blocks: str = "single"
+    values: str = "normal"
+    normalize: str | None = "isometric"
+    stored: bool = True
+
+    choices: ClassVar = {
+        "order": ("paper", "le"),
+        "blocks": ("single", "stacked"),
+        "values": ("normal", "sign"),
+        "normalize": NORMALIZE,
+        "stored": (True, False),
+    }
+
+    @property
+    def sliced(self) -> bool:  # type: ignore[override]
+        """Whether a slice costs less than the whole."""
+        return self.blocks == "stacked"
+
+    def gain(self, before: int, size: int) -> float:
+        """Return the mean square of an output for inputs of mean square 1.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        float
+            ``before / size`` if isometric, 1 if of equal variance, else ``n before``.
+        """
+        width, _ = self._blocks(before, size)
+        return before * width * scale_of(self.normalize, before, size) ** 2 / (
+            width if self.normalize else 1
+        )
+
+    def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
+        """Return the first entries of B, G and Π.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            At most 4096 of each.
+        """
+        width, _ = self._blocks(before, size)
+        most = min(width, CHECKED)
+        order = Permutation(self.seed, self._stream(ROWS), width)
+        return {
+            "signs": signs(self.seed, self._stream(SIGNS), 0, most),
+            "values": self._draw_values(0, most),
+            "positions": order.forward(0, most),
+        }
+
+    def operations(self, before: int, size: int) -> int:
+        """Return about how many additions and multiplications `apply` takes.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int
+            ``n log2 n`` for a transform.
+        """
+        width, count = self._blocks(before, size)
+        small = next_power_of_two(before)
+        first = small * small.bit_length() * (1 if self.order == "paper" else count)
+        return first + count * width * width.bit_length() + 2 * count * width
+
+    def nbytes(self, before: int, size: int) -> int:
+        """Return how many bytes of Π, its inverse, G and B are kept.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int
+            0 where they are not kept.
+        """
+        width, count = self._blocks(before, size)
+        each = 2 * position_type(width).itemsize + (4 if self.values == "normal" else 1) + 1
+        return self.stored * each * width * count
+
+    def _blocks(self, before: int, size: int) -> tuple[int, int]:
+        """Return the entries of a transform and how many there are."""
+        if self.blocks == "single":
+            return next_power_of_two(max(before, size)), 1
+        width = next_power_of_two(before)
+        return width, -(-size // width)
+
+    def _scales(self, before: int, size: int, width: int) -> tuple[float, float]:
+        """Return what the first and the second transform are multiplied by."""
+        if self.normalize is None:
+            return 1.0, 1.0
+        return float(width) ** -0.5, scale_of(self.normalize, before, size)
+
+    def _chunks(self, width: int, count: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the first and last block of fixed runs of them that hold a slice."""
+        step = max(1, _CHUNK // width)
+        for first in range(start // (step * width) * step, -(-stop // width), step):
+            yield first, min(first + step, count)
+
+    def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
+        before = x.shape[0]
+        width, count = self._blocks(before, size)
+        scales = self._scales(before, size, width)
+        library = backend_of(x)
+        spread = transform_padded(x, width, scales[0]) if self.order == "paper" else None
+        parts = []
+        for first, last in self._chunks(width, count, start, stop):
+            end = min(last * width, size)
+            if self.order == "paper":
+                z = self._reordered(spread * self._numbers(width, first, last, x), first)
+                y = _leading(transform_cropped(z, min(width, size), scales[1]), end - first * width)
+                y = y * self._signs(first * width, end, x)
+            else:
+                signed = x * self._sign_rows(width, first, last, x)[:, :before]
+                z = transform_padded(signed, width, scales[0])
+                z = self._reordered(z, first, inverse=True) * self._numbers(width, first, last, x)
+                y = _leading(transform_cropped(z, min(width, size), scales[1]), end - first * width)
+            parts.append(y[max(start - first * width, 0) : stop - first * width])
+        return parts[0] if len(parts) == 1 else library.concatenate(parts, axis=0)
+
+    def _backward(self, y: Array, before: int) -> Array:
+        size = y.shape[0]
+        width, count = self._blocks(before, size)
+        scales = self._scales(before, size, width)
+        library = backend_of(y)
+        total = None
+        for first, last in self._chunks(width, count, 0, size):
+            end = min(last * width, size)
+            part = y[first * width : end]
+            if self.order == "paper":
+                part = part * self._signs(first * width, end, y)
+            if count > 1:
+                part = library.reshape(padded(part, (last - first) * width), (-1, width))
+            z = transform_padded(part, width, scales[1])
+            if self.order == "paper":
+                z = self._reordered(z, first, inverse=True) * self._numbers(width, first, last, y)
+                x = transform_cropped(_summed(z), before, scales[0]) if count == 1 else _summed(z)
+            else:
+                z = self._reordered(z * self._numbers(width, first, last, y), first)
+                z = transform_cropped(z, before, scales[0])
+                x = _summed(z * self._sign_rows(width, first, last, y)[:, :before])
+            total = x if total is None else total + x
+        if self.order == "paper" and count > 1:
+            total = transform_cropped(total, before, scales[0])
+        return total
+
+    def _reordered(self, z: Array, first: int, inverse: bool = False) -> Array:
+        """Permute every block, the rows of `z`, from block `first` on."""
+        library = backend_of(z)
+        width = z.shape[-1]
+        count = z.shape[0] if len(z.shape) == 2 else 1
+
+        def positions() -> numpy.ndarray:
+            stream = self._stream(ROWS)
+            last = first + count
+            rows = permutation_rows(self.seed, stream, width, first, last, inverse=inverse)
+            rows = rows + numpy.arange(count)[:, None] * width
+            return rows.reshape(-1).astype(position_type(rows.size))
+
+        key = ("positions", width, first, count, inverse)
+        found = self._kept(key, positions, z) if self.stored else constant(positions(), z)
+        return library.reshape(take(library.reshape(z, (-1,)), found), z.shape)
+
+    def _numbers(self, width: int, first: int, last: int, like: Array) -> Array:
+        draw = functools.partial(self._draw_values, first * width, last * width)
+        key = ("values", width, first, last)
+        found = self._kept(key, draw, like) if self.stored else constant(draw(), like)
+        return found.reshape((last - first, width))
+
+    def _sign_rows(self, width: int, first: int, last: int, like: Array) -> Array:
+        return self._signs(first * width, last * width, like).reshape((last - first, width))
+
+    def _draw_values(self, start: int, stop: int) -> numpy.ndarray:
+        draw = coarse_normals if self.values == "normal" else signs
+        return draw(self.seed, self._stream(NORMALS), start, stop)
+
+    def _signs(self, start: int, stop: int, like: Array) -> Array:
+        draw = functools.partial(signs, self.seed, self._stream(SIGNS), start, stop)
+        found = self._kept(("signs", start, stop), draw, like) if self.stored else None
+        return constant(draw(), like) if found is None else found
+
+
+def _leading(z: Array, size: int) -> Array:
+    """Return the first entries of all rows joined."""
+    return backend_of(z).reshape(z, (-1,))[:size]
+
+
+def _summed(z: Array) -> Array:
+    """Return the sum of the rows."""
+    if len(z.shape) == 1:
+        return z
+    return z[0] if z.shape[0] == 1 else backend_of(z).sum(z, axis=0)

@@ -1,0 +1,260 @@
+"""FourierFT's map: coefficients at random frequencies of a two-dimensional Fourier transform."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy
+
+from superlora._backend import Array, backend_of, fourier_transforms, scatter_add, take
+from superlora.maps._base import Map, Place
+from superlora.maps._seeded import CHECKED, ORDERS, SeededMap, check_enough
+from superlora.permutations import Permutation
+from superlora.values import check_count, hashable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fourier(SeededMap):
+    """The real part of the inverse Fourier transform of a sparse spectrum (FourierFT [1]_).
+
+    Parameters
+    ----------
+    seed : int
+        In [0, 2**64), of the frequencies.
+    shared : bool
+        Whether all groups of one shape have the same frequencies.
+    shape : tuple of int, optional
+        The two axes of the transform, whose product is the group's size. In a plan it is by
+        default the one weight's own shape; otherwise the vector itself is the one axis.
+    frequencies : tuple of int, optional
+        The frequencies ``u d2 + v`` instead of random ones.
+    normalize : {"isometric", None}
+        Multiply by ``sqrt(2 d1 d2)``, or not at all, as in PEFT, where the spec's scale is the
+        method's (150 by default there).
+    version, substream : int
+        As in every map with a seed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a field is out of its range.
+
+    Notes
+    -----
+    ``Y[a, b] = c / (d1 d2) sum_i x_i cos(2 π (a u_i / d1 + b v_i / d2))``. Frequencies (u, v)
+    and (-u, -v) give the same column, so that all of them together span about half of the
+    space; a column that is its own partner is longer than the others by ``sqrt(2)``.
+
+    References
+    ----------
+    .. [1] Z. Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", 2024.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> Fourier(shape=(2, 2), frequencies=(1,), normalize=None).apply(np.array([4.0]), 4)
+    array([ 1., -1.,  1., -1.])
+    """
+
+    shape: tuple[int, ...] | None = None
+    frequencies: tuple[int, ...] | None = None
+    normalize: str | None = None
+
+    choices: ClassVar = {"normalize": ("isometric", None)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("shape", "frequencies"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            object.__setattr__(self, name, hashable(values))
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not values:
+                raise TypeError(f"{name} must be a tuple of integers: got {values!r}")
+            for index, value in enumerate(values):
+                check_count(f"{name}[{index}]", value, least=name == "shape")
+        if self.shape is not None and len(self.shape) != 2:
+            raise ValueError(f"shape must have two axes: got {self.shape}")
+        if self.frequencies is not None and len(set(self.frequencies)) < len(self.frequencies):
+            raise ValueError(f"frequencies must all be different: got {self.frequencies}")
+
+    def bind(self, place: Place) -> Map:
+        """Return the map with the shape of the group's weight.
+
+        Parameters
+        ----------
+        place : Place
+            The group and the weights in it.
+
+        Returns
+        -------
+        Map
+            With a shape.
+
+        Raises
+        ------
+        ValueError
+            If the group is not one whole weight, and no shape is given.
+        """
+        bound = super().bind(place)
+        if self.shape is not None:
+            return bound
+        if len(place.shapes) != 1 or not place.whole:
+            raise ValueError(
+                "map=Fourier() must have one whole weight a group, groups='weight', or a shape: "
+                f"got {len(place.shapes)} weights in group {place.group}"
+            )
+        assert isinstance(bound, Fourier)
+        return dataclasses.replace(bound, shape=place.shapes[0])
+
+    def check(self, before: int, size: int) -> None:
+        """Refuse a shape of another size, and more coefficients than frequencies.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Raises
+        ------
+        ValueError
+            If it is so.
+        """
+        check_enough(before, size, "Fourier")
+        if math.prod(self._axes(size)) != size:
+            raise ValueError(f"shape must have {size} entries, those of the group: got {self.shape}")
+        if self.frequencies is not None:
+            if len(self.frequencies) != before:
+                raise ValueError(
+                    f"frequencies must be {before}, one for each entry of the fold: got "
+                    f"{len(self.frequencies)}"
+                )
+            if max(self.frequencies) >= size:
+                raise ValueError(
+                    f"frequencies must be below {size}, the group's size: got "
+                    f"{max(self.frequencies)}"
+                )
+
+    def gain(self, before: int, size: int) -> float:
+        """Return the mean square of an output for inputs of mean square 1.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        float
+            ``before / size`` if isometric.
+        """
+        return before / size if self.normalize else before / (2 * size**2)
+
+    def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
+        """Return the frequencies.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            At most 4096 of them; empty where they are given.
+        """
+        if self.frequencies is not None:
+            return {}
+        return {"frequencies": self._chosen(min(before, CHECKED), size)}
+
+    def operations(self, before: int, size: int) -> int:
+        """Return about how many additions and multiplications `apply` takes.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int
+            ``2.5 n log2 n`` for a transform to n real numbers.
+        """
+        return 5 * size * size.bit_length() // 2
+
+    def nbytes(self, before: int, size: int) -> int:
+        """Return how many bytes of positions are kept.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int
+            Two positions and a weight for each coefficient.
+        """
+        return 24 * before
+
+    def _axes(self, size: int) -> tuple[int, ...]:
+        return (1, size) if self.shape is None else self.shape
+
+    def _factor(self, size: int) -> float:
+        return float(2 * size) ** 0.5 if self.normalize else 1.0
+
+    def _chosen(self, before: int, size: int) -> numpy.ndarray:
+        if self.frequencies is not None:
+            return numpy.array(self.frequencies)
+        return Permutation(self.seed, self._stream(ORDERS), size).forward(0, before)
+
+    def _half(self, before: int, size: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Return where a real transform's half spectrum has each coefficient, and its mirror.
+
+        Both have half of it; where one is not in the half it goes to a place of its own
+        beyond the end.
+        """
+        rows, columns = self._axes(size)
+        kept = columns // 2 + 1
+        high, low = numpy.divmod(self._chosen(before, size), columns)
+        places = []
+        for u, v in ((high, low), (-high % rows, -low % columns)):
+            places.append(numpy.where(v < kept, u * kept + v, rows * kept))
+        return places[0], places[1]
+
+    def _places(self, before: int, size: int, like: Array) -> tuple[Array, Array]:
+        draw = functools.partial(self._half, before, size)
+        return (
+            self._kept((before, size, 0), lambda: draw()[0], like),
+            self._kept((before, size, 1), lambda: draw()[1], like),
+        )
+
+    def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
+        library = backend_of(x)
+        rows, columns = self._axes(size)
+        shape = (rows, columns // 2 + 1)
+        half = x * 0.5
+        total = math.prod(shape) + 1
+        first, second = self._places(x.shape[0], size, x)
+        spectrum = scatter_add(half, first, total) + scatter_add(half, second, total)
+        spectrum = library.reshape(spectrum[:-1], shape)
+        y = fourier_transforms(x).irfft2(spectrum, s=(rows, columns))
+        return library.reshape(y, (-1,))[start:stop] * self._factor(size)
+
+    def _backward(self, y: Array, before: int) -> Array:
+        library = backend_of(y)
+        size = y.shape[0]
+        rows, columns = self._axes(size)
+        # Of real input the transform at (-u, -v) is the conjugate: its real part is the same.
+        spectrum = fourier_transforms(y).rfft2(library.reshape(y, (rows, columns))).real
+        kept = columns // 2 + 1
+        first, second = self._places(before, size, y)
+        inside = first < rows * kept
+        places = library.where(inside, first, second)
+        found = take(library.reshape(spectrum, (-1,)), places)
+        return found * (self._factor(size) / size)

@@ -1,0 +1,222 @@
+"""A random matrix with independent normal entries, or one with a fast product."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy
+
+from superlora._backend import Array, backend_of, cast, constant
+from superlora.maps._seeded import CHECKED, NORMALIZE, NORMALS, SeededMap, scale_of
+from superlora.maps.fastfood import Fastfood
+from superlora.random import coarse_normals
+
+_MOST = 1 << 28  # entries of a dense matrix
+_KEPT = 1 << 24  # that are kept in memory
+_LENGTHS = 9  # the kind of stream of the rows' lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussian(SeededMap):
+    """A matrix of independent normal numbers.
+
+    Parameters
+    ----------
+    seed : int
+        In [0, 2**64).
+    shared : bool
+        Whether all groups of one size have the same matrix.
+    structured : bool
+        Whether a product in loglinear time takes the matrix's place: stacked fastfood blocks
+        whose rows have the lengths of Gaussian ones, ``S H diag(G) Π H diag(B)`` (Le et al. [1]_).
+    normalize : {"isometric", "variance", None}
+        Entries of variance ``1 / size``, ``1 / before``, or 1.
+    version, substream : int
+        As in every map with a seed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a field is out of its range.
+
+    Notes
+    -----
+    ``y = R x``, ``E |y|² = |x|²`` if isometric. A dense matrix has at most 2**28 entries; up to
+    2**24 are kept in memory, and more are drawn anew for each product.
+
+    References
+    ----------
+    .. [1] Q. Le, T. Sarlós and A. Smola, "Fastfood: Approximating Kernel Expansions in
+       Loglinear Time", 2013.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> Gaussian(seed=0).apply(np.ones(2), 4).round(4)
+    array([ 1.293 , -0.4437,  0.1633, -0.4049])
+    """
+
+    structured: bool = False
+    normalize: str | None = "isometric"
+
+    choices: ClassVar = {"structured": (True, False), "normalize": NORMALIZE}
+    sliced: ClassVar[bool] = True
+
+    def check(self, before: int, size: int) -> None:
+        """Refuse a dense matrix that no memory would hold.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Raises
+        ------
+        ValueError
+            If it would have more than 2**28 entries.
+        """
+        if not self.structured and before * size > _MOST:
+            raise ValueError(
+                f"size must be at most {_MOST // before} for a dense Gaussian of {before} columns, "
+                f"2**28 entries in all: got {size}; take structured=True"
+            )
+
+    def gain(self, before: int, size: int) -> float:
+        """Return the mean square of an output for inputs of mean square 1.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        float
+            ``before`` times the entries' variance.
+        """
+        return before * scale_of(self.normalize, before, size) ** 2
+
+    def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
+        """Return the first entries, or those of the fastfood blocks.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            At most 4096 of each.
+        """
+        if self.structured:
+            lengths = self._lengths(before, 0, min(size, CHECKED))
+            return {**self._blocks.constants(before, size), "lengths": lengths}
+        return {"entries": self._rows(1, 0, min(before * size, CHECKED))}
+
+    def operations(self, before: int, size: int) -> int:
+        """Return about how many additions and multiplications `apply` takes.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int
+            Two for each entry of a dense matrix.
+        """
+        return self._blocks.operations(before, size) if self.structured else 2 * before * size
+
+    def nbytes(self, before: int, size: int) -> int:
+        """Return how many bytes of the matrix are kept.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int
+            0 where it is drawn anew each time.
+        """
+        if self.structured:
+            return self._blocks.nbytes(before, size) + 4 * size
+        return 4 * before * size if before * size <= _KEPT else 0
+
+    @functools.cached_property
+    def _blocks(self) -> Fastfood:
+        return Fastfood(
+            seed=self.seed, substream=self.substream, order="le", blocks="stacked", normalize=None
+        )
+
+    def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
+        before = x.shape[0]
+        scale = scale_of(self.normalize, before, size)
+        if self.structured:
+            y = self._blocks.apply_slice(x, size, start, stop)
+            return y * (cast(self._row_scales(before, start, stop, x), like=x) * scale)
+        library = backend_of(x)
+        parts = [
+            library.tensordot(cast(rows, like=x), x, axes=([1], [0]))
+            for _, rows in self._chunks(before, size, start, stop, x)
+        ]
+        return library.concatenate(parts, axis=0) * scale
+
+    def _backward(self, y: Array, before: int) -> Array:
+        size = y.shape[0]
+        scale = scale_of(self.normalize, before, size)
+        if self.structured:
+            y = y * (cast(self._row_scales(before, 0, size, y), like=y) * scale)
+            return self._blocks.adjoint(y, before)
+        library = backend_of(y)
+        total = None
+        for first, rows in self._chunks(before, size, 0, size, y):
+            run = y[first : first + rows.shape[0]]
+            part = library.tensordot(run, cast(rows, like=y), axes=([0], [0]))
+            total = part if total is None else total + part
+        return total * scale
+
+    def _chunks(
+        self, before: int, size: int, start: int, stop: int, like: Array
+    ) -> Iterator[tuple[int, Array]]:
+        """Yield the rows of a slice, few enough at a time, and where they begin."""
+        if before * size <= _KEPT:
+            draw = functools.partial(self._rows, before, 0, size)
+            yield start, self._kept((before, size), draw, like)[start:stop]
+            return
+        step = max(1, _KEPT // before)
+        for first in range(start, stop, step):
+            yield first, constant(self._rows(before, first, min(first + step, stop)), like)
+
+    def _rows(self, before: int, first: int, last: int) -> numpy.ndarray:
+        stream = self._stream(NORMALS)
+        drawn = coarse_normals(self.seed, stream, first * before, last * before)
+        return drawn.reshape(-1, before)
+
+    def _row_scales(self, before: int, start: int, stop: int, like: Array) -> Array:
+        """Return the lengths of rows over those that the fastfood blocks give them."""
+
+        def draw() -> numpy.ndarray:
+            width = self._blocks._blocks(before, stop)[0]
+            first = start // width
+            last = -(-stop // width)
+            numbers = self._blocks._draw_values(first * width, last * width).reshape(-1, width)
+            norms = numpy.linalg.norm(numbers.astype(numpy.float64), axis=1) * width**0.5
+            block = numpy.arange(start, stop) // width - first
+            return self._lengths(before, start, stop) / norms[block]
+
+        return self._kept(("lengths", before, start, stop), draw, like)
+
+    def _lengths(self, before: int, start: int, stop: int) -> numpy.ndarray:
+        # Of a normal vector of d entries: about sqrt(d - 1/2) + a normal number / sqrt(2).
+        width = self._blocks._blocks(before, stop)[0]
+        drawn = coarse_normals(self.seed, self._stream(_LENGTHS), start, stop)
+        lengths: numpy.ndarray = numpy.abs((width - 0.5) ** 0.5 + drawn * numpy.float64(0.5) ** 0.5)
+        return lengths
+

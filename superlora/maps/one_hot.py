@@ -1,0 +1,265 @@
+"""Every output is one input: a map of gathers alone, and exactly isometric."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy
+
+from superlora._backend import Array, backend_of, cast, constant, take
+from superlora.maps._seeded import (
+    CHECKED,
+    NORMALIZE,
+    ORDERS,
+    ROWS,
+    SIGNS,
+    SeededMap,
+    check_enough,
+)
+from superlora.maps.identity import padded
+from superlora.maps.shuffle import position_type
+from superlora.permutations import Permutation, permutation_rows
+from superlora.random import signs
+
+_CHUNK = 1 << 19  # entries whose constants are made at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneHot(SeededMap):
+    """A matrix with one entry in each row, shared out evenly over the columns.
+
+    Parameters
+    ----------
+    seed : int
+        In [0, 2**64).
+    shared : bool
+        Whether all groups of one size have the same map.
+    tiled : bool
+        Whether every run of ``before`` outputs has each input once (the transpose of a
+        count-sketch), or the inputs are dealt out over all outputs at random (Uni-LoRA [1]_).
+    signed : bool
+        Whether every output has a random sign.
+    normalize : {"isometric", "variance", None}
+        ``"isometric"`` divides each column by its norm, so that ``FᵀF = I`` exactly; with
+        ``"variance"``, as with None, the entries are 1 or -1, and outputs are as large as
+        inputs.
+    stored : bool
+        Whether positions and signs are kept in memory, 9 bytes an output, or drawn anew each
+        time.
+    version, substream : int
+        As in every map with a seed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a field is out of its range.
+
+    Notes
+    -----
+    ``y_i = s_i x_j(i) / sqrt(n_j(i))``, where input j is taken n_j times, which is
+    ``size // before`` or one more. Forward and adjoint are gathers, and a slice of the outputs
+    needs only its own.
+
+    References
+    ----------
+    .. [1] K. Li et al., "Uni-LoRA: One Vector is All You Need", 2025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> fixed = OneHot(seed=0, normalize=None)
+    >>> fixed.apply(np.arange(1.0, 4.0), 6)
+    array([-1., -3.,  2., -1., -2., -3.])
+    >>> fixed.adjoint(fixed.apply(np.arange(1.0, 4.0), 6), 3)
+    array([2., 4., 6.])
+    """
+
+    tiled: bool = True
+    signed: bool = True
+    normalize: str | None = "isometric"
+    stored: bool = True
+
+    sliced: ClassVar[bool] = True
+    choices: ClassVar = {
+        "tiled": (True, False),
+        "signed": (True, False),
+        "normalize": NORMALIZE,
+        "stored": (True, False),
+    }
+
+    def check(self, before: int, size: int) -> None:
+        """Refuse fewer outputs than inputs.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Raises
+        ------
+        ValueError
+            If some inputs would have no output.
+        """
+        check_enough(before, size, "OneHot")
+
+    def gain(self, before: int, size: int) -> float:
+        """Return the mean square of an output for inputs of mean square 1.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        float
+            ``before / size`` if isometric, else 1.
+        """
+        return before / size if self.normalize == "isometric" else 1.0
+
+    def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
+        """Return the first positions and signs.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            At most 4096 of each.
+        """
+        most = min(size, CHECKED)
+        if self.tiled and before > most:
+            sources = Permutation(self.seed, self._stream(ROWS), before).forward(0, most)
+        else:
+            sources = self._sources(before, size, 0, most)
+        found = {"sources": sources}
+        if self.signed:
+            found["signs"] = signs(self.seed, self._stream(SIGNS), 0, most)
+        return found
+
+    def operations(self, before: int, size: int) -> int:
+        """Return how many multiplications `apply` takes.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int
+            One for each input, and for each output where it has a sign.
+        """
+        return (self.normalize == "isometric") * before + self.signed * size
+
+    def nbytes(self, before: int, size: int) -> int:
+        """Return how many bytes of positions and signs are kept.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int
+            0 where they are not kept.
+        """
+        each = 2 * position_type(size + before).itemsize + self.signed
+        return self.stored * (each * size + 8 * before)
+
+    def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
+        before = x.shape[0]
+        x = self._normalized(x, size)
+        parts = []
+        for first, last in _chunks(before, size, start, stop):
+            positions = self._fixed(
+                ("sources", before, size, first),
+                functools.partial(self._sources, before, size, first, last),
+                x,
+            )
+            part = take(x, positions[max(start - first, 0) : stop - first])
+            parts.append(self._with_signs(part, max(start, first), min(stop, last)))
+        return parts[0] if len(parts) == 1 else backend_of(x).concatenate(parts, axis=0)
+
+    def _backward(self, y: Array, before: int) -> Array:
+        size = y.shape[0]
+        library = backend_of(y)
+        y = padded(self._with_signs(y, 0, size), -(-size // before) * before)
+        total = None
+        for first, last in _chunks(before, y.shape[0], 0, y.shape[0]):
+            positions = self._fixed(
+                ("targets", before, size, first),
+                functools.partial(self._targets, before, size, first, last),
+                y,
+            )
+            rows = library.reshape(take(y, positions), (-1, before))
+            part = library.sum(rows, axis=0)
+            total = part if total is None else total + part
+        return self._normalized(total, size)
+
+    def _fixed(self, key: object, make: Callable[[], numpy.ndarray], like: Array) -> Array:
+        return self._kept(key, make, like) if self.stored else constant(make(), like)
+
+    def _with_signs(self, y: Array, start: int, stop: int) -> Array:
+        if not self.signed:
+            return y
+        draw = functools.partial(signs, self.seed, self._stream(SIGNS), start, stop)
+        return y * self._fixed(("signs", start, stop), draw, y)
+
+    def _normalized(self, x: Array, size: int) -> Array:
+        if self.normalize != "isometric":
+            return x
+        before = x.shape[0]
+        draw = functools.partial(self._weights, before, size)
+        return x * cast(self._fixed(("weights", before, size), draw, x), like=x)
+
+    def _sources(self, before: int, size: int, first: int, last: int) -> numpy.ndarray:
+        """Return which inputs are taken by outputs `first`, where a tile begins, to `last`."""
+        if self.tiled:
+            tiles = first // before, -(-last // before)
+            found = permutation_rows(self.seed, self._stream(ROWS), before, *tiles)
+            found = found.reshape(-1)[: last - first]
+        else:
+            found = self._deal(size).forward(first, last) % before
+        return found.astype(position_type(before))
+
+    def _targets(self, before: int, size: int, first: int, last: int) -> numpy.ndarray:
+        """Return which outputs take the inputs 0 … before - 1, tile by tile, zeros beyond."""
+        if self.tiled:
+            tiles = numpy.arange(first // before, last // before)
+            found = permutation_rows(
+                self.seed, self._stream(ROWS), before, tiles[0], tiles[-1] + 1, inverse=True
+            )
+            found = (found + tiles[:, None] * before).reshape(-1)
+        else:
+            found = numpy.arange(first, last)
+            found[: max(size - first, 0)] = self._deal(size).inverse(first, min(last, size))
+        return found.astype(position_type(size + before))
+
+    def _deal(self, size: int) -> Permutation:
+        return Permutation(self.seed, self._stream(ORDERS), size)
+
+    def _weights(self, before: int, size: int) -> numpy.ndarray:
+        whole, rest = divmod(size, before)
+        place = numpy.arange(before)
+        if self.tiled and rest:
+            place = permutation_rows(
+                self.seed, self._stream(ROWS), before, whole, whole + 1, inverse=True
+            )[0]
+        return (whole + (place < rest)) ** -0.5
+
+
+def _chunks(before: int, size: int, start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the bounds of whole tiles, a fixed number at a time, that hold a slice."""
+    width = max(1, _CHUNK // before) * before
+    return [
+        (first, min(first + width, size))
+        for first in range(start // width * width, stop, width)
+    ]

@@ -1,0 +1,323 @@
+"""One map for each mode: a projection that needs no ΔW."""
+
+from __future__ import annotations
+
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+
+from superlora._backend import Array, backend_of, cast
+from superlora.maps._base import Map
+from superlora.maps._seeded import CheckedMap, SeededMap
+from superlora.maps.composed import check_part
+from superlora.maps.fastfood import Fastfood
+from superlora.maps.identity import Identity, padded
+from superlora.values import check_count, hashable
+
+_DENSE = 1 << 24  # entries of a mode's matrix that is kept, so that a product takes its place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separable(CheckedMap):
+    """A Kronecker product of maps, one for each mode of the fold.
+
+    Parameters
+    ----------
+    inner : Map
+        The map of every mode, a `Fastfood` by default; one with a seed draws from streams
+        of their own for the modes.
+    modes : tuple of int, optional
+        The modes that have it; all by default. The others stay as they are.
+    before, after : tuple of int, optional
+        The mode sizes of the tensor before and after. In a plan the spec's fold is the one
+        after, and the one before follows from its ratio: every mapped mode has
+        ``ratio ** (1 / modes)`` as many entries, rounded up.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a field is out of its range, or only one of `before` and `after` is given.
+
+    Notes
+    -----
+    ``F = F_1 ⊗ … ⊗ F_M``, so that ``F vec(X) = vec(X x_1 F_1 … x_M F_M)``: a Kronecker
+    fast Johnson–Lindenstrauss transform [1]_. If the maps of the modes are isometric in the
+    mean and independent, so is F; its deviations are larger. A Tucker factorisation stays
+    one, with factors ``F_m A_m``, so that weights are applied without being formed as they are
+    without a map.
+
+    References
+    ----------
+    .. [1] R. Jin, T. Kolda and R. Ward, "Faster Johnson–Lindenstrauss Transforms via Kronecker
+       Products", 2019.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> fixed = Separable(inner=Fastfood(values="sign"), before=(2, 2), after=(4, 4))
+    >>> y = fixed.apply(np.array([1.0, 2.0, 3.0, 4.0]), 16)
+    >>> float(round(y @ y, 12))
+    30.0
+    """
+
+    inner: Map = field(default_factory=Fastfood)
+    modes: tuple[int, ...] | None = None
+    before: tuple[int, ...] | None = None
+    after: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_part("inner", self.inner)
+        if isinstance(self.inner, (Separable, Identity)):
+            raise ValueError(f"inner must be a map of one mode: got {self.inner!r}")
+        for name, least in (("modes", 0), ("before", 1), ("after", 1)):
+            values = hashable(getattr(self, name))
+            object.__setattr__(self, name, values)
+            if values is None:
+                continue
+            if not isinstance(values, tuple) or not values:
+                raise TypeError(f"{name} must be a tuple of integers: got {values!r}")
+            for index, value in enumerate(values):
+                check_count(f"{name}[{index}]", value, least=least)
+        if self.modes is not None and len(set(self.modes)) < len(self.modes):
+            raise ValueError(f"modes must all be different: got {self.modes}")
+        if (self.before is None) != (self.after is None):
+            raise ValueError("before and after must be given together: got one of them")
+        if self.before is not None and self.after is not None:
+            self.check_modes(len(self.after))
+            if len(self.before) != len(self.after):
+                raise ValueError(
+                    f"before must have {len(self.after)} modes, those of after: got {self.before}"
+                )
+            for mode, (old, new) in enumerate(zip(self.before, self.after, strict=True)):
+                if mode not in self.mapped(len(self.after)) and old != new:
+                    raise ValueError(
+                        f"before[{mode}] must be {new}, the size after, in a mode without a map: "
+                        f"got {old}"
+                    )
+
+    def check_modes(self, order: int) -> None:
+        """Refuse modes that a tensor does not have.
+
+        Parameters
+        ----------
+        order : int
+            The number of its modes.
+
+        Raises
+        ------
+        ValueError
+            If it is so.
+        """
+        if self.modes is not None and max(self.modes) >= order:
+            raise ValueError(f"modes must be below {order}, the order of the fold: got {self.modes}")
+
+    def mapped(self, order: int) -> tuple[int, ...]:
+        """Return the modes that have a map.
+
+        Parameters
+        ----------
+        order : int
+            The number of modes.
+
+        Returns
+        -------
+        tuple of int
+            In order.
+        """
+        return tuple(range(order)) if self.modes is None else tuple(sorted(self.modes))
+
+    def mode(self, index: int) -> Map:
+        """Return the map of one mode, or of one split's mode.
+
+        Parameters
+        ----------
+        index : int
+            At least 0; the modes of split k of M modes begin at ``k M``.
+
+        Returns
+        -------
+        Map
+            With streams of its own.
+        """
+        found = self._of_modes.get(index)
+        if found is None:
+            inner = self.inner
+            found = inner.part(inner.substream * 4096 + index) if _seeded(inner) else inner
+            self._of_modes[index] = found
+        return found
+
+    @functools.cached_property
+    def _of_modes(self) -> dict[int, Any]:
+        return {}
+
+    def sizes_before(self, after: tuple[int, ...], share: float) -> tuple[int, ...]:
+        """Return the mode sizes before, of a fold or a split of it.
+
+        Parameters
+        ----------
+        after : tuple of int
+            The mode sizes after.
+        share : float
+            What every mapped mode has of its entries.
+
+        Returns
+        -------
+        tuple of int
+            Rounded up.
+        """
+        mapped = self.mapped(len(after))
+        return tuple(
+            min(size, math.ceil(size * share - 1e-9)) if mode in mapped else size
+            for mode, size in enumerate(after)
+        )
+
+    def joined(self, splits: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Separable:
+        """Return the map of all modes of all splits.
+
+        Parameters
+        ----------
+        splits : sequence of (tuple of int, tuple of int)
+            The mode sizes of every split before and after.
+
+        Returns
+        -------
+        Separable
+            With the modes of one split after the other.
+        """
+        order = len(splits[0][0])
+        modes = [k * order + mode for k in range(len(splits)) for mode in self.mapped(order)]
+        before, after = (sum((sizes[side] for sizes in splits), ()) for side in (0, 1))
+        return Separable(inner=self.inner, modes=tuple(modes), before=before, after=after)
+
+    def map_mode(
+        self, tensor: Array, axis: int, index: int, size: int, *, adjoint: bool = False
+    ) -> Array:
+        """Apply one mode's map, or its adjoint, along an axis.
+
+        Parameters
+        ----------
+        tensor : array
+            Any shape.
+        axis : int
+            The axis.
+        index : int
+            Which map, as `mode` counts them.
+        size : int
+            Entries of the axis in the result.
+        adjoint : bool
+            Whether the adjoint is asked for.
+
+        Returns
+        -------
+        array
+            The same shape but for the axis.
+        """
+        library = backend_of(tensor)
+        fixed = self.mode(index)
+        width = tensor.shape[axis]
+        if width * size <= _DENSE:
+            before, after = (size, width) if adjoint else (width, size)
+            key = ("matrix", index, before, after, str(tensor.dtype))
+            matrix = self._kept(key, functools.partial(_matrix, fixed, before, after), tensor)
+            matrix = cast(matrix, like=tensor)
+            product = library.tensordot(matrix, tensor, axes=([0 if adjoint else 1], [axis]))
+        else:
+            columns = library.reshape(library.moveaxis(tensor, axis, 0), (width, -1))
+            move = fixed.adjoint if adjoint else fixed.apply
+            results = [move(columns[:, column], size) for column in range(columns.shape[1])]
+            rest = [entries for mode, entries in enumerate(tensor.shape) if mode != axis]
+            product = library.reshape(library.stack(results, axis=1), (size, *rest))
+        return library.moveaxis(product, 0, axis)
+
+    def check(self, before: int, size: int) -> None:
+        """Refuse sizes that are not those of the modes.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Raises
+        ------
+        ValueError
+            If it is so.
+        """
+        if self.before is None or self.after is None:
+            raise ValueError("before and after must be given for a map outside a plan: got neither")
+        if math.prod(self.before) != before:
+            raise ValueError(f"before must have {before} entries, those of x: got {self.before}")
+        if math.prod(self.after) < size:
+            raise ValueError(f"after must cover {size} entries: got {self.after}")
+        for mode in self.mapped(len(self.after)):
+            self.mode(mode).check(self.before[mode], self.after[mode])
+
+    def gain(self, before: int, size: int) -> float:
+        """Return the mean square of an output for inputs of mean square 1.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        float
+            The product of those of the modes.
+        """
+        if self.before is None or self.after is None:
+            return 1.0
+        return math.prod(
+            self.mode(mode).gain(self.before[mode], self.after[mode])
+            for mode in self.mapped(len(self.after))
+        )
+
+    def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
+        """Return what the maps of all modes draw.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            With a mode's index before its names.
+        """
+        if self.before is None or self.after is None:
+            return {}
+        return {
+            f"{mode}.{name}": values
+            for mode in self.mapped(len(self.after))
+            for name, values in self.mode(mode).constants(self.before[mode], self.after[mode]).items()
+        }
+
+    def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
+        assert self.before is not None and self.after is not None
+        library = backend_of(x)
+        tensor = library.reshape(x, self.before)
+        for mode in self.mapped(len(self.after)):
+            tensor = self.map_mode(tensor, mode, mode, self.after[mode])
+        return library.reshape(tensor, (-1,))[start:stop]
+
+    def _backward(self, y: Array, before: int) -> Array:
+        assert self.before is not None and self.after is not None
+        library = backend_of(y)
+        tensor = library.reshape(padded(y, math.prod(self.after)), self.after)
+        for mode in self.mapped(len(self.after)):
+            tensor = self.map_mode(tensor, mode, mode, self.before[mode], adjoint=True)
+        return library.reshape(tensor, (-1,))
+
+
+def _seeded(inner: Map) -> bool:
+    return isinstance(inner, SeededMap)
+
+
+def _matrix(fixed: Map, before: int, after: int) -> numpy.ndarray:
+    """Return a map's matrix, (after, before)."""
+    return numpy.stack([fixed.apply(column, after) for column in numpy.eye(before)], axis=1)
