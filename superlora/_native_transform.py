@@ -16,11 +16,8 @@ them at once, or after a fork.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import mmap
 import os
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,24 +48,12 @@ _TILE = 1 << 17
 _LONG_TILE = 1 << 19
 _WIDTH = 1 << 10  # of a strip: enough lines side by side for the processor to fetch ahead
 _LEAST_WIDTH = 1 << 7
-_SHARE = 1 << 21  # for one thread: waking one costs as much as transforming a quarter of it
+# For one thread. Waking one is soon paid for, but the memory serves a few cores at most,
+# and after an operation of torch its idle threads keep theirs busy for milliseconds.
+_SHARE = 1 << 23
+_LINE = 64  # of a cache
+_AHEAD = 1 << 12
 _PARTS = 4  # for a thread
-
-_PAGE = mmap.PAGESIZE
-_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", 0)
-LEAST_ADVISED = 1 << 22  # numpy's own choice for its arrays
-
-
-def _find_madvise() -> Any:
-    if not _HUGEPAGE or sys.platform != "linux":
-        return None
-    function = getattr(ctypes.CDLL(None), "madvise", None)
-    if function is not None:
-        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
-
-
-_madvise = _find_madvise()
 
 
 def _emit(
@@ -126,9 +111,22 @@ def _registers(rows: int, across: bool = False) -> Any:
     return intrinsic(typed)
 
 
+def _ask_for_line(context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, index = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, index, index, index])
+        call = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        read, near, data = (ir.Constant(index, value) for value in (0, 3, 1))
+        builder.call(call, [builder.inttoptr(args[0], pointer), read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 _block = _registers(ROWS, across=True)
 _lines_2, _lines_4, _lines_8 = _registers(2), _registers(4), _registers(8)
 _lines_16 = _registers(16)
+_prefetch: Any = intrinsic(_ask_for_line)
 
 
 def _compiled(function: Kernel, cache: bool = False) -> Kernel:
@@ -172,11 +170,13 @@ def _next_radix(lines: int) -> int:
 
 
 @_compiled
-def _tile(source: int, target: int, size: int, scale: float) -> None:
-    """Transform `size` bytes that lie together."""
-    one = scale / scale
+def _tile(source: int, target: int, size: int, one: float, scale: float) -> None:
+    """Transform `size` bytes that lie together; `one` is 1 of the type of `scale`."""
     last = scale if size == BLOCK else one
     for at in range(0, size, BLOCK):
+        # The processor's own fetching ahead stops at pages, and while a tile is swept.
+        for line in range(0, BLOCK, _LINE):
+            _prefetch(source + at + line + _AHEAD)
         _block(source + at, VECTOR, target + at, VECTOR, last)
     width = BLOCK
     while width < size:
@@ -188,12 +188,13 @@ def _tile(source: int, target: int, size: int, scale: float) -> None:
 
 
 @_compiled
-def _strip(target: int, pitch: int, lines: int, scratch: int, width: int, scale: float) -> None:
+def _strip(
+    target: int, pitch: int, lines: int, scratch: int, width: int, one: float, scale: float
+) -> None:
     """Transform the columns of `lines` lines of `width` bytes, `pitch` apart."""
     if lines <= ROWS:
         _lines(lines, target, pitch, target, pitch, width, scale)
         return
-    one = scale / scale
     rows = _next_radix(lines)
     for line in range(0, lines, rows):
         _lines(rows, target + line * pitch, pitch, scratch + line * width, width, width, one)
@@ -221,16 +222,17 @@ def _sweep(
     last_strip: int,
     scratch: int,
     width: int,
+    one: float,
     scale: float,
 ) -> None:
     """Transform some tiles and then some strips, counted through all rows of `size` bytes."""
-    last = scale if tile == size else scale / scale
+    last = scale if tile == size else one
     for at in range(first_tile * tile, last_tile * tile, tile):
-        _tile(source + at, target + at, tile, last)
+        _tile(source + at, target + at, tile, one, last)
     strips = tile // width
     for strip in range(first_strip, last_strip):
         at = target + strip // strips * size + strip % strips * width
-        _strip(at, tile, size // tile, scratch, width, scale)
+        _strip(at, tile, size // tile, scratch, width, one, scale)
 
 
 class _Entry:
@@ -250,13 +252,13 @@ class _Entry:
     def prepare(self, scale: Any) -> None:
         """Compile for this type of number; nothing is transformed."""
         try:
-            self.kernel(0, 0, _TILE, _TILE, 0, 0, 0, 0, 0, _WIDTH, scale)
+            self.kernel(0, 0, _TILE, _TILE, 0, 0, 0, 0, 0, _WIDTH, scale, scale)
         except Exception:
             if not self.cached:
                 raise
             # A cache that is full, broken or read-only must not cost more than the cache.
             self.forgo_cache()
-            self.kernel(0, 0, _TILE, _TILE, 0, 0, 0, 0, 0, _WIDTH, scale)
+            self.kernel(0, 0, _TILE, _TILE, 0, 0, 0, 0, 0, _WIDTH, scale, scale)
 
 
 _entry = _Entry()
@@ -264,43 +266,38 @@ _prepared: set[type] = set()
 
 
 def transform(
-    source: int, target: int, count: int, size: int, number: type, scale: float, threads: int
+    source: int,
+    target: int,
+    count: int,
+    size: int,
+    number: type,
+    scale: float,
+    threads: int | None = None,
 ) -> None:
-    """Write the transforms of rows that lie together in memory to another place or the same.
+    """Write ``scale H x`` of rows of `size` entries to `target`, which may be `source` itself.
 
-    Parameters
-    ----------
-    source, target : int
-        Addresses of the first row; equal, or of memory that does not overlap.
-    count : int
-        Rows.
-    size : int
-        Entries of a row, a power of two, and at least ``BLOCK`` bytes.
-    number : type
-        ``numpy.float32`` or ``numpy.float64``.
-    scale : float
-        Multiplies the result.
-    threads : int
-        The most threads to use.
+    A row is of at least ``BLOCK`` bytes; without `threads` all processors may be used.
     """
-    factor = number(scale)
+    one, factor = number(1), number(scale)
     if number not in _prepared:
         _entry.prepare(factor)
         _prepared.add(number)
     kernel = _entry.kernel
     size *= factor.itemsize
+    if count * size < 2 * _SHARE:
+        threads = 1
+    elif threads is None:
+        threads = processors()
     if size <= _TILE:
         parts = min(threads, count * size // _SHARE)
         if parts < 2:
-            kernel(source, target, size, size, 0, count, 0, 0, 0, size, factor)
-        else:
-            _share_out(
-                lambda start, stop: kernel(
-                    source, target, size, size, start, stop, 0, 0, 0, size, factor
-                ),
-                count,
-                parts,
-            )
+            kernel(source, target, size, size, 0, count, 0, 0, 0, size, one, factor)
+            return
+
+        def sweep(start: int, stop: int) -> None:
+            kernel(source, target, size, size, start, stop, 0, 0, 0, size, one, factor)
+
+        _share_out(sweep, count, parts)
         return
     _transform_long(source, target, count, size, factor, threads)
 
@@ -309,7 +306,7 @@ def _transform_long(
     source: int, target: int, count: int, size: int, scale: Any, threads: int
 ) -> None:
     """Transform rows that are longer than a tile."""
-    kernel = _entry.kernel
+    kernel, one = _entry.kernel, type(scale)(1)
     tile = _TILE if size <= 8 * _TILE else _LONG_TILE
     lines = size // tile
     width = max(_LEAST_WIDTH, min(_WIDTH, _LONG_TILE // lines))
@@ -319,7 +316,7 @@ def _transform_long(
         # Above so many lines a strip is collected; aligned, as all that is written.
         room = numpy.empty(lines * width + VECTOR if lines > ROWS else 0, numpy.uint8)
         scratch = -(-room.ctypes.data // VECTOR) * VECTOR
-        kernel(source, target, size, tile, *tiles, *columns, scratch, width, scale)
+        kernel(source, target, size, tile, *tiles, *columns, scratch, width, one, scale)
 
     def sweep_rows(start: int, stop: int) -> None:
         # One row after the other, so that its tiles are in a cache when its columns follow.
@@ -337,22 +334,6 @@ def _transform_long(
         _share_out(lambda start, stop: sweep((0, 0), (start, stop)), count * strips, split)
     else:
         sweep_rows(0, count)
-
-
-def advise_huge_pages(address: int, size: int) -> None:
-    """Ask for large pages for memory that nothing was written to; a no is no error.
-
-    The first touch of a page costs more than its transform, so that fewer are wanted.
-
-    Parameters
-    ----------
-    address, size : int
-        The memory, in bytes.
-    """
-    start = -(-address // _PAGE) * _PAGE
-    length = (address + size - start) // _PAGE * _PAGE
-    if length >= LEAST_ADVISED and _madvise is not None:
-        _madvise(start, length, _HUGEPAGE)
 
 
 _pool: ThreadPoolExecutor | None = None

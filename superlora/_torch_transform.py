@@ -6,6 +6,8 @@ tensor comes in.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
-from superlora._backend import Array
+from superlora._backend import Array, zeros
 
 # Takes a tensor, a scale and the blocks of a size; the plain form of the transform.
 Pure = Callable[[Array, float, Callable[[int], Array]], Array]
@@ -21,7 +23,14 @@ Pure = Callable[[Array, float, Callable[[int], Array]], Array]
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _NATIVE = {torch.float32: "float32", torch.float64: "float64"}
 _blocks: dict[Any, torch.Tensor] = {}
+zeros((), torch.float32)  # loads TensorLy's backend, see `walsh_hadamard`
 _current_mode: Any = _python_dispatch._get_current_dispatch_mode
+
+_LEAST_ADVISED = 1 << 22  # bytes: numpy's own choice for its arrays
+_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", 0)
+_madvise: Any = getattr(ctypes.CDLL(None), "madvise", None) if _HUGEPAGE else None
+if _madvise is not None:
+    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def transform(x: torch.Tensor, scale: float, pure: Pure, native: Any) -> Any:
@@ -44,8 +53,12 @@ def transform(x: torch.Tensor, scale: float, pure: Pure, native: Any) -> Any:
     torch.Tensor, (..., n)
         A new tensor.
     """
-    # A compiler, or a subclass, has its own way with plain operations.
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    # A compiler, a tracer or a subclass has its own way with plain operations.
+    if (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or torch._C._get_tracing_state() is not None
+    ):
         return pure(x, scale, lambda size: _make_block(size, x))
     if _is_differentiated(x):
         return _apply(x, scale, pure, native)
@@ -80,6 +93,8 @@ def _run_native(x: torch.Tensor, scale: float, name: str, native: Any) -> torch.
     own = values.data_ptr() != x.data_ptr()
     # A copy that was just made is overwritten.
     target = values if own else torch.empty_like(values)
+    if not own and values.nbytes >= _LEAST_ADVISED:
+        _advise_huge_pages(target.data_ptr(), values.nbytes)
     done = native(
         values.data_ptr(),
         target.data_ptr(),
@@ -92,10 +107,15 @@ def _run_native(x: torch.Tensor, scale: float, name: str, native: Any) -> torch.
     return target if done else None
 
 
+def _advise_huge_pages(address: int, size: int) -> None:
+    """Ask for large pages for new memory: touching small ones costs more than a transform."""
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    if _madvise is not None:  # a refusal is no error
+        _madvise(start, (address + size - start) // mmap.PAGESIZE * mmap.PAGESIZE, _HUGEPAGE)
+
+
 class _Transform(torch.autograd.Function):
     """``scale H x``: linear and symmetric, so that every derivative is a transform again."""
-
-    generate_vmap_rule = False
 
     @staticmethod
     def forward(x: torch.Tensor, scale: float, pure: Pure, native: Any) -> Any:

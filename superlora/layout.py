@@ -136,7 +136,8 @@ class Layout:
         for group, own in enumerate(self.specs):
             members = self.grouping.members[group]
             shapes = tuple(self.shapes[name] for name in members)
-            place = Place(group, shapes, self.grouping.whole(group))
+            # A map that takes groups together is one map, that of the first.
+            place = Place(self.joint(group)[0], shapes, self.grouping.whole(group))
             bound = own.map.bind(place)
             found.append(known.setdefault(bound, bound))
         return tuple(found)

@@ -7,10 +7,12 @@ import math
 
 import numpy
 
-from superlora.random import bits, integers
+from superlora.random import bits, check_seed, integers
+from superlora.values import check_count
 
 # Up to here random keys are sorted; above, no list of all positions is needed.
 _SORTED = 1 << 16
+_MOST = 1 << 48
 _ROUNDS = 6
 _CHUNK = 1 << 17  # positions whose temporary arrays stay in a core's cache
 
@@ -25,7 +27,12 @@ class Permutation:
     stream : int
         Which of the seed's independent streams, a multiple of 8 below 2**64.
     size : int
-        Number of positions, at least 1 and at most 2**62.
+        Number of positions, at least 1 and at most 2**48.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is not an integer of its range.
 
     Notes
     -----
@@ -33,8 +40,8 @@ class Permutation:
     network on pairs, ``position = l B + r`` with l < A, r < B and A B just above `size`: l and r
     are in turn shifted, modulo A and B, by a table of random numbers at the other one, six times
     (Luby and Rackoff 1988 [1]_ ask for four with functions like these), and what falls beyond
-    `size` goes through again. It takes tables of about ``6 sqrt(size)`` numbers, where a list
-    of 2**31 positions would take 16 GiB.
+    `size` goes through again. It takes tables of about ``6 sqrt(size)`` numbers of 4 bytes, 1 MiB
+    for 2**31 positions, where a list of them would take 16 GiB.
 
     References
     ----------
@@ -54,7 +61,7 @@ class Permutation:
     """
 
     def __init__(self, seed: int, stream: int, size: int) -> None:
-        self.seed, self.stream, self.size = seed, stream, size
+        self.seed, self.stream, self.size = check_seed(seed), stream, check_size(size)
         # A and B; where B is the root rounded up, A B exceeds size by less than B.
         self._low = math.isqrt(size - 1) + 1
         self._high = -(-size // self._low)
@@ -71,9 +78,15 @@ class Permutation:
         -------
         numpy.ndarray of int64, (stop - start,)
             The images.
+
+        Raises
+        ------
+        ValueError
+            If they are not within it.
         """
+        self._check(start, stop)
         if self.size <= _SORTED:
-            return self._order[start:stop]
+            return self._order[start:stop].copy()
         return self._chunked(start, stop, inverse=False)
 
     def inverse(self, start: int, stop: int) -> numpy.ndarray:
@@ -88,10 +101,22 @@ class Permutation:
         -------
         numpy.ndarray of int64, (stop - start,)
             Their origins.
+
+        Raises
+        ------
+        ValueError
+            If they are not within it.
         """
+        self._check(start, stop)
         if self.size <= _SORTED:
             return _inverted(self._order[None])[0, start:stop]
         return self._chunked(start, stop, inverse=True)
+
+    def _check(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.size:
+            raise ValueError(
+                f"start and stop must be a slice of {self.size} positions: got {start} and {stop}"
+            )
 
     @functools.cached_property
     def _order(self) -> numpy.ndarray:
@@ -102,7 +127,7 @@ class Permutation:
         """Shifts of l by r, of r by l, and so on, in [0, A) or [0, B)."""
         sizes = [(self._high, self._low), (self._low, self._high)] * (_ROUNDS // 2)
         return [
-            integers(self.seed, self.stream + 1 + turn, bound, size)
+            integers(self.seed, self.stream + 1 + turn, bound, size).astype(numpy.int32)
             for turn, (bound, size) in enumerate(sizes)
         ]
 
@@ -135,6 +160,31 @@ class Permutation:
         high *= self._low
         high += low
         return high
+
+
+def check_size(size: int) -> int:
+    """Return a number of positions if it is one that can be permuted, or say what it must be.
+
+    Parameters
+    ----------
+    size : int
+        The number.
+
+    Returns
+    -------
+    int
+        `size`, unchanged.
+
+    Raises
+    ------
+    TypeError
+        If it is not an integer.
+    ValueError
+        If it is not in [1, 2**48].
+    """
+    if check_count("size", size) > _MOST:
+        raise ValueError(f"size must be at most 2**48, the positions of a permutation: got {size}")
+    return size
 
 
 def permutation_rows(

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import math
 import operator
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +23,6 @@ _SINGLE_OR_MORE = ("32", "64", "96", "128")
 _blocks: dict[tuple[int, Any], numpy.ndarray] = {}
 # What was found of the compiled kernels; absent until they are asked for.
 _found: dict[str, Any] = {}
-_lock = threading.Lock()
 
 
 def next_power_of_two(n: int) -> int:
@@ -105,7 +103,7 @@ def fwht(x: Array, axis: int = -1, *, orthonormal: bool = False) -> Array:
     array([[ 1.,  1.],
            [ 1., -1.]])
     """
-    library = backend_of(x)
+    library = _library_of(x)
     name = _float_name("x", x)
     rank = len(x.shape)
     if rank == 0:
@@ -157,7 +155,7 @@ def transform_padded(x: Array, n: int, scale: float = 1.0) -> Array:
     >>> transform_padded(np.array([1.0, 2.0]), 4)
     array([ 3., -1.,  3., -1.])
     """
-    library = backend_of(x)
+    library = _library_of(x)
     name = _float_name("x", x)
     p = _last_length("x", x)
     d = _check_lengths("x", p, n)
@@ -201,7 +199,7 @@ def transform_cropped(y: Array, p: int, scale: float = 1.0) -> Array:
     >>> transform_cropped(np.array([1.0, 2.0, 3.0, 4.0]), 2)
     array([10., -2.])
     """
-    library = backend_of(y)
+    library = _library_of(y)
     name = _float_name("y", y)
     n = _last_length("y", y)
     d = _check_lengths("p", p, n)
@@ -214,6 +212,14 @@ def transform_cropped(y: Array, p: int, scale: float = 1.0) -> Array:
     if p < d:
         x = x[..., :p]
     return _cast(x, dtype) if short else x
+
+
+def _library_of(x: Array) -> Any:
+    if type(x).__module__.partition(".")[0] == "torch":
+        # A compiler that meets this line first runs it, where it could not trace TensorLy's
+        # own import.
+        from superlora import _torch_transform  # noqa: F401
+    return backend_of(x)
 
 
 def _index(argument: str, value: object) -> int:
@@ -275,10 +281,11 @@ def _multiply(x: Array, scale: float, block: Callable[[int], Array]) -> Array:
     library = backend_of(x)
     # Their ones are exact in any precision, but what they multiply is not.
     exact = {"precision": "highest"} if library.backend_name == "jax" else {}
-    shape, n = tuple(x.shape), x.shape[-1]
+    shape = tuple(operator.index(size) for size in x.shape)
+    n = shape[-1]
     rows = math.prod(shape[:-1])
     bits = n.bit_length() - 1
-    count = -(-bits // _BITS)
+    count = 1 if bits == _BITS + 1 else -(-bits // _BITS)
     done = 1
     for part in range(count):
         size = 1 << (bits * (part + 1) // count - bits * part // count)
@@ -309,8 +316,10 @@ def _block(size: int, like: Array) -> Array:
 
 
 def _transform_numpy(x: numpy.ndarray, scale: float) -> numpy.ndarray:
+    x = numpy.asarray(x)
     if x.dtype in (numpy.float32, numpy.float64):
-        values = numpy.require(x, requirements=("C", "A"))
+        whole = x.flags.c_contiguous and x.flags.aligned
+        values = x if whole else numpy.require(x, requirements=("C", "A"))
         target = numpy.empty(values.shape, values.dtype)
         source, place = _address(values), _address(target)
         if _run_native(source, place, x.size, x.shape[-1], x.dtype.name, None, scale):
@@ -337,10 +346,7 @@ def _run_native(
     if native is None or n * size < native.BLOCK:
         return False
     try:
-        if count * size >= native.LEAST_ADVISED and target != source:
-            native.advise_huge_pages(target, count * size)
-        most = native.processors() if threads is None else threads
-        native.transform(source, target, count // n, n, number, scale, most)
+        native.transform(source, target, count // n, n, number, scale, threads)
     except Exception as error:
         _give_up(error)
         return False
@@ -349,15 +355,13 @@ def _run_native(
 
 def _find_native() -> Any:
     """Return the module of compiled kernels, or None."""
-    with _lock:
-        if "kernels" not in _found:
-            try:
-                _found["kernels"] = importlib.import_module("superlora._native_transform")
-            except Exception as error:
-                _found["kernels"] = None
-                installed = importlib.util.find_spec("numba") is not None
-                if installed and "DISABLE_JIT" not in str(error):
-                    _give_up(error)
+    try:
+        _found["kernels"] = importlib.import_module("superlora._native_transform")
+    except Exception as error:
+        _found["kernels"] = None
+        installed = importlib.util.find_spec("numba") is not None
+        if installed and "DISABLE_JIT" not in str(error):
+            _give_up(error)
     return _found["kernels"]
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy
 
+from superlora.maps import Identity, Place, Separable
+
 
 def indices(shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """Yield the indices of a tensor, the last mode fastest."""
@@ -184,10 +186,56 @@ def parts_of(plan: object) -> list[tuple[dict[str, object], list[list[tuple[str,
     ]
 
 
-def split_tensor(split: object, blocks: Mapping[str, numpy.ndarray]) -> numpy.ndarray:
+def map_matrix(fixed: object, before: int, size: int) -> numpy.ndarray:
+    """Return the matrix of a map, column by column; the maps have tests of their own."""
+    if hasattr(fixed, "matrix"):
+        return fixed.matrix(before, size)
+    columns = [fixed.apply(column, size) for column in numpy.eye(before)]  # type: ignore[attr-defined]
+    return numpy.stack(columns, axis=1)
+
+
+def bound(fixed: object, group: int, listed: Sequence[tuple[str, int, int]], plan: object) -> object:
+    """Return the map of the group that holds these entries."""
+    shapes = plan.layout.shapes  # type: ignore[attr-defined]
+    names = list(dict.fromkeys(name for name, _, _ in listed))
+    whole = len(listed) == sum(math.prod(shapes[name]) for name in names)
+    place = Place(group, tuple(shapes[name] for name in names), whole)
+    return fixed.bind(place)  # type: ignore[attr-defined]
+
+
+def with_blocks(plan: object, factors: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
+    """Make the blocks that are mapped from vectors: theta, in the order of the blocks' names."""
+    found, number = dict(factors), 0
+    blocks = blocks_of(plan)
+    for fields, held in parts_of(plan):
+        numbers = range(number, number + len(held))
+        own = [b for b, (_, source) in blocks.items() if int(b.split(".")[0]) in numbers and not source]
+        sizes = [math.prod(blocks[block][0]) for block in own]
+        fixed, first, number = fields["factor_map"], number, numbers.stop
+        if fixed is None:
+            continue
+        if fields["factor_scope"] == "all":
+            theta = factors[f"{first}.0.theta"]
+            fixed = fixed.bind(Place(first, (), False))  # type: ignore[attr-defined]
+            vector = map_matrix(fixed, theta.size, sum(sizes)) @ theta
+            parts = numpy.split(vector, numpy.cumsum(sizes)[:-1])
+        else:
+            parts = []
+            for index, (block, size) in enumerate(zip(own, sizes, strict=True)):
+                theta = factors[f"{block}_theta"]
+                matrix = map_matrix(fixed.bind(Place(index, (), False)), theta.size, size)  # type: ignore[attr-defined]
+                parts.append(matrix @ theta)
+        found |= {b: part.reshape(blocks[b][0]) for b, part in zip(own, parts, strict=True)}
+    return found
+
+
+def split_tensor(
+    split: object, blocks: Mapping[str, numpy.ndarray], fixed: object, place: int
+) -> numpy.ndarray:
     """Return one split, of the fold's modes, from its own blocks."""
     sizes, shape = split.sizes, split.shape  # type: ignore[attr-defined]
-    assert sizes == neighbours(shape, len(sizes))
+    separable = type(fixed).__name__ == "Separable"
+    assert separable or sizes == neighbours(shape, len(sizes))
     planes = [blocks.get(f"factor{mode}") for mode in range(len(sizes))]
     core = blocks.get("core")
     if core is not None and core.ndim < len(sizes):
@@ -196,6 +244,12 @@ def split_tensor(split: object, blocks: Mapping[str, numpy.ndarray]) -> numpy.nd
             core[(place,) * len(sizes)] = number
     tensor = canonical(planes) if core is None else tucker(core, planes)  # type: ignore[arg-type]
     assert tensor.shape == sizes
+    if separable:
+        for mode in fixed.mapped(len(shape)):  # type: ignore[attr-defined]
+            one = fixed.mode(place * len(shape) + mode)  # type: ignore[attr-defined]
+            matrix = map_matrix(one, sizes[mode], shape[mode])
+            tensor = numpy.moveaxis(numpy.tensordot(matrix, tensor, ([1], [mode])), 0, mode)
+        return tensor
     return fold(unfold(tensor, tensor.size), shape)
 
 
@@ -225,7 +279,7 @@ def group_vector(
                 own[leaf] = block[tuple(map(slice, shape))]
                 assert own[leaf].shape == shape
                 assert tied or block.shape == shape
-            tensors.append(split_tensor(split, own))
+            tensors.append(split_tensor(split, own, fields["map"], place))
         product = kronecker(tensors) if fields["combine"] == "kronecker" else hadamard(tensors)
         assert product.shape == total.shape
         total += product
@@ -241,14 +295,24 @@ def deltas(plan: object, factors: Mapping[str, numpy.ndarray]) -> dict[str, nump
     layout = plan.layout  # type: ignore[attr-defined]
     updates = {name: numpy.full(shape, numpy.nan) for name, shape in layout.shapes.items()}
     number = 0
+    factors = with_blocks(plan, factors)
     for fields, held in parts_of(plan):
-        first = number
-        for listed in held:
-            vector = group_vector(fields, layout.groups, number, first, factors)
-            if type(fields["map"]).__name__ == "Identity":
+        first, fixed = number, fields["map"]
+        vectors = [
+            group_vector(fields, layout.groups, first + index, first, factors)
+            for index in range(len(held))
+        ]
+        if getattr(fixed, "scope", "group") == "all":
+            vector = numpy.concatenate([v[: len(e)] for v, e in zip(vectors, held, strict=True)])
+            vector = map_matrix(fixed, vector.size, vector.size) @ vector
+            vectors = numpy.split(vector, numpy.cumsum([len(listed) for listed in held])[:-1])
+            fixed = Identity()
+        for listed, vector in zip(held, vectors, strict=True):
+            if isinstance(fixed, (Identity, Separable)):
                 vector = vector[: len(listed)]
             else:
-                vector = fields["map"].matrix(vector.size, len(listed)) @ vector  # type: ignore[attr-defined]
+                own = bound(fixed, number, listed, plan)
+                vector = map_matrix(own, vector.size, len(listed)) @ vector
             for (name, row, column), value in zip(listed, vector, strict=True):
                 updates[name][row, column] = scale_of(fields) * value
             number += 1

@@ -15,7 +15,7 @@ import superlora
 
 HEAVY = ("torch", "jax", "tensorflow", "cupy", "paddle")
 ROOT = Path(superlora.__file__).parent.parent
-BOUND_TO_TORCH = ("superlora.torch", "superlora.demo", "superlora.cli")
+BOUND_TO_TORCH = ("superlora.torch", "superlora.demo", "superlora.cli", "superlora._torch_transform")
 
 
 def run_python(code):
@@ -168,7 +168,9 @@ def test_every_public_object_has_a_numpydoc_docstring(name):
         if parameter.name not in ("self", "cls")
     ]
     if not inspect.isclass(value) and parameters:
-        assert {"Parameters", "Returns"} <= sections
+        assert "Parameters" in sections
+        nothing = inspect.signature(value).return_annotation in (None, "None")
+        assert nothing or "Returns" in sections
     assert sections & {"Parameters", "Returns", "Examples"} or inspect.isabstract(value)
     if "Parameters" in sections:
         section = re.split(r"\n\w[\w ]*\n-{3,}\n", text.split("Parameters\n----------\n")[1])[0]

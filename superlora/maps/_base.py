@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
+import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy
 
-from superlora._backend import Array, constant
+from superlora._backend import Array, backend_of, constant
 from superlora.values import hashable
 
 
@@ -24,7 +26,8 @@ class Place:
     group : int
         Index of the group.
     shapes : tuple of (int, int)
-        Output and input width of the group's weights, in order.
+        Output and input width of the group's weights, in order; none where the map makes no
+        whole group, but a part of a vector.
     whole : bool
         Whether no weight is cut by the group's boundary.
     """
@@ -256,15 +259,17 @@ class Map(abc.ABC):
         fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         return {"name": type(self).__name__, **{key: _plain(v) for key, v in fields.items()}}
 
-    def _kept(self, key: object, make: Callable[[], numpy.ndarray], like: Array) -> Array:
-        """Return a constant on the device of `like`, made on the first call."""
-        kept = self.__dict__.get("_constants")
-        if kept is None:
-            kept = self.__dict__.setdefault("_constants", {})
-        place = (key, str(getattr(like, "device", "")) if hasattr(like, "is_meta") else "")
-        if place not in kept:
-            kept[place] = constant(make(), like)
-        return kept[place]
+    def _among(self, count: int, index: int) -> Map:
+        """Return the map with streams of its own, as one of so many."""
+        return self
+
+    def _kept(self, like: Array, draw: str, *args: int, keep: bool = True) -> Array:
+        """Return what a method draws on the device of `like`; kept from the first call on."""
+        if hasattr(like, "fake_mode"):  # torch's tensors without values, which must not be kept
+            return constant(getattr(self, draw)(*args), like)
+        if hasattr(like, "is_meta"):
+            return _look_up(self, draw, args, keep, "pytorch", str(like.device))
+        return _look_up(self, draw, args, keep, backend_of(like).backend_name, like=like)
 
     # What is kept is no part of the value.
     def __getstate__(self) -> dict[str, Any]:
@@ -275,6 +280,41 @@ class Map(abc.ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Map:
         return self  # it cannot change
+
+
+def _look_up(
+    fixed: Map,
+    draw: str,
+    args: tuple[int, ...],
+    keep: bool,
+    library: str,
+    device: str = "",
+    like: Array = None,
+) -> Array:
+    kept = fixed.__dict__.get("_constants")
+    if kept is None:
+        kept = fixed.__dict__.setdefault("_constants", {})
+    key = (draw, args, library, device)
+    found = kept.get(key)
+    if found is not None:
+        return found
+    values = getattr(fixed, draw)(*args)
+    if library == "pytorch":
+        torch = sys.modules["torch"]
+        # Made under `torch.inference_mode` they could take part in no later gradient.
+        with torch.inference_mode(False):
+            found = torch.from_numpy(values).to(device)
+        keep = keep and type(found) is torch.Tensor
+    else:
+        found = constant(values, like)
+    if keep:
+        kept[key] = found
+    return found
+
+
+# What `torch.compiler.assume_constant_result` sets: the numbers are drawn while a compiler
+# traces, and it takes them as they are.
+_look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _plain(value: Any) -> Any:
@@ -309,13 +349,14 @@ def map_from_dict(values: object) -> Map:
         raise TypeError(f"map must be a mapping with a name: got {values!r}")
     fields = dict(values)
     name = fields.pop("name", None)
-    if name not in Map._known:
+    known = {key: kind for key, kind in Map._known.items() if not inspect.isabstract(kind)}
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"map must be one of {sorted(Map._known)}; a map of your own must be imported before "
+            f"map must be one of {sorted(known)}; a map of your own must be imported before "
             f"its file is read: got {name!r}"
         )
     try:
-        return Map._known[name](**{key: _parsed(value) for key, value in fields.items()})
+        return known[name](**{key: _parsed(value) for key, value in fields.items()})
     except TypeError as error:
         raise ValueError(f"map {name} has wrong fields: {error}") from None
 

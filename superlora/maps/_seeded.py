@@ -67,13 +67,15 @@ class CheckedMap(Map):
         Raises
         ------
         TypeError
-            If `x` is not of a floating-point type, or `size` is not an integer.
+            If `x` is not of a floating-point type, or a number is not an integer.
         ValueError
             If `x` is not a vector, the map cannot serve these sizes, or the slice is not
             within them.
         """
-        _check_vector("x", x)
+        check_vector("x", x)
         check_count("size", size)
+        check_count("start", start, least=0)
+        check_count("stop", stop)
         if not 0 <= start < stop <= size:
             raise ValueError(
                 f"start and stop must be a slice of {size} entries: got {start} and {stop}"
@@ -103,7 +105,7 @@ class CheckedMap(Map):
         ValueError
             If `y` is not a vector, or the map cannot serve these sizes.
         """
-        _check_vector("y", y)
+        check_vector("y", y)
         check_count("size", size)
         self.check(size, y.shape[0])
         return cast(self._backward(widened(y), size), like=y)
@@ -140,14 +142,15 @@ class SeededMap(CheckedMap):
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if self.version != VERSION:
+        if check_count("version", self.version) != VERSION:
             raise ValueError(f"version must be {VERSION}, the derivation here: got {self.version}")
         if check_count("substream", self.substream, least=0) >= _GROUPS:
             raise ValueError(f"substream must be below {_GROUPS}: got {self.substream}")
         choices = {"shared": (True, False), **self.choices}
         for name, allowed in choices.items():
             value = getattr(self, name)
-            if not any(value is choice or value == choice for choice in allowed):
+            # 1 is not True here: a file would hold the number.
+            if not any(type(value) is type(choice) and value == choice for choice in allowed):
                 raise ValueError(f"{name} must be one of {allowed}: got {value!r}")
 
     def bind(self, place: Place) -> Map:
@@ -180,6 +183,9 @@ class SeededMap(CheckedMap):
         """
         return dataclasses.replace(self, substream=index)
 
+    def _among(self, count: int, index: int) -> Map:
+        return self.part(self.substream * count + index)
+
     def _stream(self, kind: int) -> int:
         return kind << 56 | self.substream << 32
 
@@ -191,8 +197,11 @@ def scale_of(normalize: str | None, before: int, size: int) -> float:
     return float(size if normalize == "isometric" else before) ** -0.5
 
 
-def _check_vector(name: str, array: Array) -> None:
+def check_vector(name: str, array: Array) -> None:
+    """Refuse what is no vector of floating-point numbers, of 16 bits at least."""
     check_floating(name, array)
+    if any(short in str(array.dtype) for short in ("float8", "float6_", "float4_")):
+        raise TypeError(f"{name} must have numbers of at least 16 bits: got {array.dtype}")
     if len(array.shape) != 1 or not array.shape[0]:
         raise ValueError(f"{name} must be a vector of entries: got shape {tuple(array.shape)}")
 

@@ -114,6 +114,8 @@ class Broadcast(CheckedMap):
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
         library = backend_of(x)
         before = x.shape[0]
+        if before == 1:
+            return x * ones((stop - start,), like=x)
         each = size // before
         if self.along == "outputs":
             first, last = start // before, -(-stop // before)
@@ -214,5 +216,8 @@ class Selection(CheckedMap):
         return scatter_add(y, self._where(y), before)
 
     def _where(self, like: Array) -> Array:
-        return self._kept("positions", lambda: numpy.array(self.positions), like)
+        return self._kept(like, "_draw_positions")
+
+    def _draw_positions(self) -> numpy.ndarray:
+        return numpy.array(self.positions)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy
 
-from superlora._backend import Array, backend_of, constant, take
+from superlora._backend import Array, backend_of, take
 from superlora.maps._seeded import (
     CHECKED,
     NORMALIZE,
@@ -21,7 +20,7 @@ from superlora.maps._seeded import (
 )
 from superlora.maps.identity import padded
 from superlora.maps.shuffle import position_type
-from superlora.permutations import Permutation, permutation_rows
+from superlora.permutations import Permutation, check_size, permutation_rows
 from superlora.random import coarse_normals, signs
 from superlora.walsh_hadamard import (
     next_power_of_two,
@@ -111,6 +110,21 @@ class Fastfood(SeededMap):
         """Whether a slice costs less than the whole."""
         return self.blocks == "stacked"
 
+    def check(self, before: int, size: int) -> None:
+        """Refuse a transform of more entries than there are permutations of.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Raises
+        ------
+        ValueError
+            If it would have more than 2**48.
+        """
+        check_size(self._blocks(before, size)[0])
+
     def gain(self, before: int, size: int) -> float:
         """Return the mean square of an output for inputs of mean square 1.
 
@@ -146,7 +160,7 @@ class Fastfood(SeededMap):
         most = min(width, CHECKED)
         order = Permutation(self.seed, self._stream(ROWS), width)
         return {
-            "signs": signs(self.seed, self._stream(SIGNS), 0, most),
+            "signs": self._draw_signs(0, most),
             "values": self._draw_values(0, most),
             "positions": order.forward(0, most),
         }
@@ -258,21 +272,19 @@ class Fastfood(SeededMap):
         width = z.shape[-1]
         count = z.shape[0] if len(z.shape) == 2 else 1
 
-        def positions() -> numpy.ndarray:
-            stream = self._stream(ROWS)
-            last = first + count
-            rows = permutation_rows(self.seed, stream, width, first, last, inverse=inverse)
-            rows = rows + numpy.arange(count)[:, None] * width
-            return rows.reshape(-1).astype(position_type(rows.size))
-
-        key = ("positions", width, first, count, inverse)
-        found = self._kept(key, positions, z) if self.stored else constant(positions(), z)
+        found = self._fixed(z, "_draw_positions", width, first, count, inverse)
         return library.reshape(take(library.reshape(z, (-1,)), found), z.shape)
 
+    def _draw_positions(
+        self, width: int, first: int, count: int, inverse: bool
+    ) -> numpy.ndarray:
+        stream = self._stream(ROWS)
+        rows = permutation_rows(self.seed, stream, width, first, first + count, inverse=inverse)
+        rows = rows + numpy.arange(count)[:, None] * width
+        return rows.reshape(-1).astype(position_type(rows.size))
+
     def _numbers(self, width: int, first: int, last: int, like: Array) -> Array:
-        draw = functools.partial(self._draw_values, first * width, last * width)
-        key = ("values", width, first, last)
-        found = self._kept(key, draw, like) if self.stored else constant(draw(), like)
+        found = self._fixed(like, "_draw_values", first * width, last * width)
         return found.reshape((last - first, width))
 
     def _sign_rows(self, width: int, first: int, last: int, like: Array) -> Array:
@@ -283,9 +295,13 @@ class Fastfood(SeededMap):
         return draw(self.seed, self._stream(NORMALS), start, stop)
 
     def _signs(self, start: int, stop: int, like: Array) -> Array:
-        draw = functools.partial(signs, self.seed, self._stream(SIGNS), start, stop)
-        found = self._kept(("signs", start, stop), draw, like) if self.stored else None
-        return constant(draw(), like) if found is None else found
+        return self._fixed(like, "_draw_signs", start, stop)
+
+    def _draw_signs(self, start: int, stop: int) -> numpy.ndarray:
+        return signs(self.seed, self._stream(SIGNS), start, stop)
+
+    def _fixed(self, like: Array, draw: str, *args: int) -> Array:
+        return self._kept(like, draw, *args, keep=self.stored)
 
 
 def _leading(z: Array, size: int) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +12,7 @@ import numpy
 from superlora._backend import Array, backend_of, fourier_transforms, scatter_add, take
 from superlora.maps._base import Map, Place
 from superlora.maps._seeded import CHECKED, ORDERS, SeededMap, check_enough
+from superlora.maps.shuffle import position_type
 from superlora.permutations import Permutation
 from superlora.values import check_count, hashable
 
@@ -102,7 +102,7 @@ class Fourier(SeededMap):
             If the group is not one whole weight, and no shape is given.
         """
         bound = super().bind(place)
-        if self.shape is not None:
+        if self.shape is not None or not place.shapes:
             return bound
         if len(place.shapes) != 1 or not place.whole:
             raise ValueError(
@@ -198,9 +198,9 @@ class Fourier(SeededMap):
         Returns
         -------
         int
-            Two positions and a weight for each coefficient.
+            Two positions for each coefficient.
         """
-        return 24 * before
+        return 2 * before * position_type(size).itemsize
 
     def _axes(self, size: int) -> tuple[int, ...]:
         return (1, size) if self.shape is None else self.shape
@@ -213,8 +213,8 @@ class Fourier(SeededMap):
             return numpy.array(self.frequencies)
         return Permutation(self.seed, self._stream(ORDERS), size).forward(0, before)
 
-    def _half(self, before: int, size: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Return where a real transform's half spectrum has each coefficient, and its mirror.
+    def _half(self, before: int, size: int, mirrored: bool) -> numpy.ndarray:
+        """Return where a real transform's half spectrum has each coefficient, or its mirror.
 
         Both have half of it; where one is not in the half it goes to a place of its own
         beyond the end.
@@ -222,17 +222,12 @@ class Fourier(SeededMap):
         rows, columns = self._axes(size)
         kept = columns // 2 + 1
         high, low = numpy.divmod(self._chosen(before, size), columns)
-        places = []
-        for u, v in ((high, low), (-high % rows, -low % columns)):
-            places.append(numpy.where(v < kept, u * kept + v, rows * kept))
-        return places[0], places[1]
+        u, v = (-high % rows, -low % columns) if mirrored else (high, low)
+        return numpy.where(v < kept, u * kept + v, rows * kept).astype(position_type(size))
 
     def _places(self, before: int, size: int, like: Array) -> tuple[Array, Array]:
-        draw = functools.partial(self._half, before, size)
-        return (
-            self._kept((before, size, 0), lambda: draw()[0], like),
-            self._kept((before, size, 1), lambda: draw()[1], like),
-        )
+        first, second = (self._kept(like, "_half", before, size, side) for side in (False, True))
+        return first, second
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
         library = backend_of(x)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from superlora._backend import Array, backend_of, zeros
 from superlora.maps._base import Map
+from superlora.values import check_count
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,22 @@ class Identity(Map):
     keeps_size: ClassVar[bool] = True
     sliced: ClassVar[bool] = True
 
+    def check(self, before: int, size: int) -> None:
+        """Refuse a group of more entries than the fold has.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Raises
+        ------
+        ValueError
+            If it is so.
+        """
+        if check_count("size", size) > before:
+            raise ValueError(f"size must be at most {before}, the entries of x: got {size}")
+
     def apply(self, x: Array, size: int) -> Array:
         """Return the first `size` entries of `x`.
 
@@ -42,11 +59,13 @@ class Identity(Map):
 
         Raises
         ------
+        TypeError
+            If `size` is not an integer.
         ValueError
-            If `x` has fewer than `size` entries.
+            If `x` is not a vector, or has fewer than `size` entries.
         """
-        if x.shape[0] < size:
-            raise ValueError(f"size must be at most {x.shape[0]}, the entries of x: got {size}")
+        _check_rank("x", x)
+        self.check(x.shape[0], size)
         return x[:size]
 
     def adjoint(self, y: Array, size: int) -> Array:
@@ -66,12 +85,20 @@ class Identity(Map):
 
         Raises
         ------
+        TypeError
+            If `size` is not an integer.
         ValueError
-            If `y` has more than `size` entries.
+            If `y` is not a vector, or has more than `size` entries.
         """
-        if size < y.shape[0]:
+        _check_rank("y", y)
+        if check_count("size", size) < y.shape[0]:
             raise ValueError(f"size must be at least {y.shape[0]}, the entries of y: got {size}")
         return padded(y, size)
+
+
+def _check_rank(name: str, array: Array) -> None:
+    if len(array.shape) != 1:
+        raise ValueError(f"{name} must be a vector of entries: got shape {tuple(array.shape)}")
 
 
 def padded(x: Array, size: int) -> Array:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy
 
-from superlora._backend import Array, backend_of, cast, constant, take
+from superlora._backend import Array, backend_of, cast, take
 from superlora.maps._seeded import (
     CHECKED,
     NORMALIZE,
@@ -140,7 +138,7 @@ class OneHot(SeededMap):
             sources = self._sources(before, size, 0, most)
         found = {"sources": sources}
         if self.signed:
-            found["signs"] = signs(self.seed, self._stream(SIGNS), 0, most)
+            found["signs"] = self._signs(0, most)
         return found
 
     def operations(self, before: int, size: int) -> int:
@@ -179,46 +177,40 @@ class OneHot(SeededMap):
         x = self._normalized(x, size)
         parts = []
         for first, last in _chunks(before, size, start, stop):
-            positions = self._fixed(
-                ("sources", before, size, first),
-                functools.partial(self._sources, before, size, first, last),
-                x,
-            )
-            part = take(x, positions[max(start - first, 0) : stop - first])
-            parts.append(self._with_signs(part, max(start, first), min(stop, last)))
+            inside = slice(max(start - first, 0), min(stop, last) - first)
+            part = take(x, self._fixed(x, "_sources", before, size, first, last)[inside])
+            if self.signed:
+                part = part * self._fixed(x, "_signs", first, last)[inside]
+            parts.append(part)
         return parts[0] if len(parts) == 1 else backend_of(x).concatenate(parts, axis=0)
 
     def _backward(self, y: Array, before: int) -> Array:
         size = y.shape[0]
         library = backend_of(y)
-        y = padded(self._with_signs(y, 0, size), -(-size // before) * before)
+        if self.signed:
+            bounds = _chunks(before, size, 0, size)
+            runs = [y[a:b] * self._fixed(y, "_signs", a, b) for a, b in bounds]
+            y = runs[0] if len(runs) == 1 else library.concatenate(runs, axis=0)
+        y = padded(y, -(-size // before) * before)
         total = None
         for first, last in _chunks(before, y.shape[0], 0, y.shape[0]):
-            positions = self._fixed(
-                ("targets", before, size, first),
-                functools.partial(self._targets, before, size, first, last),
-                y,
-            )
+            positions = self._fixed(y, "_targets", before, size, first, last)
             rows = library.reshape(take(y, positions), (-1, before))
             part = library.sum(rows, axis=0)
             total = part if total is None else total + part
         return self._normalized(total, size)
 
-    def _fixed(self, key: object, make: Callable[[], numpy.ndarray], like: Array) -> Array:
-        return self._kept(key, make, like) if self.stored else constant(make(), like)
+    def _fixed(self, like: Array, draw: str, *args: int) -> Array:
+        return self._kept(like, draw, *args, keep=self.stored)
 
-    def _with_signs(self, y: Array, start: int, stop: int) -> Array:
-        if not self.signed:
-            return y
-        draw = functools.partial(signs, self.seed, self._stream(SIGNS), start, stop)
-        return y * self._fixed(("signs", start, stop), draw, y)
+    def _signs(self, first: int, last: int) -> numpy.ndarray:
+        return signs(self.seed, self._stream(SIGNS), first, last)
 
     def _normalized(self, x: Array, size: int) -> Array:
         if self.normalize != "isometric":
             return x
         before = x.shape[0]
-        draw = functools.partial(self._weights, before, size)
-        return x * cast(self._fixed(("weights", before, size), draw, x), like=x)
+        return x * cast(self._fixed(x, "_weights", before, size), like=x)
 
     def _sources(self, before: int, size: int, first: int, last: int) -> numpy.ndarray:
         """Return which inputs are taken by outputs `first`, where a tile begins, to `last`."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy
 
-from superlora._backend import Array, backend_of, constant, take
+from superlora._backend import Array, backend_of, take
 from superlora.maps._seeded import CHECKED, ORDERS, SeededMap
 from superlora.maps.identity import padded
 from superlora.permutations import Permutation
@@ -120,19 +120,18 @@ class Shuffle(SeededMap):
 
     def _taken(self, x: Array, start: int, stop: int, inverse: bool) -> Array:
         size = x.shape[0]
-        permutation = self._permutation(size)
-
-        def positions(first: int, last: int) -> numpy.ndarray:
-            found = (permutation.inverse if inverse else permutation.forward)(first, last)
-            return found.astype(position_type(size))
-
         if self.stored:
-            return take(x, self._kept((size, inverse), lambda: positions(0, size), x)[start:stop])
-        parts = [
-            take(x, constant(positions(first, min(first + CHUNK, stop)), x))
-            for first in range(start, stop, CHUNK)
-        ]
+            return take(x, self._kept(x, "_draw", size, 0, size, inverse)[start:stop])
+        parts = []
+        for first in range(start, stop, CHUNK):
+            last = min(first + CHUNK, stop)
+            parts.append(take(x, self._kept(x, "_draw", size, first, last, inverse, keep=False)))
         return backend_of(x).concatenate(parts, axis=0)
+
+    def _draw(self, size: int, first: int, last: int, inverse: bool) -> numpy.ndarray:
+        permutation = self._permutation(size)
+        found = (permutation.inverse if inverse else permutation.forward)(first, last)
+        return found.astype(position_type(size))
 
 
 def position_type(size: int) -> numpy.dtype:

@@ -22,8 +22,17 @@ class _Made:
 
     tensors: tuple[Tensor, ...]
     state: tuple[Any, ...]
+    values: tuple[Tensor, ...] = ()
     parts: tuple[Tensor, ...] = ()
     spent: bool = False  # its gradients were taken: the next pass makes a graph of its own
+
+    def serves(self, tensors: tuple[Tensor, ...], state: tuple[Any, ...]) -> bool:
+        """Return whether it is what these tensors would make."""
+        if self.spent or self.state != state:
+            return False
+        # A version does not count what is written through `.data`, as averages of weights are.
+        found = zip(self.tensors, self.values, tensors, strict=True)
+        return all(own is t and torch.equal(value, t) for own, value, t in found)
 
 
 class _Parts(torch.autograd.Function):
@@ -168,7 +177,7 @@ class Shared:
             if cut is None:  # of this layer alone
                 size = self.layout.groups[first].size
                 found.append(self.layout.maps[first].apply(make(tensors), size))
-            elif torch.compiler.is_compiling() or _transforms():
+            elif torch.compiler.is_compiling() or _transforms() or tensors[0].is_meta:
                 found.append(cut.map.apply(make(tensors), cut.size)[slice(*bound)])
             else:
                 parts = self._of(first, cut, tensors, make, scale)
@@ -186,9 +195,9 @@ class Shared:
             *(tensor.requires_grad for tensor in tensors),
         )
         made = self._made.get(first)
-        if made is None or made.spent or made.state != state or not _same(made.tensors, tensors):
+        if made is None or not made.serves(tensors, state):
             self._made.pop(first, None)  # before another one takes as much memory
-            made = _Made(tensors, state)
+            made = _Made(tensors, state, tuple(tensor.detach().clone() for tensor in tensors))
             with without_autocast(tensors[0].device):
                 made.parts = _Parts.apply(cut, entries, made, *tensors)  # type: ignore[no-untyped-call]
             self._made[first] = made
@@ -198,10 +207,6 @@ class Shared:
     def clear(self) -> None:
         """Forget all vectors, which are of the weights' size."""
         self._made.clear()
-
-
-def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _transforms() -> bool:

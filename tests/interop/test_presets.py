@@ -21,8 +21,10 @@ pytestmark = quiet
 # With and without bias, of unequal shapes; stacks take one shape.
 SPECS = {
     "dense": sl.dense(scale=0.7),
+    "did": sl.did(7, scale=0.7),
     "fact_tk": sl.fact_tk(2, scale=0.7),
     "fact_tt": sl.fact_tt(2, scale=0.7),
+    "fourierft": sl.fourierft(7),
     "krona": sl.krona(scale=0.7),
     "loha": sl.loha(2, alpha=5),
     "lokr": sl.lokr(1, scale=0.7),
@@ -33,7 +35,10 @@ SPECS = {
     "lorta": sl.lorta(2, scale=0.7),
     "lorta_cp": sl.lorta_cp(3, fold=(2, 1, 4, 4, 24), scale=0.7),
     "lotr": sl.lotr(2, scale=0.7),
+    "nola": sl.nola(5, 3, scale=0.7),
+    "said": sl.said(7, scale=0.7),
     "tinylora": sl.tinylora(2, 5, scale=0.7),
+    "unilora": sl.unilora(7, 3, scale=0.7),
     "vera": sl.vera(3, scale=0.7),
 }
 TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 4e-2}

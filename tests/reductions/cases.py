@@ -121,7 +121,7 @@ class Take:
         return self.view(self.parameter.detach() - self.origin)
 
 
-Leaves = dict[str, Take]  # by the block's name without the group, "split.block"
+Leaves = dict[str, Take]  # by the block's name, without the group where it has one group only
 
 
 @dataclasses.dataclass
@@ -178,14 +178,16 @@ class PaperPeer:
 
     @torch.no_grad()
     def backward(self, x: Tensor, cotangent: Tensor) -> None:
-        # The updates are linear in every single entry: its difference is its derivative.
-        before = (self.forward(x) * cotangent).sum()
+        # The updates are linear in every single entry, or quadratic where both factors are made
+        # of one vector: half its central difference is its derivative.
         for parameter in self.parameters:
             entries, gradient = parameter.view(-1), torch.zeros(parameter.numel()).double()
             for index in range(len(entries)):
-                entries[index] += 1
-                gradient[index] = (self.forward(x) * cotangent).sum() - before
-                entries[index] -= 1
+                kept = entries[index].clone()
+                for sign in (1, -1):
+                    entries[index] = kept + sign
+                    gradient[index] += sign * (self.forward(x) * cotangent).sum() / 2
+                entries[index] = kept
             parameter.grad = gradient.view(parameter.shape)
 
 
@@ -210,10 +212,11 @@ class Ours:
         self.takes: dict[str, Take] = {}
         frozen = self.plan.frozen_shapes
         for name, leaves in peer.leaves.items():
-            blocks = {block.partition(".")[2]: block for block in self.plan.blocks_of(name)}
-            trained = {leaf for leaf, block in blocks.items() if block not in frozen}
-            assert trained <= set(leaves) <= set(blocks), (name, sorted(blocks), sorted(leaves))
-            self.takes |= {blocks[leaf]: take for leaf, take in leaves.items()}
+            whole = set(self.plan.blocks_of(name))
+            short = {block.partition(".")[2]: block for block in sorted(whole)}
+            found = {short.get(leaf, leaf): take for leaf, take in leaves.items()}
+            assert whole - frozen.keys() <= found.keys() <= whole, (name, whole, leaves)
+            self.takes |= found
         for block, take in self.takes.items():
             self.put(block, take.values())
 
@@ -295,6 +298,16 @@ def check_forward(case: Case, ours: Ours) -> None:
     x, _ = case.inputs
     case.near(ours.model(x), case.outputs, "the forward")
     assert not torch.allclose(case.outputs, case.net(x))
+
+
+def check_merged(case: Case, ours: Ours) -> None:
+    """The merged model gives the same outputs, and the base's own after that."""
+    x, _ = case.inputs
+    ours.adapter.merge()
+    case.near(ours.model(x), case.outputs, "the merged forward")
+    ours.adapter.unmerge()
+    with ours.adapter.disabled():
+        case.near(ours.model(x), case.net(x), "the base")
 
 
 def check_gradients(case: Case, ours: Ours) -> None:

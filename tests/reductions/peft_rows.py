@@ -47,8 +47,13 @@ def peft_row(
     example: Options,
     *,
     finish: Callable[[Any, Options], object] = lambda model, drawn: None,
+    refine: Callable[[sl.Spec, Any, Options], sl.Spec] = lambda spec, model, drawn: spec,
+    formed: Callable[[Any, Options], Tensor] | None = None,
     tolerance: float = 1e-11,
 ) -> Row:
+    """Make a row of one of PEFT's configurations; `refine` adds what PEFT has drawn."""
+    forms = _formed if formed is None else formed
+
     def build(drawn: Options) -> Case:
         net, model = adapt(drawn, config(drawn))
         finish(model, drawn)
@@ -56,9 +61,10 @@ def peft_row(
         found = {
             key: leaves(layer, model, index) for index, (key, layer) in enumerate(layers.items())
         }
-        formed = {key: _formed(layer, drawn) for key, layer in layers.items()}
+        updates = {key: forms(layer, drawn) for key, layer in layers.items()}
         trained = [p for p in model.parameters() if p.requires_grad]
-        return Case(drawn, net, spec(drawn), TorchPeer(model, trained, found, formed), tolerance)
+        own = refine(spec(drawn), model, drawn)
+        return Case(drawn, net, own, TorchPeer(model, trained, found, updates), tolerance)
 
     return Row(name, build, drawn, example)
 

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from tests.reductions import lycoris_rows, paper_shared_rows, paper_weight_rows, peft_rows
+from tests.reductions import (
+    lycoris_rows,
+    paper_map_rows,
+    paper_shared_rows,
+    paper_weight_rows,
+    peft_map_rows,
+    peft_rows,
+)
 from tests.reductions.cases import Row
 
-TABLES = (peft_rows, lycoris_rows, paper_shared_rows, paper_weight_rows)
+TABLES = (
+    peft_rows,
+    peft_map_rows,
+    lycoris_rows,
+    paper_shared_rows,
+    paper_weight_rows,
+    paper_map_rows,
+)
 ROWS: dict[str, Row] = {row.name: row for table in TABLES for row in table.ROWS}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
 import superlora as sl
-from superlora import reconstruct
+from superlora import maps, permutations, reconstruct
 from superlora.kronecker import kronecker
 from tests.reductions.cases import (
     Case,
@@ -53,8 +56,17 @@ def reversed_kronecker(tensors: Sequence[Tensor]) -> Tensor:
     return kronecker(list(tensors)[::-1])
 
 
+def squared_kronecker(tensors: Sequence[Tensor]) -> Tensor:
+    return kronecker([tensors[0]] * len(tensors))
+
+
 def added(tensors: Sequence[Tensor]) -> Tensor:
     return functools.reduce(operator.add, tensors)
+
+
+def is_even(spec: sl.Spec) -> bool:
+    """Whether all blocks are one vector's, two in each product: -theta gives the same update."""
+    return spec.factor_map is not None and spec.factor_scope == "all"
 
 
 def checks_of(ours: Ours, block: str) -> list[Callable[[Case, Ours], None]]:
@@ -91,18 +103,23 @@ def test_a_wrong_scale_is_noticed(row, factor):
 def test_a_wrong_block_is_noticed(row, wrong):
     case = row.build(row.example)
     ours = case.ours()
-    tried = 0
+    tried = vectors = 0
     for block, take in ours.takes.items():
         values = take.values()
-        if torch.equal(wrong(values), values):  # a vector has one reading
+        if torch.equal(wrong(values), values):  # a vector has one reading, a number one order
+            vectors += max(values.shape) == values.numel()
             continue
         tried += 1
         ours.put(block, wrong(values))
+        if wrong is negated and is_even(case.spec):
+            check_updates(case, ours)
+            check_forward(case, ours)
+            continue
         for check in checks_of(ours, block):
             with failing(f"{check.__name__}: {block} {wrong.__name__}"):
                 check(case, ours)
         ours.put(block, values)
-    assert tried or (wrong is misread and row.preset == "dense")
+    assert tried or (wrong is misread and vectors == len(ours.takes))
 
 
 @every_row
@@ -111,7 +128,8 @@ def test_two_blocks_changed_for_each_other_are_noticed(row):
     ours = case.ours()
     blocks = [block for block in ours.plan.blocks_of("layers.a") if block in ours.takes]
     if len(blocks) == 1:
-        assert row.preset in ("dense", "lora_xs")
+        trained = ("dense", "lora_xs", "fourierft", "did", "unilora")
+        assert row.preset in trained or is_even(case.spec)
     for one, other in itertools.pairwise(blocks):
         first, second = (ours.takes[block].values() for block in (one, other))
         entries = torch.cat([second.reshape(-1), first.reshape(-1)])
@@ -131,6 +149,8 @@ def test_another_product_is_noticed(row):
         assert row.preset not in ("loha", "lokr", "krona", "lonkr", "vera")
         return
     target, wrong = "kronecker", reversed_kronecker
+    if isinstance(case.spec.map, maps.Selection):  # of which it takes a product that commutes
+        wrong = squared_kronecker
     if case.spec.combine == "hadamard":
         target, wrong = "hadamard", added
     with mock.patch.object(reconstruct, target, wrong), failing(f"{wrong.__name__}"):
@@ -141,6 +161,219 @@ def test_another_product_is_noticed(row):
 def test_a_wrong_number_of_parameters_is_noticed(row):
     case = row.build(row.example)
     ours = case.ours()
-    plan = sl.Plan(case.spec.replace(terms=case.spec.terms + 1), ours.plan.shapes)
-    with mock.patch.object(ours, "plan", plan), failing("one more term"):
+    spec = case.spec.replace(terms=case.spec.terms + 1)
+    if is_even(case.spec):  # as many numbers for any number of blocks
+        spec = case.spec.replace(factor_size=case.spec.factor_size + 1)
+    plan = sl.Plan(spec, ours.plan.shapes)
+    with mock.patch.object(ours, "plan", plan), failing("one more number"):
         check_count(case, ours)
+
+
+# -- the fixed maps
+
+Change = Callable[[maps.Map], maps.Map]
+
+
+def inside(change: Change) -> Change:
+    """Apply a change to a map and to the maps that it is made of."""
+
+    def changed(fixed: maps.Map) -> maps.Map:
+        own = {}
+        for item in dataclasses.fields(fixed):
+            value = getattr(fixed, item.name)
+            if isinstance(value, maps.Map):
+                own[item.name] = changed(value)
+            elif item.name == "parts":
+                own[item.name] = tuple(map(changed, value))
+        return change(dataclasses.replace(fixed, **own) if own else fixed)
+
+    return changed
+
+
+def with_maps(spec: sl.Spec, change: Change) -> sl.Spec:
+    """Change every map of a spec, and of its overrides."""
+
+    def fields(found: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: found.get(key) for key in ("map", "factor_map")}
+        return {key: inside(change)(fixed) for key, fixed in kept.items() if fixed is not None}
+
+    own = {pattern: dict(changes) for pattern, changes in spec.overrides}
+    overrides = {pattern: {**changes, **fields(changes)} for pattern, changes in own.items()}
+    return spec.replace(**fields({k: getattr(spec, k) for k in ("map", "factor_map")}),
+                        overrides=overrides)
+
+
+def other(field: str, *pairs: tuple[object, object]) -> Change:
+    """Change a field of any map that has it to what the pairs say."""
+    known = {one: two for pair in pairs for one, two in (pair, pair[::-1])}
+
+    def change(fixed: maps.Map) -> maps.Map:
+        if field not in {item.name for item in dataclasses.fields(fixed)}:
+            return fixed
+        value = getattr(fixed, field)
+        return dataclasses.replace(fixed, **{field: known[value]}) if value in known else fixed
+
+    return change
+
+
+def other_seed(fixed: maps.Map) -> maps.Map:
+    seeded = isinstance(fixed, maps.Map) and hasattr(fixed, "seed")
+    return dataclasses.replace(fixed, seed=fixed.seed + 1) if seeded else fixed
+
+
+def rolled(fixed: maps.Map) -> maps.Map:
+    """Move given positions by one place."""
+    for field in ("positions", "frequencies"):
+        places = getattr(fixed, field, None)
+        if places:
+            return dataclasses.replace(fixed, **{field: places[1:] + places[:1]})
+    return fixed
+
+
+def reordered(fixed: maps.Map) -> maps.Map:
+    if isinstance(fixed, maps.Composed):
+        return dataclasses.replace(fixed, first=fixed.second, second=fixed.first)
+    if isinstance(fixed, maps.BlockDiagonal):
+        return dataclasses.replace(fixed, parts=fixed.parts[::-1])
+    return fixed
+
+
+def first_mode_alone(fixed: maps.Map) -> maps.Map:
+    return maps.Separable(inner=fixed.inner, modes=(0,)) if is_separable(fixed) else fixed
+
+
+def is_separable(fixed: maps.Map) -> bool:
+    return isinstance(fixed, maps.Separable)
+
+
+CHANGES: dict[str, Change] = {
+    "seed": other_seed,
+    "order": other("order", ("paper", "le")),
+    "blocks": other("blocks", ("single", "stacked")),
+    "values": other("values", ("normal", "sign")),
+    "normalize": other("normalize", ("isometric", None)),
+    "tiled": other("tiled", (True, False)),
+    "signed": other("signed", (True, False)),
+    "structured": other("structured", (True, False)),
+    "scope": other("scope", ("group", "all")),
+    "shared": other("shared", (True, False)),
+    "along": other("along", ("inputs", "outputs")),
+    "places": rolled,
+    "order of parts": reordered,
+    "modes": first_mode_alone,
+}
+# Rows in whose example a change has no effect, or cannot be made, and why.
+EXEMPT = {
+    "shared": {
+        "lora-paper-shuffle-all": "one permutation for all groups at once",
+        "lorta-paper-fastfood": "one group",
+        "lokr-paper-fastfood": "one group",
+        "lora-paper-separable": "its modes' maps are the same in all groups",
+        "lorta-paper-separable": "its modes' maps are the same in all groups",
+        "lokr-paper-separable": "its modes' maps are the same in all groups",
+        "unilora-paper": "one vector",
+    },
+    "scope": {"dense-paper-composed": "a part of another map is of one group"},
+}
+
+
+def mapped_rows() -> list[Any]:
+    found = []
+    for name, row in ROWS.items():
+        spec = row.build(row.example).spec
+        for what, change in CHANGES.items():
+            if with_maps_differs(spec, change) and name not in EXEMPT.get(what, ()):
+                found.append(pytest.param(row, change, id=f"{name}-{what}"))
+    return found
+
+
+def with_maps_differs(spec: sl.Spec, change: Change) -> bool:
+    try:
+        return with_maps(spec, change) != spec
+    except ValueError:
+        return True
+
+
+@pytest.mark.parametrize(("row", "change"), mapped_rows())
+def test_another_map_is_noticed(row, change):
+    case = row.build(row.example)
+    spec = with_maps(case.spec, change)
+    for check in (check_updates, check_forward, check_gradients):
+        with failing(f"{check.__name__}: another map"):
+            check(case, case.ours(spec))
+
+
+def no_signs(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:
+    return numpy.ones(stop - start, numpy.int8)
+
+
+def transposed_rows(*arguments: Any, inverse: bool = False) -> numpy.ndarray:
+    return permutations.permutation_rows(*arguments, inverse=not inverse)
+
+
+def kinds_of(spec: sl.Spec) -> set[str]:
+    """Name the kinds of maps in a spec, those with signs twice."""
+    found: set[str] = set()
+
+    def note(fixed: maps.Map) -> maps.Map:
+        name = type(fixed).__name__
+        found.add(name)
+        if isinstance(fixed, maps.Fastfood) or getattr(fixed, "signed", False):
+            found.add("signs")
+        if isinstance(fixed, maps.Fastfood) or getattr(fixed, "tiled", False):
+            found.add("rows")
+        return fixed
+
+    with_maps(spec, note)
+    return found
+
+
+@contextlib.contextmanager
+def patched(name: str, wrong: Any) -> Iterator[None]:
+    """Replace what all modules of maps have imported under a name."""
+    with contextlib.ExitStack() as stack:
+        for module in ("fastfood", "one_hot"):
+            stack.enter_context(mock.patch(f"superlora.maps.{module}.{name}", wrong))
+        yield
+
+
+BROKEN: dict[str, tuple[str, Callable[[], Any]]] = {
+    "no signs": ("signs", lambda: patched("signs", no_signs)),
+    "the permutation transposed": ("rows", lambda: patched("permutation_rows", transposed_rows)),
+    "the shuffle transposed": (
+        "Shuffle",
+        lambda: mock.patch.object(
+            permutations.Permutation, "forward", permutations.Permutation.inverse
+        ),
+    ),
+    "the scale missing": ("Fastfood", lambda: mock.patch("superlora.maps.fastfood.scale_of", one)),
+    "a Gaussian scale missing": (
+        "Gaussian",
+        lambda: mock.patch("superlora.maps.gaussian.scale_of", one),
+    ),
+}
+
+
+def one(normalize: str | None, before: int, size: int) -> float:
+    return 1.0
+
+
+def broken_rows() -> list[Any]:
+    found = []
+    for name, row in ROWS.items():
+        kinds = kinds_of(row.build(row.example).spec)
+        for what, (kind, patch) in BROKEN.items():
+            if kind in kinds:
+                found.append(pytest.param(row, patch, id=f"{name}-{what}"))
+    return found
+
+
+@pytest.mark.parametrize(("row", "patch"), broken_rows())
+def test_a_broken_map_is_noticed(row, patch):
+    case = row.build(row.example)
+    with patch():
+        expected = [case.updates, case.outputs, case.gradients]  # of the peer, as it is
+        assert all(map(len, expected))
+        for check in (check_updates, check_forward, check_gradients):
+            with failing(f"{check.__name__}: a broken map"):
+                check(case, case.ours())

@@ -13,6 +13,7 @@ from tests.reductions.cases import (
     check_count,
     check_forward,
     check_gradients,
+    check_merged,
     check_updates,
 )
 from tests.reductions.rows import ROWS
@@ -47,7 +48,7 @@ def test_gradients_equal_the_peers(row, data):
 @every_row
 def test_example(row):
     case = row.build(row.example)
-    for check in (check_count, check_updates, check_forward, check_gradients):
+    for check in (check_count, check_updates, check_forward, check_gradients, check_merged):
         check(case, case.ours())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import superlora as sl
 import superlora.torch as slt
+from superlora import maps
 
 WIDTH, INNER = 16, 8
 
@@ -52,11 +53,40 @@ SPECS = {
     "cut-pad": sl.Spec(rank=2, groups=5, fold="balanced", cut="pad", scale=0.7),
     "splits-2": sl.Spec(rank=2, order=3, splits=2, groups=1, fold="balanced", scale=0.7),
     "splits-3": sl.Spec(rank=2, order=3, splits=3, groups=1, fold="balanced", scale=0.7),
+    "fourierft": sl.fourierft(7, scale=20.0),
+    "did": sl.did(9, scale=0.7),
+    "said": sl.said(9, scale=0.7),
+    "unilora": sl.unilora(9, 2, scale=7.0),
+    "nola": sl.nola(3, 2, scale=0.7),
+    "fastfood": sl.Spec(
+        rank=2, groups=1, fold="balanced", map=maps.Fastfood(), ratio=0.3, scale=0.7
+    ),
+    "fastfood-stacked": sl.Spec(
+        rank=2,
+        groups="layer",
+        fold="balanced",
+        map=maps.Fastfood(blocks="stacked", order="le", shared=False),
+        ratio=0.2,
+        scale=0.7,
+    ),
+    "fastfood-cut": sl.lorta(2, groups=3, map=maps.Fastfood(values="sign"), ratio=0.3, scale=0.7),
+    "one-hot": sl.dense(groups=2, map=maps.OneHot(), size=30, scale=0.7),
+    "shuffle-all": sl.Spec(
+        rank=2, groups=3, fold="balanced", map=maps.Shuffle(scope="all"), scale=0.7
+    ),
+    "separable": sl.lora(2, map=maps.Separable(), ratio=0.3, scale=0.7),
+    "separable-3": sl.lorta(2, fold="aligned", map=maps.Separable(), ratio=0.3, scale=0.7),
+    "composed": sl.dense(
+        map=maps.Composed(first=maps.Broadcast(along="outputs"), second=maps.Shuffle()),
+        size=16,
+        scale=0.7,
+    ),
     "splits-3-aligned": sl.Spec(rank=1, order=3, splits=3, groups=1, fold="aligned", scale=0.7),
 }
 every_spec = pytest.mark.parametrize("key", SPECS)
 # One that is applied as factors, one that is formed, one that shares factors over cut weights.
-some_specs = pytest.mark.parametrize("key", ["lora", "dense", "cut"])
+# One whose map mixes what all layers are cut from.
+some_specs = pytest.mark.parametrize("key", ["lora", "dense", "cut", "fastfood"])
 
 LAYERS = ("bias", "no-bias", "conv1d")
 every_layer = pytest.mark.parametrize("layer", LAYERS)
@@ -159,7 +189,7 @@ def attach_filled(
 def kept_blocks(plan: sl.Plan) -> list[str]:
     """List the blocks that a state dict holds: not those that the spec alone decides."""
     frozen = plan.layout.frozen
-    return [name for name in plan.layout.block_shapes if frozen.get(name) not in ("random", "ones")]
+    return [name for name in plan.layout.input_shapes if frozen.get(name) not in ("random", "ones")]
 
 
 def layers_of(model: nn.Module, adapter: slt.Adapter) -> dict[str, nn.Module]:

@@ -149,7 +149,8 @@ def test_update_that_is_not_finite_is_not_merged(key, value):
     with torch.no_grad():
         list(adapter.parameters())[-1].view(-1)[-1] = value
     bits = base_bits(model)
-    with pytest.raises(ValueError, match=r"'blocks\.1\.\w'.* finite"):
+    block = 0 if key == "fastfood" else 1  # its map spreads one number over all weights
+    with pytest.raises(ValueError, match=rf"'blocks\.{block}\.\w'.* finite"):
         adapter.merge()
     assert base_bits(model) == bits
     assert not adapter.merged

@@ -94,7 +94,8 @@ def test_attach_train_merge_save_detach(kind, key, tmp_path):
     with unchanged(model):
         adapter = slt.attach(model, fitting(key, targets), targets)
         assert len(adapter.plan.shapes) == 2 * len(targets)
-        assert torch.equal(output(model, x), base)
+        # One vector for all blocks cannot be zero and have a gradient.
+        assert torch.equal(output(model, x), base) or key == "unilora"
         optimizer = torch.optim.SGD(adapter.parameters(), 0.05)
         for _ in range(2):
             optimizer.zero_grad()

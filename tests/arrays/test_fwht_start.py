@@ -1,0 +1,135 @@
+"""What the transform imports, compiles and says in a new process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from superlora import walsh_hadamard
+from tests.conftest import is_installed
+
+needs_numba = pytest.mark.skipif(not is_installed("numba"), reason="numba is not installed")
+
+
+def run_python(code, **environment):
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    "features",
+    [
+        {},
+        {"avx": True},
+        pytest.param({"avx": True, "avx512f": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_for_other_processors(tmp_path, features):
+    # LLVM splits the registers that this processor does not have.
+    code = f"""
+import llvmlite.binding, numpy
+class Features(dict):
+    flatten = llvmlite.binding.get_host_cpu_features().flatten
+llvmlite.binding.get_host_cpu_features = lambda: Features({features})
+from superlora import walsh_hadamard
+from superlora.walsh_hadamard import fwht
+native = walsh_hadamard._find_native()
+native._TILE = native._LONG_TILE = 2 * native.BLOCK
+x = [numpy.random.default_rng(0).standard_normal((3, 2**bits)) for bits in range(5, 16)]
+found = [fwht(v) for v in x]
+walsh_hadamard._found["kernels"] = None
+for y, v in zip(found, x):
+    numpy.testing.assert_allclose(y, fwht(v), rtol=0, atol=1e-11)
+print(native.VECTOR, native.ROWS)
+"""
+    rows = {0: "16 16", 1: "32 8", 2: "64 16"}[len(features)]
+    # These are not for the cache, which knows processors by their true features.
+    assert run_python(code, NUMBA_CACHE_DIR=str(tmp_path)) == rows.split()
+
+
+@pytest.mark.parametrize("environment", [{}, {"NUMBA_DISABLE_JIT": "1"}])
+def test_what_is_imported_and_when(environment):
+    code = """
+import sys, numpy
+from superlora import walsh_hadamard
+assert not {"torch", "jax", "numba", "llvmlite"} & set(sys.modules)
+y = walsh_hadamard.fwht(numpy.ones(16))
+assert not {"torch", "jax", "numba"} & set(sys.modules)
+y = walsh_hadamard.fwht(numpy.ones(512))
+assert not {"torch", "jax"} & set(sys.modules)
+assert y[0] == 512 and not y[1:].any()
+print(walsh_hadamard._found.get("kernels") is not None)
+"""
+    used = is_installed("numba") and not environment
+    assert run_python(code, **environment) == [str(used)]
+
+
+def test_without_numba_nothing_is_said():
+    code = """
+import sys
+sys.modules["numba"] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "numba" else find(name, *rest)
+import numpy
+from superlora import walsh_hadamard
+assert walsh_hadamard.fwht(numpy.ones(512))[0] == 512
+print(walsh_hadamard._found["kernels"])
+"""
+    assert run_python(code) == ["None"]
+
+
+def test_a_broken_numba_is_told_of():
+    code = """
+import importlib.machinery, sys, types, warnings
+sys.modules["numba"] = types.ModuleType("numba")
+sys.modules["numba"].__spec__ = importlib.machinery.ModuleSpec("numba", None)
+import numpy
+from superlora import walsh_hadamard
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert walsh_hadamard.fwht(numpy.ones(512))[0] == 512
+    assert walsh_hadamard.fwht(numpy.ones(512))[0] == 512
+print(len(caught), "kernels" in str(caught[0].message))
+"""
+    assert run_python(code) == ["1", "True"]
+
+
+@needs_numba
+def test_a_read_only_package_is_no_error(tmp_path):
+    """The first call in a process whose caches cannot be written to."""
+    package = Path(walsh_hadamard.__file__).parent
+    copy = tmp_path / "superlora"
+    copy.mkdir()
+    for name in ("_backend.py", "_native_transform.py", "walsh_hadamard.py"):
+        shutil.copy(package / name, copy / name)
+    (copy / "__init__.py").touch()
+    blocked = tmp_path / "blocked"
+    blocked.touch()  # a file where a folder would be made: also for those who may do all
+    (copy / "__pycache__").touch()
+    code = """
+import numpy
+from superlora import walsh_hadamard
+assert walsh_hadamard.fwht(numpy.ones(512, numpy.float32))[0] == 512
+print(walsh_hadamard._found["kernels"] is not None)
+"""
+    environment = {
+        "PYTHONPATH": str(tmp_path),
+        "HOME": str(blocked),
+        "XDG_CACHE_HOME": str(blocked),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    assert run_python(code, **environment) == ["True"]
