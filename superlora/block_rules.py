@@ -49,6 +49,35 @@ def check_frozen(layout: Layout) -> None:
         )
 
 
+def unit_modes_of(layout: Layout) -> str:
+    """Return what to say of splits that have size 1 in a mode of size above 1, if any.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+
+    Returns
+    -------
+    str
+        Empty where there is nothing to say.
+    """
+    bare = sorted(
+        {
+            (index, mode)
+            for group, own in zip(layout.groups, layout.specs, strict=True)
+            if not own.has_sizes  # else as asked for
+            for index, split in enumerate(group.splits)
+            for mode, size in enumerate(split.shape)
+            if size == 1 < group.fold[mode]
+        }
+    )
+    if not bare:
+        return ""
+    places = ", ".join(f"split {index} in mode {mode}" for index, mode in bare)
+    return f"no Kronecker structure where a split has size 1: {places}"
+
+
 def _check_present(layout: Layout, group: int, kind: str, block: str) -> None:
     index, _, leaf = block.partition(".")
     shapes = layout.groups[group].splits[int(index)].block_shapes

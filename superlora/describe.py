@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+from superlora.block_rules import unit_modes_of
 from superlora.layout import Layout
 from superlora.splitting import Group, Split
 
@@ -95,7 +96,7 @@ def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
         entries = sum(math.prod(layout.block_shapes[block]) for block in layout.frozen)
         sources = ", ".join(sorted(set(layout.frozen.values())))
         notes.append(f"note: {entries:,} entries of {len(layout.frozen)} blocks frozen: {sources}")
-    degenerate = layout.unit_modes()
+    degenerate = unit_modes_of(layout)
     if degenerate:
         notes.append(f"note: {degenerate}")
     return notes

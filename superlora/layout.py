@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 
-from superlora.block_rules import check_frozen
+from superlora.block_rules import check_frozen, unit_modes_of
 from superlora.costs import factored_cost
 from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
@@ -91,7 +91,7 @@ class Layout:
         check_frozen(self)
         if any(own.factor_map is not None for own in designs):
             self.inner  # noqa: B018  (raises where a map does not fit)
-        unit_modes = self.unit_modes()
+        unit_modes = unit_modes_of(self)
         if unit_modes:
             warnings.warn(f"{unit_modes}; use fewer splits or fold='balanced'", stacklevel=3)
 
@@ -379,23 +379,6 @@ class Layout:
             ]
             for term, splits in enumerate(self.terms(group))
         ]
-
-    def unit_modes(self) -> str:
-        """Return what to say of splits that have size 1 in a mode of size above 1, if any."""
-        bare = sorted(
-            {
-                (index, mode)
-                for group, own in zip(self.groups, self.specs, strict=True)
-                if not own.has_sizes  # else as asked for
-                for index, split in enumerate(group.splits)
-                for mode, size in enumerate(split.shape)
-                if size == 1 < group.fold[mode]
-            }
-        )
-        if not bare:
-            return ""
-        places = ", ".join(f"split {index} in mode {mode}" for index, mode in bare)
-        return f"no Kronecker structure where a split has size 1: {places}"
 
     @property
     def num_parameters(self) -> int:

@@ -109,7 +109,8 @@ class Permutation:
         """
         self._check(start, stop)
         if self.size <= _SORTED:
-            return _inverted(self._order[None])[0, start:stop]
+            places: numpy.ndarray = _inverted(self._order[None])[0, start:stop]
+            return places
         return self._chunked(start, stop, inverse=True)
 
     def _check(self, start: int, stop: int) -> None:
@@ -120,7 +121,8 @@ class Permutation:
 
     @functools.cached_property
     def _order(self) -> numpy.ndarray:
-        return permutation_rows(self.seed, self.stream, self.size, 0, 1)[0]
+        order: numpy.ndarray = permutation_rows(self.seed, self.stream, self.size, 0, 1)[0]
+        return order
 
     @functools.cached_property
     def _tables(self) -> list[numpy.ndarray]:

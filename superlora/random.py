@@ -17,6 +17,7 @@ from superlora.values import check_count
 # Of these derivations, in the maps that a file names; a later one gets another number.
 VERSION = 1
 _WORDS = 4  # that Philox makes of one counter
+_CHUNK = 1 << 16  # numbers whose temporary arrays stay in a core's cache
 
 
 def check_seed(seed: object) -> int:
@@ -133,8 +134,12 @@ def coarse_normals(seed: int, stream: int, start: int, stop: int) -> numpy.ndarr
         Those of `normal` rounded to multiples of 2**-16, which float32 holds exactly, so that a
         platform's own logarithm does not show in them.
     """
-    scaled = numpy.rint(_normals(seed, stream, start, stop) * 65536.0)
-    return (scaled / 65536.0).astype(numpy.float32)
+    found = numpy.empty(stop - start, dtype=numpy.float32)
+    for first in range(start, stop, _CHUNK):
+        last = min(first + _CHUNK, stop)
+        scaled = numpy.rint(_normals(seed, stream, first, last) * 65536.0)
+        found[first - start : last - start] = scaled / 65536.0
+    return found
 
 
 def signs(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import inspect
-import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +51,12 @@ class Map(abc.ABC):
         has no ratio with it.
     sliced : bool
         Of the class or the map: whether `apply_slice` costs less than `apply`.
+
+    Notes
+    -----
+    What a map draws from its seed is kept by the map from the first call with some sizes, on
+    each device, and is no part of its value. ``torch.compile(fullgraph=True)`` cannot trace the
+    drawing: apply such a map once before.
 
     Raises
     ------
@@ -153,7 +158,7 @@ class Map(abc.ABC):
         """
         return None
 
-    def check(self, before: int, size: int) -> None:
+    def check(self, before: int, size: int) -> None:  # noqa: B027
         """Refuse sizes that the map cannot serve.
 
         Parameters
@@ -265,11 +270,20 @@ class Map(abc.ABC):
 
     def _kept(self, like: Array, draw: str, *args: int, keep: bool = True) -> Array:
         """Return what a method draws on the device of `like`; kept from the first call on."""
-        if hasattr(like, "fake_mode"):  # torch's tensors without values, which must not be kept
+        # Those of torch that have no values must not be kept for those that have.
+        if not keep or hasattr(like, "fake_mode"):
             return constant(getattr(self, draw)(*args), like)
-        if hasattr(like, "is_meta"):
-            return _look_up(self, draw, args, keep, "pytorch", str(like.device))
-        return _look_up(self, draw, args, keep, backend_of(like).backend_name, like=like)
+        kept = self.__dict__.get("_constants")
+        if kept is None:
+            kept = self.__dict__.setdefault("_constants", {})
+        device = str(like.device) if hasattr(like, "is_meta") else ""
+        key = (draw, args, backend_of(like).backend_name, device)
+        found = kept.get(key)
+        if found is None:
+            found = constant(getattr(self, draw)(*args), like)
+            if not hasattr(found, "fake_mode"):
+                kept[key] = found
+        return found
 
     # What is kept is no part of the value.
     def __getstate__(self) -> dict[str, Any]:
@@ -280,41 +294,6 @@ class Map(abc.ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Map:
         return self  # it cannot change
-
-
-def _look_up(
-    fixed: Map,
-    draw: str,
-    args: tuple[int, ...],
-    keep: bool,
-    library: str,
-    device: str = "",
-    like: Array = None,
-) -> Array:
-    kept = fixed.__dict__.get("_constants")
-    if kept is None:
-        kept = fixed.__dict__.setdefault("_constants", {})
-    key = (draw, args, library, device)
-    found = kept.get(key)
-    if found is not None:
-        return found
-    values = getattr(fixed, draw)(*args)
-    if library == "pytorch":
-        torch = sys.modules["torch"]
-        # Made under `torch.inference_mode` they could take part in no later gradient.
-        with torch.inference_mode(False):
-            found = torch.from_numpy(values).to(device)
-        keep = keep and type(found) is torch.Tensor
-    else:
-        found = constant(values, like)
-    if keep:
-        kept[key] = found
-    return found
-
-
-# What `torch.compiler.assume_constant_result` sets: the numbers are drawn while a compiler
-# traces, and it takes them as they are.
-_look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _plain(value: Any) -> Any:

@@ -194,7 +194,8 @@ def scale_of(normalize: str | None, before: int, size: int) -> float:
     """Return the factor for columns that have unit entries: 1 / sqrt(size) is isometric."""
     if normalize is None:
         return 1.0
-    return float(size if normalize == "isometric" else before) ** -0.5
+    scale: float = (size if normalize == "isometric" else before) ** -0.5
+    return scale
 
 
 def check_vector(name: str, array: Array) -> None:
@@ -210,6 +211,6 @@ def check_enough(before: int, size: int, kind: str) -> None:
     """Refuse fewer outputs than inputs where some inputs would then have no effect."""
     if size < before:
         raise ValueError(
-            f"size must be at least {before}, the entries before {kind}: got {size}; take a smaller "
-            "ratio or fold"
+            f"size must be at least {before}, the entries before {kind}: got {size}; take a "
+            "smaller ratio or fold"
         )

@@ -220,4 +220,3 @@ class Selection(CheckedMap):
 
     def _draw_positions(self) -> numpy.ndarray:
         return numpy.array(self.positions)
-

@@ -11,7 +11,7 @@ import numpy
 
 from superlora._backend import Array, backend_of
 from superlora.maps._base import Map, Place
-from superlora.maps._seeded import CheckedMap, SeededMap
+from superlora.maps._seeded import CheckedMap
 from superlora.values import check_count
 
 
@@ -67,10 +67,26 @@ class Composed(CheckedMap):
         Map
             Both parts bound.
         """
-        first, second = self.first.bind(place), self.second.bind(place)
-        if first is self.first and second is self.second:
-            return self
-        return Composed(first=first, second=second, between=self.between)
+        inside = place if self.between == "after" else part_of(place)
+        return self._of(self.first.bind(inside), self.second.bind(place))
+
+    def fixed_entries(self, place: Place) -> int | None:
+        """Return how many entries the map takes, where that is not the spec's choice.
+
+        Parameters
+        ----------
+        place : Place
+            The group and the weights in it.
+
+        Returns
+        -------
+        int or None
+            What the one map says between whose entries and the group there is no other size.
+        """
+        if isinstance(self.between, int):
+            return None
+        decisive = self.first if self.between == "after" else self.second
+        return decisive.fixed_entries(place)
 
     def check(self, before: int, size: int) -> None:
         """Refuse sizes that one of the maps cannot serve.
@@ -157,6 +173,13 @@ class Composed(CheckedMap):
         middle = self._middle(before, size)
         return self.first.nbytes(before, middle) + self.second.nbytes(middle, size)
 
+    def _of(self, first: Map, second: Map) -> Map:
+        same = first is self.first and second is self.second
+        return self if same else Composed(first=first, second=second, between=self.between)
+
+    def _among(self, count: int, index: int) -> Map:
+        return self._of(self.first._among(count, index), self.second._among(count, index))
+
     def _middle(self, before: int, size: int) -> int:
         if isinstance(self.between, int):
             return self.between
@@ -222,7 +245,8 @@ class BlockDiagonal(CheckedMap):
         Map
             All parts bound.
         """
-        bound = tuple(part.bind(place) for part in self.parts)
+        inside = place if len(self.parts) == 1 else part_of(place)
+        bound = tuple(part.bind(inside) for part in self.parts)
         return self if bound == self.parts else BlockDiagonal(parts=bound)
 
     def check(self, before: int, size: int) -> None:
@@ -316,12 +340,14 @@ class BlockDiagonal(CheckedMap):
     def _own(self) -> tuple[Map, ...]:
         """The parts, each with its own streams."""
         count = len(self.parts)
-        return tuple(
-            part.part(part.substream * count + index) if isinstance(part, SeededMap) else part
-            for index, part in enumerate(self.parts)
-        )
+        return tuple(part._among(count, index) for index, part in enumerate(self.parts))
 
-    def _cut(self, before: int, size: int) -> Iterator[tuple[Map, tuple[int, int], tuple[int, int]]]:
+    def _among(self, count: int, index: int) -> Map:
+        return BlockDiagonal(parts=tuple(part._among(count, index) for part in self.parts))
+
+    def _cut(
+        self, before: int, size: int
+    ) -> Iterator[tuple[Map, tuple[int, int], tuple[int, int]]]:
         """Yield every part, where its entries begin before and after, and how many there are."""
         count = len(self.parts)
         bounds = [
@@ -346,6 +372,11 @@ class BlockDiagonal(CheckedMap):
             for part, (_, start), (entries, width) in self._cut(before, y.shape[0])
         ]
         return backend_of(y).concatenate(runs, axis=0)
+
+
+def part_of(place: Place) -> Place:
+    """Return the place of a map that makes a part of a group's entries, or none of them."""
+    return Place(place.group, (), False)
 
 
 def check_part(name: str, part: object) -> None:

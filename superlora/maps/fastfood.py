@@ -139,8 +139,11 @@ class Fastfood(SeededMap):
             ``before / size`` if isometric, 1 if of equal variance, else ``n before``.
         """
         width, _ = self._blocks(before, size)
-        return before * width * scale_of(self.normalize, before, size) ** 2 / (
-            width if self.normalize else 1
+        return (
+            before
+            * width
+            * scale_of(self.normalize, before, size) ** 2
+            / (width if self.normalize else 1)
         )
 
     def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
@@ -275,9 +278,7 @@ class Fastfood(SeededMap):
         found = self._fixed(z, "_draw_positions", width, first, count, inverse)
         return library.reshape(take(library.reshape(z, (-1,)), found), z.shape)
 
-    def _draw_positions(
-        self, width: int, first: int, count: int, inverse: bool
-    ) -> numpy.ndarray:
+    def _draw_positions(self, width: int, first: int, count: int, inverse: bool) -> numpy.ndarray:
         stream = self._stream(ROWS)
         rows = permutation_rows(self.seed, stream, width, first, first + count, inverse=inverse)
         rows = rows + numpy.arange(count)[:, None] * width

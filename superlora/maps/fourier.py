@@ -127,7 +127,9 @@ class Fourier(SeededMap):
         """
         check_enough(before, size, "Fourier")
         if math.prod(self._axes(size)) != size:
-            raise ValueError(f"shape must have {size} entries, those of the group: got {self.shape}")
+            raise ValueError(
+                f"shape must have {size} entries, those of the group: got {self.shape}"
+            )
         if self.frequencies is not None:
             if len(self.frequencies) != before:
                 raise ValueError(
@@ -214,11 +216,8 @@ class Fourier(SeededMap):
         return Permutation(self.seed, self._stream(ORDERS), size).forward(0, before)
 
     def _half(self, before: int, size: int, mirrored: bool) -> numpy.ndarray:
-        """Return where a real transform's half spectrum has each coefficient, or its mirror.
-
-        Both have half of it; where one is not in the half it goes to a place of its own
-        beyond the end.
-        """
+        """Return where a real transform's half spectrum has each coefficient, or its mirror."""
+        # Both have half of it; what is not in the half goes to a place of its own beyond the end.
         rows, columns = self._axes(size)
         kept = columns // 2 + 1
         high, low = numpy.divmod(self._chosen(before, size), columns)

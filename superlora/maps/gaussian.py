@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy
 
-from superlora._backend import Array, backend_of, cast, constant
+from superlora._backend import Array, backend_of, cast
 from superlora.maps._seeded import CHECKED, NORMALIZE, NORMALS, SeededMap, scale_of
 from superlora.maps.fastfood import Fastfood
 from superlora.random import coarse_normals
+from superlora.walsh_hadamard import next_power_of_two
 
 _MOST = 1 << 28  # entries of a dense matrix
 _KEPT = 1 << 24  # that are kept in memory
+_CHUNK = 1 << 20  # that are drawn at once where they are not
+_RUN = 1 << 18  # rows whose lengths are kept together
 _LENGTHS = 9  # the kind of stream of the rows' lengths
 
 
@@ -78,7 +82,9 @@ class Gaussian(SeededMap):
         ValueError
             If it would have more than 2**28 entries.
         """
-        if not self.structured and before * size > _MOST:
+        if self.structured:
+            self._blocks.check(before, size)
+        elif before * size > _MOST:
             raise ValueError(
                 f"size must be at most {_MOST // before} for a dense Gaussian of {before} columns, "
                 f"2**28 entries in all: got {size}; take structured=True"
@@ -146,7 +152,7 @@ class Gaussian(SeededMap):
             0 where it is drawn anew each time.
         """
         if self.structured:
-            return self._blocks.nbytes(before, size) + 4 * size
+            return self._blocks.nbytes(before, size) + 8 * size
         return 4 * before * size if before * size <= _KEPT else 0
 
     @functools.cached_property
@@ -160,22 +166,23 @@ class Gaussian(SeededMap):
         scale = scale_of(self.normalize, before, size)
         if self.structured:
             y = self._blocks.apply_slice(x, size, start, stop)
-            return y * (cast(self._row_scales(before, start, stop, x), like=x) * scale)
+            return self._scaled(y, before, size, start, scale)
         library = backend_of(x)
         parts = [
             library.tensordot(cast(rows, like=x), x, axes=([1], [0]))
             for _, rows in self._chunks(before, size, start, stop, x)
         ]
+        if len(parts) == 1:
+            return parts[0] * scale
         return library.concatenate(parts, axis=0) * scale
 
     def _backward(self, y: Array, before: int) -> Array:
         size = y.shape[0]
         scale = scale_of(self.normalize, before, size)
         if self.structured:
-            y = y * (cast(self._row_scales(before, 0, size, y), like=y) * scale)
-            return self._blocks.adjoint(y, before)
+            return self._blocks.adjoint(self._scaled(y, before, size, 0, scale), before)
         library = backend_of(y)
-        total = None
+        total: Array = None
         for first, rows in self._chunks(before, size, 0, size, y):
             run = y[first : first + rows.shape[0]]
             part = library.tensordot(run, cast(rows, like=y), axes=([0], [0]))
@@ -187,36 +194,46 @@ class Gaussian(SeededMap):
     ) -> Iterator[tuple[int, Array]]:
         """Yield the rows of a slice, few enough at a time, and where they begin."""
         if before * size <= _KEPT:
-            draw = functools.partial(self._rows, before, 0, size)
-            yield start, self._kept((before, size), draw, like)[start:stop]
+            yield start, self._kept(like, "_rows", before, 0, size)[start:stop]
             return
-        step = max(1, _KEPT // before)
+        step = max(1, _CHUNK // before)
         for first in range(start, stop, step):
-            yield first, constant(self._rows(before, first, min(first + step, stop)), like)
+            last = min(first + step, stop)
+            yield first, self._kept(like, "_rows", before, first, last, keep=False)
 
     def _rows(self, before: int, first: int, last: int) -> numpy.ndarray:
         stream = self._stream(NORMALS)
         drawn = coarse_normals(self.seed, stream, first * before, last * before)
         return drawn.reshape(-1, before)
 
-    def _row_scales(self, before: int, start: int, stop: int, like: Array) -> Array:
-        """Return the lengths of rows over those that the fastfood blocks give them."""
+    def _scaled(self, y: Array, before: int, size: int, start: int, scale: float) -> Array:
+        """Give rows that are some of the fastfood blocks' their own lengths."""
+        stop = start + y.shape[0]
+        width = max(_RUN, next_power_of_two(before))
+        runs = []
+        for first in range(start // width * width, stop, width):
+            last = min(first + width, size)
+            low, high = max(start, first), min(stop, last)
+            ratios = cast(self._kept(y, "_ratios", before, first, last), like=y)
+            runs.append(
+                y[low - start : high - start] * (ratios[low - first : high - first] * scale)
+            )
+        return runs[0] if len(runs) == 1 else backend_of(y).concatenate(runs, axis=0)
 
-        def draw() -> numpy.ndarray:
-            width = self._blocks._blocks(before, stop)[0]
-            first = start // width
-            last = -(-stop // width)
-            numbers = self._blocks._draw_values(first * width, last * width).reshape(-1, width)
-            norms = numpy.linalg.norm(numbers.astype(numpy.float64), axis=1) * width**0.5
-            block = numpy.arange(start, stop) // width - first
-            return self._lengths(before, start, stop) / norms[block]
-
-        return self._kept(("lengths", before, start, stop), draw, like)
+    def _ratios(self, before: int, start: int, stop: int) -> numpy.ndarray:
+        """Return the lengths of rows, where a block begins, over those that the blocks give."""
+        width = next_power_of_two(before)
+        first, last = start // width, -(-stop // width)
+        numbers = self._blocks._draw_values(first * width, last * width).reshape(-1, width)
+        norms = numpy.linalg.norm(numbers.astype(numpy.float64), axis=1) * math.sqrt(width)
+        ratios: numpy.ndarray = self._lengths(before, start, stop)
+        ratios /= numpy.repeat(norms, width)[: stop - start]
+        return ratios
 
     def _lengths(self, before: int, start: int, stop: int) -> numpy.ndarray:
         # Of a normal vector of d entries: about sqrt(d - 1/2) + a normal number / sqrt(2).
-        width = self._blocks._blocks(before, stop)[0]
+        width = next_power_of_two(before)
         drawn = coarse_normals(self.seed, self._stream(_LENGTHS), start, stop)
-        lengths: numpy.ndarray = numpy.abs((width - 0.5) ** 0.5 + drawn * numpy.float64(0.5) ** 0.5)
+        drawn = drawn.astype(numpy.float64) * math.sqrt(0.5)
+        lengths: numpy.ndarray = numpy.abs(math.sqrt(width - 0.5) + drawn)
         return lengths
-

@@ -252,6 +252,5 @@ def _chunks(before: int, size: int, start: int, stop: int) -> list[tuple[int, in
     """Return the bounds of whole tiles, a fixed number at a time, that hold a slice."""
     width = max(1, _CHUNK // before) * before
     return [
-        (first, min(first + width, size))
-        for first in range(start // width * width, stop, width)
+        (first, min(first + width, size)) for first in range(start // width * width, stop, width)
     ]

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy
 
-from superlora._backend import Array, backend_of, cast
-from superlora.maps._base import Map
-from superlora.maps._seeded import CheckedMap, SeededMap
-from superlora.maps.composed import check_part
+from superlora._backend import Array, backend_of, cast, widened
+from superlora.maps._base import Map, Place
+from superlora.maps._seeded import CheckedMap
+from superlora.maps.composed import check_part, part_of
 from superlora.maps.fastfood import Fastfood
 from superlora.maps.identity import Identity, padded
 from superlora.values import check_count, hashable
 
 _DENSE = 1 << 24  # entries of a mode's matrix that is kept, so that a product takes its place
+_MODES = 4096  # that can have streams of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,26 @@ class Separable(CheckedMap):
                         f"got {old}"
                     )
 
+    def bind(self, place: Place) -> Map:
+        """Return the map as it is for one group of a plan.
+
+        Parameters
+        ----------
+        place : Place
+            The group and the weights in it.
+
+        Returns
+        -------
+        Map
+            With the inner map bound, as one of a mode.
+        """
+        inner = self.inner.bind(part_of(place))
+        return self if inner is self.inner else dataclasses.replace(self, inner=inner)
+
+    def _among(self, count: int, index: int) -> Map:
+        inner = self.inner._among(count, index)
+        return self if inner is self.inner else dataclasses.replace(self, inner=inner)
+
     def check_modes(self, order: int) -> None:
         """Refuse modes that a tensor does not have.
 
@@ -114,7 +134,9 @@ class Separable(CheckedMap):
             If it is so.
         """
         if self.modes is not None and max(self.modes) >= order:
-            raise ValueError(f"modes must be below {order}, the order of the fold: got {self.modes}")
+            raise ValueError(
+                f"modes must be below {order}, the order of the fold: got {self.modes}"
+            )
 
     def mapped(self, order: int) -> tuple[int, ...]:
         """Return the modes that have a map.
@@ -146,13 +168,12 @@ class Separable(CheckedMap):
         """
         found = self._of_modes.get(index)
         if found is None:
-            inner = self.inner
-            found = inner.part(inner.substream * 4096 + index) if _seeded(inner) else inner
+            found = self.inner._among(_MODES, index)
             self._of_modes[index] = found
         return found
 
     @functools.cached_property
-    def _of_modes(self) -> dict[int, Any]:
+    def _of_modes(self) -> dict[int, Map]:
         return {}
 
     def sizes_before(self, after: tuple[int, ...], share: float) -> tuple[int, ...]:
@@ -172,7 +193,7 @@ class Separable(CheckedMap):
         """
         mapped = self.mapped(len(after))
         return tuple(
-            min(size, math.ceil(size * share - 1e-9)) if mode in mapped else size
+            min(size, max(1, math.ceil(size * share - 1e-9))) if mode in mapped else size
             for mode, size in enumerate(after)
         )
 
@@ -218,15 +239,16 @@ class Separable(CheckedMap):
             The same shape but for the axis.
         """
         library = backend_of(tensor)
-        fixed = self.mode(index)
         width = tensor.shape[axis]
         if width * size <= _DENSE:
             before, after = (size, width) if adjoint else (width, size)
-            key = ("matrix", index, before, after, str(tensor.dtype))
-            matrix = self._kept(key, functools.partial(_matrix, fixed, before, after), tensor)
-            matrix = cast(matrix, like=tensor)
-            product = library.tensordot(matrix, tensor, axes=([0 if adjoint else 1], [axis]))
+            wide = widened(tensor)
+            double = "float64" in str(wide.dtype)
+            matrix = cast(self._kept(wide, "_matrix", index, before, after, double), like=wide)
+            product = library.tensordot(matrix, wide, axes=([0 if adjoint else 1], [axis]))
+            product = cast(product, like=tensor)
         else:
+            fixed = self.mode(index)
             columns = library.reshape(library.moveaxis(tensor, axis, 0), (width, -1))
             move = fixed.adjoint if adjoint else fixed.apply
             results = [move(columns[:, column], size) for column in range(columns.shape[1])]
@@ -269,12 +291,7 @@ class Separable(CheckedMap):
         float
             The product of those of the modes.
         """
-        if self.before is None or self.after is None:
-            return 1.0
-        return math.prod(
-            self.mode(mode).gain(self.before[mode], self.after[mode])
-            for mode in self.mapped(len(self.after))
-        )
+        return math.prod(self.mode(mode).gain(*sizes) for mode, *sizes in self._sizes())
 
     def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
         """Return what the maps of all modes draw.
@@ -289,16 +306,70 @@ class Separable(CheckedMap):
         dict of str to numpy.ndarray
             With a mode's index before its names.
         """
-        if self.before is None or self.after is None:
-            return {}
         return {
             f"{mode}.{name}": values
-            for mode in self.mapped(len(self.after))
-            for name, values in self.mode(mode).constants(self.before[mode], self.after[mode]).items()
+            for mode, width, after in self._sizes()
+            for name, values in self.mode(mode).constants(width, after).items()
         }
 
+    def operations(self, before: int, size: int) -> int:
+        """Return about how many additions and multiplications `apply` takes.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int
+            Of the products with all modes' matrices.
+        """
+        total = 0
+        for mode, width, after in self._sizes():
+            total += before * (2 * after if width * after <= _DENSE else 0)
+            if width * after > _DENSE:
+                total += before // width * self.mode(mode).operations(width, after)
+            before = before // width * after
+        return total
+
+    def nbytes(self, before: int, size: int) -> int:
+        """Return how many bytes of matrices are kept, or of what the modes' maps keep.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        int
+            For double precision; in single it is half of it.
+        """
+        return sum(
+            8 * width * after if width * after <= _DENSE else self.mode(mode).nbytes(width, after)
+            for mode, width, after in self._sizes()
+        )
+
+    def _sizes(self) -> Iterator[tuple[int, int, int]]:
+        """Yield every mapped mode and its sizes before and after."""
+        if self.before is not None and self.after is not None:
+            for mode in self.mapped(len(self.after)):
+                yield mode, self.before[mode], self.after[mode]
+
+    def _matrix(self, index: int, before: int, after: int, double: bool) -> numpy.ndarray:
+        """Return the matrix of a mode's map, (after, before)."""
+        fixed = dataclasses.replace(self.mode(index))  # what it keeps is of no use afterwards
+        matrix = numpy.empty((after, before), dtype=numpy.float64 if double else numpy.float32)
+        for column in range(before):
+            unit = numpy.zeros(before)
+            unit[column] = 1.0
+            matrix[:, column] = fixed.apply(unit, after)
+        return matrix
+
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
-        assert self.before is not None and self.after is not None
+        assert self.before is not None
+        assert self.after is not None
         library = backend_of(x)
         tensor = library.reshape(x, self.before)
         for mode in self.mapped(len(self.after)):
@@ -306,18 +377,10 @@ class Separable(CheckedMap):
         return library.reshape(tensor, (-1,))[start:stop]
 
     def _backward(self, y: Array, before: int) -> Array:
-        assert self.before is not None and self.after is not None
+        assert self.before is not None
+        assert self.after is not None
         library = backend_of(y)
         tensor = library.reshape(padded(y, math.prod(self.after)), self.after)
         for mode in self.mapped(len(self.after)):
             tensor = self.map_mode(tensor, mode, mode, self.before[mode], adjoint=True)
         return library.reshape(tensor, (-1,))
-
-
-def _seeded(inner: Map) -> bool:
-    return isinstance(inner, SeededMap)
-
-
-def _matrix(fixed: Map, before: int, after: int) -> numpy.ndarray:
-    """Return a map's matrix, (after, before)."""
-    return numpy.stack([fixed.apply(column, after) for column in numpy.eye(before)], axis=1)

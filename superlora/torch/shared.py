@@ -211,4 +211,4 @@ class Shared:
 
 def _transforms() -> bool:
     """Return whether a transform of torch.func is at work, whose tensors end with it."""
-    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
 from superlora.frozen import fingerprint
-from superlora.maps import Separable
+from superlora.maps import Map, Separable
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter
@@ -143,7 +143,7 @@ def _make_frozen(
 def _checksums(plan: Plan) -> dict[str, int]:
     """Return a number for what each different map draws, by its first group or its vector."""
     layout = plan.layout
-    uses = {}
+    uses: dict[tuple[Map, int, int], str] = {}
     for group, fixed in enumerate(layout.maps):
         joint = layout.joint(group)
         size = sum(layout.groups[index].size for index in joint)

@@ -126,8 +126,9 @@ def test_torch_tensors_of_any_kind(torch, native, n):
     assert_array_equal(x, before)
     offset = torch.cat((torch.zeros(1), x.flatten()))[1:].reshape(3, n)
     assert_allclose(fwht(offset), expected, atol=1e-11)
-    negative = torch.complex(torch.zeros_like(x), -x).conj().imag
+    negative = torch._neg_view(-x)
     assert negative.is_neg()
+    assert negative.is_contiguous()
     assert_allclose(fwht(negative), expected, atol=1e-11)
     assert not fwht(torch._efficientzerotensor(3, n)).any()
     assert fwht(x.expand(2, 3, n)).shape == (2, 3, n)

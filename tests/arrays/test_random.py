@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from superlora.random import normal
+from superlora import random
+from superlora.random import bits, check_seed, coarse_normals, integers, normal, signs
 
 WORD = 2**64
 
@@ -72,3 +73,77 @@ def test_draws_are_normal_and_independent():
     for seed, stream in [(11, 1), (12, 0), (0, 11)]:
         other = normal(seed, stream, (100_000,))
         assert abs(numpy.corrcoef(draws, other)[0, 1]) < 5 / math.sqrt(len(draws))
+
+
+@given(
+    st.integers(0, WORD - 1), st.integers(0, WORD - 1), st.integers(0, 2**62), st.integers(0, 40)
+)
+def test_words_of_any_part_are_the_streams(seed, stream, start, count):
+    # numpy's generator counts up before it draws.
+    blocks = range(start // 4 + 1, (start + count) // 4 + 2)
+    whole = [word for block in blocks for word in philox((seed, stream), (block, 0, 0, 0))]
+    found = bits(seed, stream, start, start + count)
+    assert found.dtype == numpy.uint64
+    assert found.tolist() == whole[start % 4 : start % 4 + count]
+
+
+def test_words_are_those_of_numpys_generator():
+    key = numpy.array([7, 11], dtype=numpy.uint64)
+    whole = numpy.random.Philox(key=key).random_raw(1000)
+    assert numpy.array_equal(bits(7, 11, 0, 1000), whole)
+    assert numpy.array_equal(bits(7, 11, 501, 778), whole[501:778])
+
+
+@given(st.integers(0, 500), st.integers(0, 300))
+def test_signs_of_any_part_are_bits(start, count):
+    words = bits(3, 1, 0, 20).tolist()
+    expected = [1 - 2 * (words[i // 64] >> i % 64 & 1) for i in range(start, start + count)]
+    found = signs(3, 1, start, start + count)
+    assert found.dtype == numpy.int8
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 16])
+def test_coarse_draws_are_rounded_ones_of_any_part(monkeypatch, chunk):
+    monkeypatch.setattr(random, "_CHUNK", chunk)
+    fine = normal(3, 1, (500,))
+    found = coarse_normals(3, 1, 13, 500)
+    assert found.dtype == numpy.float32
+    assert_allclose(found, fine[13:], rtol=0, atol=2**-17)
+    assert numpy.array_equal(found * 65536, numpy.rint(fine[13:] * 65536))
+    assert coarse_normals(3, 1, 9, 9).shape == (0,)
+
+
+def test_no_draw_is_infinite(monkeypatch):
+    ends = numpy.array([0, WORD - 1], dtype=numpy.uint64)
+    monkeypatch.setattr(random, "bits", lambda *_: ends)
+    low, high = normal(0, 0, (2,))
+    assert low == -high
+    assert 8 < high < 9
+
+
+def test_signs_and_integers_are_a_format():
+    assert signs(2024, 5, 60, 70).tolist() == []
+    assert integers(2024, 5, 1000, 5).tolist() == []
+    assert (coarse_normals(2024, 5, 3, 7) * 65536).tolist() == []
+
+
+def test_signs_and_integers_are_fair():
+    assert abs(int(signs(1, 2, 0, 10**6).sum())) < 5000
+    counts = numpy.bincount(integers(1, 2, 10, 10**5), minlength=10)
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "match"),
+    [
+        (-1, ValueError, "seed must be at least 0: got -1"),
+        (WORD, ValueError, r"seed must be below 2\*\*64"),
+        (1.0, TypeError, "seed must be an integer: got 1.0"),
+        (True, TypeError, "seed must be an integer: got True"),
+    ],
+)
+def test_wrong_seeds_are_refused(seed, error, match):
+    for draw in (check_seed, lambda value: normal(value, 0, (1,))):
+        with pytest.raises(error, match=match):
+            draw(seed)

@@ -175,7 +175,7 @@ def lora_mapped(drawn: Options, fixed: maps.Map, **changes: Any) -> sl.Spec:
 
 
 def lorta_mapped(drawn: Options, fixed: maps.Map) -> sl.Spec:
-    return sl.lorta(drawn.rank, map=fixed, ratio=0.6, alpha=drawn.alpha)
+    return sl.lorta(drawn.rank, map=fixed, ratio=0.3, alpha=drawn.alpha)
 
 
 def kronecker_mapped(drawn: Options, fixed: maps.Map) -> sl.Spec:
@@ -236,7 +236,7 @@ def kronecker_row(name: str, part: int) -> Row:
         lambda drawn: kronecker_mapped(drawn, maps.Fastfood(seed=drawn.seed)),
         lambda drawn, before, size, group: matrices.fastfood(before, size, drawn.seed, part),
         1,
-        Options(((7, 6), (3, 5)), 2, extra=0),
+        Options(((7, 6), (3, 9)), 2, extra=0),
         rank=st.integers(1, 2),
     )
 
@@ -398,7 +398,7 @@ def separable_lorta(drawn: Options) -> sl.Spec:
 
 
 def separable_lokr(drawn: Options) -> sl.Spec:
-    return sl.lokr(drawn.rank, map=separable(drawn), ratio=0.5, scale=drawn.scale)
+    return sl.lokr(drawn.rank, map=separable(drawn), ratio=0.1, scale=drawn.scale)
 
 
 ROWS += [
