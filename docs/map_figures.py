@@ -93,7 +93,13 @@ def draw_figure_three(path: Path) -> None:
     fixed = maps.Fastfood(seed=1)
     figure, rows = pyplot.subplots(4, 1, figsize=(8.5, 8.2), height_ratios=[16, 12, 14, 9])
     _chain(rows[0], "fastfood, single (SuperLoRA, Fig. 3)", fixed, before, after)
-    _chain(rows[1], "fastfood, stacked: the first of two blocks", maps.Fastfood(seed=1, blocks="stacked"), before, after)
+    _chain(
+        rows[1],
+        "fastfood, stacked: the first of two blocks",
+        maps.Fastfood(seed=1, blocks="stacked"),
+        before,
+        after,
+    )
     _products(
         rows[2],
         "one-hot, signed and tiled (left), separable (middle), shuffle (right)",

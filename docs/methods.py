@@ -14,7 +14,15 @@ from tables import between, replaced  # noqa: F401  (the page's test reads betwe
 
 PAGE = Path(__file__).parent / "methods.md"
 # What the symbols of the table stand for where it shows numbers: L weights of do x di.
-EXAMPLE = {"L": 4, "do": 24, "di": 36, "r": 2, "a": 8, "u": 5, "K": 3, "H": 3}
+EXAMPLE = {"L": 4, "do": 24, "di": 36, "r": 2, "a": 8, "u": 5, "n": 10, "K": 3, "H": 3}
+
+
+def map_text(fixed: sl.maps.Map) -> str:
+    """Return a map with the fields that differ from their defaults."""
+    plain = type(fixed)()
+    names = [item.name for item in dataclasses.fields(fixed)]
+    changed = [name for name in names if getattr(fixed, name) != getattr(plain, name)]
+    return f"{type(fixed).__name__}({', '.join(f'{n}={getattr(fixed, n)!r}' for n in changed)})"
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ class Method:
             value = getattr(self.spec(), item.name)
             if value != getattr(plain, item.name) and item.name != "alpha":
                 value = dict(value) if item.name == "frozen" else value
-                shown.append(f"{item.name}={value!r}")
+                text = map_text(value) if isinstance(value, sl.maps.Map) else repr(value)
+                shown.append(f"{item.name}={text}")
         return ", ".join(shown) or "the defaults"
 
 
@@ -210,6 +219,48 @@ METHODS = (
         "L*u",
         "PEFT TinyLoRA",
         "equal with PEFT's P; our own draws differ",
+    ),
+    Method(
+        "sl.fourierft(size=n)",
+        "FourierFT, Gao et al. 2024",
+        "s Re ifft2(S), n entries of S trained",
+        "L*n",
+        "PEFT FourierFT",
+        "equal with PEFT's frequencies, in single precision, which PEFT transforms in; our own "
+        "draws differ",
+    ),
+    Method(
+        "sl.did(size=n)",
+        "DID, Li et al. 2018, Aghajanyan et al. 2021",
+        "s F_lθ, one θ for all l",
+        "n",
+        "published formula",
+        "equal with explicit matrices F_l, which are isometric in the mean; the released code "
+        "divides by the norm of each G it drew",
+    ),
+    Method(
+        "sl.said(size=n)",
+        "SAID, Aghajanyan et al. 2021",
+        "s λ_lF_lθ, one θ for all l",
+        "n + L",
+        "published formula",
+        "equal, with the F_l of DID; here λ starts at zero and θ at random",
+    ),
+    Method(
+        "sl.unilora(size=n, rank=r)",
+        "Uni-LoRA, Li et al. 2025",
+        "s A₁A₂ᵀ, all A one-hot maps of one θ",
+        "n",
+        "PEFT Uni-LoRA",
+        "equal with PEFT's indices and s = 1; our own draws differ",
+    ),
+    Method(
+        "sl.nola(size=n, rank=r)",
+        "NOLA, Koohpayegani et al. 2024",
+        "s A₁A₂ᵀ, each A a sum of n random matrices",
+        "2*L*n",
+        "published formula",
+        "equal with explicit matrices, which are our own draws; with one vector a factor",
     ),
 )
 

@@ -111,8 +111,9 @@ def normal(seed: int, stream: int, shape: tuple[int, ...]) -> numpy.ndarray:
 
 def _normals(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:
     raw = bits(seed, stream, start, stop)
-    # The half keeps both ends of (0, 1) out, where the inverse is infinite.
-    values: numpy.ndarray = ndtri(((raw >> numpy.uint64(11)).astype(numpy.float64) + 0.5) * 2**-53)
+    # The half keeps 0 out, where the inverse is infinite; in the last interval it rounds up to 1.
+    places = ((raw >> numpy.uint64(11)).astype(numpy.float64) + 0.5) * 2**-53
+    values: numpy.ndarray = ndtri(numpy.minimum(places, 1 - 2**-53))
     return values
 
 

@@ -78,9 +78,7 @@ def weight_delta(layout: Layout, factors: Mapping[str, Array], name: str, scale:
     return scaled(backend_of(runs[0]).reshape(_join(runs), layout.shapes[name]), scale)
 
 
-def joint_entries(
-    layout: Layout, factors: Mapping[str, Array], group: int
-) -> tuple[Array, int]:
+def joint_entries(layout: Layout, factors: Mapping[str, Array], group: int) -> tuple[Array, int]:
     """Return what a group's map takes, and how many entries it makes of it.
 
     Parameters

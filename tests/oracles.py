@@ -194,7 +194,9 @@ def map_matrix(fixed: object, before: int, size: int) -> numpy.ndarray:
     return numpy.stack(columns, axis=1)
 
 
-def bound(fixed: object, group: int, listed: Sequence[tuple[str, int, int]], plan: object) -> object:
+def bound(
+    fixed: object, group: int, listed: Sequence[tuple[str, int, int]], plan: object
+) -> object:
     """Return the map of the group that holds these entries."""
     shapes = plan.layout.shapes  # type: ignore[attr-defined]
     names = list(dict.fromkeys(name for name, _, _ in listed))
@@ -209,7 +211,9 @@ def with_blocks(plan: object, factors: Mapping[str, numpy.ndarray]) -> dict[str,
     blocks = blocks_of(plan)
     for fields, held in parts_of(plan):
         numbers = range(number, number + len(held))
-        own = [b for b, (_, source) in blocks.items() if int(b.split(".")[0]) in numbers and not source]
+        own = [
+            b for b, (_, source) in blocks.items() if int(b.split(".")[0]) in numbers and not source
+        ]
         sizes = [math.prod(blocks[block][0]) for block in own]
         fixed, first, number = fields["factor_map"], number, numbers.stop
         if fixed is None:

@@ -15,7 +15,12 @@ import superlora
 
 HEAVY = ("torch", "jax", "tensorflow", "cupy", "paddle")
 ROOT = Path(superlora.__file__).parent.parent
-BOUND_TO_TORCH = ("superlora.torch", "superlora.demo", "superlora.cli", "superlora._torch_transform")
+BOUND_TO_TORCH = (
+    "superlora.torch",
+    "superlora.demo",
+    "superlora.cli",
+    "superlora._torch_transform",
+)
 
 
 def run_python(code):

@@ -39,18 +39,29 @@ def demo(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads. Default: torch decides.")
     ] = None,
+    only: Annotated[
+        str, typer.Option(help="A part of the names of the methods to measure, such as 2-D.")
+    ] = "",
 ) -> None:
     """Run the demo and turn its errors into one line and an exit code."""
     require(NEEDED, EXTRA)
     import platformdirs
 
     from superlora.demo.fetch import FetchError
-    from superlora.demo.run import ReloadError, run
+    from superlora.demo.run import NoPointError, ReloadError, run
 
     cache = cache_dir or platformdirs.user_cache_path("superlora")
     try:
-        run(quick=quick, seed=seed, cache=cache, output=output_dir, fresh=fresh, threads=threads)
-    except (FetchError, ReloadError, OSError) as error:
+        run(
+            quick=quick,
+            seed=seed,
+            cache=cache,
+            output=output_dir,
+            fresh=fresh,
+            threads=threads,
+            only=only,
+        )
+    except (FetchError, NoPointError, ReloadError, OSError) as error:
         typer.echo(f"superlora demo: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from superlora import Spec, presets
+from superlora import Spec, maps, presets
 
 FORMAT = 1
 """Raised whenever the code changes what a point would come out as."""
@@ -87,10 +87,12 @@ HEAD = "head only"
 DENSE = "dense"
 LORA = "LoRA"
 PLANAR = "SuperLoRA 2-D, one group"
+FASTFOOD = "2-D + fastfood, one group"
+ONE_HOT = "2-D + one-hot, one group"
 LORTA = "LoRTA 3-D, one group"
 
 
-RATES = {LORA: 5e-3, PLANAR: 1e-2, LORTA: 2e-2, DENSE: 5e-4}
+RATES = {LORA: 5e-3, PLANAR: 1e-2, FASTFOOD: 2e-2, ONE_HOT: 2e-2, LORTA: 2e-2, DENSE: 5e-4}
 """Learning rates that none of the few others tried beat on the validation part (56 px, seed 0)."""
 
 
@@ -104,6 +106,10 @@ def suite(*, quick: bool) -> list[Point]:
     specs += [
         (PLANAR, rank, Spec(rank=rank, order=2, groups=1, fold="balanced")) for rank in planar_ranks
     ]
+    if not quick:
+        projected = Spec(rank=8, order=2, groups=1, fold="balanced", ratio=0.1, map=maps.Fastfood())
+        specs.append((FASTFOOD, 8, projected))
+        specs.append((ONE_HOT, 8, projected.replace(map=maps.OneHot())))
     specs += [(LORTA, rank, presets.lorta(rank=rank, order=3, groups=1)) for rank in lorta_ranks]
     if not quick:
         specs.append((DENSE, None, presets.dense()))

@@ -13,11 +13,29 @@ from typing import Any
 
 from rich.table import Table
 
-from superlora.demo.points import DENSE, HEAD, LORA, LORTA, PLANAR, Result, Settings
+from superlora.demo.points import (
+    DENSE,
+    FASTFOOD,
+    HEAD,
+    LORA,
+    LORTA,
+    ONE_HOT,
+    PLANAR,
+    Result,
+    Settings,
+)
 
-COLOURS = {LORA: "#d55e00", PLANAR: "#0072b2", LORTA: "#009e73", DENSE: "#555555"}
-MARKERS = {LORA: "s", PLANAR: "o", LORTA: "^", DENSE: "D"}
-LABELS = {LORA: (5, -11), PLANAR: (-9, 7), LORTA: (5, -11)}  # points from the marker
+COLOURS = {
+    LORA: "#d55e00",
+    PLANAR: "#0072b2",
+    FASTFOOD: "#56b4e9",
+    ONE_HOT: "#cc79a7",
+    LORTA: "#009e73",
+    DENSE: "#555555",
+}
+MARKERS = {LORA: "s", PLANAR: "o", FASTFOOD: "v", ONE_HOT: "P", LORTA: "^", DENSE: "D"}
+_BELOW = (5, -11)  # points from the marker
+LABELS = {LORA: _BELOW, PLANAR: (-9, 7), FASTFOOD: _BELOW, ONE_HOT: _BELOW, LORTA: _BELOW}
 
 
 def pareto_front(results: Sequence[Result]) -> list[Result]:
@@ -53,7 +71,7 @@ def best_small(results: Sequence[Result]) -> Result | None:
     Result or None
         Of equally good ones the smallest. None where no adapter is smaller.
     """
-    limit = min(item.parameters for item in results if item.family == LORA)
+    limit = min((item.parameters for item in results if item.family == LORA), default=0)
     small = [item for item in results if 0 < item.parameters < limit]
     return min(small, key=lambda item: (-item.validation_accuracy, item.parameters), default=None)
 
@@ -120,7 +138,9 @@ def reaches(results: Sequence[Result]) -> list[Reach]:
         One for each family and LoRA.
     """
     found = []
-    for family in (PLANAR, LORTA):
+    for family in dict.fromkeys(item.family for item in results if item.rank):
+        if family == LORA:
+            continue
         for target in (item for item in results if item.family == LORA):
             good = [
                 item

@@ -45,6 +45,10 @@ from superlora.demo.vit import load_onnx
 WHEELS = (VIT, MNIST)
 
 
+class NoPointError(Exception):
+    """No point of the run has a name like the one asked for."""
+
+
 class ReloadError(Exception):
     """The saved adapter doesn't give the accuracy that was measured before saving."""
 
@@ -57,6 +61,7 @@ def run(
     output: Path,
     fresh: bool = False,
     threads: int | None = None,
+    only: str = "",
     console: Console | None = None,
 ) -> list[Result]:
     """Run the demo.
@@ -75,6 +80,8 @@ def run(
         Measure again what the cache has.
     threads : int, optional
         Of torch; by default torch decides.
+    only : str
+        A part of the names of the points to measure; all by default.
     console : Console, optional
         Where to show progress and the table.
 
@@ -85,12 +92,19 @@ def run(
 
     Raises
     ------
+    NoPointError
+        If no point's name has the part asked for.
     FetchError
         If model or data can't be had.
     ReloadError
         If a reloaded adapter has another accuracy than the trained one.
     """
     console = console or Console()
+    points = [point for point in suite(quick=quick) if only.lower() in point.method.lower()]
+    if not points:
+        raise NoPointError(
+            f"only must be a part of one of {[p.method for p in suite(quick=quick)]}: got {only!r}"
+        )
     settings = dataclasses.replace(QUICK if quick else FULL, seed=seed)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -98,7 +112,6 @@ def run(
     sizes = {name: getattr(settings, name) for name in ("train", "validation", "test")}
     splits = split(read_digits(digits_file), **sizes, seed=seed)
     surroundings = _surroundings(splits)
-    points = suite(quick=quick)
     keys = [key_of(point, settings, surroundings) for point in points]
     trainer = Trainer(load_onnx(model_file), splits, settings)
     points_cache = Cache(cache / "points")

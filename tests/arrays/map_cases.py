@@ -215,8 +215,11 @@ CASES = [
 
 
 def name_of(fixed):
-    choices = [getattr(fixed, name) for name in ("order", "blocks", "values", "normalize", "tiled")
-               if hasattr(fixed, name)]
+    choices = [
+        getattr(fixed, name)
+        for name in ("order", "blocks", "values", "normalize", "tiled")
+        if hasattr(fixed, name)
+    ]
     return "-".join([type(fixed).__name__, *map(str, choices)])
 
 
@@ -248,3 +251,19 @@ every_kind = pytest.mark.parametrize(("fixed", "before", "size"), rows(KINDS))
 
 def draw(size, seed=0):
     return numpy.random.default_rng(seed).standard_normal(size)
+
+
+def as_dtype(xp, values, dtype):
+    """Return numpy numbers as an array of a library, in a dtype that numpy may not have."""
+    array = xp.array(values)
+    if xp.name == "torch":
+        import torch
+
+        return array.to(getattr(torch, dtype))
+    return array.astype(dtype)
+
+
+def as_double(xp, array):
+    return (
+        xp.to_numpy(array.double()) if xp.name == "torch" else numpy.asarray(array, numpy.float64)
+    )

@@ -118,14 +118,14 @@ def test_no_draw_is_infinite(monkeypatch):
     ends = numpy.array([0, WORD - 1], dtype=numpy.uint64)
     monkeypatch.setattr(random, "bits", lambda *_: ends)
     low, high = normal(0, 0, (2,))
-    assert low == -high
-    assert 8 < high < 9
+    assert -9 < low < -8 < 8 < high < 9
 
 
 def test_signs_and_integers_are_a_format():
-    assert signs(2024, 5, 60, 70).tolist() == []
-    assert integers(2024, 5, 1000, 5).tolist() == []
-    assert (coarse_normals(2024, 5, 3, 7) * 65536).tolist() == []
+    assert signs(2024, 5, 60, 70).tolist() == [1, -1, -1, 1, -1, 1, 1, -1, -1, 1]
+    assert integers(2024, 5, 1000, 5).tolist() == [473, 721, 29, 498, 35]
+    drawn = coarse_normals(2024, 5, 3, 7) * 65536
+    assert drawn.tolist() == [-13447, 1420, -36963, 12092]
 
 
 def test_signs_and_integers_are_fair():

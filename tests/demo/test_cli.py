@@ -41,7 +41,15 @@ def test_help_and_version() -> None:
     assert "demo" in shown.output
     shown = runner.invoke(build(), ["demo", "--help"])
     assert shown.exit_code == 0
-    for option in ("--quick", "--output-dir", "--cache-dir", "--fresh", "--seed", "--threads"):
+    for option in (
+        "--quick",
+        "--output-dir",
+        "--cache-dir",
+        "--fresh",
+        "--seed",
+        "--threads",
+        "--only",
+    ):
         assert option in shown.output
     shown = runner.invoke(build(), ["--version"])
     assert shown.exit_code == 0
@@ -85,6 +93,14 @@ def test_main_without_typer_names_the_extra() -> None:
     assert done.returncode == 1
     assert done.stderr.strip().endswith("pip install 'superlora[demo]'")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_method_that_is_not_there_is_named_before_anything_is_fetched(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    done = command("demo", "--quick", "--cache-dir", str(tmp_path), "--only", "fourier")
+    assert done.returncode == 1
+    assert done.stderr.startswith("superlora demo: only must be a part of one of ['head only', ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_index_that_is_not_there_is_one_line_and_exit_1(tmp_path: Path) -> None:

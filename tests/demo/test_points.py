@@ -127,6 +127,8 @@ def test_the_sizes_are_those_of_the_formulas() -> None:
         assert sizes[f"LoRA r{rank}"] == 24 * 2 * 384 * rank
     for rank in (1, 4, 8):
         assert sizes[f"SuperLoRA 2-D, one group r{rank}"] == (1728 + 2048) * rank
+    for kind in ("fastfood", "one-hot"):  # 595 is the root of a tenth of all entries, rounded up
+        assert sizes[f"2-D + {kind}, one group r8"] == 2 * 595 * 8
     for rank in (5, 8, 16):
         assert sizes[f"LoRTA 3-D, one group r{rank}"] == rank**3 + (128 + 144 + 192) * rank
     assert sizes["dense"] == 24 * 384**2

@@ -204,9 +204,7 @@ ROWS = [
     for blocks in ("single", "stacked")
 ]
 ROWS += [
-    seeded_row(
-        "lorta-paper-fastfood", maps.Fastfood, matrices.fastfood, ORDERED, lorta_mapped, 0
-    ),
+    seeded_row("lorta-paper-fastfood", maps.Fastfood, matrices.fastfood, ORDERED, lorta_mapped, 0),
     seeded_row("dense-paper-rho", maps.Fastfood, matrices.fastfood, ORDERED, dense_mapped, 8),
     seeded_row("lora-paper-one_hot", maps.OneHot, matrices.one_hot, ONE_HOT, lora_mapped, 4),
     seeded_row("dense-paper-one_hot", maps.OneHot, matrices.one_hot, ONE_HOT, dense_mapped, 3),
@@ -347,9 +345,7 @@ def separable_update(
             for k, tensor in enumerate(split_tensors(arrays, group)):
                 after = plan.layout.groups[group].splits[k].shape
                 each = [
-                    matrices.fastfood(
-                        old, new, drawn.seed, k * len(after) + mode, **fields(drawn)
-                    )
+                    matrices.fastfood(old, new, drawn.seed, k * len(after) + mode, **fields(drawn))
                     for mode, (old, new) in enumerate(zip(tensor.shape, after, strict=True))
                 ]
                 tensors.append(tensorly.tenalg.multi_mode_dot(tensor, each))
@@ -381,9 +377,7 @@ def separable_row(
         lambda drawn, weight: {
             block: (block, same) for block in make_plan(spec(drawn), drawn.widths).blocks_of(weight)
         },
-        options(
-            sizes=sizes, rank=st.integers(1, 2), extra=st.integers(0, count(SEPARABLE) - 1)
-        ),
+        options(sizes=sizes, rank=st.integers(1, 2), extra=st.integers(0, count(SEPARABLE) - 1)),
         example,
     )
 
@@ -445,9 +439,7 @@ def did_update(drawn: Options, net: Net, arrays: Arrays) -> dict[str, numpy.ndar
     return found
 
 
-def le_fastfood(
-    drawn: Options, before: int, shape: tuple[int, int], index: int
-) -> numpy.ndarray:
+def le_fastfood(drawn: Options, before: int, shape: tuple[int, int], index: int) -> numpy.ndarray:
     """Return the projection of one weight, independent of the others'."""
     return matrices.fastfood(before, math.prod(shape), drawn.seed, index, order="le")
 

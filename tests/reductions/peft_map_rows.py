@@ -42,7 +42,7 @@ def layers_of(model: Any, drawn: Options) -> dict[str, Any]:
 def fourier_config(drawn: Options, **fields: Any) -> peft.FourierFTConfig:
     return peft.FourierFTConfig(
         n_frequency=drawn.extra,
-        scaling=drawn.alpha * 20,
+        scaling=drawn.alpha * 10,
         random_loc_seed=drawn.seed,
         fan_in_fan_out=drawn.layer == "conv1d",
         **fields,
@@ -98,13 +98,13 @@ def fourier_row(name: str, layers: tuple[str, ...], **fields: Any) -> Row:
     return peft_row(
         name,
         lambda drawn: fourier_config(drawn, **fields),
-        lambda drawn: sl.fourierft(drawn.extra, drawn.alpha * 20),
+        lambda drawn: sl.fourierft(drawn.extra, drawn.alpha * 10),
         fourier_leaves,
         options(sizes=st.integers(2, 9), layers=layers, extra=st.integers(1, 4)),
         Options(UNEQUAL, seed=3, layer=layers[0], extra=7),
         refine=with_frequencies,
         formed=not_transposed,
-        tolerance=1e-6,  # PEFT transforms in single precision, also a spectrum in double
+        tolerance=2e-5,  # PEFT transforms in single precision, and the gradients' sums cancel
     )
 
 

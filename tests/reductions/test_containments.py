@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import numpy
 import pytest
@@ -12,6 +13,7 @@ from lycoris.modules.lokr import LokrModule
 from torch import nn
 
 import superlora as sl
+from superlora import maps
 from tests.oracles import jacobian_rank
 from tests.reductions.cases import fill
 from tests.strategies import draw_factors
@@ -215,3 +217,116 @@ def test_fact_tks_official_reshape_of_the_mlps_is_not_the_papers_tucker(rank, bl
     for index, delta in enumerate(plan.deltas(factors).values()):
         expected = factors["0.0.factor1"] @ slices[index].T @ factors["0.0.factor2"].T
         numpy.testing.assert_allclose(delta, expected, atol=1e-11 * abs(expected).max())
+
+
+@given(st.integers(2, 5), st.integers(2, 5), st.integers(1, 2), seeds)
+def test_loha_is_a_selection_of_a_kronecker_product(rows, columns, rank, seed):
+    shapes = stack(2, rows, columns)
+    positions = [
+        i * (rows + 1) * columns**2 + j * (columns + 1) for i in range(rows) for j in range(columns)
+    ]
+    fold = ((rows, columns), (rows, columns))
+    fields = {"rank": (rank, rank), "splits": 2, "fold": fold, "scale": 0.7}
+    selected = sl.Plan(sl.Spec(map=maps.Selection(positions=positions), **fields), shapes)
+    loha = sl.Plan(sl.loha(rank, scale=0.7), shapes)
+    assert selected.factor_shapes == loha.factor_shapes
+    factors = draw_factors(loha, seed)
+    assert_contained(loha, factors, selected, factors)
+    # The fold has the squared size, which combine="hadamard" never forms.
+    assert "realised ratio" in selected.describe()
+    assert selected.layout.groups[0].before == (rows * columns) ** 2
+
+
+@given(sizes, sizes, st.integers(1, 9), seeds)
+def test_did_is_said_with_ones(rows, columns, size, seed):
+    shapes = stack(3, rows, columns)
+    did, said = (sl.Plan(make(size, seed, scale=0.7), shapes) for make in (sl.did, sl.said))
+    (theta,) = draw_factors(did, seed).values()
+    numbers = {f"{group}.0.factor0": numpy.ones((1, 1)) for group in range(3)}
+    others = {"0.0.factor1": theta[:, None], **numbers}
+    assert_contained(did, {"0.0.core": theta}, said, others)
+    assert (did.num_parameters, said.num_parameters) == (size, size + 3)
+
+
+@given(sizes, sizes, st.integers(1, 2), st.integers(1, 8), seeds)
+def test_unilora_and_nola_are_loras_and_no_map_of_an_update(rows, columns, rank, size, seed):
+    shapes = {"0.q": (rows, columns), "1.q": (columns, rows)}
+    lora = sl.Plan(sl.lora(rank, scale=0.7), shapes)
+    for spec in (sl.unilora(min(size, 4), rank, seed), sl.nola(size, rank, seed)):
+        plan = sl.Plan(spec.replace(scale=0.7), shapes)
+        thetas = {
+            name: generator(seed).standard_normal(shape)
+            for name, shape in plan.factor_shapes.items()
+        }
+        blocks = {
+            block: inner.map.apply(thetas[inner.name], inner.size)[inner.start : inner.stop]
+            for block, inner in plan.layout.inner.items()
+        }
+        factors = {b: x.reshape(lora.factor_shapes[b]) for b, x in blocks.items()}
+        assert_contained(plan, thetas, lora, factors)
+        # Quadratic: twice the numbers are four times the update, which no linear F gives.
+        for name, delta in plan.deltas({b: 2 * x for b, x in thetas.items()}).items():
+            numpy.testing.assert_allclose(
+                delta, 4 * plan.delta(thetas, name), rtol=1e-9, atol=1e-12
+            )
+
+
+def test_all_frequencies_are_about_half_of_dense():
+    # (u, v) and (-u, -v) are one column: 12 x 10 has 4 that are their own partners.
+    plan = sl.Plan(sl.fourierft(120), {"q": (12, 10)})
+    assert plan.num_parameters == plan.num_dense == 120
+    assert freedom(plan) == (120 + 4) // 2
+    matrix = plan.layout.maps[0]
+    columns = numpy.stack([matrix.apply(unit, 120) for unit in numpy.eye(120)])
+    assert numpy.linalg.matrix_rank(columns) == 62
+
+
+@given(st.sampled_from(["paper", "le"]), st.integers(1, 2), seeds)
+def test_the_papers_fastfood_is_the_transpose_of_le_and_others(order, rank, seed):
+    # With one B, G and Π; other sizes of the same seed have the same leading B and G.
+    fixed = maps.Fastfood(seed=seed, order=order, values="sign")
+    back = maps.Fastfood(seed=seed, order="le" if order == "paper" else "paper", values="sign")
+    wide = numpy.stack([fixed.apply(unit, 16) for unit in numpy.eye(16)], axis=1)
+    narrow = numpy.stack([back.apply(unit, 16) for unit in numpy.eye(16)], axis=1)
+    numpy.testing.assert_allclose(wide, narrow.T, atol=1e-12)
+    numpy.testing.assert_allclose(wide.T @ wide, numpy.eye(16), atol=1e-12)
+
+
+WIDE = {f"{layer}.q": (48, 32) for layer in range(2)}
+SEPARATE = {
+    "lora": sl.lora(2, map=maps.Separable(), ratio=0.25, scale=0.7),
+    "aligned of order 3": sl.lorta(
+        2, map=maps.Separable(), fold="aligned", ratio=0.25, core="identity", scale=0.7
+    ),
+    "two splits": sl.lonkr(1, 2, map=maps.Separable(inner=maps.Gaussian()), ratio=0.5),
+}
+
+
+@pytest.mark.parametrize("spec", SEPARATE.values(), ids=SEPARATE)
+def test_a_map_for_each_mode_is_applied_without_an_update(spec):
+    plan = sl.Plan(spec, WIDE)
+    factors, x = draw_factors(plan), generator(1).standard_normal((3, 32))
+    expected = plan.deltas(factors)
+    thin = {name: plan.low_rank(factors, name) for name in WIDE}
+    for name, delta in expected.items():
+        assert plan.layout.applies_factored(name)
+        left, right = thin[name]
+        assert left.shape[1] == right.shape[1] < min(delta.shape)
+        numpy.testing.assert_allclose(left @ right.T, delta, atol=1e-11 * abs(delta).max())
+        with mock.patch("superlora.plan.weight_delta", side_effect=AssertionError):
+            y = plan.apply(factors, name, x)
+            again = plan.low_rank(factors, name)
+        numpy.testing.assert_allclose(y, x @ delta.T, atol=1e-11 * abs(y).max())
+        assert again is not None
+    # A fold before of a quarter of the entries has less to train than one without a map.
+    assert (
+        plan.num_parameters
+        < sl.Plan(spec.replace(map=maps.Identity(), ratio=1), WIDE).num_parameters
+    )
+
+
+def test_any_other_map_has_its_update_formed():
+    spec = sl.lora(2, map=maps.Fastfood(), fold="balanced", ratio=0.25)
+    plan = sl.Plan(spec, WIDE)
+    assert plan.low_rank(draw_factors(plan), "0.q") is None
+    assert not plan.layout.applies_factored("0.q")

@@ -211,8 +211,9 @@ def with_maps(spec: sl.Spec, change: Change) -> sl.Spec:
 
     own = {pattern: dict(changes) for pattern, changes in spec.overrides}
     overrides = {pattern: {**changes, **fields(changes)} for pattern, changes in own.items()}
-    return spec.replace(**fields({k: getattr(spec, k) for k in ("map", "factor_map")}),
-                        overrides=overrides)
+    return spec.replace(
+        **fields({k: getattr(spec, k) for k in ("map", "factor_map")}), overrides=overrides
+    )
 
 
 def other(field: str, *pairs: tuple[object, object]) -> Change:

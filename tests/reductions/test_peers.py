@@ -18,7 +18,9 @@ from torch import nn
 
 import superlora as sl
 import superlora.torch as slt
+from superlora import maps
 from tests.reductions.cases import Options, fill, make_net
+from tests.reductions.peft_map_rows import fourier_config, unilora_config
 from tests.reductions.peft_rows import UNEQUAL, adapt
 from tests.reductions.rows import ROWS
 
@@ -115,6 +117,52 @@ def test_lora_fa_trains_b_alone():
         stepper.step()
         moved = {name for name, old in before.items() if not torch.equal(old, tensors[name])}
         assert moved == {name for name in before if "lora_B" in name or name.endswith("factor0")}
+
+
+@pytest.mark.parametrize("layer", ["bias", "conv1d"])
+def test_fourierft_of_peft_computes_in_single_precision_and_forms_outputs_by_inputs(layer):
+    drawn = Options(UNEQUAL, layer=layer, extra=7, seed=3)
+    _, model = adapt(drawn, fourier_config(drawn))
+    for name, shape in drawn.widths.items():
+        peer = model.base_model.model.get_submodule(name)
+        delta = peer.get_delta_weight("default")
+        assert delta.dtype == torch.float64
+        assert torch.equal(delta, delta.float().double())
+        assert delta.shape == shape  # of a Conv1D too, whose weight is (inputs, outputs)
+
+
+@pytest.mark.parametrize("size", [1, 5, 20])
+def test_unilora_of_peft_deals_numbers_out_evenly_as_one_hot_does(size):
+    drawn = Options(UNEQUAL, 3, extra=size)
+    _, model = adapt(drawn, unilora_config(drawn))
+    theirs: list[int] = []
+    for name in drawn.widths:
+        layer = model.base_model.model.get_submodule(name)
+        for indices in (layer.unilora_indices_A, layer.unilora_indices_B):
+            theirs += indices["default"].ravel().tolist()
+    total = 3 * sum(map(sum, drawn.shapes))
+    fixed = maps.OneHot(seed=3, tiled=False, signed=False, normalize=None)
+    ours = fixed.adjoint(numpy.ones(total), size)
+    for counts in (numpy.bincount(theirs, minlength=size), ours):
+        assert counts.sum() == len(theirs) == total
+        assert set(counts) <= {total // size, -(-total // size)}
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_unilora_of_peft_has_no_scale(rank):
+    drawn = Options(UNEQUAL, rank, extra=9)
+    _, model = adapt(drawn, unilora_config(drawn))
+    layer = model.base_model.model.get_submodule("layers.a")
+    theta = layer.unilora_theta_d["default"].detach()
+    factors = [
+        theta[indices["default"]] * scales["default"]
+        for indices, scales in (
+            (layer.unilora_indices_B, layer.unilora_scales_B),
+            (layer.unilora_indices_A, layer.unilora_scales_A),
+        )
+    ]
+    assert torch.allclose(layer.get_delta_weight("default"), factors[0] @ factors[1])
+    assert sl.unilora(9, rank).scaling == 1
 
 
 @pytest.mark.skipif(not hasattr(peft, "TinyLoraConfig"), reason="this PEFT has no TinyLoRA")

@@ -1,0 +1,62 @@
+"""How many numbers are trained with a fixed map, and the ratio that is realised."""
+
+from __future__ import annotations
+
+import pytest
+
+import superlora as sl
+from superlora import maps
+
+# Query and value of ViT-B, 14,155,776 entries.
+VIT = {f"blocks.{layer}.{part}": (768, 768) for layer in range(12) for part in "qv"}
+DENSE = {1.0: 14_155_776, 0.5: 7_077_888, 0.25: 3_538_944, 0.1: 1_415_578, 0.01: 141_558}
+
+
+@pytest.mark.parametrize(("ratio", "expected"), DENSE.items())
+def test_dense_times_rho(ratio, expected):
+    plan = sl.Plan(sl.dense(groups=1, map=maps.Fastfood(), ratio=ratio), VIT)
+    assert plan.num_parameters == expected
+    realised = expected / 14_155_776
+    assert f"realised ratio {realised:.6g}, asked {ratio:.6g}" in plan.describe()
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8, 12, 24, "weight", "layer"])
+@pytest.mark.parametrize("ratio", [0.5, 0.25, 0.1])
+def test_dense_times_rho_of_many_groups_rounds_each_up(groups, ratio):
+    plan = sl.Plan(sl.dense(groups=groups, map=maps.Fastfood(), ratio=ratio), VIT)
+    count = {"weight": 24, "layer": 12}.get(groups, groups)
+    each = -(-14_155_776 // count * round(100 * ratio) // 100)
+    assert plan.num_parameters == count * each
+    if ratio != 0.1:
+        assert plan.num_parameters == DENSE[ratio]
+
+
+def test_a_fold_before_the_map_is_a_cover_and_nothing_is_cropped():
+    # 10 % are 1,415,578 entries, whose only exact fold is 2 x 707,789.
+    spec = sl.lora(8, groups=1, fold="balanced", map=maps.Fastfood(), ratio=0.1)
+    plan = sl.Plan(spec, VIT)
+    (group,) = plan.layout.groups
+    assert (group.fold, group.before) == ((1190, 1190), 1_416_100)
+    assert plan.num_parameters == 8 * 2 * 1190
+    assert "realised ratio 0.100037, asked 0.1" in plan.describe()
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (sl.fourierft(), 24 * 1000),
+        (sl.did(), 1000),
+        (sl.said(), 1000 + 24),
+        (sl.unilora(), 256),
+        (sl.nola(), 24 * 2 * 256),
+        (sl.lora(8, map=maps.Separable(), ratio=0.25), 24 * 8 * (384 + 384)),
+        (sl.dense(map=maps.Broadcast(along="inputs")), 24 * 768),
+        (sl.dense(map=maps.Broadcast(along="outputs")), 24 * 768),
+        (sl.dense(map=maps.Broadcast()), 24),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else "",
+)
+def test_counts_of_vit(spec, expected):
+    plan = sl.Plan(spec, VIT)
+    assert plan.num_parameters == expected
+    assert f"{expected:,} trainable parameters" in plan.describe()
