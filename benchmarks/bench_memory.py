@@ -37,6 +37,7 @@ def specs() -> dict[str, Any]:
     """Return the rows by name; None is the frozen base with gradients to its input."""
     import superlora as sl
 
+    projected = sl.Spec(rank=8, groups=1, fold="balanced", ratio=0.1, map=sl.maps.OneHot())
     return {
         "frozen base": None,
         "LoRA r8": sl.lora(rank=8),
@@ -44,6 +45,10 @@ def specs() -> dict[str, Any]:
         "one group, LoRTA 3-D balanced r8": sl.lorta(rank=8),
         "one group, LoRTA 4-D balanced r8": sl.lorta(rank=8, order=4),
         "one group, LoRTA 3-D aligned r8": sl.lorta(rank=8, fold="aligned"),
+        "2-D + fastfood, single": projected.replace(map=sl.maps.Fastfood()),
+        "2-D + fastfood, stacked": projected.replace(map=sl.maps.Fastfood(blocks="stacked")),
+        "2-D + one-hot": projected,
+        "2-D + separable": projected.replace(map=sl.maps.Separable()),
         "whole group, 2-D balanced r8": sl.Spec(rank=8, groups=1, fold="balanced"),
         "whole group, LoRTA 3-D balanced r8": sl.lorta(rank=8),
     }

@@ -23,8 +23,16 @@ PRESETS = (
     ("sl.lotr(rank=16)", "LoTR = FacT-TT", "G = 1, stack of weights, layer mode un-factored"),
     ("sl.fact_tk(rank=16)", "FacT-TK", "G = 1, stack of weights, M = 3"),
     ("sl.vera(rank=256)", "VeRA", "Hadamard product, all but two vectors a weight frozen"),
+    ("sl.fourierft(size=1000)", "FourierFT", "M = 1, F a sparse Fourier transform"),
+    ("sl.unilora(size=256)", "Uni-LoRA", "LoRA whose factors are a map of one vector"),
+    ("sl.nola(size=64)", "NOLA", "LoRA whose factors are sums of random ones"),
     ("sl.lora_xs(rank=8)", "LoRA-XS", "singular vectors frozen, core trained"),
     ('sl.Spec(rank=8, groups=1, fold="balanced")', "SuperLoRA 2-D", "G = 1, square-like fold"),
+    (
+        'sl.Spec(rank=8, groups=1, fold="balanced", map=sl.maps.Fastfood(), ratio=0.1)',
+        "SuperLoRA 2-D, projected",
+        "the same, F fastfood",
+    ),
     ("sl.lorta(rank=8)", "LoRTA 3-D", "G = 1, M = 3, full core"),
     ("sl.lorta(rank=8, order=4)", "LoRTA 4-D", "G = 1, M = 4, full core"),
     (

@@ -190,11 +190,9 @@ def cast(array: Array, like: Array) -> Array:
 
 
 def constant(values: numpy.ndarray, like: Array) -> Array:
-    """Return fixed numbers of any dtype for arithmetic with `like`, on its device.
-
-    jax takes numpy's arrays as they are, also while it traces.
-    """
+    """Return fixed numbers of any dtype for arithmetic with `like`, on its device."""
     library = backend_of(like)
+    # jax takes numpy's arrays as they are, also while it traces.
     if library.backend_name in ("numpy", "jax"):
         return values
     if library.backend_name != "pytorch":

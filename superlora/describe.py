@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import NamedTuple
 
 from superlora.block_rules import unit_modes_of
 from superlora.layout import Layout
-from superlora.splitting import Group, Split
+from superlora.splitting import Group, Members, Split
+
+
+class Kind(NamedTuple):
+    """What groups of one row have in common."""
+
+    group: Group
+    combine: str
+    splits: int
+    map: str
 
 
 def describe(layout: Layout) -> str:
@@ -23,19 +33,26 @@ def describe(layout: Layout) -> str:
     str
         Alike groups share a row.
     """
-    alike = Counter(layout.groups)
-    parameters: Counter[Group] = Counter()
+    kinds = [
+        Kind(group, own.combine, own.splits, type(own.map).__name__)
+        for group, own in zip(layout.groups, layout.specs, strict=True)
+    ]
+    alike = Counter(kinds)
+    parameters: Counter[Kind] = Counter()
     for block, shape in layout.factor_shapes.items():
-        parameters[layout.groups[int(block.partition(".")[0])]] += math.prod(shape)
-    rows = [("groups", "entries", "fold", "splits (size:rank)", "parameters")]
-    for group, count in alike.items():
+        parameters[kinds[int(block.partition(".")[0])]] += math.prod(shape)
+    mapped = any(kind.map != "Identity" for kind in kinds)
+    header = ("groups", "entries", "map", "fold", "splits (size:rank)", "parameters")
+    rows: list[tuple[str, ...]] = [header if mapped else (*header[:2], *header[3:])]
+    for kind, count in alike.items():
         rows.append(
             (
                 str(count),
-                f"{group.size:,}",
-                " x ".join(map(str, group.fold)),
-                _splits_text(layout, group),
-                f"{parameters[group]:,}",
+                f"{kind.group.size:,}",
+                *([kind.map] if mapped else []),
+                " x ".join(map(str, kind.group.fold)),
+                _splits_text(kind),
+                f"{parameters[kind]:,}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -48,14 +65,13 @@ def describe(layout: Layout) -> str:
         f"{len(layout.shapes)} weights, {layout.num_parameters:,} trainable parameters for "
         f"{layout.num_dense:,} entries ({share:.4%})"
     )
-    return "\n".join(lines + _notes(layout, alike))
+    return "\n".join(lines + _notes(layout, Counter(layout.groups)))
 
 
-def _splits_text(layout: Layout, group: Group) -> str:
-    spec = layout.specs[layout.groups.index(group)]
-    sign = " (x) " if spec.combine == "kronecker" else " o "
-    terms = len(group.splits) // spec.splits
-    product = sign.join(map(_split_text, group.splits[: spec.splits]))
+def _splits_text(kind: Kind) -> str:
+    sign = " (x) " if kind.combine == "kronecker" else " o "
+    terms = len(kind.group.splits) // kind.splits
+    product = sign.join(map(_split_text, kind.group.splits[: kind.splits]))
     return product if terms == 1 else f"{terms} terms: {product}"
 
 
@@ -83,15 +99,16 @@ def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
             f"note: rank {layout.spec.rank} exceeds a mode in {capped} of {len(layout.groups)} "
             f"groups; it is {_how_capped(alike)} there"
         )
-    before = sum(group.before * count for group, count in alike.items())
-    after = sum(group.size * count for group, count in alike.items())
-    if all(map(layout.identity, range(len(layout.groups)))):
-        if before > after:
-            notes.append(
-                f"note: the folds cover {before:,} entries; {before - after:,} are cropped"
-            )
-    else:
-        notes.append(f"note: realised ratio {before / after:.6g}, asked {layout.spec.ratio:.6g}")
+    notes += _cropped(layout) + _ratios(layout)
+    if layout.inner:
+        makes = sum(math.prod(layout.trainable[block]) for block in layout.inner)
+        vectors = {inner.name: inner for inner in layout.inner.values()}
+        names = ", ".join(sorted({type(inner.map).__name__ for inner in vectors.values()}))
+        takes = sum(inner.before for inner in vectors.values())
+        notes.append(
+            f"note: {makes:,} entries of {len(layout.inner)} blocks are made of {takes:,} "
+            f"parameters: {names}"
+        )
     if layout.frozen:
         entries = sum(math.prod(layout.block_shapes[block]) for block in layout.frozen)
         sources = ", ".join(sorted(set(layout.frozen.values())))
@@ -100,3 +117,45 @@ def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
     if degenerate:
         notes.append(f"note: {degenerate}")
     return notes
+
+
+def _cropped(layout: Layout) -> list[str]:
+    """Say how many entries the folds have more than the groups that they cover."""
+    covers = [
+        (math.prod(group.fold), group.size)
+        for index, group in enumerate(layout.groups)
+        if layout.identity(index) or layout.specs[index].map.keeps_size
+    ]
+    before, after = (sum(sizes) for sizes in zip(*covers, strict=True)) if covers else (0, 0)
+    if before == after:
+        return []
+    return [f"note: the folds cover {before:,} entries; {before - after:,} are cropped"]
+
+
+def _ratios(layout: Layout) -> list[str]:
+    """Say what share of their entries the groups of every map and ratio have before it."""
+    entries: dict[tuple[str, str], list[int]] = {}
+    for index, (group, own) in enumerate(zip(layout.groups, layout.specs, strict=True)):
+        if own.map.keeps_size:
+            continue
+        total = entries.setdefault((type(own.map).__name__, _asked(layout, index)), [0, 0])
+        total[0] += group.before
+        total[1] += group.size
+    return [
+        f"note: realised ratio {f'of {name} ' * (len(entries) > 1)}{before / after:.6g}{asked}"
+        for (name, asked), (before, after) in entries.items()
+    ]
+
+
+def _asked(layout: Layout, group: int) -> str:
+    """Return what the spec says of the entries before a map, if that decides."""
+    own, grouping = layout.specs[group], layout.grouping
+    shapes = tuple(layout.shapes[name] for name in grouping.members[group])
+    members = Members(shapes, grouping.whole(group), 0, 0, group)
+    if own.map.fixed_entries(members.place) is not None:
+        return ", that of the map"
+    if own.size is not None:
+        return f", asked {own.size:,} entries"
+    if isinstance(own.fold, tuple) and own.ratio == 1 and not layout.identity(group):
+        return ", that of the fold"
+    return f", asked {own.ratio:.6g}"

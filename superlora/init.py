@@ -13,7 +13,6 @@ from superlora.maps import Separable
 from superlora.random import normal
 from superlora.splitting import Split
 
-
 # The deviation of numbers in ±0.02, which Uni-LoRA starts its vector with.
 _SHARED_VECTOR = 0.02 / math.sqrt(3)
 
@@ -65,7 +64,7 @@ def zero_block(layout: Layout, group: int, term: int = 0) -> str:
 
 
 def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> dict[str, Array]:
-    """Draw initial factors for which every update is zero, but with one vector for all blocks.
+    """Draw initial factors for which every update is zero, but with one vector for two factors.
 
     Parameters
     ----------
@@ -94,8 +93,9 @@ def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> di
     weights, t the number of products that sum to one entry of the update, r the
     largest rank of a trainable factor. A step of the zero block then moves an entry of ΔW
     as it does in LoRA of that rank, at any order and any number of splits, so that
-    learning rates carry over; a map's gain is a part of it. With an F_in from one vector to all
-    blocks no update can be zero and have a gradient: it starts near zero, as in Uni-LoRA.
+    learning rates carry over; a map's gain is a part of it. With an F_in from one vector to two
+    blocks of a product no update can be zero and have a gradient: it starts near zero, as in
+    Uni-LoRA.
     """
     from_numpy(numpy.zeros(()), like)  # refuses a wrong dtype before anything is drawn
     deviations: dict[str, float] = {}
@@ -107,18 +107,28 @@ def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> di
             for name in drawn:
                 deviations.setdefault(name, variance ** (0.5 / len(drawn)))
             deviations[zero] = 0.0
+    multiplied = _multiplied(layout)
     for block, inner in layout.inner.items():
         gain = inner.map.gain(inner.before, inner.size)
         own = deviations[block] * gain**-0.5 if gain else 0.0
-        # A vector for all blocks has no gradient at zero.
-        shared = inner.stop - inner.start < inner.size
-        deviations[inner.name] = _SHARED_VECTOR if shared else own
+        # At zero a vector has no gradient where two blocks of one product are made of it.
+        deviations[inner.name] = _SHARED_VECTOR if inner.name in multiplied else own
     factors = {}
     for stream, (name, shape) in enumerate(layout.factor_shapes.items()):
         deviation = deviations[name]
         values = normal(seed, stream, shape) * deviation if deviation else numpy.zeros(shape)
         factors[name] = from_numpy(values, like)
     return factors
+
+
+def _multiplied(layout: Layout) -> set[str]:
+    """Return the vectors that two blocks of one product are made of."""
+    found = set()
+    for group in range(len(layout.groups)):
+        for blocks in layout.term_blocks(group):
+            names = [layout.inner[block].name for block in blocks if block in layout.inner]
+            found |= {name for name in names if names.count(name) > 1}
+    return found
 
 
 def frozen_variance(source: str, shape: tuple[int, ...], last: bool) -> float:

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from superlora.maps import Map, Place
+from superlora.splitting import check_map
 
 if TYPE_CHECKING:
     from superlora.layout import Layout
+
+# Mapped blocks may hold this many entries, and 16 times as many as the weights.
+_MOST_MAPPED = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -64,27 +68,34 @@ def inner_vectors(layout: Layout) -> dict[str, Inner]:
         group = int(block.partition(".")[0])
         if layout.specs[group].factor_map is not None:
             parts.setdefault(layout.first_group(group), {})[block] = math.prod(shape)
+    _check_memory(layout, sum(total for sizes in parts.values() for total in sizes.values()))
+    # Of all blocks, so that those of other overrides have other streams too.
+    numbers = {block: index for index, block in enumerate(layout.trainable)}
     found: dict[str, Inner] = {}
     for first, sizes in parts.items():
         own = layout.specs[first]
-        assert own.factor_map is not None and own.factor_size is not None
+        assert own.factor_map is not None
+        assert own.factor_size is not None
         if own.factor_scope == "all":
             name, start, total = f"{first}.0.theta", 0, sum(sizes.values())
             fixed = own.factor_map.bind(Place(first, (), False))
-            _check(fixed, own.factor_size, total, name)
+            check_map(fixed, own.factor_size, total, f"factor_map for {name!r}")
             for block, size in sizes.items():
                 found[block] = Inner(name, fixed, own.factor_size, total, start, start + size)
                 start += size
             continue
-        for index, (block, size) in enumerate(sizes.items()):
-            fixed = own.factor_map.bind(Place(index, (), False))
-            _check(fixed, own.factor_size, size, block)
+        for block, size in sizes.items():
+            fixed = own.factor_map.bind(Place(numbers[block], (), False))
+            check_map(fixed, own.factor_size, size, f"factor_map for {block!r}")
             found[block] = Inner(f"{block}_theta", fixed, own.factor_size, size, 0, size)
     return found
 
 
-def _check(fixed: Map, before: int, size: int, name: str) -> None:
-    try:
-        fixed.check(before, size)
-    except ValueError as error:
-        raise ValueError(f"factor_map must serve {name!r}, {before} to {size}: {error}") from None
+def _check_memory(layout: Layout, entries: int) -> None:
+    # A rank costs nothing to write down, and a file holds none of these blocks.
+    most = _MOST_MAPPED + 16 * layout.num_dense
+    if entries > most:
+        raise ValueError(
+            f"factor_map must make blocks of at most {most:,} entries, for weights of "
+            f"{layout.num_dense:,}: got {entries:,}; take a smaller rank"
+        )

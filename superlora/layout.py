@@ -7,6 +7,7 @@ here, before any memory is spent.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -65,6 +66,7 @@ class Layout:
         first: list[int] = []
         alike: dict[int, tuple[Group, ...]] = {}
         designs: list[Spec] = []
+        self._ends: dict[int, int] = {}  # of every part, by its first group
         for own, names in self._parts().items():
             part = group_weights({name: self.shapes[name] for name in names}, own.groups, own.cut)
             # Most groups of a large model are alike: solve each distinct one once.
@@ -77,9 +79,11 @@ class Layout:
             alike[start] = tuple(dict.fromkeys(groups[start:]))
             first += [start] * len(part.sizes)
             specs += [own] * len(part.sizes)
+            self._ends[start] = len(specs)
             parts.append(part)
         self.grouping: Grouping = join(parts, self.shapes)
         self.groups: tuple[Group, ...] = tuple(groups)
+        self._offsets = list(itertools.accumulate([g.size for g in groups], initial=0))
         self.specs: tuple[Spec, ...] = tuple(specs)
         self._first = first  # the first group of every group's part, which names tied blocks
         self._alike = alike
@@ -115,8 +119,7 @@ class Layout:
         return parts
 
     def _fold_context(self, part: Grouping, group: int) -> Members:
-        names = part.members[group]
-        divisor = 0
+        divisor, names = 0, part.members[group]
         for name in names:
             divisor = math.gcd(divisor, self.shapes[name][1])
             for piece in part.pieces[name]:
@@ -147,12 +150,11 @@ class Layout:
         if getattr(self.specs[group].map, "scope", "group") == "group":
             return range(group, group + 1)
         first = self._first[group]
-        last = first + sum(start == first for start in self._first)
-        return range(first, last)
+        return range(first, self._ends[first])
 
     def position(self, piece: Piece) -> tuple[int, int]:
         """Return where a piece begins and ends in the vector of its joint groups."""
-        before = sum(self.groups[g].size for g in self.joint(piece.group) if g < piece.group)
+        before = self._offsets[piece.group] - self._offsets[self.joint(piece.group)[0]]
         return before + piece.start, before + piece.stop
 
     def blocks_of_joint(self, group: int) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from superlora.maps import Place, Separable
+from superlora.maps import Identity, Map, Place, Separable
 from superlora.shapes import (
     Shape,
     aligned_splits,
@@ -17,6 +19,9 @@ from superlora.shapes import (
     ceil_divide,
 )
 from superlora.spec import Spec
+
+# A fold before a map may have this many entries, and 16 times as many as the group.
+_MOST_BEFORE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -146,13 +151,18 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
                 f"in every mode for a fold of {before} entries; use fewer splits"
             )
     own, before = sizes, math.prod(fold)
-    if isinstance(spec.map, Separable):
-        count = len(spec.map.mapped(spec.modes))
+    fixed = spec.map.bind(members.place)
+    if isinstance(fixed, Separable):
+        count = len(fixed.mapped(spec.modes))
         share = spec.ratio ** (1 / (count * (len(sizes) if spec.combine == "kronecker" else 1)))
-        own = tuple(spec.map.sizes_before(split, share) for split in sizes)
+        own = tuple(fixed.sizes_before(split, share) for split in sizes)
         before = math.prod(map(math.prod, own if spec.combine == "kronecker" else own[:1]))
-    else:
-        spec.map.bind(members.place).check(before, size)
+        for index, (after, smaller) in enumerate(zip(sizes, own, strict=True)):
+            for mode in fixed.mapped(spec.modes):
+                of_mode = fixed.mode(index * spec.modes + mode)
+                check_map(of_mode, smaller[mode], after[mode], f"mode {mode} of map=Separable()")
+    elif not isinstance(fixed, Identity):
+        check_map(fixed, before, size, f"map={type(fixed).__name__}()")
     splits = tuple(
         _make_split(spec, index, split_sizes, before_sizes, rank)
         for index, (split_sizes, before_sizes, rank) in enumerate(
@@ -160,6 +170,48 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
         )
     )
     return Group(size, fold, before, splits * spec.terms)
+
+
+def check_map(fixed: Map, before: int, size: int, name: str) -> None:
+    """Refuse sizes that a map cannot serve, or that would take far more memory than the weights.
+
+    Parameters
+    ----------
+    fixed : Map
+        The map.
+    before, size : int
+        Entries before and after it.
+    name : str
+        What the error message calls it.
+
+    Raises
+    ------
+    ValueError
+        If it is so.
+    """
+    # A fold costs nothing to write down, and a file may hold a few numbers for it.
+    most, largest = _MOST_BEFORE + 16 * size, max(before, *_between(fixed))
+    if largest > most:
+        raise ValueError(
+            f"{name} must take at most {most:,} entries to {size:,}: got {largest:,}; take a "
+            "smaller size or fold"
+        )
+    try:
+        fixed.check(before, size)
+    except ValueError as error:
+        raise ValueError(f"{name} must serve {before:,} entries to {size:,}: {error}") from None
+
+
+def _between(fixed: Map) -> Iterator[int]:
+    """Yield the numbers of entries that a map made of maps has between them, and 0."""
+    yield 0
+    for item in dataclasses.fields(fixed):
+        value = getattr(fixed, item.name)
+        if item.name == "between" and isinstance(value, int):
+            yield value
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Map):
+                yield from _between(part)
 
 
 def _entries(spec: Spec, held: int, members: Members) -> int:

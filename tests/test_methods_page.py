@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 import superlora as sl
@@ -38,3 +39,22 @@ def test_the_count_is_that_of_the_plan(method, sizes, monkeypatch):
     for name, value in sizes.items():
         monkeypatch.setitem(methods.EXAMPLE, name, value)
     assert method.counted() == method.plan().num_parameters
+
+
+@rows
+def test_the_presets_that_the_page_says_are_written_exactly_have_two_thin_factors(
+    method, monkeypatch
+):
+    for name, value in {"do": 48, "di": 60, "u": 3}.items():
+        monkeypatch.setitem(methods.EXAMPLE, name, value)
+    page = (DOCS / "methods.md").read_text("utf-8")
+    named = page[page.index("has two thin factors (") :].partition(")")[0]
+    plan = method.plan()
+    shapes = plan.factor_shapes | plan.frozen_shapes
+    blocks = {name: numpy.ones(shape) for name, shape in shapes.items()}
+    thin = plan.low_rank(blocks, "0.weight")
+    if f"`{method.preset}`" in named:
+        assert thin is not None
+    if method.preset in ("dense", "fourierft", "did", "said"):
+        assert thin is None
+        assert method.preset not in named

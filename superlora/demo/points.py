@@ -89,10 +89,19 @@ LORA = "LoRA"
 PLANAR = "SuperLoRA 2-D, one group"
 FASTFOOD = "2-D + fastfood, one group"
 ONE_HOT = "2-D + one-hot, one group"
+SEPARABLE = "2-D + separable, one group"
 LORTA = "LoRTA 3-D, one group"
 
 
-RATES = {LORA: 5e-3, PLANAR: 1e-2, FASTFOOD: 2e-2, ONE_HOT: 2e-2, LORTA: 2e-2, DENSE: 5e-4}
+RATES = {
+    LORA: 5e-3,
+    PLANAR: 1e-2,
+    FASTFOOD: 2e-2,
+    ONE_HOT: 2e-2,
+    SEPARABLE: 2e-2,
+    LORTA: 2e-2,
+    DENSE: 5e-4,
+}
 """Learning rates that none of the few others tried beat on the validation part (56 px, seed 0)."""
 
 
@@ -110,6 +119,7 @@ def suite(*, quick: bool) -> list[Point]:
         projected = Spec(rank=8, order=2, groups=1, fold="balanced", ratio=0.1, map=maps.Fastfood())
         specs.append((FASTFOOD, 8, projected))
         specs.append((ONE_HOT, 8, projected.replace(map=maps.OneHot())))
+        specs.append((SEPARABLE, 8, projected.replace(map=maps.Separable())))
     specs += [(LORTA, rank, presets.lorta(rank=rank, order=3, groups=1)) for rank in lorta_ranks]
     if not quick:
         specs.append((DENSE, None, presets.dense()))

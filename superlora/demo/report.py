@@ -21,6 +21,7 @@ from superlora.demo.points import (
     LORTA,
     ONE_HOT,
     PLANAR,
+    SEPARABLE,
     Result,
     Settings,
 )
@@ -30,12 +31,21 @@ COLOURS = {
     PLANAR: "#0072b2",
     FASTFOOD: "#56b4e9",
     ONE_HOT: "#cc79a7",
+    SEPARABLE: "#e69f00",
     LORTA: "#009e73",
     DENSE: "#555555",
 }
-MARKERS = {LORA: "s", PLANAR: "o", FASTFOOD: "v", ONE_HOT: "P", LORTA: "^", DENSE: "D"}
+MARKERS = {
+    LORA: "s",
+    PLANAR: "o",
+    FASTFOOD: "v",
+    ONE_HOT: "P",
+    SEPARABLE: "X",
+    LORTA: "^",
+    DENSE: "D",
+}
 _BELOW = (5, -11)  # points from the marker
-LABELS = {LORA: _BELOW, PLANAR: (-9, 7), FASTFOOD: _BELOW, ONE_HOT: _BELOW, LORTA: _BELOW}
+LABELS = {family: (-9, 7) if family == PLANAR else _BELOW for family in MARKERS}
 
 
 def pareto_front(results: Sequence[Result]) -> list[Result]:

@@ -55,8 +55,8 @@ class Map(abc.ABC):
     Notes
     -----
     What a map draws from its seed is kept by the map from the first call with some sizes, on
-    each device, and is no part of its value. ``torch.compile(fullgraph=True)`` cannot trace the
-    drawing: apply such a map once before.
+    each device, and is no part of its value. ``torch.compile`` cannot trace the drawing:
+    apply such a map once before. One that keeps nothing cannot be compiled.
 
     Raises
     ------
@@ -272,7 +272,8 @@ class Map(abc.ABC):
         """Return what a method draws on the device of `like`; kept from the first call on."""
         # Those of torch that have no values must not be kept for those that have.
         if not keep or hasattr(like, "fake_mode"):
-            return constant(getattr(self, draw)(*args), like)
+            return constant(getattr(self, draw)(*map(int, args)), like)
+        args = tuple(map(int, args))  # torch's sizes may be symbols
         kept = self.__dict__.get("_constants")
         if kept is None:
             kept = self.__dict__.setdefault("_constants", {})

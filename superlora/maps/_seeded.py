@@ -107,7 +107,10 @@ class CheckedMap(Map):
         """
         check_vector("y", y)
         check_count("size", size)
-        self.check(size, y.shape[0])
+        try:
+            self.check(size, y.shape[0])
+        except ValueError as error:
+            raise ValueError(f"{error}; of the map from {size} to {y.shape[0]} entries") from None
         return cast(self._backward(widened(y), size), like=y)
 
     @abc.abstractmethod

@@ -77,7 +77,7 @@ class Fourier(SeededMap):
             if not isinstance(values, tuple) or not values:
                 raise TypeError(f"{name} must be a tuple of integers: got {values!r}")
             for index, value in enumerate(values):
-                check_count(f"{name}[{index}]", value, least=name == "shape")
+                check_count(f"{name}[{index}]", value, least=1 if name == "shape" else 0)
         if self.shape is not None and len(self.shape) != 2:
             raise ValueError(f"shape must have two axes: got {self.shape}")
         if self.frequencies is not None and len(set(self.frequencies)) < len(self.frequencies):

@@ -226,6 +226,7 @@ class Gaussian(SeededMap):
         first, last = start // width, -(-stop // width)
         numbers = self._blocks._draw_values(first * width, last * width).reshape(-1, width)
         norms = numpy.linalg.norm(numbers.astype(numpy.float64), axis=1) * math.sqrt(width)
+        norms[norms == 0] = numpy.inf  # a row of zeros has no direction, and stays one
         ratios: numpy.ndarray = self._lengths(before, start, stop)
         ratios /= numpy.repeat(norms, width)[: stop - start]
         return ratios

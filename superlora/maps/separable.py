@@ -249,12 +249,12 @@ class Separable(CheckedMap):
             product = cast(product, like=tensor)
         else:
             fixed = self.mode(index)
-            columns = library.reshape(library.moveaxis(tensor, axis, 0), (width, -1))
+            columns = library.reshape(_moved(tensor, axis, 0), (width, -1))
             move = fixed.adjoint if adjoint else fixed.apply
             results = [move(columns[:, column], size) for column in range(columns.shape[1])]
             rest = [entries for mode, entries in enumerate(tensor.shape) if mode != axis]
             product = library.reshape(library.stack(results, axis=1), (size, *rest))
-        return library.moveaxis(product, 0, axis)
+        return _moved(product, 0, axis)
 
     def check(self, before: int, size: int) -> None:
         """Refuse sizes that are not those of the modes.
@@ -384,3 +384,11 @@ class Separable(CheckedMap):
         for mode in self.mapped(len(self.after)):
             tensor = self.map_mode(tensor, mode, mode, self.before[mode], adjoint=True)
         return library.reshape(tensor, (-1,))
+
+
+def _moved(tensor: Array, source: int, target: int) -> Array:
+    """Return the tensor with one axis in another place."""
+    axes = list(range(len(tensor.shape)))
+    axes.insert(target, axes.pop(source))
+    # torch.vmap has no rule for `moveaxis`.
+    return backend_of(tensor).transpose(tensor, axes) if source != target else tensor

@@ -134,7 +134,9 @@ def unilora(size: int = 256, rank: int = 4, seed: int = 0, **changes: Any) -> Sp
     5
     """
     fixed = OneHot(seed=seed, tiled=False, signed=False)
-    return make(changes, rank=rank, factor_map=fixed, factor_size=size)
+    # Of a dense matrix instead of two factors the map would be another method's.
+    fields = {"dense_from": "never", "factor_map": fixed, "factor_size": size}
+    return make(changes, rank=rank, **fields)
 
 
 def nola(size: int = 256, rank: int = 4, seed: int = 0, **changes: Any) -> Spec:
@@ -166,6 +168,7 @@ def nola(size: int = 256, rank: int = 4, seed: int = 0, **changes: Any) -> Spec:
     return make(
         changes,
         rank=rank,
+        dense_from="never",
         factor_map=Gaussian(seed=seed, shared=False),
         factor_size=size,
         factor_scope="block",

@@ -45,6 +45,10 @@ class Blocks(nn.Module):
         # every product: one place for forward, backward, merge and export.
         self._scaled = {name: plan.layout.smallest_blocks(name) for name in plan.shapes}
         self._shared = Shared(plan.layout)
+        # Of what a map takes together; a plain dict, which torch.compile traces.
+        self._together: dict[int, tuple[str, ...]] = {}
+        for first in self._shared.groups(plan.shapes):
+            self._together[first] = plan.layout.inputs_of_joint(first)
         for name in plan.shapes:
             plan.layout.prepare(name)
         for block, shape in plan.layout.input_shapes.items():
@@ -155,7 +159,9 @@ class Blocks(nn.Module):
         KeyError
             If the adapter has no layer of that name.
         """
-        return self.form(name, self.blocks(name, self._device(name)))
+        found = self.form(name, self.blocks(name, self._device(name)))
+        self._shared.release(name)
+        return found
 
     def deltas(self) -> dict[str, Tensor]:
         """Form the updates of all layers.
@@ -190,12 +196,14 @@ class Blocks(nn.Module):
 
     def _tensors_of(self, group: int) -> tuple[Tensor, ...]:
         """Return all that a group and those that its map takes with it are made from."""
-        return tuple(self._block(block) for block in self.plan.layout.inputs_of_joint(group))
+        return tuple(self._block(block) for block in self._together[group])
 
     def _entries(self, scale: float) -> Any:
+        # Not this module, which holds what is made of them.
+        layout, together = self.plan.layout, self._together
+
         def entries(group: int, tensors: Sequence[Tensor]) -> Tensor:
-            layout = self.plan.layout
-            names = layout.inputs_of_joint(group)
+            names = together[group]
             device = tensors[0].device
             given = {n: tensor.to(device) for n, tensor in zip(names, tensors, strict=True)}
             found = with_blocks(layout, given, layout.blocks_of_joint(group))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from superlora.torch.formed import without_autocast
 # Takes the tensors that the group is made from and returns the entries before the map.
 Entries = Callable[[Sequence[Tensor]], Tensor]
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass(eq=False)
 class _Made:
@@ -23,32 +26,33 @@ class _Made:
     tensors: tuple[Tensor, ...]
     state: tuple[Any, ...]
     values: tuple[Tensor, ...] = ()
+    # None are left where gradients were taken: the next pass makes a graph of its own.
     parts: tuple[Tensor, ...] = ()
-    spent: bool = False  # its gradients were taken: the next pass makes a graph of its own
 
     def serves(self, tensors: tuple[Tensor, ...], state: tuple[Any, ...]) -> bool:
         """Return whether it is what these tensors would make."""
-        if self.spent or self.state != state:
+        if self.state != state:
             return False
         # A version does not count what is written through `.data`, as averages of weights are.
         found = zip(self.tensors, self.values, tensors, strict=True)
-        return all(own is t and torch.equal(value, t) for own, value, t in found)
+        return all(own is t and _same(value, t) for own, value, t in found)
 
 
 class _Parts(torch.autograd.Function):
     """The pieces of a mapped vector; on the way back one adjoint for all of them.
 
     Nothing but the tensors that it is made from is kept, so that the gradients of two passes
-    that share it can be taken one after the other.
+    that share it can be taken one after the other. It must not hold what holds its outputs:
+    no collector of garbage sees such a cycle.
     """
 
     @staticmethod
     def forward(
         ctx: Any, cut: Cut, entries: Entries, made: _Made, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.cut, ctx.entries, ctx.made = cut, entries, made
+        ctx.cut, ctx.entries, ctx.made = cut, entries, weakref.ref(made)
         ctx.tensors = tensors
-        ctx.versions = [tensor._version for tensor in tensors]
+        ctx.versions = _versions(tensors)
         ctx.set_materialize_grads(False)
         x = entries(tensors)
         ctx.before = x.shape[0]
@@ -57,8 +61,10 @@ class _Parts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.made.spent = True
-        if [tensor._version for tensor in ctx.tensors] != ctx.versions:
+        made = ctx.made()
+        if made is not None:
+            made.parts = ()  # of the weights' size
+        if _versions(ctx.tensors) != ctx.versions:
             raise RuntimeError(
                 "a factor was changed in place between the forward and the backward pass"
             )
@@ -119,27 +125,39 @@ class Shared:
     layout: Layout
     _cuts: dict[int, Cut] = field(default_factory=dict)
     _made: dict[int, _Made] = field(default_factory=dict)
+    _last: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pieces: dict[int, list[tuple[int, int]]] = {}
-        for found in self.layout.grouping.pieces.values():
+        last: dict[int, str] = {}
+        for name, found in self.layout.grouping.pieces.items():
             for piece in found:
-                joint = self.layout.joint(piece.group)
-                pieces.setdefault(joint[0], []).append(self.layout.position(piece))
+                first = self.layout.joint(piece.group)[0]
+                pieces.setdefault(first, []).append(self.layout.position(piece))
+                last[first] = name
         for first, bounds in pieces.items():
             fixed = self.layout.maps[first]
-            if len(bounds) > 1 and not fixed.sliced and not self.layout.identity(first):
+            # What keeps the size has as many entries to be formed before it, for any slice.
+            mixes = fixed.keeps_size or not fixed.sliced
+            if len(bounds) > 1 and mixes and not self.layout.identity(first):
                 size = sum(self.layout.groups[group].size for group in self.layout.joint(first))
                 self._cuts[first] = Cut(fixed, size, tuple(sorted(bounds)))
+                self._last.setdefault(last[first], []).append(first)
 
     # What was made belongs to one adapter, and can be made again.
     def __getstate__(self) -> dict[str, Any]:
-        return {"layout": self.layout, "_cuts": self._cuts, "_made": {}}
+        return {**self.__dict__, "_made": {}}
 
     def serves(self, name: str) -> bool:
         """Return whether a layer's update is cut from vectors that others are cut from."""
         pieces = self.layout.grouping.pieces[name]
         return any(self.layout.joint(piece.group)[0] in self._cuts for piece in pieces)
+
+    def groups(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Return the first of the groups that each map takes together, for layers served here."""
+        found = (self.layout.grouping.pieces[name] for name in names if self.serves(name))
+        firsts = (self.layout.joint(piece.group)[0] for pieces in found for piece in pieces)
+        return tuple(dict.fromkeys(firsts))
 
     def parts(
         self, name: str, tensors_of: Callable[[int], tuple[Tensor, ...]], entries: Any, scale: float
@@ -191,22 +209,43 @@ class Shared:
             scale,
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            *(tensor._version for tensor in tensors),
+            *_versions(tensors),
             *(tensor.requires_grad for tensor in tensors),
         )
         made = self._made.get(first)
-        if made is None or not made.serves(tensors, state):
+        # Read once: another thread may take their gradients meanwhile.
+        parts = made.parts if made is not None and made.serves(tensors, state) else ()
+        if not parts:
+            made = None
             self._made.pop(first, None)  # before another one takes as much memory
             made = _Made(tensors, state, tuple(tensor.detach().clone() for tensor in tensors))
             with without_autocast(tensors[0].device):
-                made.parts = _Parts.apply(cut, entries, made, *tensors)  # type: ignore[no-untyped-call]
+                parts = _Parts.apply(cut, entries, made, *tensors)  # type: ignore[no-untyped-call]
+            made.parts = parts
             self._made[first] = made
-        parts = made.parts
         return parts
+
+    def release(self, name: str) -> None:
+        """Forget the vectors that a layer is the last to be cut from."""
+        for first in self._last.get(name, ()):
+            self._made.pop(first, None)
 
     def clear(self) -> None:
         """Forget all vectors, which are of the weights' size."""
         self._made.clear()
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int | None]:
+    """Return what counts the changes in place, which tensors of inference mode have not."""
+    return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same bits, which are not equal where they are NaN."""
+    if (one.dtype, one.device, one.shape) != (other.dtype, other.device, other.shape):
+        return False
+    whole = _INTEGERS[one.dtype.itemsize]
+    return torch.equal(one.view(whole), other.detach().view(whole))
 
 
 def _transforms() -> bool:

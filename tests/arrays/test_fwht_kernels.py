@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
+import threading
 import warnings
 
 import numpy
@@ -87,8 +88,13 @@ def test_any_scale_is_applied_once(native, bits, scale):
 
 
 def test_a_failure_in_a_helping_thread_is_raised(native):
+    raised = threading.Event()
+
     def fail(start, stop):
-        raise ZeroDivisionError
+        if threading.current_thread() is not threading.main_thread():
+            raised.set()
+            raise ZeroDivisionError
+        assert raised.wait(10)
 
     with pytest.raises(ZeroDivisionError):
         native._share_out(fail, 8, 2)

@@ -168,25 +168,40 @@ class PaperPeer:
     def parameters(self) -> list[Tensor]:
         return [array for array in self.arrays.values() if array.requires_grad]
 
+    def deltas(self) -> dict[str, numpy.ndarray]:
+        return self.update({key: array.detach().numpy() for key, array in self.arrays.items()})
+
     def forward(self, x: Tensor) -> Tensor:
-        deltas = self.update({key: array.detach().numpy() for key, array in self.arrays.items()})
         added = [
             x[..., : delta.shape[1]] @ torch.from_numpy(numpy.ascontiguousarray(delta)).T
-            for delta in deltas.values()
+            for delta in self.deltas().values()
         ]
         return self.net(x) + torch.cat(added, dim=-1)
 
     @torch.no_grad()
     def backward(self, x: Tensor, cotangent: Tensor) -> None:
+        inputs, outputs = (a.numpy().reshape(-1, a.shape[-1]) for a in (x, cotangent))
+        ends = numpy.cumsum([len(delta) for delta in self.deltas().values()])
+        wanted = [
+            part.T @ inputs[:, :columns]
+            for part, columns in zip(
+                numpy.split(outputs, ends[:-1], axis=1), self.net.columns, strict=True
+            )
+        ]
+
+        def value() -> float:
+            pairs = zip(self.deltas().values(), wanted, strict=True)
+            return sum(float((delta * gradient).sum()) for delta, gradient in pairs)
+
         # The updates are linear in every single entry, or quadratic where both factors are made
         # of one vector: half its central difference is its derivative.
         for parameter in self.parameters:
             entries, gradient = parameter.view(-1), torch.zeros(parameter.numel()).double()
             for index in range(len(entries)):
-                kept = entries[index].clone()
+                kept = entries[index].item()
                 for sign in (1, -1):
                     entries[index] = kept + sign
-                    gradient[index] += sign * (self.forward(x) * cotangent).sum() / 2
+                    gradient[index] += sign * value() / 2
                 entries[index] = kept
             parameter.grad = gradient.view(parameter.shape)
 

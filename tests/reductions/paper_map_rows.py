@@ -15,7 +15,7 @@ import superlora as sl
 from superlora import maps
 from tests.reductions import matrices
 from tests.reductions.cases import Net, Options, Row, options, same
-from tests.reductions.paper import Arrays, Sizes, Views, paper_row, scaled
+from tests.reductions.paper import Arrays, Sizes, Views, paper_row
 from tests.reductions.paper_shared_rows import cut
 from tests.reductions.paper_weight_rows import (
     column,
@@ -85,6 +85,11 @@ def group_entries(arrays: Arrays, group: int) -> numpy.ndarray:
     return functools.reduce(numpy.kron, split_tensors(arrays, group)).ravel()
 
 
+def planned(spec: Callable[[Options], sl.Spec]) -> Callable[[Options], sl.Plan]:
+    """Return what makes the plan of some options, of which only shapes are read."""
+    return functools.lru_cache(maxsize=64)(lambda drawn: make_plan(spec(drawn), drawn.widths))
+
+
 # Takes the drawn options, the entries of the fold, of the group, and the group's number.
 Matrix = Callable[[Options, int, int, int], numpy.ndarray]
 
@@ -105,11 +110,10 @@ def mapped_row(
     With `joint` it is one matrix for the entries of all groups.
     """
 
-    def plan(drawn: Options) -> sl.Plan:
-        return make_plan(spec(drawn), drawn.widths)
+    plan = planned(spec)
 
     def update(drawn: Options, net: Net, arrays: Arrays) -> dict[str, numpy.ndarray]:
-        sizes = group_sizes(drawn, spec(drawn).groups)
+        sizes = group_sizes(drawn, plan(drawn).spec.groups)
         entries = [group_entries(arrays, group) for group in range(len(sizes))]
         if joint:
             whole = numpy.concatenate([x[:n] for x, n in zip(entries, sizes, strict=True)])
@@ -329,23 +333,31 @@ ROWS += [
 ]
 
 
-# -- one map for each mode
+# -- one map for each mode, which a group has so many streams for
+MODES = 4096
+
+
+def separable_fields(drawn: Options) -> dict[str, Any]:
+    return chosen(ORDERED, drawn.extra)
 
 
 def separable_update(
-    spec: Callable[[Options], sl.Spec], fields: Callable[[Options], dict[str, Any]]
+    spec: Callable[[Options], sl.Spec],
 ) -> Callable[[Options, Net, Arrays], dict[str, numpy.ndarray]]:
     """Multiply every mode of every split by a matrix of its own, then the splits."""
 
+    plan = planned(spec)
+
     def update(drawn: Options, net: Net, arrays: Arrays) -> dict[str, numpy.ndarray]:
-        plan = make_plan(spec(drawn), drawn.widths)
-        sizes, runs = group_sizes(drawn, spec(drawn).groups), []
-        for group, size in enumerate(sizes):
+        own, runs = separable_fields(drawn), []
+        shared = own.pop("shared")
+        for group, size in enumerate(group_sizes(drawn, plan(drawn).spec.groups)):
             tensors = []
             for k, tensor in enumerate(split_tensors(arrays, group)):
-                after = plan.layout.groups[group].splits[k].shape
+                after = plan(drawn).layout.groups[group].splits[k].shape
+                first = (0 if shared else MODES * group) + k * len(after)
                 each = [
-                    matrices.fastfood(old, new, drawn.seed, k * len(after) + mode, **fields(drawn))
+                    matrices.fastfood(old, new, drawn.seed, first + mode, **own)
                     for mode, (old, new) in enumerate(zip(tensor.shape, after, strict=True))
                 ]
                 tensors.append(tensorly.tenalg.multi_mode_dot(tensor, each))
@@ -355,13 +367,6 @@ def separable_update(
     return update
 
 
-SEPARABLE = {name: values for name, values in ORDERED.items() if name != "shared"}
-
-
-def separable_fields(drawn: Options) -> dict[str, Any]:
-    return chosen(SEPARABLE, drawn.extra)
-
-
 def separable(drawn: Options) -> maps.Map:
     return maps.Separable(inner=maps.Fastfood(seed=drawn.seed, **separable_fields(drawn)))
 
@@ -369,15 +374,14 @@ def separable(drawn: Options) -> maps.Map:
 def separable_row(
     name: str, spec: Callable[[Options], sl.Spec], sizes: st.SearchStrategy[int], example: Options
 ) -> Row:
+    plan = planned(spec)
     return paper_row(
         name,
         spec,
-        lambda drawn: make_plan(spec(drawn), drawn.widths).factor_shapes,
-        separable_update(spec, separable_fields),
-        lambda drawn, weight: {
-            block: (block, same) for block in make_plan(spec(drawn), drawn.widths).blocks_of(weight)
-        },
-        options(sizes=sizes, rank=st.integers(1, 2), extra=st.integers(0, count(SEPARABLE) - 1)),
+        lambda drawn: plan(drawn).factor_shapes,
+        separable_update(spec),
+        lambda drawn, weight: {block: (block, same) for block in plan(drawn).blocks_of(weight)},
+        options(sizes=sizes, rank=st.integers(1, 2), extra=st.integers(0, count(ORDERED) - 1)),
         example,
     )
 
@@ -396,7 +400,7 @@ def separable_lokr(drawn: Options) -> sl.Spec:
 
 
 ROWS += [
-    separable_row("lora-paper-separable", separable_lora, small, Options(UNLIKE, 1, extra=0)),
+    separable_row("lora-paper-separable", separable_lora, small, Options(UNLIKE, 1, extra=8)),
     separable_row(
         "lorta-paper-separable",
         separable_lorta,
@@ -407,7 +411,7 @@ ROWS += [
         "lokr-paper-separable",
         separable_lokr,
         st.sampled_from([6, 9, 12]),
-        Options(((12, 9), (6, 12)), 1, extra=0),
+        Options(((12, 9), (6, 12)), 1, extra=8),
     ),
 ]
 
@@ -485,10 +489,13 @@ def inner_spec(drawn: Options) -> sl.Spec:
     return lora_mapped(drawn, outer, factor_map=inner, factor_size=drawn.extra)
 
 
+bare_plan = planned(lambda drawn: inner_spec(drawn).replace(factor_map=None, factor_size=None))
+
+
 def inner_update(drawn: Options, net: Net, arrays: Arrays) -> dict[str, numpy.ndarray]:
     """Map one vector to all blocks, and the product of each group's to its entries."""
-    bare = inner_spec(drawn).replace(factor_map=None, factor_size=None)
-    shapes = make_plan(bare, drawn.widths).factor_shapes
+    bare = bare_plan(drawn)
+    shapes = bare.factor_shapes
     total = sum(map(math.prod, shapes.values()))
     theta = arrays["theta"]
     fields = {"order": "le", "blocks": "stacked"}
@@ -498,7 +505,7 @@ def inner_update(drawn: Options, net: Net, arrays: Arrays) -> dict[str, numpy.nd
         blocks[block] = entries[start : start + math.prod(shape)].reshape(shape)
         start += math.prod(shape)
     runs = []
-    for group, size in enumerate(group_sizes(drawn, bare.groups)):
+    for group, size in enumerate(group_sizes(drawn, bare.spec.groups)):
         x = group_entries(blocks, group)
         runs.append(matrices.fastfood(len(x), size, drawn.seed) @ x)
     return cut(drawn, numpy.concatenate(runs))
@@ -564,7 +571,7 @@ ROWS += [
         lambda o: numbered(o, lambda do, di: {"beta": (o.extra,), "alpha": (o.extra,)}),
         nola_update,
         named_views({"0.factor0_theta": ("beta", same), "0.factor1_theta": ("alpha", same)}),
-        options(sizes=small, extra=few),
+        options(sizes=small, extra=few, rank=st.integers(1, 8)),
         Options(UNLIKE, 2, extra=3),
     ),
     paper_row(
@@ -573,7 +580,7 @@ ROWS += [
         lambda o: {"theta": (o.extra,)},
         unilora_update,
         named_views({"0.theta": ("theta", same)}),
-        options(sizes=small, extra=few),
+        options(sizes=small, extra=few, rank=st.integers(1, 8)),
         Options(UNLIKE, 2, extra=7),
     ),
     paper_row(

@@ -27,7 +27,7 @@ def test_every_preset_has_a_row():
 
 
 @every_row
-@settings(max_examples=20, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=16, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_equals_the_peer(row, data):
     case = row.build(data.draw(row.drawn))
@@ -38,7 +38,7 @@ def test_equals_the_peer(row, data):
 
 
 @every_row
-@settings(max_examples=8, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_gradients_equal_the_peers(row, data):
     case = row.build(data.draw(row.drawn))

@@ -1,7 +1,8 @@
-"""How many numbers are trained with a fixed map, and the ratio that is realised."""
+"""How many numbers are trained with a fixed map, the realised ratio, and where they start."""
 
 from __future__ import annotations
 
+import numpy
 import pytest
 
 import superlora as sl
@@ -60,3 +61,44 @@ def test_counts_of_vit(spec, expected):
     plan = sl.Plan(spec, VIT)
     assert plan.num_parameters == expected
     assert f"{expected:,} trainable parameters" in plan.describe()
+
+
+SMALL = {"0.q": (9, 6), "1.q": (5, 8)}
+ZERO = {
+    "fourierft": "0.0.core",
+    "did": "0.0.core",
+    "said": "0.0.factor0",
+    "nola": "0.0.factor0_theta",
+}
+
+
+@pytest.mark.parametrize("name", ["fourierft", "did", "said", "unilora", "nola"])
+def test_where_a_preset_starts(name):
+    plan = sl.Plan(getattr(sl, name)(size=5), SMALL)
+    factors = plan.init(seed=1)
+    zero = {block for block, values in factors.items() if not values.any()}
+    deltas = plan.deltas(factors).values()
+    if name == "unilora":  # at zero it would have no gradient, so it starts small
+        assert not zero
+        assert all(0 < abs(delta).max() < 1e-2 for delta in deltas)
+        return
+    assert ZERO[name] in zero
+    assert not any(delta.any() for delta in deltas)
+    assert (zero == factors.keys()) == (name in ("fourierft", "did"))
+    for block in zero:  # whose change alone changes an update
+        moved = {**factors, block: numpy.ones_like(factors[block])}
+        assert any(delta.any() for delta in plan.deltas(moved).values())
+
+
+def test_every_factor_of_nola_has_its_own_matrices_with_overrides_too():
+    equal = {f"{layer}.q": (6, 6) for layer in range(3)}
+    spec = sl.nola(3, 2, overrides={"1.q": {"scale": 0.5}, "2.q": {"seed": 1}})
+    plan = sl.Plan(spec, equal)
+    matrices = [
+        numpy.stack([inner.map.apply(unit, inner.size) for unit in numpy.eye(3)])
+        for inner in plan.layout.inner.values()
+    ]
+    assert len(matrices) == 6
+    for index, one in enumerate(matrices):
+        for other in matrices[:index]:
+            assert abs(one - other).min() > 0
