@@ -15,6 +15,4 @@ def make(changes: dict[str, Any], **fields: Any) -> Spec:
 def refuse_rank(preset: str, changes: dict[str, Any]) -> None:
     """Refuse a rank where the preset has none."""
     if "rank" in changes:
-        raise TypeError(
-            f"{preset}() must have no rank, its splits are dense: got {changes['rank']}"
-        )
+        raise TypeError(f"{preset}() must have no rank, it is fixed: got {changes['rank']}")

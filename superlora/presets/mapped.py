@@ -98,6 +98,7 @@ def said(size: int = 1000, seed: int = 0, **changes: Any) -> Spec:
     >>> sl.Plan(sl.said(size=5), {"q": (6, 4), "v": (6, 4)}).num_parameters
     7
     """
+    refuse_rank("said", changes)
     return make(
         changes,
         rank=1,

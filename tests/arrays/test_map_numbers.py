@@ -193,7 +193,7 @@ def test_a_map_keeps_as_many_bytes_as_it_says(fixed, before, size):
         fixed.apply_slice(draw(before), size, start, stop)
     fixed.adjoint(draw(size), before)
     assert kept_by(fixed) <= said * 1.15
-    assert kept_by(fixed) >= said / 2
+    assert kept_by(fixed) >= said * 0.85
     once = kept_by(fixed)
     fixed.apply(draw(before), size)
     assert kept_by(fixed) == once
@@ -214,6 +214,17 @@ def test_many_tiny_tiles_are_not_walked_one_by_one(fixed, before):
     began = time.perf_counter()
     fixed.adjoint(fixed.apply(draw(before), 10**6), before)
     assert time.perf_counter() - began < 1.0
+
+
+def test_a_row_of_zeros_is_not_stretched(monkeypatch):
+    draw_all = maps.Fastfood._draw_values
+    # One in 160,000 numbers is rounded to 0; with one input it is a row of its own.
+    monkeypatch.setattr(
+        maps.Fastfood, "_draw_values", lambda *args: draw_all(*args) * numpy.float32([0, 1] * 4)
+    )
+    found = maps.Gaussian(structured=True).apply(numpy.ones(1), 8)
+    assert_array_equal(found != 0, [False, True] * 4)
+    assert numpy.isfinite(found).all()
 
 
 def test_a_slice_of_a_scalar_takes_its_own_memory():

@@ -130,6 +130,15 @@ def test_a_first_call_in_any_mode_spoils_no_later_one(torch, fixed, before, size
         assert fixed.apply(torch.zeros(before), size).shape == (size,)
 
 
+def test_numbers_among_tensors_without_values_are_not_kept(torch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fixed, x = maps.OneHot(seed=8), torch.tensor(draw(5))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert fixed.apply(x, 13).shape == (13,)
+    assert_allclose(fixed.apply(x, 13).numpy(), matrix_of(fixed, 5, 13) @ x.numpy(), rtol=1e-12)
+
+
 @every_kind
 def test_a_traced_or_vectorised_first_call_spoils_no_later_one(torch, fixed, before, size):
     fixed = dataclasses.replace(fixed)
