@@ -209,6 +209,14 @@ def take(array: Array, positions: Array) -> Array:
     return array.index_select(0, positions) if hasattr(array, "index_select") else array[positions]
 
 
+def move_axis(array: Array, source: int, target: int) -> Array:
+    """Return `array` with one axis in another place; neither is counted from the end."""
+    axes = list(range(len(array.shape)))
+    axes.insert(target, axes.pop(source))
+    # torch.vmap has no rule for `moveaxis`.
+    return backend_of(array).transpose(array, axes) if source != target else array
+
+
 def scatter_add(values: Array, positions: Array, size: int) -> Array:
     """Return a vector in which `values` are added up at some positions: the adjoint of `take`."""
     library = backend_of(values)

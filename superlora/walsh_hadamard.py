@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from superlora._backend import Array, backend_of, from_numpy, zeros
+from superlora._backend import Array, backend_of, from_numpy, move_axis, zeros
 
 # Blocks of so many bits are multiplied by as matrices where no compiled kernel is at hand.
 _BITS = 6
@@ -114,10 +114,11 @@ def fwht(x: Array, axis: int = -1, *, orthonormal: bool = False) -> Array:
     n = operator.index(x.shape[at])
     _check_power(f"x must have a power of two of entries along axis {at}", n)
     scale = 1 / math.sqrt(n) if orthonormal else 1.0
-    if at in (-1, rank - 1):
+    at %= rank
+    if at == rank - 1:
         return _transform(library, x, scale, name)
-    moved = _transform(library, library.moveaxis(x, at, -1), scale, name)
-    return library.moveaxis(moved, -1, at)
+    moved = _transform(library, move_axis(x, at, rank - 1), scale, name)
+    return move_axis(moved, rank - 1, at)
 
 
 def transform_padded(x: Array, n: int, scale: float = 1.0) -> Array:

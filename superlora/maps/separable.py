@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy
 
-from superlora._backend import Array, backend_of, cast, widened
+from superlora._backend import Array, backend_of, cast, move_axis, widened
 from superlora.maps._base import Map, Place
 from superlora.maps._seeded import CheckedMap
 from superlora.maps.composed import check_part, part_of
@@ -249,12 +249,12 @@ class Separable(CheckedMap):
             product = cast(product, like=tensor)
         else:
             fixed = self.mode(index)
-            columns = library.reshape(_moved(tensor, axis, 0), (width, -1))
+            columns = library.reshape(move_axis(tensor, axis, 0), (width, -1))
             move = fixed.adjoint if adjoint else fixed.apply
             results = [move(columns[:, column], size) for column in range(columns.shape[1])]
             rest = [entries for mode, entries in enumerate(tensor.shape) if mode != axis]
             product = library.reshape(library.stack(results, axis=1), (size, *rest))
-        return _moved(product, 0, axis)
+        return move_axis(product, 0, axis)
 
     def check(self, before: int, size: int) -> None:
         """Refuse sizes that are not those of the modes.
@@ -384,11 +384,3 @@ class Separable(CheckedMap):
         for mode in self.mapped(len(self.after)):
             tensor = self.map_mode(tensor, mode, mode, self.before[mode], adjoint=True)
         return library.reshape(tensor, (-1,))
-
-
-def _moved(tensor: Array, source: int, target: int) -> Array:
-    """Return the tensor with one axis in another place."""
-    axes = list(range(len(tensor.shape)))
-    axes.insert(target, axes.pop(source))
-    # torch.vmap has no rule for `moveaxis`.
-    return backend_of(tensor).transpose(tensor, axes) if source != target else tensor

@@ -75,6 +75,8 @@ def test_torch_function_transforms(torch, n):
     expected = (x @ matrix).numpy()
     assert_allclose(torch.func.vmap(fwht)(x), expected, atol=1e-11)
     assert_allclose(torch.func.vmap(fwht, in_dims=1, out_dims=1)(x.T), expected.T, atol=1e-11)
+    first = torch.func.vmap(lambda part: fwht(part, axis=0))(x[:, :, None])
+    assert_allclose(first[:, :, 0], expected, atol=1e-11)
     nested = torch.func.vmap(torch.func.vmap(fwht, in_dims=1), in_dims=0)(x.T.reshape(1, n, 3))
     assert_allclose(nested[0], expected, atol=1e-11)
     assert_allclose(torch.func.jacrev(fwht)(x[0]), matrix, atol=1e-12)
