@@ -187,7 +187,8 @@ class Blocks(nn.Module):
         blocks = {block: self._block(block).to(device) for block in self._names[name]}
         if layout.inner:
             own = layout.blocks_of(name)
-            blocks = dict(with_blocks(layout, blocks, own))
+            with without_autocast(device):
+                blocks = dict(with_blocks(layout, blocks, own))
             blocks = {block: blocks[block] for block in own}
         if scale != 1:
             for block in self._scaled[name]:

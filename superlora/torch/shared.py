@@ -21,20 +21,24 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(eq=False)
 class _Made:
-    """One vector, cut, and what it was made from."""
+    """One vector, cut, and what it was made from.
+
+    Neither values nor parts are left where gradients were taken: the next pass makes a graph of
+    its own.
+    """
 
     tensors: tuple[Tensor, ...]
     state: tuple[Any, ...]
     values: tuple[Tensor, ...] = ()
-    # None are left where gradients were taken: the next pass makes a graph of its own.
     parts: tuple[Tensor, ...] = ()
 
     def serves(self, tensors: tuple[Tensor, ...], state: tuple[Any, ...]) -> bool:
         """Return whether it is what these tensors would make."""
-        if self.state != state:
+        values = self.values  # read once: another thread may take their gradients meanwhile
+        if self.state != state or len(values) != len(tensors):
             return False
         # A version does not count what is written through `.data`, as averages of weights are.
-        found = zip(self.tensors, self.values, tensors, strict=True)
+        found = zip(self.tensors, values, tensors, strict=True)
         return all(own is t and _same(value, t) for own, value, t in found)
 
 
@@ -63,7 +67,7 @@ class _Parts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         made = ctx.made()
         if made is not None:
-            made.parts = ()  # of the weights' size
+            made.parts = made.values = ()  # of the weights' size
         if _versions(ctx.tensors) != ctx.versions:
             raise RuntimeError(
                 "a factor was changed in place between the forward and the backward pass"
@@ -192,14 +196,15 @@ class Shared:
                 return entered
 
             cut = self._cuts.get(first)
-            if cut is None:  # of this layer alone
-                size = self.layout.groups[first].size
-                found.append(self.layout.maps[first].apply(make(tensors), size))
-            elif torch.compiler.is_compiling() or _transforms() or tensors[0].is_meta:
-                found.append(cut.map.apply(make(tensors), cut.size)[slice(*bound)])
-            else:
-                parts = self._of(first, cut, tensors, make, scale)
-                found.append(parts[cut.bounds.index(bound)])
+            with without_autocast(tensors[0].device):
+                if cut is None:  # of this layer alone
+                    size = self.layout.groups[first].size
+                    found.append(self.layout.maps[first].apply(make(tensors), size))
+                elif torch.compiler.is_compiling() or _transforms() or tensors[0].is_meta:
+                    found.append(cut.map.apply(make(tensors), cut.size)[slice(*bound)])
+                else:
+                    parts = self._of(first, cut, tensors, make, scale)
+                    found.append(parts[cut.bounds.index(bound)])
         return found
 
     def _of(
@@ -213,14 +218,12 @@ class Shared:
             *(tensor.requires_grad for tensor in tensors),
         )
         made = self._made.get(first)
-        # Read once: another thread may take their gradients meanwhile.
         parts = made.parts if made is not None and made.serves(tensors, state) else ()
         if not parts:
-            made = None
-            self._made.pop(first, None)  # before another one takes as much memory
+            made = None  # before another one takes as much memory
+            self._made.pop(first, None)
             made = _Made(tensors, state, tuple(tensor.detach().clone() for tensor in tensors))
-            with without_autocast(tensors[0].device):
-                parts = _Parts.apply(cut, entries, made, *tensors)  # type: ignore[no-untyped-call]
+            parts = _Parts.apply(cut, entries, made, *tensors)  # type: ignore[no-untyped-call]
             made.parts = parts
             self._made[first] = made
         return parts

@@ -33,6 +33,18 @@ from tests.torch.helpers import (
 every_shared = pytest.mark.parametrize("key", ["fastfood", "fastfood-cut", "shuffle-all"])
 
 
+MAPPED = [key for key, spec in SPECS.items() if spec.factor_map or spec.map != maps.Identity()]
+# Some of its groups hold a part of one weight alone, others parts of two.
+ALONE = sl.Spec(rank=2, groups=7, fold="balanced", map=maps.Fastfood(), ratio=0.5)
+
+
+def attach_mapped(key):
+    model = make_net()
+    return (
+        fill(slt.attach(model, ALONE, ["q"])) if key == "cut-alone" else attach_filled(model, key)
+    )
+
+
 def make_pair(key):
     model = make_net(dtype=torch.float64)
     return model, attach_filled(model, key), make_input(dtype=torch.float64)
@@ -92,17 +104,9 @@ def test_a_step_between_forward_and_backward_is_refused(key):
     assert_same(gradients(adapter, loss_of(model(x))), plain_gradients(model, adapter, x))
 
 
-def write_data(factor, values):
-    factor.data.copy_(values)
-
-
 def write_in_place(factor, values):
     with torch.no_grad():
         factor.copy_(values)
-
-
-def put_data(factor, values):
-    factor.data = values
 
 
 def put_and_change_type(factor, values):
@@ -110,7 +114,15 @@ def put_and_change_type(factor, values):
     factor.data = values
 
 
-@pytest.mark.parametrize("write", [write_data, write_in_place, put_data, put_and_change_type])
+WRITES = {
+    "data": lambda factor, values: factor.data.copy_(values),
+    "in place": write_in_place,
+    "put": lambda factor, values: setattr(factor, "data", values),
+    "put and change type": put_and_change_type,
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @every_shared
 def test_parameters_may_be_written_in_any_way(key, write):
     model, adapter, x = make_pair(key)
@@ -122,12 +134,6 @@ def test_parameters_may_be_written_in_any_way(key, write):
     with torch.no_grad():
         assert_near(model(x), plain_forward(model, adapter, lambda: model(x)))
     assert_same(gradients(adapter, loss_of(model(x))), plain_gradients(model, adapter, x))
-
-
-@every_shared
-def test_a_type_that_changes_under_it_is_seen(key):
-    model, adapter, x = make_pair(key)
-    model(x)
     for factor in adapter.parameters():
         factor.data = factor.data.float()
     assert_near(model(x), plain_forward(model, adapter, lambda: model(x)), torch.float32)
@@ -381,3 +387,12 @@ def test_a_map_of_slices_is_not_shared():
     adapter = slt.attach(model, spec, ["q", "v", "o"])
     model(make_input())
     assert not adapter._shared._made
+
+
+@pytest.mark.parametrize("key", [*MAPPED, "cut-alone"])
+def test_autocast_does_not_round_what_is_formed(key):
+    adapter = attach_mapped(key)
+    expected = adapter.deltas()
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, delta in expected.items():
+            assert torch.equal(adapter.delta(name), delta)
