@@ -242,6 +242,11 @@ def check_map(spec: Spec) -> None:
                 "map=Separable() must leave before and after to the fold and the ratio: got "
                 f"before={fixed.before}"
             )
+        if spec.combine != "kronecker":
+            raise ValueError(
+                "combine must be 'kronecker' with map=Separable(), whose modes are mapped before "
+                f"the product: got {spec.combine!r}"
+            )
         if set(spec.orders) != {spec.modes}:
             raise ValueError(
                 f"order must be one number with map=Separable(): got order={spec.order}"

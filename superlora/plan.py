@@ -125,7 +125,7 @@ class Plan:
         return describe(self.layout)
 
     def init(self, seed: int = 0, like: Any = numpy.float32) -> dict[str, Array]:
-        """Draw initial factors for which every update is exactly zero.
+        """Draw initial factors for which every update is zero, but with one vector for all blocks.
 
         Parameters
         ----------
@@ -139,7 +139,8 @@ class Plan:
         -------
         dict of str to array
             One array for each of `factor_shapes`; exactly one block of each product
-            is zero.
+            is zero. A `factor_map` from one vector to all blocks cannot start at zero: its
+            updates are small.
 
         Raises
         ------

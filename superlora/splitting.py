@@ -218,6 +218,11 @@ def _entries(spec: Spec, held: int, members: Members) -> int:
     """Return how many entries the fold has to have."""
     fixed = spec.map.fixed_entries(members.place)
     if fixed is not None:
+        if spec.ratio != 1 or spec.size is not None:
+            raise ValueError(
+                f"ratio and size must be left to map={type(spec.map).__name__}(), which takes "
+                f"{fixed} entries: got {spec.ratio} and {spec.size}"
+            )
         return fixed
     if spec.map.keeps_size or isinstance(spec.map, Separable):
         return held

@@ -112,8 +112,18 @@ class Separable(CheckedMap):
         -------
         Map
             With the inner map bound, as one of a mode.
+
+        Raises
+        ------
+        ValueError
+            If there are more groups with maps of their own than streams for them.
         """
         inner = self.inner.bind(part_of(place))
+        if place.group >= _MODES and inner is not self.inner:
+            raise ValueError(
+                f"groups must be at most {_MODES} with map=Separable() of an inner map that is not "
+                f"shared: got group {place.group}"
+            )
         return self if inner is self.inner else dataclasses.replace(self, inner=inner)
 
     def _among(self, count: int, index: int) -> Map:

@@ -194,6 +194,8 @@ class Adapter(Exporting, Blocks):
             for site in done:
                 site.unmerge(self)
             raise
+        finally:
+            self._shared.clear()
         self.merged = True
 
     def unmerge(self) -> None:
@@ -261,6 +263,7 @@ class Adapter(Exporting, Blocks):
         later = [(a._homes[0], a._frozen) for a in others if a._order > self._order]
         release(self._frozen, later)
         self._sites, self._homes, self._frozen, self.merged = {}, (), [], False
+        self._shared.clear()
         self._merge_again = False
 
     def save(self, path: str | Path) -> None:

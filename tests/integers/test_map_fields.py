@@ -37,6 +37,10 @@ FIELDS = {
         {"map": maps.Separable(), "order": (1, 2), "splits": 2},
         r"order must be one number with map=Separable\(\)",
     ),
+    "Hadamard product of modes": (
+        {"map": maps.Separable(), "combine": "hadamard", "splits": 2},
+        r"combine must be 'kronecker' with map=Separable\(\).*got 'hadamard'",
+    ),
     "no factor size": ({"factor_map": FASTFOOD}, "factor_size must be given with a factor_map"),
     "factor size zero": (
         {"factor_map": FASTFOOD, "factor_size": 0},
@@ -105,6 +109,16 @@ PLANS = {
         sl.Spec(map=maps.Broadcast(), groups=1, **VECTOR),
         TWO,
         r"map=Broadcast\(\) must have one whole weight",
+    ),
+    "broadcast of a ratio": (
+        sl.Spec(map=maps.Broadcast(), ratio=0.5, **VECTOR),
+        ONE,
+        r"ratio and size must be left to map=Broadcast\(\), which takes 1 entries: got 0.5 and None",
+    ),
+    "modes of too many groups": (
+        sl.lora(1, map=maps.Separable(inner=maps.Fastfood(shared=False)), ratio=0.5),
+        {f"{index}.q": (4, 4) for index in range(4097)},
+        r"groups must be at most 4096 with map=Separable\(\) of an inner map that is not shared",
     ),
     "broadcast of a cover": (
         sl.Spec(rank=1, map=maps.Broadcast(along="inputs"), fold="balanced"),

@@ -281,6 +281,9 @@ def test_neither_merging_nor_forming_leaves_a_vector(key):
     model(x)
     model.float()
     assert not kept(adapter)
+    model(x.float())
+    adapter.detach()
+    assert not kept(adapter)
 
 
 @every_shared
