@@ -78,7 +78,6 @@ SPECS = {
     "separable-3": sl.lorta(2, fold="aligned", map=maps.Separable(), ratio=0.3, scale=0.7),
     "composed": sl.dense(
         map=maps.Composed(first=maps.Broadcast(along="outputs"), second=maps.Shuffle()),
-        size=16,
         scale=0.7,
     ),
     "splits-3-aligned": sl.Spec(rank=1, order=3, splits=3, groups=1, fold="aligned", scale=0.7),
