@@ -4,14 +4,15 @@ Every map takes ``ratio`` times as many entries as it makes; ``apply`` and ``adj
 torch tensors on the CPU, float32, in turns with a copy of the result, medians. "kept" is what
 stays in memory for the next call; nothing of it is in any file.
 
-Run: ``python benchmarks/bench_maps.py [--largest 100000000] [--threads 2] [--plot FILE]
-[--csv FILE]``. The comparison with PEFT needs ``pip install peft``.
+Run: ``python benchmarks/bench_maps.py [--largest 100000000] [--threads 2] [--csv FILE]``;
+``docs/map_figures.py FILE`` draws it. The comparison with PEFT needs ``pip install peft``.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import gc
 import statistics
 import time
@@ -85,7 +86,8 @@ def kept_bytes(fixed: maps.Map) -> int:
 
 def measure(name: str, size: int, ratio: float, budget: float) -> dict[str, Any] | None:
     """Return one row, or None where the map refuses the size."""
-    fixed, before = sizes_of(name, MAPS[name], size, ratio)
+    # A copy of its own, so that what it keeps is only this row's.
+    fixed, before = sizes_of(name, dataclasses.replace(MAPS[name]), size, ratio)
     try:
         fixed.check(before, size)
     except ValueError:
@@ -102,7 +104,6 @@ def measure(name: str, size: int, ratio: float, budget: float) -> dict[str, Any]
     )
     times = {key: statistics.median(values) for key, values in found.items()}
     kept = kept_bytes(fixed)
-    vars(fixed).pop("_constants", None)
     return {
         "map": name,
         "size": size,
@@ -155,30 +156,6 @@ def compare_with_peft(budget: float) -> None:
         )
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plot time against size, one line a map."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name in MAPS:
-        own = [row for row in rows if row["map"] == name]
-        axes.loglog([r["size"] for r in own], [r["apply_ms"] for r in own], "o-", label=name)
-    copies: dict[int, list[float]] = {}
-    for row in rows:
-        copies.setdefault(row["size"], []).append(row["copy_ms"])
-    medians = [statistics.median(values) for values in copies.values()]
-    axes.loglog(list(copies), medians, "k--", label="copy of the result")
-    axes.set_xlabel("entries of the group")
-    axes.set_ylabel("apply, ms")
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     """Measure every map at every size."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -187,7 +164,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=2.0, help="seconds a row")
     parser.add_argument("--maps", nargs="*", choices=list(MAPS), default=list(MAPS))
-    parser.add_argument("--plot", type=Path)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -217,8 +193,6 @@ def main() -> None:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-    if options.plot:
-        draw(rows, options.plot)
     compare_with_peft(options.budget)
 
 

@@ -254,9 +254,9 @@ def check_map(spec: Spec) -> None:
     if spec.size is None:
         return
     check_count("size", spec.size)
-    if fixed.keeps_size or isinstance(fixed, Separable) or ratio != 1:
+    if fixed.keeps_fold or ratio != 1:
         raise ValueError(
-            f"size must come with a map of another number of entries, and without a ratio: got "
+            f"size must come with a map that takes fewer entries than it makes, and without a ratio: got "
             f"size={spec.size} with map={kind}() and ratio={ratio}"
         )
 
@@ -274,7 +274,7 @@ def check_factor_map(spec: Spec) -> None:
         return
     if not isinstance(fixed, Map):
         raise TypeError(f"factor_map must be a superlora.maps.Map or None: got {fixed!r}")
-    if isinstance(fixed, Separable) or getattr(fixed, "scope", "group") != "group":
+    if isinstance(fixed, Separable) or fixed.joint:
         raise ValueError(f"factor_map must be a map of one vector: got {fixed!r}")
     if spec.factor_size is None:
         raise ValueError("factor_size must be given with a factor_map: the entries of its vector")

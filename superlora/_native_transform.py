@@ -351,10 +351,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def processors() -> int:
-    """Return how many processors this process may use."""
+    """Return how many processors this process may use, and at most ``NUMBA_NUM_THREADS``."""
+    found = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        found = len(os.sched_getaffinity(0))
+    return min(found, int(getattr(numba.config, "NUMBA_NUM_THREADS", found)))
 
 
 def _share_out(work: Callable[[int, int], None], count: int, threads: int) -> None:
@@ -383,8 +384,17 @@ def _share_out(work: Callable[[int, int], None], count: int, threads: int) -> No
     try:
         help_out()
     finally:
-        running = [helper for helper in helpers if not helper.cancel()]
-        errors = [helper.exception() for helper in running]
+        errors = [_end_of(helper) for helper in helpers if not helper.cancel()]
     for error in errors:
         if error is not None:
             raise error
+
+
+def _end_of(helper: Future[None]) -> BaseException | None:
+    """Wait for a helper, which writes to memory that an interruption would give away."""
+    interrupted: BaseException | None = None
+    while True:
+        try:
+            return helper.exception() or interrupted
+        except KeyboardInterrupt as error:
+            interrupted = error

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from superlora.block_rules import unit_modes_of
 from superlora.layout import Layout
 from superlora.splitting import Group, Members, Split
+from superlora.uses import map_uses
 
 
 class Kind(NamedTuple):
@@ -100,6 +101,9 @@ def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
             f"groups; it is {_how_capped(alike)} there"
         )
     notes += _cropped(layout) + _ratios(layout)
+    kept = sum(fixed.nbytes(before, size) for fixed, before, size in map_uses(layout))
+    if kept:
+        notes.append(f"note: maps keep {kept / 1e6:,.1f} MB in memory, and nothing in a file")
     if layout.inner:
         makes = sum(math.prod(layout.trainable[block]) for block in layout.inner)
         vectors = {inner.name: inner for inner in layout.inner.values()}

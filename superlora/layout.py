@@ -147,7 +147,7 @@ class Layout:
 
     def joint(self, group: int) -> range:
         """Return the groups that one map takes together: the group, or all of its part."""
-        if getattr(self.specs[group].map, "scope", "group") == "group":
+        if not self.specs[group].map.joint:
             return range(group, group + 1)
         first = self._first[group]
         return range(first, self._ends[first])

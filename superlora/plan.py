@@ -107,6 +107,18 @@ class Plan:
         """The number s in front of the equation, where no override says another."""
         return self.spec.scaling
 
+    @property
+    def ratio(self) -> float:
+        """Entries before the maps over entries after them, in all groups; 1 without a map."""
+        layout = self.layout
+        mapped = [
+            (group.before, group.size)
+            for group, own in zip(layout.groups, layout.specs, strict=True)
+            if not own.map.keeps_size
+        ]
+        before, after = map(sum, zip(*mapped, strict=True)) if mapped else (1, 1)
+        return before / after
+
     def __repr__(self) -> str:
         return (
             f"Plan({len(self.layout.shapes)} weights, {len(self.layout.groups)} groups, "

@@ -11,7 +11,7 @@ from superlora._backend import Array, backend_of
 from superlora.folding import ravel
 from superlora.kronecker import hadamard, khatri_rao_columns, kronecker
 from superlora.layout import Layout
-from superlora.maps import Separable
+from superlora.maps import Map, Separable
 from superlora.slicing import Box
 from superlora.splitting import Split
 from superlora.tucker import open_last_mode, tucker
@@ -74,8 +74,44 @@ def weight_delta(layout: Layout, factors: Mapping[str, Array], name: str, scale:
             runs.append(_join(parts)[part.skip : part.skip + part.size])
         else:
             x, size = joint_entries(layout, factors, piece.group)
-            runs.append(layout.maps[piece.group].apply_slice(x, size, *layout.position(piece)))
+            runs.append(map_slice(layout.maps[piece.group], x, size, *layout.position(piece)))
     return scaled(backend_of(runs[0]).reshape(_join(runs), layout.shapes[name]), scale)
+
+
+def map_slice(fixed: Map, x: Array, size: int, start: int, stop: int) -> Array:
+    """Return some entries of a mapped vector, if the map keeps to what it has to be.
+
+    Parameters
+    ----------
+    fixed : Map
+        Maybe of the user's own.
+    x : array, (before,)
+        The entries before it.
+    size : int
+        Entries after it.
+    start, stop : int
+        Which of them.
+
+    Returns
+    -------
+    array, (stop - start,)
+        Library and dtype of `x`.
+
+    Raises
+    ------
+    TypeError
+        If the map returns an array of another library.
+    ValueError
+        If it returns another shape or dtype.
+    """
+    y = fixed.apply_slice(x, size, start, stop)
+    backend_of(x, y)
+    if tuple(y.shape) != (stop - start,) or y.dtype != x.dtype:
+        raise ValueError(
+            f"map={type(fixed).__name__}() must return {stop - start} entries of {x.dtype}: got "
+            f"shape {tuple(y.shape)} of {y.dtype}"
+        )
+    return y
 
 
 def joint_entries(layout: Layout, factors: Mapping[str, Array], group: int) -> tuple[Array, int]:

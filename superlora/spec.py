@@ -83,7 +83,7 @@ class Spec:
         Entries before the map in every group, instead of a ratio.
     map : Map
         The fixed linear map F between a fold and its group. But for `maps.Separable` and maps
-        that keep the size, it takes a balanced fold or explicit sizes.
+        that keep the size, it takes a balanced fold, explicit sizes or order 1.
     factor_map : Map, optional
         A fixed linear map F_in from the trained parameters to the trainable blocks, which
         are the blocks themselves without it. The update is then not linear in them.

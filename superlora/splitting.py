@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from superlora.maps import Identity, Map, Place, Separable
+from superlora.maps import Composed, Identity, Map, Place, Separable
 from superlora.shapes import (
     Shape,
     aligned_splits,
@@ -205,10 +205,10 @@ def check_map(fixed: Map, before: int, size: int, name: str) -> None:
 def _between(fixed: Map) -> Iterator[int]:
     """Yield the numbers of entries that a map made of maps has between them, and 0."""
     yield 0
+    if isinstance(fixed, Composed) and isinstance(fixed.between, int):
+        yield fixed.between
     for item in dataclasses.fields(fixed):
         value = getattr(fixed, item.name)
-        if item.name == "between" and isinstance(value, int):
-            yield value
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, Map):
                 yield from _between(part)
@@ -224,7 +224,7 @@ def _entries(spec: Spec, held: int, members: Members) -> int:
                 f"{fixed} entries: got {spec.ratio} and {spec.size}"
             )
         return fixed
-    if spec.map.keeps_size or isinstance(spec.map, Separable):
+    if spec.map.keeps_fold:
         return held
     return spec.size or _scaled(spec.ratio, held)
 
@@ -239,7 +239,7 @@ def _split_sizes(spec: Spec, splits: int, before: int, members: Members) -> tupl
         fold = balanced_splits(before, spec.modes, 1)[0]
     elif spec.modes == 1:
         fold = (before,)
-    elif not (spec.map.keeps_size or isinstance(spec.map, Separable)):
+    elif not spec.map.keeps_fold:
         raise ValueError(
             f"fold must be 'balanced' or a tuple with map={type(spec.map).__name__}, whose fold is "
             f"not the weights' own: got {spec.fold!r}"
@@ -261,7 +261,7 @@ def _check_explicit(spec: Spec, splits: int, before: int, members: Members) -> t
     else:
         fold = spec.fold
         sizes = bounded_splits(fold, splits, spec.first_split)
-    says_it = not (spec.map.keeps_size or isinstance(spec.map, Separable)) and spec.ratio == 1
+    says_it = not spec.map.keeps_fold and spec.ratio == 1
     if says_it and spec.size is None and spec.map.fixed_entries(members.place) is None:
         return sizes
     if math.prod(fold) < before:

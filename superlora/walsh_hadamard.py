@@ -88,8 +88,10 @@ def fwht(x: Array, axis: int = -1, *, orthonormal: bool = False) -> Array:
     Notes
     -----
     With numba installed, numpy arrays and torch tensors on the CPU are transformed by
-    kernels that are compiled at the first call and kept in numba's cache. All other
-    arrays, and all that a compiler traces, are multiplied by blocks of the matrix.
+    kernels that are compiled at the first call and kept in numba's cache. From 16 MiB on
+    several threads share the work: as many as torch is set to, or for numpy arrays as there
+    are processors, at most ``NUMBA_NUM_THREADS``. All other arrays, and all that a compiler
+    traces, are multiplied by blocks of the matrix.
 
     In torch and jax the transform can be differentiated any number of times, in
     either mode; outside of compilers torch keeps nothing for the backward pass.

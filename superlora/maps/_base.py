@@ -49,6 +49,10 @@ class Map(abc.ABC):
     keeps_size : bool
         Of the class: whether it has as many entries after as before, so that a spec
         has no ratio with it.
+    keeps_fold : bool
+        Of the class: whether the spec's fold is that of the weights, as without a map.
+    joint : bool
+        Of the class or the map: whether it takes all groups together.
     sliced : bool
         Of the class or the map: whether `apply_slice` costs less than `apply`.
 
@@ -66,6 +70,8 @@ class Map(abc.ABC):
 
     _known: ClassVar[dict[str, type[Map]]] = {}
     keeps_size: ClassVar[bool] = False
+    keeps_fold: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
     sliced: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

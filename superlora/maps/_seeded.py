@@ -189,6 +189,9 @@ class SeededMap(CheckedMap):
     def _among(self, count: int, index: int) -> Map:
         return self.part(self.substream * count + index)
 
+    def _fixed(self, like: Array, draw: str, *args: int) -> Array:
+        return self._kept(like, draw, *args, keep=getattr(self, "stored", True))
+
     def _stream(self, kind: int) -> int:
         return kind << 56 | self.substream << 32
 
@@ -215,5 +218,5 @@ def check_enough(before: int, size: int, kind: str) -> None:
     if size < before:
         raise ValueError(
             f"size must be at least {before}, the entries before {kind}: got {size}; take a "
-            "smaller ratio or fold"
+            "smaller ratio, size or fold"
         )

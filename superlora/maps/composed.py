@@ -22,7 +22,7 @@ class Composed(CheckedMap):
     Parameters
     ----------
     first, second : Map
-        `first` is applied first.
+        `first` is applied first. Those with a seed draw from streams of their own.
     between : {"before", "after"} or int
         How many entries lie between them: as many as the fold has, as the group has, or so many.
 
@@ -37,7 +37,7 @@ class Composed(CheckedMap):
     >>> from superlora.maps import Broadcast, Shuffle
     >>> fixed = Composed(first=Broadcast(along="inputs"), second=Shuffle(seed=0))
     >>> fixed.apply(np.array([1.0, 2.0]), 4)
-    array([1., 2., 2., 1.])
+    array([2., 2., 1., 1.])
     """
 
     first: Map
@@ -135,8 +135,8 @@ class Composed(CheckedMap):
             With ``"first."`` and ``"second."`` before their names.
         """
         middle = self._middle(before, size)
-        first = self.first.constants(before, middle)
-        second = self.second.constants(middle, size)
+        first = self._own[0].constants(before, middle)
+        second = self._own[1].constants(middle, size)
         return {f"first.{k}": v for k, v in first.items()} | {
             f"second.{k}": v for k, v in second.items()
         }
@@ -180,6 +180,11 @@ class Composed(CheckedMap):
     def _among(self, count: int, index: int) -> Map:
         return self._of(self.first._among(count, index), self.second._among(count, index))
 
+    @functools.cached_property
+    def _own(self) -> tuple[Map, Map]:
+        """Both maps, each with streams of its own: equal seeds must not cancel out."""
+        return self.first._among(2, 0), self.second._among(2, 1)
+
     def _middle(self, before: int, size: int) -> int:
         if isinstance(self.between, int):
             return self.between
@@ -187,11 +192,13 @@ class Composed(CheckedMap):
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
         middle = self._middle(x.shape[0], size)
-        return self.second.apply_slice(self.first.apply(x, middle), size, start, stop)
+        first, second = self._own
+        return second.apply_slice(first.apply(x, middle), size, start, stop)
 
     def _backward(self, y: Array, before: int) -> Array:
         middle = self._middle(before, y.shape[0])
-        return self.first.adjoint(self.second.adjoint(y, middle), before)
+        first, second = self._own
+        return first.adjoint(second.adjoint(y, middle), before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,5 +390,5 @@ def check_part(name: str, part: object) -> None:
     """Refuse what is no map, or is one of all groups at once."""
     if not isinstance(part, Map):
         raise TypeError(f"{name} must be a superlora.maps.Map: got {part!r}")
-    if getattr(part, "scope", "group") != "group":
+    if part.joint:
         raise ValueError(f"{name} must be a map of one group: got {part!r}")

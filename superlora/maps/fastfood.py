@@ -29,6 +29,7 @@ from superlora.walsh_hadamard import (
 )
 
 _CHUNK = 1 << 18  # entries of stacked blocks that are worked out at once
+_RUN = 1 << 20  # positions of one block where none are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,9 +275,20 @@ class Fastfood(SeededMap):
         library = backend_of(z)
         width = z.shape[-1]
         count = z.shape[0] if len(z.shape) == 2 else 1
-
+        flat = library.reshape(z, (-1,))
+        if count == 1 and width > _RUN and not self.stored:
+            runs = [
+                take(flat, self._fixed(z, "_draw_run", width, first, at, inverse))
+                for at in range(0, width, _RUN)
+            ]
+            return library.reshape(library.concatenate(runs, axis=0), z.shape)
         found = self._fixed(z, "_draw_positions", width, first, count, inverse)
-        return library.reshape(take(library.reshape(z, (-1,)), found), z.shape)
+        return library.reshape(take(flat, found), z.shape)
+
+    def _draw_run(self, width: int, block: int, at: int, inverse: bool) -> numpy.ndarray:
+        order = Permutation(self.seed, self._stream(ROWS) + 8 * block, width)
+        draw = order.inverse if inverse else order.forward
+        return draw(at, min(at + _RUN, width)).astype(position_type(width))
 
     def _draw_positions(self, width: int, first: int, count: int, inverse: bool) -> numpy.ndarray:
         stream = self._stream(ROWS)
@@ -300,9 +312,6 @@ class Fastfood(SeededMap):
 
     def _draw_signs(self, start: int, stop: int) -> numpy.ndarray:
         return signs(self.seed, self._stream(SIGNS), start, stop)
-
-    def _fixed(self, like: Array, draw: str, *args: int) -> Array:
-        return self._kept(like, draw, *args, keep=self.stored)
 
 
 def _leading(z: Array, size: int) -> Array:

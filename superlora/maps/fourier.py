@@ -33,7 +33,8 @@ class Fourier(SeededMap):
     frequencies : tuple of int, optional
         The frequencies ``u d2 + v`` instead of random ones.
     normalize : {"isometric", None}
-        Multiply by ``sqrt(2 d1 d2)``, or not at all, as in PEFT, where the spec's scale is the
+        Multiply by ``sqrt(2 d1 d2)``, which keeps the norm in the mean over coefficients that
+        are independent, or not at all, as in PEFT, where the spec's scale is the
         method's (150 by default there).
     version, substream : int
         As in every map with a seed.

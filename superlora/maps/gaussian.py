@@ -38,6 +38,9 @@ class Gaussian(SeededMap):
         whose rows have the lengths of Gaussian ones, ``S H diag(G) Π H diag(B)`` (Le et al. [1]_).
     normalize : {"isometric", "variance", None}
         Entries of variance ``1 / size``, ``1 / before``, or 1.
+    stored : bool
+        Whether up to 2**24 entries of a dense matrix, or what the blocks draw, are kept in
+        memory.
     version, substream : int
         As in every map with a seed.
 
@@ -65,8 +68,13 @@ class Gaussian(SeededMap):
 
     structured: bool = False
     normalize: str | None = "isometric"
+    stored: bool = True
 
-    choices: ClassVar = {"structured": (True, False), "normalize": NORMALIZE}
+    choices: ClassVar = {
+        "structured": (True, False),
+        "normalize": NORMALIZE,
+        "stored": (True, False),
+    }
     sliced: ClassVar[bool] = True
 
     def check(self, before: int, size: int) -> None:
@@ -152,13 +160,18 @@ class Gaussian(SeededMap):
             0 where it is drawn anew each time.
         """
         if self.structured:
-            return self._blocks.nbytes(before, size) + 8 * size
-        return 4 * before * size if before * size <= _KEPT else 0
+            return self._blocks.nbytes(before, size) + self.stored * 8 * size
+        return self.stored * 4 * before * size if before * size <= _KEPT else 0
 
     @functools.cached_property
     def _blocks(self) -> Fastfood:
         return Fastfood(
-            seed=self.seed, substream=self.substream, order="le", blocks="stacked", normalize=None
+            seed=self.seed,
+            substream=self.substream,
+            order="le",
+            blocks="stacked",
+            normalize=None,
+            stored=self.stored,
         )
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
@@ -193,7 +206,7 @@ class Gaussian(SeededMap):
         self, before: int, size: int, start: int, stop: int, like: Array
     ) -> Iterator[tuple[int, Array]]:
         """Yield the rows of a slice, few enough at a time, and where they begin."""
-        if before * size <= _KEPT:
+        if self.stored and before * size <= _KEPT:
             yield start, self._kept(like, "_rows", before, 0, size)[start:stop]
             return
         step = max(1, _CHUNK // before)
@@ -214,7 +227,7 @@ class Gaussian(SeededMap):
         for first in range(start // width * width, stop, width):
             last = min(first + width, size)
             low, high = max(start, first), min(stop, last)
-            ratios = cast(self._kept(y, "_ratios", before, first, last), like=y)
+            ratios = cast(self._fixed(y, "_ratios", before, first, last), like=y)
             runs.append(
                 y[low - start : high - start] * (ratios[low - first : high - first] * scale)
             )

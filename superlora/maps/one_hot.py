@@ -200,9 +200,6 @@ class OneHot(SeededMap):
             total = part if total is None else total + part
         return self._normalized(total, size)
 
-    def _fixed(self, like: Array, draw: str, *args: int) -> Array:
-        return self._kept(like, draw, *args, keep=self.stored)
-
     def _signs(self, first: int, last: int) -> numpy.ndarray:
         return signs(self.seed, self._stream(SIGNS), first, last)
 

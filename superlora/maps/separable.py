@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy
 
@@ -69,6 +70,8 @@ class Separable(CheckedMap):
     modes: tuple[int, ...] | None = None
     before: tuple[int, ...] | None = None
     after: tuple[int, ...] | None = None
+
+    keeps_fold: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_part("inner", self.inner)

@@ -60,8 +60,14 @@ class Shuffle(SeededMap):
     stored: bool = True
 
     keeps_size: ClassVar[bool] = True
+    keeps_fold: ClassVar[bool] = True
     sliced: ClassVar[bool] = True
     choices: ClassVar = {"scope": ("group", "all"), "stored": (True, False)}
+
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        """Whether it takes all groups together."""
+        return self.scope == "all"
 
     def check(self, before: int, size: int) -> None:
         """Refuse a group of more entries than the fold has.

@@ -158,7 +158,7 @@ def nola(size: int = 256, rank: int = 4, seed: int = 0, **changes: Any) -> Spec:
     -------
     Spec
         ``2 size`` parameters a weight: ``A = sum_i α_i A_i`` and ``B = sum_j β_j B_j``, the
-        matrices normal and never stored.
+        matrices normal and in no file.
 
     Examples
     --------

@@ -15,6 +15,7 @@ from superlora.plan import Plan
 from superlora.reconstruct import (
     apply_factored,
     joint_entries,
+    map_slice,
     scaled,
     weight_delta,
     with_blocks,
@@ -135,7 +136,7 @@ class Blocks(nn.Module):
                 key = (id(fixed), before, size, bounds, device)
                 if key not in done:
                     done.add(key)
-                    fixed.apply_slice(torch.zeros(before, device=device), size, *bounds)
+                    map_slice(fixed, torch.zeros(before, device=device), size, *bounds)
         for inner in dict.fromkeys(layout.inner.values()):
             theta = self._block(inner.name)
             if not theta.is_meta:

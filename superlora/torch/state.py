@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
 from superlora.frozen import fingerprint
-from superlora.maps import Map, Separable
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter
@@ -22,6 +21,7 @@ from superlora.torch.files import Header, read_tensors, unfit_dtypes, write_tens
 from superlora.torch.layers import is_adaptable, parameter_of, shape_of
 from superlora.torch.replaced import refuse_unfit
 from superlora.torch.targets import find_targets
+from superlora.uses import map_uses
 
 FORMAT_VERSION = 1
 # Before the names of the model's own parameters that come with the adapter.
@@ -94,8 +94,8 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
         If `model` is not a module, or a weight is not of a floating-point type.
     ValueError
         If the file is truncated, not an adapter, of another format version, for
-        other names or shapes, or has missing or extra tensors: they are listed,
-        and the model is as it was.
+        other names or shapes, or has missing or extra tensors, or its maps or frozen
+        blocks are not drawn as they were: they are listed, and the model is as it was.
     """
     check_model(model)
     path = Path(path)
@@ -142,18 +142,7 @@ def _make_frozen(
 
 def _checksums(plan: Plan) -> dict[str, int]:
     """Return a number for what each different map draws, by its first group or its vector."""
-    layout = plan.layout
-    uses: dict[tuple[Map, int, int], str] = {}
-    for group, fixed in enumerate(layout.maps):
-        joint = layout.joint(group)
-        size = sum(layout.groups[index].size for index in joint)
-        before = layout.groups[group].before if len(joint) == 1 else size
-        if isinstance(fixed, Separable):
-            splits = layout.groups[group].splits[: layout.specs[group].splits]
-            fixed = fixed.joined([(split.sizes, split.shape) for split in splits])
-        uses.setdefault((fixed, before, size), str(group))
-    for inner in layout.inner.values():
-        uses.setdefault((inner.map, inner.before, inner.size), inner.name)
+    uses = map_uses(plan.layout)
     found = {name: use[0].checksum(*use[1:]) for use, name in uses.items()}
     return {name: number for name, number in found.items() if number is not None}
 
@@ -164,8 +153,8 @@ def _check_maps(plan: Plan, header: Mapping[str, Any], path: Path) -> None:
     wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
     if wrong:
         raise ValueError(
-            f"maps must be drawn from their seeds as they were when {path} was saved: those of "
-            f"{some(map(repr, sorted(wrong)), 20)} differ"
+            f"maps must be drawn from their seeds as they were when {path} was saved: those of the "
+            f"groups or vectors {some(map(repr, sorted(wrong)), 20)} differ"
         )
 
 

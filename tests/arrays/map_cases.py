@@ -108,7 +108,8 @@ def shuffle(fixed, before, size):
 
 def composed(fixed, before, size):
     middle = {"before": before, "after": size}.get(fixed.between, fixed.between)
-    return matrix_of(fixed.second, middle, size) @ matrix_of(fixed.first, before, middle)
+    first, second = own(fixed.first, 2, 0), own(fixed.second, 2, 1)
+    return matrix_of(second, middle, size) @ matrix_of(first, before, middle)
 
 
 def own(fixed, count, index):

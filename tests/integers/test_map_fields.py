@@ -113,7 +113,7 @@ PLANS = {
     "broadcast of a ratio": (
         sl.Spec(map=maps.Broadcast(), ratio=0.5, **VECTOR),
         ONE,
-        r"ratio and size must be left to map=Broadcast\(\), which takes 1 entries: got 0.5 and None",
+        r"ratio and size must be left to map=Broadcast\(\), which takes 1 entries: got 0.5",
     ),
     "modes of too many groups": (
         sl.lora(1, map=maps.Separable(inner=maps.Fastfood(shared=False)), ratio=0.5),
@@ -242,7 +242,25 @@ def test_a_mapped_spec_survives_json(spec):
 
 def notes_of(spec, shapes=TWO):
     lines = sl.Plan(spec, shapes).describe().splitlines()
-    return [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+    notes = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+    return [note for note in notes if not note.startswith("maps keep ")]
+
+
+@pytest.mark.parametrize(
+    ("spec", "kept"),
+    [
+        (sl.lora(2), None),
+        (sl.did(100), 2 * 32768 * 13),
+        (sl.did(100, map=maps.Fastfood(order="le", stored=False)), None),
+        (sl.nola(5, 2), 4 * 4 * 5 * 200),
+    ],
+    ids=["no map", "two maps", "not kept", "factors"],
+)
+def test_the_table_says_what_the_maps_keep_in_memory(spec, kept):
+    lines = sl.Plan(spec, {"q": (100, 200), "v": (200, 100)}).describe().splitlines()
+    notes = [line for line in lines if "maps keep" in line]
+    text = f"note: maps keep {(kept or 0) / 1e6:,.1f} MB in memory, and nothing in a file"
+    assert notes == ([text] if kept else [])
 
 
 DESCRIBED = {

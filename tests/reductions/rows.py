@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from tests.reductions import (
     lycoris_rows,
+    paper_few_rows,
     paper_map_rows,
+    paper_separable_rows,
     paper_shared_rows,
     paper_weight_rows,
     peft_map_rows,
@@ -19,5 +21,7 @@ TABLES = (
     paper_shared_rows,
     paper_weight_rows,
     paper_map_rows,
+    paper_separable_rows,
+    paper_few_rows,
 )
 ROWS: dict[str, Row] = {row.name: row for table in TABLES for row in table.ROWS}

@@ -84,9 +84,12 @@ def test_a_map_that_is_drawn_otherwise_is_refused(key, tmp_path):
     name, number = next(iter(header["maps"].items()))
     for wrong in (number ^ 1, str(number), None, [number], {}):
         write(path, tensors, {**header, "maps": {**header["maps"], name: wrong}})
-        assert_refused(path, f"maps must be drawn from their seeds .*: those of '{name}' differ")
+        assert_refused(
+            path,
+            f"maps must be drawn from their seeds .*: those of the groups .* '{name}' differ",
+        )
     write(path, tensors, {**header, "maps": {**header["maps"], "77": number}})
-    assert_refused(path, "those of '77' differ")
+    assert_refused(path, "those of the groups or vectors '77' differ")
     write(path, tensors, {key: value for key, value in header.items() if key != "maps"})
     assert_refused(path, "maps must be drawn from their seeds")
     for wrong in (None, 3, "text", [], [1]):
