@@ -256,8 +256,8 @@ def check_map(spec: Spec) -> None:
     check_count("size", spec.size)
     if fixed.keeps_fold or ratio != 1:
         raise ValueError(
-            f"size must come with a map that takes fewer entries than it makes, and without a ratio: got "
-            f"size={spec.size} with map={kind}() and ratio={ratio}"
+            "size must come with a map that takes fewer entries than it makes, and without a ratio: "
+            f"got size={spec.size} with map={kind}() and ratio={ratio}"
         )
 
 

@@ -258,11 +258,8 @@ def reordered(fixed: maps.Map) -> maps.Map:
 
 
 def first_mode_alone(fixed: maps.Map) -> maps.Map:
-    return maps.Separable(inner=fixed.inner, modes=(0,)) if is_separable(fixed) else fixed
-
-
-def is_separable(fixed: maps.Map) -> bool:
-    return isinstance(fixed, maps.Separable)
+    separable = isinstance(fixed, maps.Separable)
+    return maps.Separable(inner=fixed.inner, modes=(0,)) if separable else fixed
 
 
 CHANGES: dict[str, Change] = {
