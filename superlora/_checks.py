@@ -256,7 +256,7 @@ def check_map(spec: Spec) -> None:
     check_count("size", spec.size)
     if fixed.keeps_fold or ratio != 1:
         raise ValueError(
-            "size must come with a map that takes fewer entries than it makes, and without a ratio: "
+            "size must come with a map of fewer entries than it makes, and without a ratio: "
             f"got size={spec.size} with map={kind}() and ratio={ratio}"
         )
 
