@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from superlora.maps import Map, Place
-from superlora.splitting import check_map
+from superlora.splitting import check_serves
 
 if TYPE_CHECKING:
     from superlora.layout import Layout
@@ -79,14 +79,14 @@ def inner_vectors(layout: Layout) -> dict[str, Inner]:
         if own.factor_scope == "all":
             name, start, total = f"{first}.0.theta", 0, sum(sizes.values())
             fixed = own.factor_map.bind(Place(first, (), False))
-            check_map(fixed, own.factor_size, total, f"factor_map for {name!r}")
+            check_serves(fixed, own.factor_size, total, f"factor_map for {name!r}")
             for block, size in sizes.items():
                 found[block] = Inner(name, fixed, own.factor_size, total, start, start + size)
                 start += size
             continue
         for block, size in sizes.items():
             fixed = own.factor_map.bind(Place(numbers[block], (), False))
-            check_map(fixed, own.factor_size, size, f"factor_map for {block!r}")
+            check_serves(fixed, own.factor_size, size, f"factor_map for {block!r}")
             found[block] = Inner(f"{block}_theta", fixed, own.factor_size, size, 0, size)
     return found
 

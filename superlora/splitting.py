@@ -160,9 +160,9 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
         for index, (after, smaller) in enumerate(zip(sizes, own, strict=True)):
             for mode in fixed.mapped(spec.modes):
                 of_mode = fixed.mode(index * spec.modes + mode)
-                check_map(of_mode, smaller[mode], after[mode], f"mode {mode} of map=Separable()")
+                check_serves(of_mode, smaller[mode], after[mode], f"mode {mode} of map=Separable()")
     elif not isinstance(fixed, Identity):
-        check_map(fixed, before, size, f"map={type(fixed).__name__}()")
+        check_serves(fixed, before, size, f"map={type(fixed).__name__}()")
     splits = tuple(
         _make_split(spec, index, split_sizes, before_sizes, rank)
         for index, (split_sizes, before_sizes, rank) in enumerate(
@@ -172,7 +172,7 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
     return Group(size, fold, before, splits * spec.terms)
 
 
-def check_map(fixed: Map, before: int, size: int, name: str) -> None:
+def check_serves(fixed: Map, before: int, size: int, name: str) -> None:
     """Refuse sizes that a map cannot serve, or that would take far more memory than the weights.
 
     Parameters

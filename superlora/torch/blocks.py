@@ -124,7 +124,8 @@ class Blocks(nn.Module):
             device = self._device(name)
             for piece in pieces:
                 fixed, item = layout.maps[piece.group], layout.groups[piece.group]
-                if isinstance(fixed, Identity) or device.type == "meta":
+                kept = getattr(fixed, "stored", True) and not isinstance(fixed, Identity)
+                if not kept or device.type == "meta":
                     continue
                 if isinstance(fixed, Separable):
                     self.form(name, self.blocks(name, device))
