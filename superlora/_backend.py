@@ -179,14 +179,17 @@ def check_floating(name: str, array: Array) -> None:
 
 def widened(array: Array) -> Array:
     """Return `array` in single precision if it is of half, and itself otherwise."""
-    return at_least_single(array) if "float16" in str(array.dtype) else array
+    return convert(array, backend_of(array).float32) if "float16" in str(array.dtype) else array
+
+
+def convert(array: Array, dtype: Any) -> Array:
+    """Return `array` in a dtype of its library."""
+    return array.astype(dtype) if hasattr(array, "astype") else array.to(dtype)
 
 
 def cast(array: Array, like: Array) -> Array:
     """Return `array` in the dtype of another array of its library."""
-    if array.dtype == like.dtype:
-        return array
-    return array.to(like.dtype) if hasattr(array, "is_floating_point") else array.astype(like.dtype)
+    return array if array.dtype == like.dtype else convert(array, like.dtype)
 
 
 def constant(values: numpy.ndarray, like: Array) -> Array:

@@ -15,6 +15,7 @@ from superlora.maps import Map, Separable
 from superlora.slicing import Box
 from superlora.splitting import Split
 from superlora.tucker import open_last_mode, tucker
+from superlora.uses import joint_sizes
 
 # One split's blocks: its core, None where it is the identity, and a factor a mode,
 # None where un-factored.
@@ -134,7 +135,7 @@ def joint_entries(layout: Layout, factors: Mapping[str, Array], group: int) -> t
         The entries after the map.
     """
     joint = layout.joint(group)
-    size = sum(layout.groups[index].size for index in joint)
+    _, size = joint_sizes(layout, group)
     if len(joint) == 1:
         return ravel(group_tensor(layout, factors, group)), size
     tensors = (group_tensor(layout, factors, index) for index in joint)

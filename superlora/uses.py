@@ -6,6 +6,28 @@ from superlora.layout import Layout
 from superlora.maps import Map, Separable
 
 
+def joint_sizes(layout: Layout, group: int) -> tuple[int, int]:
+    """Return how many entries a group's map takes and makes, of all groups that it takes together.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    group : int
+        Index of the group.
+
+    Returns
+    -------
+    int
+        Entries before the map.
+    int
+        Entries after it.
+    """
+    joint = layout.joint(group)
+    size = sum(layout.groups[index].size for index in joint)
+    return (layout.groups[group].before if len(joint) == 1 else size), size
+
+
 def map_uses(layout: Layout) -> dict[tuple[Map, int, int], str]:
     """Return the maps of a layout with their numbers of entries before and after.
 
@@ -21,9 +43,7 @@ def map_uses(layout: Layout) -> dict[tuple[Map, int, int], str]:
     """
     uses: dict[tuple[Map, int, int], str] = {}
     for group, fixed in enumerate(layout.maps):
-        joint = layout.joint(group)
-        size = sum(layout.groups[index].size for index in joint)
-        before = layout.groups[group].before if len(joint) == 1 else size
+        before, size = joint_sizes(layout, group)
         if isinstance(fixed, Separable):
             splits = layout.groups[group].splits[: layout.specs[group].splits]
             fixed = fixed.joined([(split.sizes, split.shape) for split in splits])

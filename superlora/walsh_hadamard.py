@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from superlora._backend import Array, backend_of, from_numpy, move_axis, zeros
+from superlora._backend import Array, backend_of, convert, from_numpy, move_axis, zeros
 
 # Blocks of so many bits are multiplied by as matrices where no compiled kernel is at hand.
 _BITS = 6
@@ -208,13 +208,13 @@ def transform_cropped(y: Array, p: int, scale: float = 1.0) -> Array:
     d = _check_lengths("p", p, n)
     dtype, short = y.dtype, not name.endswith(_SINGLE_OR_MORE)
     if short:
-        y, name = _cast(y, library.float32), "float32"
+        y, name = convert(y, library.float32), "float32"
     if d < n:
         y = library.sum(library.reshape(y, (*y.shape[:-1], n // d, d)), axis=-2)
     x = _transform(library, y, scale, name)
     if p < d:
         x = x[..., :p]
-    return _cast(x, dtype) if short else x
+    return convert(x, dtype) if short else x
 
 
 def _library_of(x: Array) -> Any:
@@ -259,15 +259,11 @@ def _check_lengths(argument: str, p: int, n: int) -> int:
     return next_power_of_two(p)
 
 
-def _cast(x: Array, dtype: Any) -> Array:
-    return x.astype(dtype) if hasattr(x, "astype") else x.to(dtype)
-
-
 def _transform(library: Any, x: Array, scale: float, name: str) -> Array:
     """Return ``scale H x`` along the last axis; `name` is that of the dtype of `x`."""
     dtype, short = x.dtype, not name.endswith(_SINGLE_OR_MORE)
     if short:
-        x = _cast(x, library.float32)
+        x = convert(x, library.float32)
     if library.backend_name == "pytorch":
         from superlora import _torch_transform
 
@@ -276,7 +272,7 @@ def _transform(library: Any, x: Array, scale: float, name: str) -> Array:
         y = _transform_numpy(x, scale)
     else:
         y = _multiply(x, scale, lambda size: _block(size, x))
-    return _cast(y, dtype) if short else y
+    return convert(y, dtype) if short else y
 
 
 def _multiply(x: Array, scale: float, block: Callable[[int], Array]) -> Array:

@@ -22,6 +22,7 @@ from superlora.reconstruct import (
 )
 from superlora.torch.formed import autocasts, without_autocast
 from superlora.torch.shared import Shared
+from superlora.uses import joint_sizes
 
 
 class Blocks(nn.Module):
@@ -123,16 +124,14 @@ class Blocks(nn.Module):
         for name, pieces in layout.grouping.pieces.items():
             device = self._device(name)
             for piece in pieces:
-                fixed, item = layout.maps[piece.group], layout.groups[piece.group]
+                fixed = layout.maps[piece.group]
                 kept = getattr(fixed, "stored", True) and not isinstance(fixed, Identity)
                 if not kept or device.type == "meta":
                     continue
                 if isinstance(fixed, Separable):
                     self.form(name, self.blocks(name, device))
                     continue
-                joint = layout.joint(piece.group)
-                size = sum(layout.groups[group].size for group in joint)
-                before = item.before if len(joint) == 1 else size
+                before, size = joint_sizes(layout, piece.group)
                 bounds = layout.position(piece) if fixed.sliced else (0, size)
                 key = (id(fixed), before, size, bounds, device)
                 if key not in done:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from superlora.layout import Layout
 from superlora.torch.formed import without_autocast
+from superlora.uses import joint_sizes
 
 # Takes the tensors that the group is made from and returns the entries before the map.
 Entries = Callable[[Sequence[Tensor]], Tensor]
@@ -144,7 +145,7 @@ class Shared:
             # What keeps the size has as many entries to be formed before it, for any slice.
             mixes = fixed.keeps_size or not fixed.sliced
             if len(bounds) > 1 and mixes and not self.layout.identity(first):
-                size = sum(self.layout.groups[group].size for group in self.layout.joint(first))
+                _, size = joint_sizes(self.layout, first)
                 self._cuts[first] = Cut(fixed, size, tuple(sorted(bounds)))
                 self._last.setdefault(last[first], []).append(first)
 
