@@ -25,12 +25,13 @@ import os
 import statistics
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 from typing import Any
 
+import measuring
+from measuring import MEGABYTE, RETURN_LARGE_BLOCKS
+
 MEASURES = ("live", "resident", "default")
-MEGABYTE = 1e6
 
 
 def specs() -> dict[str, Any]:
@@ -54,51 +55,6 @@ def specs() -> dict[str, Any]:
     }
 
 
-def status(key: str) -> int:
-    """Return a memory figure of this process from the kernel, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{key} is not in /proc/self/status")
-
-
-def peak_of_live_tensors(step: Any, held: list[Any]) -> int:
-    """Return the peak bytes of the storages that `step` makes and that live at once.
-
-    `held` are the tensors that exist before; a view of one of them is not counted.
-    """
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Tracker(TorchDispatchMode):
-        current = peak = 0
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in held}
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            for leaf in torch.utils._pytree.tree_leaves(result):
-                if isinstance(leaf, torch.Tensor):
-                    self.add(leaf.untyped_storage())
-            return result
-
-        def add(self, storage: Any) -> None:
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.current += storage.nbytes()
-                self.peak = max(self.peak, self.current)
-                weakref.finalize(storage, self.drop, storage._cdata)
-
-        def drop(self, key: int) -> None:
-            self.current -= self.sizes.pop(key)
-
-    with Tracker() as tracker:
-        step()
-    return tracker.peak
-
-
 def measure(row: str, how: str, layers: int, width: int, tokens: int) -> dict[str, Any]:
     """Run one row in this process and return its figures."""
     import torch
@@ -106,13 +62,9 @@ def measure(row: str, how: str, layers: int, width: int, tokens: int) -> dict[st
     torch.set_num_threads(1)
     _training(row, 2, 96, tokens)[0]()  # loads what torch loads at first use
     step, held, adapter = _training(row, layers, width, tokens)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = status("VmRSS")
-    step()
-    step()
-    peak = status("VmHWM") - before
+    peak = measuring.peak_of_resident(lambda: (step(), step()))
     if how == "live":
-        peak = peak_of_live_tensors(step, held)
+        peak = measuring.peak_of_live_tensors(step, held)
     factored = adapter is not None and adapter.applies_factored("0")
     return {
         "row": row,
@@ -162,7 +114,7 @@ def run(row: str, how: str, options: argparse.Namespace) -> dict[str, Any]:
         command += [f"--{name}", str(getattr(options, name))]
     environment = dict(os.environ)
     if how == "resident":
-        environment["MALLOC_MMAP_THRESHOLD_"] = "1000000"
+        environment.update(RETURN_LARGE_BLOCKS)
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 

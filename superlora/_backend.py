@@ -163,6 +163,12 @@ def ones(shape: tuple[int, ...], like: Array) -> Array:
     return library.ones(shape, **context)
 
 
+def eye(size: int, like: Array) -> Array:
+    """Return the identity matrix in the library, dtype and device of `like`."""
+    library, context = _context(like)
+    return library.eye(size, **context)
+
+
 def at_least_single(array: Array) -> Array:
     """Return `array` in single precision if it is of less."""
     library, context = _context(array)
@@ -207,7 +213,7 @@ def constant(values: numpy.ndarray, like: Array) -> Array:
 
 
 def take(array: Array, positions: Array) -> Array:
-    """Return the entries of a vector at some positions."""
+    """Return the entries at some positions along the first axis."""
     # torch's own indexing scatters one by one on the way back.
     return array.index_select(0, positions) if hasattr(array, "index_select") else array[positions]
 
@@ -221,11 +227,14 @@ def move_axis(array: Array, source: int, target: int) -> Array:
 
 
 def scatter_add(values: Array, positions: Array, size: int) -> Array:
-    """Return a vector in which `values` are added up at some positions: the adjoint of `take`."""
+    """Add up `values` at some positions along the first axis: the adjoint of `take`."""
     library = backend_of(values)
-    if library.backend_name == "numpy":
+    if library.backend_name == "numpy" and len(values.shape) == 1:
         return numpy.bincount(positions, values, minlength=size).astype(values.dtype)
-    empty = zeros((size,), like=values)
+    empty = zeros((size, *values.shape[1:]), like=values)
+    if library.backend_name == "numpy":
+        numpy.add.at(empty, positions, values)
+        return empty
     if hasattr(empty, "index_add"):
         return empty.index_add(0, positions, values)
     if hasattr(empty, "at"):

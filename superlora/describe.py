@@ -34,15 +34,27 @@ def describe(layout: Layout) -> str:
     str
         Alike groups share a row.
     """
-    kinds = [
-        Kind(group, own.combine, own.splits, type(own.map).__name__)
-        for group, own in zip(layout.groups, layout.specs, strict=True)
-    ]
-    alike = Counter(kinds)
-    parameters: Counter[Kind] = Counter()
+    entries = [0] * len(layout.groups)
     for block, shape in layout.factor_shapes.items():
-        parameters[kinds[int(block.partition(".")[0])]] += math.prod(shape)
-    mapped = any(kind.map != "Identity" for kind in kinds)
+        entries[int(block.partition(".")[0])] += math.prod(shape)
+    # Most groups of a large model are the same objects, which are quicker to tell apart.
+    counts: Counter[tuple[int, int]] = Counter()
+    trained: Counter[tuple[int, int]] = Counter()
+    kinds: dict[tuple[int, int], Kind] = {}
+    for group, own, number in zip(layout.groups, layout.specs, entries, strict=True):
+        key = (id(group), id(own))
+        if key not in kinds:
+            kinds[key] = Kind(group, own.combine, own.splits, type(own.map).__name__)
+        counts[key] += 1
+        trained[key] += number
+    alike: Counter[Kind] = Counter()
+    parameters: Counter[Kind] = Counter()
+    groups: Counter[Group] = Counter()
+    for key, kind in kinds.items():
+        alike[kind] += counts[key]
+        parameters[kind] += trained[key]
+        groups[kind.group] += counts[key]
+    mapped = any(kind.map != "Identity" for kind in alike)
     header = ("groups", "entries", "map", "fold", "splits (size:rank)", "parameters")
     rows: list[tuple[str, ...]] = [header if mapped else (*header[:2], *header[3:])]
     for kind, count in alike.items():
@@ -66,7 +78,7 @@ def describe(layout: Layout) -> str:
         f"{len(layout.shapes)} weights, {layout.num_parameters:,} trainable parameters for "
         f"{layout.num_dense:,} entries ({share:.4%})"
     )
-    return "\n".join(lines + _notes(layout, Counter(layout.groups)))
+    return "\n".join(lines + _notes(layout, groups))
 
 
 def _splits_text(kind: Kind) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import numpy
@@ -14,6 +16,7 @@ from superlora.random import normal
 
 # Apart from the streams of the initial factors, which count from 0.
 _FIRST_STREAM = 1 << 63
+_CHUNK = 1 << 13  # entries; from 10,000 on BLAS wakes threads for each dot product
 # The exponent of the singular values that each source multiplies to its vectors.
 _POWERS = {"singular": 0.0, "singular_root": 0.5, "singular_scaled": 1.0}
 
@@ -56,14 +59,44 @@ def frozen_blocks(
     own seed. Singular vectors have signs such that the largest entry of every left one is
     positive, so that they do not depend on the library.
     """
-    found: dict[str, Array] = {}
+    return {
+        name: from_numpy(values, like)
+        for name, values in each_frozen(layout, weights, singular=singular)
+    }
+
+
+def each_frozen(
+    layout: Layout,
+    weights: Mapping[str, Array] | None = None,
+    *,
+    singular: bool = True,
+    skipped: Container[str] = (),
+) -> Iterator[tuple[str, numpy.ndarray]]:
+    """Make what `frozen_blocks` returns, one block at a time.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    weights : mapping of str to array, (output width, input width), optional
+        The weights whose singular vectors are asked for.
+    singular : bool
+        Whether to make singular vectors.
+    skipped : container of str
+        Blocks that are not made.
+
+    Yields
+    ------
+    (str, numpy.ndarray)
+        Name and values.
+    """
     decomposed: dict[int, tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] = {}
     for stream, (name, source) in enumerate(layout.frozen.items()):
         shape = layout.block_shapes[name]
         group, index, leaf = name.split(".")
         split = layout.groups[int(group)].splits[int(index)]
         last = leaf == f"factor{len(split.sizes) - 1}"
-        if source == "stored":
+        if source == "stored" or name in skipped:
             continue
         if source == "ones":
             values = numpy.ones(shape)
@@ -81,8 +114,7 @@ def frozen_blocks(
             left, numbers, right = decomposed[int(group)]
             vectors = (right if last else left)[:, : shape[1]]
             values = vectors * numbers[: shape[1]] ** _POWERS[source]
-        found[name] = from_numpy(values, like)
-    return found
+        yield name, values
 
 
 def fingerprint(block: numpy.ndarray) -> float:
@@ -99,10 +131,22 @@ def fingerprint(block: numpy.ndarray) -> float:
         A fixed combination of n entries, relative to their norm and to six digits. Rounding by
         a relative e changes it by at most ``e sqrt(n)``, other values by about 1.
     """
-    entries = block.astype(numpy.float64).ravel()
-    weights = numpy.cos(1.0 + numpy.arange(entries.size))
-    norm = float(numpy.linalg.norm(entries)) or 1.0
-    return round(float(entries @ weights) / norm, 6)
+    entries = block.reshape(-1)
+    cosines, sines = _waves()
+    total = squares = 0.0
+    for start in range(0, entries.size, _CHUNK):
+        part = entries[start : start + _CHUNK].astype(numpy.float64)
+        # cos(1 + start + k) of the numbers that are kept for start = 0.
+        total += math.cos(start) * float(part @ cosines[: part.size])
+        total -= math.sin(start) * float(part @ sines[: part.size])
+        squares += float(part @ part)
+    return round(total / (math.sqrt(squares) or 1.0), 6)
+
+
+@functools.cache
+def _waves() -> tuple[numpy.ndarray, numpy.ndarray]:
+    angles = 1.0 + numpy.arange(_CHUNK)
+    return numpy.cos(angles), numpy.sin(angles)
 
 
 def _decompose(

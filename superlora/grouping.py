@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,36 @@ class Piece:
     group: int
     start: int
     stop: int
+
+
+def cut_pieces(pieces: Sequence[Piece], start: int, stop: int) -> list[Piece]:
+    """Return the pieces of a range of a weight's raveled entries.
+
+    Parameters
+    ----------
+    pieces : sequence of Piece
+        Those of the weight, in order.
+    start, stop : int
+        The range.
+
+    Returns
+    -------
+    list of Piece
+        Parts of those given.
+
+    Examples
+    --------
+    >>> cut_pieces([Piece(0, 4, 10), Piece(1, 0, 2)], 3, 8)
+    [Piece(group=0, start=7, stop=10), Piece(group=1, start=0, stop=2)]
+    """
+    found, before = [], 0
+    for piece in pieces:
+        shift = piece.start - before
+        first, last = max(start + shift, piece.start), min(stop + shift, piece.stop)
+        if first < last:
+            found.append(Piece(piece.group, first, last))
+        before += piece.stop - piece.start
+    return found
 
 
 @dataclass(frozen=True)

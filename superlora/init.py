@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy
@@ -10,7 +11,7 @@ import numpy
 from superlora._backend import Array, from_numpy
 from superlora.layout import Layout
 from superlora.maps import Separable
-from superlora.random import normal
+from superlora.random import check_seed, normal
 from superlora.splitting import Split
 
 # The deviation of numbers in ±0.02, which Uni-LoRA starts its vector with.
@@ -98,6 +99,29 @@ def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> di
     Uni-LoRA.
     """
     from_numpy(numpy.zeros(()), like)  # refuses a wrong dtype before anything is drawn
+    return {name: from_numpy(values, like) for name, values in each_factor(layout, seed)}
+
+
+def each_factor(
+    layout: Layout, seed: int, skipped: Container[str] = ()
+) -> Iterator[tuple[str, numpy.ndarray]]:
+    """Draw what `init_factors` returns, one block at a time.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    seed : int
+        In [0, 2**64).
+    skipped : container of str
+        Blocks that are not drawn; the others are what they are without it.
+
+    Yields
+    ------
+    (str, numpy.ndarray of float64)
+        Name and values.
+    """
+    check_seed(seed)
     deviations: dict[str, float] = {}
     for group in range(len(layout.groups)):
         for term, blocks in enumerate(layout.term_blocks(group)):
@@ -113,12 +137,11 @@ def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> di
         own = deviations[block] * gain**-0.5 if gain else 0.0
         # At zero a vector has no gradient where two blocks of one product are made of it.
         deviations[inner.name] = _SHARED_VECTOR if inner.name in multiplied else own
-    factors = {}
     for stream, (name, shape) in enumerate(layout.factor_shapes.items()):
+        if name in skipped:
+            continue
         deviation = deviations[name]
-        values = normal(seed, stream, shape) * deviation if deviation else numpy.zeros(shape)
-        factors[name] = from_numpy(values, like)
-    return factors
+        yield name, normal(seed, stream, shape) * deviation if deviation else numpy.zeros(shape)
 
 
 def _multiplied(layout: Layout) -> set[str]:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 
 from superlora.block_rules import check_frozen, unit_modes_of
-from superlora.costs import factored_cost
+from superlora.costs import Work, inner_width, kronecker_order, ways_of
 from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
 from superlora.inner import Inner, inner_vectors
@@ -91,7 +91,8 @@ class Layout:
         # Asked at every forward pass; plain dicts, which torch.compile traces.
         self._piece_slices: dict[Piece, Slice] = {}
         self._row_slices: dict[str, Slice | None] = {}
-        self._factored: dict[str, bool] = {}
+        self._ways: dict[str, dict[str, Work]] = {}
+        self._orders: dict[int, Shape] = {}
         check_frozen(self)
         if any(own.factor_map is not None for own in designs):
             self.inner  # noqa: B018  (raises where a map does not fit)
@@ -231,32 +232,21 @@ class Layout:
         leading = self.radices(piece.group, len(fold) - 1)
         return slice_of(leading, piece.start // width, piece.stop // width)
 
-    def applies_factored(self, name: str) -> bool:
-        """Return whether ``x @ ΔWᵀ`` costs fewer multiplications without forming ΔW.
+    def ways(self, name: str) -> dict[str, Work]:
+        """Return the ways to apply a weight's update to inputs, and the work of each."""
+        if name not in self._ways:
+            self._ways[name] = ways_of(self, name)
+        return self._ways[name]
 
-        Parameters
-        ----------
-        name : str
-            A weight.
-
-        Returns
-        -------
-        bool
-            Counted a token: the factored product against the output width times
-            the input width, which the weight's gradient costs when ΔW is formed.
-        """
-        if name not in self._factored:
-            self._factored[name] = factored_cost(self, name) < math.prod(self.shapes[name])
-        return self._factored[name]
+    def digit_order(self, group: int) -> Shape:
+        """Return the order in which inputs meet the matrices of a Kronecker product."""
+        if group not in self._orders:
+            self._orders[group] = kronecker_order(self.terms(group)[0])
+        return self._orders[group]
 
     def inner_width(self, name: str) -> int:
         """Return q of ``ΔW = left @ rightᵀ`` where a weight's fold is aligned, else its widths'."""
-        if self.row_slice(name) is None:
-            return max(self.shapes[name])
-        group = self.grouping.pieces[name][0].group
-        blocks = self.shapes[name][1] // self.groups[group].fold[-1]
-        ranks = (math.prod(split.last[1] for split in splits) for splits in self.terms(group))
-        return blocks * sum(ranks)
+        return inner_width(self, name)
 
     def terms(self, group: int) -> list[tuple[Split, ...]]:
         """Return the splits of each of a group's products."""
@@ -269,7 +259,8 @@ class Layout:
         for piece in self.grouping.pieces[name]:
             if self.identity(piece.group):
                 self.piece_slice(piece)
-        self.applies_factored(name)
+        if "kronecker" in self.ways(name):
+            self.digit_order(self.grouping.pieces[name][0].group)
 
     def block(self, group: int, index: int, leaf: str) -> str:
         """Return the name of a split's block: that of the part's first group, where tied."""

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy
 
 from superlora._backend import Array, backend_of
+from superlora.costs import FORMED, Machine, check_apply, choose
 from superlora.describe import describe
+from superlora.factored import apply_factored, low_rank_factors
 from superlora.frozen import frozen_blocks
 from superlora.init import init_factors
 from superlora.layout import Layout
-from superlora.reconstruct import (
-    apply_factored,
-    joint_entries,
-    low_rank_factors,
-    scaled,
-    weight_delta,
-    with_blocks,
-)
+from superlora.reconstruct import joint_entries, weight_delta
 from superlora.spec import Spec
+from superlora.terms import scaled, with_blocks
 
 
 class Plan:
@@ -157,8 +154,7 @@ class Plan:
         Raises
         ------
         TypeError, ValueError
-            If `seed` is no integer of that range, or `like` is not of a
-            floating-point type.
+            If `seed` is no such integer, or `like` is not of a floating-point type.
         """
         return init_factors(self.layout, seed, like)
 
@@ -313,6 +309,7 @@ class Plan:
         name: str,
         x: Array,
         scale: float | None = None,
+        apply: str = "auto",
     ) -> Array:
         """Multiply inputs by a weight's update, without forming it where that is cheaper.
 
@@ -326,6 +323,8 @@ class Plan:
             Inputs of the layer, of the factors' library.
         scale : float, optional
             Takes the place of the spec's scale.
+        apply : {"auto", "factored", "formed"}
+            Whether the update is formed; ``"auto"`` takes the cheaper way.
 
         Returns
         -------
@@ -339,15 +338,17 @@ class Plan:
         TypeError
             If the arrays are of different libraries.
         ValueError
-            If a block is missing or has another shape, or the last axis of `x` is
-            not the input width.
+            If a block is missing or has another shape, the last axis of `x` is
+            not the input width, or the factors are to be applied where they cannot be.
 
         Notes
         -----
-        Where the last mode of the fold divides the input width, as that of a natural
-        fold of order 2, a stack or an aligned fold does, and where it costs fewer
-        multiplications, the factors are applied; else the weight's update is formed.
+        The factors can be applied where the last mode of the fold divides the input width, as
+        that of a natural fold of order 2, a stack or an aligned fold does; where a weight's own
+        group is a Kronecker product of matrices; and where the map is Fourier's. A count of
+        operations, which depends on the number of tokens, decides.
         """
+        check_apply(apply)
         self._check(factors, name)
         number = self._scaling(name, scale)
         backend_of(x, *(factors[block] for block in self.blocks_of(name)))
@@ -357,8 +358,9 @@ class Plan:
                 f"x must have {columns} entries in its last axis, the input width of {name!r}: got "
                 f"shape {tuple(x.shape)}"
             )
-        if self.layout.applies_factored(name):
-            return apply_factored(self.layout, factors, name, x, number)
+        way = choose(self.layout, name, Machine(), math.prod(x.shape[:-1]), apply)
+        if way != FORMED:
+            return apply_factored(self.layout, factors, name, x, number, way)
         delta = weight_delta(self.layout, factors, name, number)
         return backend_of(x).tensordot(x, delta, axes=([len(x.shape) - 1], [1]))
 

@@ -63,14 +63,18 @@ def tucker(core: Array | None, factors: Sequence[Array | None]) -> Array:
     return _multiply_modes(library, core, factors)
 
 
-def _multiply_modes(library: Any, tensor: Array, factors: Sequence[Array | None]) -> Array:
-    # Contracting mode 0 and appending the result M times restores the order.
-    rotation = (*range(1, len(factors)), 0)
-    for factor in factors:
+def _multiply_modes(
+    library: Any, tensor: Array, factors: Sequence[Array | None], after: int = 0
+) -> Array:
+    # From the last mode on, each put in front, so that the last and largest product is in order;
+    # the axes `after` those of the factors stay behind.
+    axis = len(factors) - 1
+    front = (axis, *range(axis), *range(axis + 1, axis + 1 + after))
+    for factor in reversed(factors):
         if factor is None:
-            tensor = library.transpose(tensor, rotation)
+            tensor = library.transpose(tensor, front)
         else:
-            tensor = library.tensordot(tensor, factor, axes=([0], [1]))
+            tensor = library.tensordot(factor, tensor, axes=([1], [axis]))
     return tensor
 
 
@@ -120,7 +124,7 @@ def open_last_mode(core: Array | None, factors: Sequence[Array | None]) -> Array
     if len(core.shape) == 1 and factors:
         return khatri_rao([factor for factor in factors if factor is not None]) * core
     library = backend_of(core, *(factor for factor in factors if factor is not None))
-    return _multiply_modes(library, core, [*factors, None])
+    return _multiply_modes(library, core, factors, after=1)
 
 
 def _is_diagonal(core: Array, factors: Sequence[Array | None]) -> bool:

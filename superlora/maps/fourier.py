@@ -9,7 +9,15 @@ from typing import ClassVar
 
 import numpy
 
-from superlora._backend import Array, backend_of, fourier_transforms, scatter_add, take
+from superlora._backend import (
+    Array,
+    backend_of,
+    cast,
+    fourier_transforms,
+    scatter_add,
+    take,
+    widened,
+)
 from superlora.maps._base import Map, Place
 from superlora.maps._seeded import CHECKED, ORDERS, SeededMap, check_enough
 from superlora.maps.shuffle import position_type
@@ -204,6 +212,76 @@ class Fourier(SeededMap):
             Two positions for each coefficient.
         """
         return 2 * before * position_type(size).itemsize
+
+    def multiply(self, values: Array, x: Array) -> Array:
+        """Multiply by the update that the coefficients make, which is never formed.
+
+        Parameters
+        ----------
+        values : array, (before,)
+            The coefficients.
+        x : array, (n, d2)
+            Inputs, where the transform has the axes (d1, d2).
+
+        Returns
+        -------
+        array, (n, d1)
+            ``x @ Yᵀ`` of ``Y = apply(values, d1 d2)``: the inputs' transform is taken at the
+            frequencies v and transformed back from the frequencies u.
+
+        Raises
+        ------
+        ValueError
+            If the map has no shape.
+        """
+        if self.shape is None:
+            raise ValueError("shape must be given to multiply inputs: got None")
+        rows = self.shape[0]
+        transforms = fourier_transforms(x)
+        library = backend_of(values, x)
+        sources, targets, weights = (
+            self._kept(x, name, values.shape[0]) for name in ("_sources", "_targets", "_weights")
+        )
+        spectrum = transforms.rfft(widened(x))
+        parts = [library.transpose(spectrum.real), library.transpose(spectrum.imag)]
+        found = take(library.concatenate(parts, axis=0), sources)
+        both = library.concatenate([values, values], axis=0)
+        scales = cast(both, like=found) * cast(weights, like=found)
+        kept = rows // 2 + 1
+        sums = library.transpose(scatter_add(found * scales[:, None], targets, 2 * kept))
+        y = transforms.irfft(sums[:, :kept] + 1j * sums[:, kept:], n=rows)
+        return cast(y, like=x)
+
+    def _upper(self, before: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Return the frequencies, or their mirrors, whose u is in a real transform's half."""
+        rows, columns = self._axes(0)
+        u, v = numpy.divmod(self._chosen(before, rows * columns), columns)
+        beyond = u > rows // 2
+        return numpy.where(beyond, -u % rows, u), numpy.where(beyond, -v % columns, v)
+
+    def _sources(self, before: int) -> numpy.ndarray:
+        """Return where the inputs' half spectrum has each frequency, real and imaginary."""
+        columns = self._axes(0)[1]
+        _, v = self._upper(before)
+        half = numpy.minimum(v, columns - v)
+        both = numpy.concatenate([half, half + columns // 2 + 1])
+        return both.astype(position_type(2 * columns))
+
+    def _targets(self, before: int) -> numpy.ndarray:
+        """Return where the outputs' half spectrum has each frequency, real and imaginary."""
+        rows = self._axes(0)[0]
+        u, _ = self._upper(before)
+        both = numpy.concatenate([u, u + rows // 2 + 1])
+        return both.astype(position_type(2 * rows))
+
+    def _weights(self, before: int) -> numpy.ndarray:
+        """Return what multiplies the real and imaginary parts."""
+        rows, columns = self._axes(0)
+        u, v = self._upper(before)
+        own = 2 * u % rows == 0  # a frequency that is its own mirror has no imaginary part
+        signs = numpy.where(v > columns // 2, 0.5, -0.5)
+        both = numpy.concatenate([numpy.where(own, 1.0, 0.5), numpy.where(own, 0.0, signs)])
+        return both * (self._factor(rows * columns) / columns)
 
     def _axes(self, size: int) -> tuple[int, ...]:
         return (1, size) if self.shape is None else self.shape

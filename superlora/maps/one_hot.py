@@ -172,9 +172,24 @@ class OneHot(SeededMap):
         each = 2 * position_type(size + before).itemsize + self.signed
         return self.stored * (each * size + 8 * before)
 
-    def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
+    def gather(self, x: Array, size: int, start: int, stop: int) -> Array:
+        """Return some entries of F x, of inputs that are normalised already.
+
+        Parameters
+        ----------
+        x : array, (before,)
+            What `normalized` gave.
+        size : int
+            Entries after the map.
+        start, stop : int
+            Which of them.
+
+        Returns
+        -------
+        array, (stop - start,)
+            Library and dtype of `x`.
+        """
         before = x.shape[0]
-        x = self._normalized(x, size)
         parts = []
         for first, last in _chunks(before, size, start, stop):
             inside = slice(max(start - first, 0), min(stop, last) - first)
@@ -183,6 +198,31 @@ class OneHot(SeededMap):
                 part = part * self._fixed(x, "_signs", first, last)[inside]
             parts.append(part)
         return parts[0] if len(parts) == 1 else backend_of(x).concatenate(parts, axis=0)
+
+    def scatter(self, y: Array, into: Array, size: int, start: int) -> None:
+        """Add the adjoint of `gather` to a torch tensor, in place.
+
+        Parameters
+        ----------
+        y : torch.Tensor, (n,)
+            A gradient of the entries from `start` on.
+        into : torch.Tensor, (before,)
+            What is added to.
+        size : int
+            Entries after the map.
+        start : int
+            The first of them.
+        """
+        before, stop = into.shape[0], start + y.shape[0]
+        for first, last in _chunks(before, size, start, stop):
+            inside = slice(max(start - first, 0), min(stop, last) - first)
+            part = y[max(first - start, 0) : last - start]
+            if self.signed:
+                part = part * self._fixed(y, "_signs", first, last)[inside]
+            into.index_add_(0, self._fixed(y, "_sources", before, size, first, last)[inside], part)
+
+    def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
+        return self.gather(self.normalized(x, size), size, start, stop)
 
     def _backward(self, y: Array, before: int) -> Array:
         size = y.shape[0]
@@ -198,12 +238,26 @@ class OneHot(SeededMap):
             rows = library.reshape(take(y, positions), (-1, before))
             part = library.sum(rows, axis=0)
             total = part if total is None else total + part
-        return self._normalized(total, size)
+        return self.normalized(total, size)
 
     def _signs(self, first: int, last: int) -> numpy.ndarray:
         return signs(self.seed, self._stream(SIGNS), first, last)
 
-    def _normalized(self, x: Array, size: int) -> Array:
+    def normalized(self, x: Array, size: int) -> Array:
+        """Divide every input by the norm of its column, where the map is isometric.
+
+        Parameters
+        ----------
+        x : array, (before,)
+            The entries before the map.
+        size : int
+            Entries after it.
+
+        Returns
+        -------
+        array, (before,)
+            `x` itself where the map is not isometric.
+        """
         if self.normalize != "isometric":
             return x
         before = x.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from superlora.torch.freezing import Frozen, release
 from superlora.torch.layers import parameter_of
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
+from superlora.torch.walk import outside_adapters, registered
 
 
 class Adapter(Exporting, Blocks):
@@ -60,7 +62,8 @@ class Adapter(Exporting, Blocks):
         # torch would make them submodules of their own part.
         self._homes: tuple[nn.Module, ...] = ()
         self._frozen: Frozen = []
-        self._hook: RemovableHandle | None = None  # before the model loads a state dict
+        # Before and after the model loads a state dict; its adapters share them.
+        self._hooks: tuple[RemovableHandle, ...] = ()
         self._order = 0  # of attachment
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ class Adapter(Exporting, Blocks):
             raise AdapterError("scale must be set on an unmerged adapter: call unmerge() first")
         if value is None:
             raise TypeError("scale must be a number: got None")
-        self._scale = self.plan.spec.scaled(value).scaling
+        self._set_scale(self.plan.spec.scaled(value).scaling)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -195,7 +198,7 @@ class Adapter(Exporting, Blocks):
                 site.unmerge(self)
             raise
         finally:
-            self._shared.clear()
+            self._sources.shared.clear()
         self.merged = True
 
     def unmerge(self) -> None:
@@ -257,13 +260,17 @@ class Adapter(Exporting, Blocks):
         for site in self._sites.values():
             site.remove(self)
         del host._modules[self.name]
-        if self._hook is not None:
-            self._hook.remove()
-        others = sorted(adapters_of(model), key=lambda adapter: adapter._order)
-        later = [(a._homes[0], a._frozen) for a in others if a._order > self._order]
-        release(self._frozen, later)
+        others = [part for _, part in registered(model) if isinstance(part, Adapter)]
+        shared = any(other._homes[:1] == (model,) for other in others)
+        for hook in () if shared else self._hooks:
+            hook.remove()
+        self._hooks = ()
+        if self._frozen:
+            ordered = sorted(adapters_of(model), key=operator.attrgetter("_order"))
+            later = [(a._homes[0], a._frozen) for a in ordered if a._order > self._order]
+            release(self._frozen, later)
         self._sites, self._homes, self._frozen, self.merged = {}, (), [], False
-        self._shared.clear()
+        self._sources.shared.clear()
         self._merge_again = False
 
     def save(self, path: str | Path) -> None:
@@ -282,6 +289,45 @@ class Adapter(Exporting, Blocks):
         from superlora.torch.state import save_adapter
 
         save_adapter(self, Path(path))
+
+    def swap(self, path: str | Path) -> None:
+        """Take the factors and the scale of another file of the same design, in place.
+
+        Made for a server that changes adapters between requests: the parameters stay the
+        same tensors, so that optimisers and compiled code go on. What an optimiser
+        remembers of the old values stays too.
+
+        Parameters
+        ----------
+        path : str or pathlib.Path
+            A file that `save` wrote, of the same layers and the same spec but for
+            its scale. Its values are rounded to the adapter's dtype.
+
+        Raises
+        ------
+        AdapterError
+            If the adapter is merged, not attached, or lies on the meta device.
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is truncated, not an adapter or of another design, or has other
+            tensors, or its frozen blocks or maps are others, or its values do not fit the
+            adapter's dtype: what differs is listed, and nothing is changed.
+
+        Examples
+        --------
+        >>> import pathlib, tempfile, torch, superlora as sl, superlora.torch as slt
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "zero.safetensors")
+        >>> adapter = slt.attach(torch.nn.Linear(4, 4), sl.lora(rank=1, alpha=2))
+        >>> adapter.save(path)
+        >>> _ = torch.nn.init.ones_(adapter.factors()["0.0.factor0"])
+        >>> adapter.swap(path)
+        >>> bool(adapter.delta("").any())
+        False
+        """
+        from superlora.torch.swap import swap_adapter
+
+        swap_adapter(self, Path(path))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._check_in_use()
@@ -319,8 +365,8 @@ class Adapter(Exporting, Blocks):
 
 def adapters_of(model: nn.Module) -> set[Adapter]:
     """Return the adapters that `model` or a part of it registers, or whose layers it has."""
-    found = {module for module in model.modules() if isinstance(module, Adapter)}
-    for module in model.modules():
+    found = {part for _, part in registered(model) if isinstance(part, Adapter)}
+    for _, module in outside_adapters(model):
         site = Site.of(module)
         if site is not None:
             found |= {link.adapter for link in site.links}

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from superlora._backend import backend_of
+from superlora.costs import check_apply
 from superlora.errors import AdapterError, some
+from superlora.frozen import each_frozen
+from superlora.init import each_factor
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter, adapters_of
+from superlora.torch.empty import fill_after_loading, first_weight
 from superlora.torch.freezing import freeze
 from superlora.torch.layers import parameter_of, shape_of, weight_of
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
+from superlora.torch.walk import outside_adapters, registered
 
 
 def attach(
@@ -28,6 +36,7 @@ def attach(
     name: str = "superlora",
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    apply: str = "auto",
 ) -> Adapter:
     """Adapt a model's layers; its output stays bit for bit what it was.
 
@@ -48,6 +57,9 @@ def attach(
         Seed of the initial factors, in [0, 2**64).
     dtype : torch.dtype, optional
         The factors' dtype; by default the weights', float32 for half precision.
+    apply : {"auto", "factored", "formed"}
+        Whether updates are formed in the forward pass. ``"auto"`` takes what costs least
+        for each layer and number of tokens; ``adapter.applied`` changes it.
 
     Returns
     -------
@@ -59,8 +71,8 @@ def attach(
     AdapterError
         If `model` has an attribute of that name.
     TypeError, ValueError
-        If the spec, the targets or the weights do not fit; nothing is changed
-        then.
+        If the spec, the targets or the weights do not fit, or some updates cannot be
+        applied factored; nothing is changed then.
 
     Examples
     --------
@@ -75,8 +87,10 @@ def attach(
     plan = Plan(spec, {target: shape_of(module) for target, module in modules.items()})
     check_free(model, host_of(model, modules), name)
     _refuse_stored(plan)
+    check_apply(apply, plan.layout)
     adapter = register(model, plan, modules, _initial(plan, modules, seed, dtype), name)
     adapter._seed = seed
+    adapter.applied = apply
     return adapter
 
 
@@ -121,20 +135,38 @@ def register(
         pending = Replaced(model, replaced)
         pending.refuse_merged()
     adapter = Adapter(plan, factors, name)
+    backend_of(*adapter.factors().values())  # loads what torch.compile cannot trace
     adapter.train(model.training)
-    adapter._order = 1 + max((other._order for other in adapters_of(model)), default=0)
-    registered = (module for module in model.modules() if isinstance(module, Adapter))
-    adapter._frozen = freeze(model, registered)
+    others = [part for _, part in registered(model) if isinstance(part, Adapter)]
+    adapter._order = 1 + _last_order(model, others)
+    adapter._frozen = freeze(model)
     for target, module in modules.items():
         adapter._sites[target] = Site.add(module, target, adapter)
     host = host_of(model, modules)
     adapter._homes = (model, host)
     host.add_module(name, adapter)
-    adapter._hook = model.register_load_state_dict_pre_hook(_refuse_merged)
+    hooks = [other._hooks for other in others if other._homes[:1] == (model,)]
+    adapter._hooks = hooks[0] if hooks else _hooks_of(model)
     if pending is not None:
         adapter.replaced = pending
         pending.use(True)
     return adapter
+
+
+def _hooks_of(model: nn.Module) -> tuple[RemovableHandle, ...]:
+    return (
+        model.register_load_state_dict_pre_hook(_refuse_merged),
+        model.register_load_state_dict_post_hook(fill_after_loading),
+    )
+
+
+def _last_order(model: nn.Module, adapters: Sequence[Adapter]) -> int:
+    """Return the largest order of the adapters of a model."""
+    orders = [adapter._order for adapter in adapters]
+    sites = [Site.of(module) for _, module in outside_adapters(model)]
+    # Those of another model too; every layer has its own in order.
+    orders += [site.links[-1].adapter._order for site in sites if site is not None]
+    return max(orders, default=0)
 
 
 def _refuse_replaced_twice(model: nn.Module, replaced: Mapping[str, Tensor]) -> None:
@@ -187,10 +219,10 @@ def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be a Python identifier: got {name!r}")
-    adapters = (module for module in model.modules() if isinstance(module, Adapter))
-    taken = next((a for a in adapters if a.name == name and a._homes[:1] == (model,)), None)
-    if taken is not None or hasattr(host, name):
-        kind = type(taken or getattr(host, name)).__name__
+    adapters = [part for _, part in registered(model) if isinstance(part, Adapter)]
+    taken = [part for part in adapters if part.name == name and part._homes[:1] == (model,)]
+    if taken or hasattr(host, name):
+        kind = type(taken[0] if taken else getattr(host, name)).__name__
         raise AdapterError(
             f"name must be free: the model has an attribute {name!r} already, of type {kind}; "
             "detach() it or choose another name"
@@ -200,9 +232,9 @@ def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
 def _refuse_merged(model: nn.Module, state_dict: Any, *_: Any) -> None:
     # An adapter is loaded last: on its own it would refuse when the base has changed.
     metadata = getattr(state_dict, "_metadata", {})
-    for path, module in model.named_modules():
-        if isinstance(module, Adapter):
-            module.check_loadable(metadata.get(path, {}))
+    for path, part in registered(model):
+        if isinstance(part, Adapter):
+            part.check_loadable(metadata.get(path, {}))
 
 
 def check_model(model: object) -> None:
@@ -219,10 +251,27 @@ def _initial(
     if dtype is None:
         weights = (parameter_of(module).dtype for module in modules.values())
         dtype = functools.reduce(torch.promote_types, weights, torch.float32)
+    devices = {
+        block: first_weight(plan, modules, block).device for block in plan.layout.input_shapes
+    }
+    # A block without memory is not drawn before it has some.
+    empty = {
+        block
+        for block, device in devices.items()
+        if device.type == "meta" and not plan.layout.frozen.get(block, "").startswith("singular")
+    }
+    found = {}
     # Whatever contexts we are called in, the factors hold values and can be trained.
     with torch.device("cpu"), torch.inference_mode(False):
-        factors = plan.init(seed, like=torch.float64) | frozen_of(plan, modules)
-    return placed(plan, modules, factors, dtype)
+        drawn = each_factor(plan.layout, seed, skipped=empty)
+        made = each_frozen(plan.layout, _Weights(modules), skipped=empty)
+        # One at a time: all of them in float64 would be twice the adapter.
+        for block, values in itertools.chain(drawn, made):
+            found[block] = torch.from_numpy(values).to(devices[block], dtype)
+        for block in empty:
+            shape = plan.layout.input_shapes[block]
+            found[block] = torch.empty(shape, device="meta", dtype=dtype)
+    return found
 
 
 def placed(
@@ -251,7 +300,7 @@ def placed(
     """
     dtype = dtype or factors[next(iter(plan.factor_shapes))].dtype
     return {
-        block: factor.to(device=_first_weight(plan, modules, block).device, dtype=dtype)
+        block: factor.to(device=first_weight(plan, modules, block).device, dtype=dtype)
         for block, factor in factors.items()
     }
 
@@ -309,9 +358,3 @@ class _Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._modules)
-
-
-def _first_weight(plan: Plan, modules: Mapping[str, nn.Module], block: str) -> Tensor:
-    """Return the first weight of the block's group, on whose device the block lives."""
-    group = int(block.partition(".")[0])
-    return parameter_of(modules[plan.layout.grouping.members[group][0]])

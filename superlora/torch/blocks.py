@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
-from superlora.frozen import frozen_blocks
+from superlora.costs import FORMED, check_apply, choose
+from superlora.frozen import each_frozen
+from superlora.init import each_factor
 from superlora.maps import Identity, Separable
 from superlora.plan import Plan
-from superlora.reconstruct import (
-    apply_factored,
-    joint_entries,
-    map_slice,
-    scaled,
-    weight_delta,
-    with_blocks,
-)
-from superlora.torch.formed import autocasts, without_autocast
-from superlora.torch.shared import Shared
+from superlora.reconstruct import map_slice, weight_delta
+from superlora.torch.formed import Pull, autocasts, linearized, transforms, without_autocast
+from superlora.torch.machine import calibrate_once, machine_of
+from superlora.torch.products import LayerProduct, Recomputed, low_rank
+from superlora.torch.shared import Read
+from superlora.torch.sources import LEFT, RIGHT, Entered, Sources
 from superlora.uses import joint_sizes
+
+# Entries of an update that are formed at once: few enough for a core's cache.
+_CHUNK = 1 << 18
 
 
 class Blocks(nn.Module):
@@ -42,15 +43,15 @@ class Blocks(nn.Module):
         self._scale = plan.scale
         self._seed = 0  # of the initial factors
         self._scales = {name: plan.layout.scaling(name) for name in plan.shapes}
-        self._names = {name: plan.blocks_of(name) for name in plan.shapes}
-        # The update is linear in each block, so the scale goes into the smallest of
-        # every product: one place for forward, backward, merge and export.
-        self._scaled = {name: plan.layout.smallest_blocks(name) for name in plan.shapes}
-        self._shared = Shared(plan.layout)
-        # Of what a map takes together; a plain dict, which torch.compile traces.
-        self._together: dict[int, tuple[str, ...]] = {}
-        for first in self._shared.groups(plan.shapes):
-            self._together[first] = plan.layout.inputs_of_joint(first)
+        # What compiled code multiplies by, so that it need not be compiled again.
+        with torch.inference_mode(False):
+            self._numbers = {
+                own: torch.tensor(own, dtype=torch.float64, device="cpu")
+                for own in dict.fromkeys(self._scales.values())
+            }
+        self._sources = Sources(plan.layout)
+        self._applied = "auto"
+        self._decided: dict[tuple[str, int, bool, bool], str] = {}
         for name in plan.shapes:
             plan.layout.prepare(name)
         for block, shape in plan.layout.input_shapes.items():
@@ -59,7 +60,7 @@ class Blocks(nn.Module):
                     f"factors[{block!r}] must have shape {shape}: got {tuple(blocks[block].shape)}"
                 )
             self._register(block, blocks[block], plan.layout.frozen.get(block))
-        self._prepare_maps()
+        self._prepare()
 
     def _register(self, block: str, values: Tensor, source: str | None) -> None:
         *path, leaf = block.split(".")
@@ -86,6 +87,20 @@ class Blocks(nn.Module):
         """The factors' dtype."""
         return next(self.parameters()).dtype
 
+    @property
+    def applied(self) -> str:
+        """How the layers apply their updates: ``"auto"``, ``"factored"`` or ``"formed"``.
+
+        It can be set; ``"auto"`` takes what costs least for a layer and its number of tokens.
+        """
+        return self._applied
+
+    @applied.setter
+    def applied(self, value: str) -> None:
+        check_apply(value, self.plan.layout)
+        self._applied = value
+        self._decided.clear()
+
     def factors(self) -> dict[str, Tensor]:
         """Return all blocks by name, frozen ones too: the form that ``Plan`` takes.
 
@@ -99,12 +114,11 @@ class Blocks(nn.Module):
     @torch.no_grad()
     def draw(self, seed: int, frozen: bool = False) -> None:
         """Draw the initial factors anew, and the frozen blocks if asked to."""
-        values = self.plan.init(seed, like=numpy.float64)
-        if frozen:
-            # What depends on the weights comes with the state dict that fills them.
-            values |= frozen_blocks(self.plan.layout, like=numpy.float64, singular=False)
-        for block, drawn in values.items():
+        for block, drawn in each_factor(self.plan.layout, seed):
             self._block(block).copy_(torch.from_numpy(drawn))
+        # What depends on the weights comes with the state dict that fills them.
+        for block, made in each_frozen(self.plan.layout, singular=False) if frozen else ():
+            self._block(block).copy_(torch.from_numpy(made))
 
     def _apply(self, *arguments: Any, **options: Any) -> Blocks:
         empty = any(parameter.is_meta for parameter in self.parameters())
@@ -112,15 +126,18 @@ class Blocks(nn.Module):
         # Memory given to factors that had none (`Module.to_empty`) holds anything.
         if empty and not any(parameter.is_meta for parameter in self.parameters()):
             self.draw(self._seed, frozen=True)
-        self._shared.clear()
-        self._prepare_maps()
+        self._sources.shared.clear()
+        self._decided.clear()
+        self._prepare()
         return self
 
     @torch.no_grad()
-    def _prepare_maps(self) -> None:
-        """Let the maps draw what they keep now, so that compiled code only reads it."""
+    def _prepare(self) -> None:
+        """Measure the devices, and let maps draw what they keep: compiled code only reads it."""
         layout = self.plan.layout
         done = set()
+        for device in {block.device for block in self.factors().values()}:
+            calibrate_once(device)
         for name, pieces in layout.grouping.pieces.items():
             device = self._device(name)
             for piece in pieces:
@@ -161,7 +178,7 @@ class Blocks(nn.Module):
             If the adapter has no layer of that name.
         """
         found = self.form(name, self.blocks(name, self._device(name)))
-        self._shared.release(name)
+        self._sources.release(name)
         return found
 
     def deltas(self) -> dict[str, Tensor]:
@@ -176,74 +193,187 @@ class Blocks(nn.Module):
 
     def _device(self, name: str) -> torch.device:
         self.plan.blocks_of(name)  # names the layers there are, if this is none
-        return self._block(self._names[name][0]).device
+        return self._block(self._sources.names[name][0]).device
 
     def blocks(self, name: str, device: torch.device) -> dict[str, Tensor]:
-        """Return what one layer's update is made of: its blocks, the scale multiplied in."""
-        scale = self.scale_of(name)
-        if self._shared.serves(name):
-            parts = self._shared.parts(name, self._tensors_of, self._entries(scale), scale)
-            return {str(index): part.to(device) for index, part in enumerate(parts)}
-        layout = self.plan.layout
-        blocks = {block: self._block(block).to(device) for block in self._names[name]}
-        if layout.inner:
-            own = layout.blocks_of(name)
-            with without_autocast(device):
-                blocks = dict(with_blocks(layout, blocks, own))
-            blocks = {block: blocks[block] for block in own}
-        if scale != 1:
-            for block in self._scaled[name]:
-                blocks[block] = blocks[block] * scale
-        return blocks
-
-    def _tensors_of(self, group: int) -> tuple[Tensor, ...]:
-        """Return all that a group and those that its map takes with it are made from."""
-        return tuple(self._block(block) for block in self._together[group])
-
-    def _entries(self, scale: float) -> Any:
-        # Not this module, which holds what is made of them.
-        layout, together = self.plan.layout, self._together
-
-        def entries(group: int, tensors: Sequence[Tensor]) -> Tensor:
-            names = together[group]
-            device = tensors[0].device
-            given = {n: tensor.to(device) for n, tensor in zip(names, tensors, strict=True)}
-            found = with_blocks(layout, given, layout.blocks_of_joint(group))
-            x: Tensor = scaled(joint_entries(layout, found, group)[0], scale)
-            return x
-
-        return entries
+        """Return what one layer's update is made of, the scale multiplied in."""
+        if torch.compiler.is_compiling():
+            scale: float | Tensor = self._numbers[self._scales[name]]
+        else:
+            scale = self.scale_of(name)
+        return self._sources.of(name, device, self._block, scale)
 
     def scale_of(self, name: str) -> float:
         """Return the number in front of one layer's update."""
-        own = self._scales[name]
+        return self._scaled_by(self._scales[name])
+
+    def _scaled_by(self, own: float) -> float:
         if self._scale == self.plan.scale:
             return own
         # An override's scale changes in proportion.
         return self._scale if own == self.plan.scale else self._scale * (own / self.plan.scale)
 
-    def form(self, name: str, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Form one layer's update from what `blocks` gave."""
+    def _set_scale(self, scale: float) -> None:
+        self._scale = scale
+        for own, number in self._numbers.items():
+            number.fill_(self._scaled_by(own))
+
+    def form(
+        self, name: str, blocks: Mapping[str, Tensor], rows: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Form one layer's update, or rows of it, from what `blocks` gave."""
+        height, width = self.plan.layout.shapes[name]
+        first, last = rows or (0, height)
         device = next(iter(blocks.values())).device
-        if self._shared.serves(name):
-            return torch.cat(list(blocks.values())).reshape(self.plan.layout.shapes[name])
+        if name in self._sources.vectors:
+            whole = torch.cat(list(blocks.values())).reshape(height, width)
+            return whole[first:last]
         with without_autocast(device):
-            delta: Tensor = weight_delta(self.plan.layout, blocks, name, 1.0)
+            if isinstance(blocks, Entered):
+                parts = [
+                    Read.apply(token, value, *rest)  # type: ignore[no-untyped-call]
+                    for value, token, *rest in blocks.pairs()
+                ]
+                return torch.cat(parts).reshape(height, width)[first:last]
+            if LEFT in blocks:
+                return self._form_rows(name, blocks[LEFT], blocks.get(RIGHT), first, last)
+            delta: Tensor = weight_delta(self.plan.layout, blocks, name, 1.0, (first, last))
         return delta
 
-    def applies_factored(self, name: str) -> bool:
-        """Return whether the layer's update is applied without being formed."""
-        return self.plan.layout.applies_factored(name)
+    def form_linearized(
+        self,
+        name: str,
+        blocks: dict[str, Tensor],
+        rows: tuple[int, int] | None,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, Pull]:
+        """Form the same, and what takes its gradient back to the blocks."""
+        if not isinstance(blocks, Entered):
+            kind, names = type(blocks), tuple(blocks)
 
-    def apply_factored(self, name: str, x: Tensor) -> Tensor:
-        """Multiply by one layer's update without forming it."""
+            def form(*tensors: Tensor) -> Tensor:
+                return self.form(name, kind(zip(names, tensors, strict=True)), rows)
+
+            return linearized(form, list(blocks.values()), wanted)
+        readers = list(blocks.pairs())
+        with torch.no_grad():
+            delta = self.form(name, blocks, rows)
+
+        def pull(gradient: Tensor) -> list[Tensor | None]:
+            start, flat = 0, gradient.reshape(-1)
+            found: list[Tensor | None] = []
+            for value, token, sink, reader in readers:
+                stop = start + reader.stop - reader.start
+                if token.requires_grad:
+                    reader.add(flat[start:stop], sink.sum_like(value))
+                found += [None, torch.zeros_like(token)]
+                start = stop
+            return found
+
+        return delta, pull
+
+    def _form_rows(
+        self, name: str, left: Tensor, right: Tensor | None, first: int, last: int
+    ) -> Tensor:
+        layout = self.plan.layout
+        width = layout.shapes[name][1]
+        (piece,) = layout.grouping.pieces[name]
+        size = layout.groups[piece.group].fold[-1]
+        skipped = piece.start % size  # before the weight, in the first of its opened rows
+        start, stop = skipped + first * width, skipped + last * width
+        left = left[start // size : -(-stop // size)]
+        entries = (left if right is None else left @ right).reshape(-1)
+        start %= size
+        return entries[start : start + (last - first) * width].reshape(last - first, width)
+
+    def rows_at_once(self, name: str) -> int:
+        """Return how many rows of a layer's update are best formed at once; 0 for all."""
+        layout = self.plan.layout
+        if layout.ways(name)[FORMED].once <= math.prod(layout.shapes[name]):
+            return 0  # it is no more than copied
+        if name in self._sources.vectors or not layout.identity(layout.groups_of(name)[0]):
+            return 0
+        return max(1, _CHUNK // layout.shapes[name][1])
+
+    def way(self, name: str, x: Tensor, fused: bool) -> str:
+        """Return how one layer's update is best applied to inputs.
+
+        Parameters
+        ----------
+        name : str
+            The layer.
+        x : torch.Tensor, (..., input width)
+            Its inputs.
+        fused : bool
+            Whether one product with ``W₀ + ΔW`` can take the place of two.
+
+        Returns
+        -------
+        str
+            A key of ``plan.layout.ways(name)``.
+        """
+        tokens = x.numel() // max(1, x.shape[-1])
+        trained = torch.is_grad_enabled()
+        key = (name, tokens, trained, fused)
+        found = None if torch.compiler.is_compiling() else self._decided.get(key)
+        if found is None:
+            found = choose(
+                self.plan.layout,
+                name,
+                machine_of(x.device),
+                tokens,
+                self._applied,
+                trained=trained,
+                fused=fused,
+            )
+            if not torch.compiler.is_compiling():
+                self._decided[key] = found
+        return found
+
+    def update(
+        self,
+        name: str,
+        x: Tensor,
+        way: str,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Multiply by one layer's update without forming it.
+
+        Parameters
+        ----------
+        name : str
+            The layer.
+        x : torch.Tensor, (..., input width)
+            Its inputs.
+        way : str
+            ``"low_rank"``, ``"kronecker"`` or ``"fourier"``.
+        weight, bias : torch.Tensor, optional
+            The layer's own, to be applied in the same passes; for ``"low_rank"`` alone.
+
+        Returns
+        -------
+        torch.Tensor, (..., output width)
+            Of the factors' dtype, or that of automatic mixed precision.
+        """
         blocks = self.blocks(name, x.device)
         dtype = next(iter(blocks.values())).dtype
         if autocasts(x.device):
             dtype = torch.get_autocast_dtype(x.device.type)
-            blocks = {block: factor.to(dtype) for block, factor in blocks.items()}
-        y: Tensor = apply_factored(self.plan.layout, blocks, name, x.to(dtype), 1.0)
-        return y
+        product = LayerProduct(self.plan.layout, name, way, blocks)
+        if weight is None:
+            x = x.to(dtype)
+        if way != "low_rank":
+            factors = [factor.to(dtype) for factor in blocks.values()]
+            # What lies between the factors is as large as the inputs; of spectra it is more.
+            if way == "kronecker" or transforms():
+                return product(x, factors)
+            y: Tensor = Recomputed.apply(x, product, *factors)  # type: ignore[no-untyped-call]
+            return y
+        with without_autocast(x.device):
+            left, right = product.pair(list(blocks.values()))
+        right = None if right is None else right.to(dtype)
+        return low_rank(x, weight, bias, left.to(dtype), right)
 
     def _block(self, block: str) -> Tensor:
         group, split, leaf = block.split(".")

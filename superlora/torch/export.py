@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from superlora.errors import AdapterError
-from superlora.reconstruct import with_blocks
+from superlora.terms import with_blocks
 from superlora.torch.adapter import Adapter
 from superlora.torch.foreign import Matrix
 from superlora.values import check_count

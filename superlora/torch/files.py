@@ -7,11 +7,18 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_DTYPES = ("F64", "F32", "F16", "BF16")
+# Of the tensors that are read, by what a file calls them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # What a file's header says of its tensors: shape and dtype by name.
@@ -32,11 +39,11 @@ def unfit_dtypes(header: Header) -> list[str]:
         One entry for each of them.
     """
     kinds = {key: dtype for key, (_, dtype) in header.items()}
-    return [f"{key!r} of dtype {kind}" for key, kind in kinds.items() if kind not in _DTYPES]
+    return [f"{key!r} of dtype {kind}" for key, kind in kinds.items() if kind not in DTYPES]
 
 
 def read_tensors(
-    path: Path, check: Callable[[Mapping[str, str], Header], None]
+    path: Path, check: Callable[[Mapping[str, str], Header], None], *, owned: bool = True
 ) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file, after its header was found good.
 
@@ -47,11 +54,13 @@ def read_tensors(
     check : callable
         Takes the metadata and the header, and raises if they are not as they must be: no
         tensor is read then.
+    owned : bool
+        Whether the tensors must outlive the file as it lies on the disk.
 
     Returns
     -------
     dict of str to torch.Tensor
-        All tensors, in memory of their own.
+        All tensors, in memory of their own or perhaps views of the file.
 
     Raises
     ------
@@ -73,8 +82,8 @@ def read_tensors(
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             header = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
             check(file.metadata() or {}, header)
-            # Cloned: the tensors may be views of the file as it lies on the disk.
-            return {key: file.get_tensor(key).clone() for key in header}
+            found = {key: file.get_tensor(key) for key in header}
+            return {key: value.clone() for key, value in found.items()} if owned else found
     except SafetensorError as error:
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
 

@@ -22,6 +22,7 @@ from superlora.torch.layers import is_adaptable, shape_of
 from superlora.torch.replaced import refuse_unfit
 from superlora.torch.state import find_layers
 from superlora.torch.targets import is_named
+from superlora.torch.walk import module_of
 
 # The names of a layer's tensors that PEFT and LyCORIS share.
 LOHA_FORMS = ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},)
@@ -247,13 +248,14 @@ def attach_foreign(model: nn.Module, foreign: Foreign, name: str) -> Adapter:
 
 def _shapes_of(model: nn.Module, foreign: Foreign) -> dict[str, tuple[int, int]]:
     """Return the shapes that the tensors say, the input width by the model where they do not."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     shapes = {}
     for layer, update in foreign.updates.items():
         rows, columns = update.shape
         if columns is None:
-            fits = layer in modules and is_adaptable(modules[layer])
-            columns = shape_of(modules[layer])[1] if fits else 1
+            module = module_of(model, layer)
+            columns = 1
+            if module is not None and is_adaptable(module):
+                columns = shape_of(module)[1]
         shapes[layer] = (rows, columns)
     return shapes
 

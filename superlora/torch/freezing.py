@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
+
+from superlora.torch.walk import outside_adapters
 
 # By owner and key: a parameter may be replaced, as by `Module.to_empty`.
 Frozen = list[tuple[nn.Module, str]]
 
 
-def freeze(model: nn.Module, adapters: Iterable[nn.Module]) -> Frozen:
+def freeze(model: nn.Module) -> Frozen:
     """Let no parameter of a model but its adapters' require gradients.
 
     Parameters
     ----------
     model : torch.nn.Module
         The model.
-    adapters : iterable of torch.nn.Module
-        Whose parameters stay as they are.
 
     Returns
     -------
     list of (torch.nn.Module, str)
         Owner and key of every parameter that was frozen.
     """
-    own = {id(parameter) for adapter in adapters for parameter in adapter.parameters()}
     frozen = [
         (owner, key)
-        for owner in model.modules()
+        for _, owner in outside_adapters(model)
         for key, parameter in owner._parameters.items()
-        if parameter is not None and parameter.requires_grad and id(parameter) not in own
+        if parameter is not None and parameter.requires_grad
     ]
     for owner, key in frozen:
         owner._parameters[key].requires_grad_(False)  # type: ignore[union-attr]
@@ -48,11 +47,17 @@ def release(frozen: Frozen, later: Sequence[tuple[nn.Module, Frozen]]) -> None:
         Model and list of the adapters attached after it. They found the
         parameters frozen, and so have to release them in turn.
     """
-    covered = [(set(model.modules()), heir) for model, heir in later]
+    modules: dict[int, set[nn.Module]] = {}  # of each model that is asked for
     for owner, key in frozen:
-        heir = next((heir for modules, heir in covered if owner in modules), None)
+        heir = next((heir for model, heir in later if owner in _covered(model, modules)), None)
         parameter = owner._parameters.get(key)
         if heir is not None:
             heir.append((owner, key))
         elif parameter is not None:
             parameter.requires_grad_(True)
+
+
+def _covered(model: nn.Module, known: dict[int, set[nn.Module]]) -> set[nn.Module]:
+    if id(model) not in known:
+        known[id(model)] = {module for _, module in outside_adapters(model)}
+    return known[id(model)]

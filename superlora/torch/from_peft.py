@@ -35,7 +35,8 @@ from superlora.torch.foreign import (
     refuse,
 )
 from superlora.torch.layers import is_adaptable
-from superlora.torch.targets import is_named, outside_adapters
+from superlora.torch.targets import is_named
+from superlora.torch.walk import outside_adapters
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

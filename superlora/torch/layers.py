@@ -43,6 +43,13 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.t() if is_transposed(module) else weight
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    """Return the layer's bias, if it has one."""
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
+
+
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """Return the output and the input width of an adaptable layer."""
     rows, columns = weight_of(module).shape

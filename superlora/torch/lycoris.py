@@ -41,7 +41,7 @@ from superlora.torch.foreign import (
     refuse,
 )
 from superlora.torch.layers import is_adaptable, is_transposed
-from superlora.torch.targets import outside_adapters
+from superlora.torch.walk import outside_adapters
 
 # The tensors of each method, beside an optional alpha.
 _FORMS = {

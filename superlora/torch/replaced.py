@@ -51,6 +51,21 @@ class Replaced:
         AdapterError
             If a module that has one was exchanged, or another adapter is merged into one.
         """
+        return {name: value.detach().clone() for name, value in self.parameters().items()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the new parameters by name, whether they are in use or not.
+
+        Returns
+        -------
+        dict of str to torch.nn.Parameter
+            The parameters themselves.
+
+        Raises
+        ------
+        AdapterError
+            If a module that has one was exchanged, or another adapter is merged into one.
+        """
         self.refuse_merged()
         for owner, name in zip(self._owners, self.names, strict=True):
             path = name.rpartition(".")[0]
@@ -60,7 +75,7 @@ class Replaced:
                     "another now"
                 )
         held = self._own() if self.in_use else self._others
-        return {name: v.detach().clone() for name, v in zip(self.names, held, strict=True)}
+        return dict(zip(self.names, held, strict=True))
 
     def use(self, new: bool) -> None:
         """Let the model have the new parameters, or its own: all of them, or none.

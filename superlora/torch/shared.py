@@ -1,28 +1,70 @@
-"""A group's vector after its map, formed once for all layers that are cut from it."""
+"""What several layers are made of, computed once for all of them, forward and backward."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from superlora.layout import Layout
 from superlora.torch.formed import without_autocast
-from superlora.uses import joint_sizes
-
-# Takes the tensors that the group is made from and returns the entries before the map.
-Entries = Callable[[Sequence[Tensor]], Tensor]
+from superlora.torch.stages import Key, Reader, Stage
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Entries that are compared where a pass goes on; all are where another one begins.
+_SAMPLE = 1024
+
+
+class Sink:
+    """Where the gradients of a value are added up by all that read it.
+
+    One tensor for every backward pass that is at work: two may be at once.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def sum_like(self, value: Tensor) -> Tensor:
+        """Return the sum of the backward pass at work, zero at first, of the shape of a value."""
+        task = torch._C._current_graph_task_id()
+        if task not in self._sums:
+            self._sums[task] = torch.zeros_like(value)
+            # Where only other gradients are asked for, nothing takes it.
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: self._forget(task))
+        return self._sums[task]
+
+    def _forget(self, task: int) -> None:
+        self._sums.pop(task, None)
+
+    def take(self) -> Tensor | None:
+        """Return the sum of the backward pass at work, and forget it."""
+        return self._sums.pop(torch._C._current_graph_task_id(), None)
+
+
+class Read(torch.autograd.Function):
+    """A range of a value that all layers read."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, value: Tensor, sink: Sink, reader: Reader) -> Tensor:
+        """Return the range; `token` ties it to the node that made the value."""
+        ctx.value, ctx.sink, ctx.reader = value, sink, reader
+        return reader.read(value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Add the gradient up with those of others."""
+        ctx.reader.add(gradient, ctx.sink.sum_like(ctx.value))
+        return gradient.new_zeros(()), None, None, None
 
 
 @dataclass(eq=False)
 class _Made:
-    """One vector, cut, and what it was made from.
+    """The parts that a stage made, and what it made them from.
 
     Neither values nor parts are left where gradients were taken: the next pass makes a graph of
     its own.
@@ -30,21 +72,28 @@ class _Made:
 
     tensors: tuple[Tensor, ...]
     state: tuple[Any, ...]
-    values: tuple[Tensor, ...] = ()
+    # None where a part is a view of the tensor itself, whose values it always has.
+    values: tuple[Tensor | None, ...] = ()
     parts: tuple[Tensor, ...] = ()
+    asked: set[str] = field(default_factory=set)
+    sink: Sink = field(default_factory=Sink)
 
-    def serves(self, tensors: tuple[Tensor, ...], state: tuple[Any, ...]) -> bool:
+    def serves(self, tensors: tuple[Tensor, ...], state: tuple[Any, ...], name: str) -> bool:
         """Return whether it is what these tensors would make."""
         values = self.values  # read once: another thread may take their gradients meanwhile
         if self.state != state or len(values) != len(tensors):
             return False
         # A version does not count what is written through `.data`, as averages of weights are.
+        whole = name in self.asked
+        if whole:  # a layer asks a second time: another pass has begun
+            self.asked = set()
+        self.asked.add(name)
         found = zip(self.tensors, values, tensors, strict=True)
-        return all(own is t and _same(value, t) for own, value, t in found)
+        return all(own is t and _same(value, t, whole) for own, value, t in found)
 
 
 class _Parts(torch.autograd.Function):
-    """The pieces of a mapped vector; on the way back one adjoint for all of them.
+    """The parts of a stage; on the way back one adjoint for all of them.
 
     Nothing but the tensors that it is made from is kept, so that the gradients of two passes
     that share it can be taken one after the other. It must not hold what holds its outputs:
@@ -52,16 +101,15 @@ class _Parts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, cut: Cut, entries: Entries, made: _Made, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.cut, ctx.entries, ctx.made = cut, entries, weakref.ref(made)
-        ctx.tensors = tensors
+    def forward(ctx: Any, stage: Stage, made: _Made, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.stage, ctx.made, ctx.tensors, ctx.sink = stage, weakref.ref(made), tensors, made.sink
         ctx.versions = _versions(tensors)
         ctx.set_materialize_grads(False)
-        x = entries(tensors)
-        ctx.before = x.shape[0]
-        return cut.of(cut.map.apply(x, cut.size))
+        parts = stage.cut(stage.make([tensor.detach() for tensor in tensors]))
+        if not stage.whole:
+            return parts
+        ctx.mark_non_differentiable(*parts)
+        return (*parts, parts[0].new_zeros(()))  # which ties those that read to this node
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -73,170 +121,111 @@ class _Parts(torch.autograd.Function):
             raise RuntimeError(
                 "a factor was changed in place between the forward and the backward pass"
             )
-        wanted = ctx.needs_input_grad[3:]
+        if ctx.stage.whole:
+            gradients = (ctx.sink.take(),)
+        wanted = ctx.needs_input_grad[2:]
         with torch.enable_grad(), without_autocast(ctx.tensors[0].device):
             tensors = [
                 tensor.detach().requires_grad_(asked)
                 for tensor, asked in zip(ctx.tensors, wanted, strict=True)
             ]
-            x = ctx.entries(tensors)
-            gradient = ctx.cut.map.adjoint(ctx.cut.joined(gradients, x), ctx.before)
+            values = ctx.stage.make(tensors)
+            with torch.no_grad():
+                gathered = ctx.stage.gather(gradients, values)
+            pairs = [
+                (value, gradient)
+                for value, gradient in zip(values, gathered, strict=True)
+                if gradient is not None and value.requires_grad
+            ]
             asked = [tensor for tensor in tensors if tensor.requires_grad]
-            found = iter(torch.autograd.grad(x, asked, gradient, allow_unused=True))
-        return None, None, None, *(next(found) if want else None for want in wanted)
+            if not pairs:
+                return None, None, *([None] * len(tensors))
+            outputs, given = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(outputs, asked, given, allow_unused=True))
+        return None, None, *(next(found) if want else None for want in wanted)
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Where a vector is cut.
-
-    Attributes
-    ----------
-    map : Map
-        The map that makes it.
-    size : int
-        Its entries.
-    bounds : tuple of (int, int)
-        Where every piece begins and ends, in order.
-    """
-
-    map: Any
-    size: int
-    bounds: tuple[tuple[int, int], ...]
-
-    def of(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Return the pieces of a vector."""
-        return tuple(vector[start:stop] for start, stop in self.bounds)
-
-    def joined(self, parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """Return the vector of some pieces, the others zero."""
-        vector = like.new_zeros(self.size)
-        for (start, stop), part in zip(self.bounds, parts, strict=True):
-            if part is not None:
-                vector[start:stop] = part
-        return vector
-
-
-@dataclass
 class Shared:
-    """The vectors of a plan whose maps mix what several weights are cut from.
+    """What an adapter's layers share, by stage.
 
-    Attributes
-    ----------
-    layout : Layout
-        What lies where.
+    What was made belongs to one adapter, and can be made again: copies have none of it.
     """
 
-    layout: Layout
-    _cuts: dict[int, Cut] = field(default_factory=dict)
-    _made: dict[int, _Made] = field(default_factory=dict)
-    _last: dict[str, list[int]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._made: dict[Key, _Made] = {}
 
-    def __post_init__(self) -> None:
-        pieces: dict[int, list[tuple[int, int]]] = {}
-        last: dict[int, str] = {}
-        for name, found in self.layout.grouping.pieces.items():
-            for piece in found:
-                first = self.layout.joint(piece.group)[0]
-                pieces.setdefault(first, []).append(self.layout.position(piece))
-                last[first] = name
-        for first, bounds in pieces.items():
-            fixed = self.layout.maps[first]
-            # What keeps the size has as many entries to be formed before it, for any slice.
-            mixes = fixed.keeps_size or not fixed.sliced
-            if len(bounds) > 1 and mixes and not self.layout.identity(first):
-                _, size = joint_sizes(self.layout, first)
-                self._cuts[first] = Cut(fixed, size, tuple(sorted(bounds)))
-                self._last.setdefault(last[first], []).append(first)
-
-    # What was made belongs to one adapter, and can be made again.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": {}}
 
-    def serves(self, name: str) -> bool:
-        """Return whether a layer's update is cut from vectors that others are cut from."""
-        pieces = self.layout.grouping.pieces[name]
-        return any(self.layout.joint(piece.group)[0] in self._cuts for piece in pieces)
-
-    def groups(self, names: Iterable[str]) -> tuple[int, ...]:
-        """Return the first of the groups that each map takes together, for layers served here."""
-        found = (self.layout.grouping.pieces[name] for name in names if self.serves(name))
-        firsts = (self.layout.joint(piece.group)[0] for pieces in found for piece in pieces)
-        return tuple(dict.fromkeys(firsts))
-
     def parts(
-        self, name: str, tensors_of: Callable[[int], tuple[Tensor, ...]], entries: Any, scale: float
-    ) -> list[Tensor]:
-        """Return what a layer's update is made of, one piece after the other.
+        self,
+        key: Key,
+        stage: Stage,
+        tensors: tuple[Tensor, ...],
+        state: tuple[Any, ...],
+        name: str,
+    ) -> tuple[tuple[Tensor, ...], Sink]:
+        """Return what a stage makes.
 
         Parameters
         ----------
+        key : Key
+            Under which they are kept.
+        stage : Stage
+            What makes them.
+        tensors : tuple of torch.Tensor
+            From which.
+        state : tuple
+            What else they depend on.
         name : str
-            The layer.
-        tensors_of : callable
-            Takes a group and returns the tensors that it is made from.
-        entries : callable
-            Takes a group and such tensors and returns the entries before the map.
-        scale : float
-            The number that `entries` multiplies by.
+            The layer that asks.
 
         Returns
         -------
-        list of torch.Tensor, (n,)
-            As long as the parameters stay as they are, and no gradient was taken, the same
-            tensors for all layers and all passes.
+        tuple of torch.Tensor
+            As long as the tensors stay as they are, and no gradient was taken, the same for all
+            layers and all passes. Of a stage whose value is read whole: the value, and a token.
+        Sink
+            Where the gradients of such a value are added up.
         """
-        found = []
-        for piece in self.layout.grouping.pieces[name]:
-            first = self.layout.joint(piece.group)[0]
-            bound = self.layout.position(piece)
-            tensors = tensors_of(first)
-
-            def make(given: Sequence[Tensor], group: int = first) -> Tensor:
-                entered: Tensor = entries(group, given)
-                return entered
-
-            cut = self._cuts.get(first)
-            with without_autocast(tensors[0].device):
-                if cut is None:  # of this layer alone
-                    size = self.layout.groups[first].size
-                    found.append(self.layout.maps[first].apply(make(tensors), size))
-                elif torch.compiler.is_compiling() or _transforms() or tensors[0].is_meta:
-                    found.append(cut.map.apply(make(tensors), cut.size)[slice(*bound)])
-                else:
-                    parts = self._of(first, cut, tensors, make, scale)
-                    found.append(parts[cut.bounds.index(bound)])
-        return found
-
-    def _of(
-        self, first: int, cut: Cut, tensors: tuple[Tensor, ...], entries: Entries, scale: float
-    ) -> tuple[Tensor, ...]:
         state = (
-            scale,
+            *state,
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             *_versions(tensors),
-            *(tensor.requires_grad for tensor in tensors),
+            *((tensor.requires_grad, tensor.data_ptr()) for tensor in tensors),
         )
-        made = self._made.get(first)
-        parts = made.parts if made is not None and made.serves(tensors, state) else ()
-        if not parts:
-            made = None  # before another one takes as much memory
-            self._made.pop(first, None)
-            made = _Made(tensors, state, tuple(tensor.detach().clone() for tensor in tensors))
-            parts = _Parts.apply(cut, entries, made, *tensors)  # type: ignore[no-untyped-call]
-            made.parts = parts
-            self._made[first] = made
-        return parts
+        made = self._made.get(key)
+        if made is not None and made.serves(tensors, state, name):
+            parts = made.parts  # read once, as its values are
+            if parts:
+                return parts, made.sink
+        made = None  # before another one takes as much memory
+        self._made.pop(key, None)
+        made = _Made(tensors, state, asked={name})
+        with without_autocast(tensors[0].device):
+            parts = _Parts.apply(stage, made, *tensors)  # type: ignore[no-untyped-call]
+        made.values = _values(tensors, parts)
+        made.parts = parts
+        self._made[key] = made
+        return parts, made.sink
 
-    def release(self, name: str) -> None:
-        """Forget the vectors that a layer is the last to be cut from."""
-        for first in self._last.get(name, ()):
-            self._made.pop(first, None)
+    def forget(self, key: Key) -> None:
+        """Forget what a stage made."""
+        self._made.pop(key, None)
 
     def clear(self) -> None:
-        """Forget all vectors, which are of the weights' size."""
+        """Forget all that was made, which is of the weights' size."""
         self._made.clear()
+
+
+def _values(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Return copies of the tensors of which no part is a view."""
+    own = {part.untyped_storage()._cdata for part in parts}
+    return tuple(
+        None if tensor.untyped_storage()._cdata in own else tensor.detach().clone()
+        for tensor in tensors
+    )
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int | None]:
@@ -244,14 +233,15 @@ def _versions(tensors: Sequence[Tensor]) -> list[int | None]:
     return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(one: Tensor | None, other: Tensor, whole: bool) -> bool:
     """Return whether two tensors have the same bits, which are not equal where they are NaN."""
+    if one is None:
+        return True
     if (one.dtype, one.device, one.shape) != (other.dtype, other.device, other.shape):
         return False
-    whole = _INTEGERS[one.dtype.itemsize]
-    return torch.equal(one.view(whole), other.detach().view(whole))
-
-
-def _transforms() -> bool:
-    """Return whether a transform of torch.func is at work, whose tensors end with it."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    if not whole and not one.is_cpu:
+        return True  # to wait for another device costs more than all else
+    kind = _INTEGERS[one.dtype.itemsize]
+    values, others = one.view(kind).view(-1), other.detach().view(kind).reshape(-1)
+    step = 1 if whole else max(1, values.shape[0] // _SAMPLE)
+    return torch.equal(values[::step], others[::step])

@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from superlora.torch.formed import FormedLinear
+from superlora.costs import FORMED
+from superlora.torch.formed import FormedLinear, Pull, autocasts
 from superlora.torch.layers import (
+    bias_of,
     computes_plainly,
     input_name,
     is_transposed,
     parameter_of,
     weight_of,
 )
+from superlora.torch.rows import rows_of
+from superlora.torch.sources import again
+from superlora.torch.sums import add_rounded_once, is_finite
 
 if TYPE_CHECKING:
     from superlora.torch.adapter import Adapter
@@ -100,18 +105,47 @@ class Site:
         x = args[0] if args else kwargs.get(input_name(self.module))
         if x is None:
             return self._base(*args, **kwargs)  # says what is wrong, in the layer's own words
+        divided = rows_of(self.module)
+        if divided is not None:
+            return divided.output(self, x, *args, **kwargs)
         active = [link for link in self.links if link.adapter.active]
-        formed = [link for link in active if not link.adapter.applies_factored(link.name)]
-        if formed and len(args) + len(kwargs) == 1 and self._can_fuse(formed):
+        alone = len(args) + len(kwargs) == 1 and self._previous is None
+        fused = alone and self._can_fuse(active)
+        ways = [link.adapter.way(link.name, x, fused) for link in active]
+        formed = [link for link, way in zip(active, ways, strict=True) if way == FORMED]
+        rest = [(link, way) for link, way in zip(active, ways, strict=True) if way != FORMED]
+        if formed and fused:
             y = self._linear(formed, x, fused=True)
+        elif rest and fused and rest[0][1] == "low_rank" and not autocasts(x.device):
+            link, way = rest.pop(0)
+            y = link.adapter.update(link.name, x, way, weight_of(self.module), bias_of(self.module))
         else:
             y = self._base(*args, **kwargs)
             if formed:
                 y = y + self._linear(formed, x, fused=False).to(y.dtype)
-        for link in active:
-            if link not in formed:
-                y = y + link.adapter.apply_factored(link.name, x).to(y.dtype)
+        for link, way in rest:
+            y = y + link.adapter.update(link.name, x, way).to(y.dtype)
         return y
+
+    def update(self, link: Link, x: Tensor) -> Tensor:
+        """Return one adapter's part of the layer's output.
+
+        Parameters
+        ----------
+        link : Link
+            The adapter.
+        x : torch.Tensor, (..., input width)
+            Inputs.
+
+        Returns
+        -------
+        torch.Tensor, (..., output width)
+            ``x @ ΔWᵀ``.
+        """
+        way = link.adapter.way(link.name, x, fused=False)
+        if way == FORMED:
+            return self._linear([link], x, fused=False)
+        return link.adapter.update(link.name, x, way)
 
     def _base(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._previous is not None:
@@ -119,23 +153,22 @@ class Site:
         y: Tensor = type(self.module).forward(self.module, *args, **kwargs)
         return y
 
-    def _can_fuse(self, formed: Sequence[Link]) -> bool:
+    def _can_fuse(self, links: Sequence[Link]) -> bool:
         # One product with W₀ + ΔW replaces two, unless the sum would round a small
         # update away in half precision, or the layer's forward is not its own.
         dtype = weight_of(self.module).dtype
         return (
-            self._previous is None
-            and computes_plainly(self.module)
+            computes_plainly(self.module)
             and dtype in (torch.float32, torch.float64)
-            and all(link.adapter.dtype == dtype for link in formed)
+            and all(link.adapter.dtype == dtype for link in links)
         )
 
     def _linear(self, links: Sequence[Link], x: Tensor, fused: bool) -> Tensor:
         blocks = [link.adapter.blocks(link.name, x.device) for link in links]
-        form = _Form(links, [tuple(found) for found in blocks])
+        form = _Form(links, blocks)
         factors = [factor for found in blocks for factor in found.values()]
         weight = weight_of(self.module) if fused else None
-        bias = self.module.bias if fused else None
+        bias = bias_of(self.module) if fused else None
         y: Tensor = FormedLinear.apply(x, weight, bias, form, *factors)  # type: ignore[no-untyped-call]
         return y
 
@@ -145,6 +178,8 @@ class Site:
 
     def below(self, adapter: Adapter) -> list[Link]:
         """Return those that were merged before an adapter, if it is merged here."""
+        if not self.merged:
+            return []
         link = self.link_of(adapter)
         return self.merged[: self.merged.index(link)] if link in self.merged else []
 
@@ -162,10 +197,10 @@ class Site:
             If the sum is not finite everywhere; the weight is as it was then.
         """
         link = self.link_of(adapter)
-        total = self._sum(link)
-        if not torch.isfinite(total).all():
+        self._add(link)
+        if not is_finite(parameter_of(self.module)):
+            self.unmerge(adapter)
             raise ValueError(f"weight + update of {link.name!r} must be finite to be merged")
-        self._put(link, total)
 
     def unmerge(self, adapter: Adapter) -> None:
         """Give the weight the bits it had before the adapter was merged, if it is.
@@ -182,36 +217,52 @@ class Site:
         del self.merged[place:]
         link.before = None
         for other in above:
-            self._put(other, self._sum(other))
+            self._add(other)
 
     @torch.no_grad()
-    def _sum(self, link: Link) -> Tensor:
+    def _add(self, link: Link) -> None:
         weight = parameter_of(self.module)
         delta = link.adapter.delta(link.name).to(weight.device)
-        stored = delta.t() if is_transposed(self.module) else delta
-        return (weight.to(torch.promote_types(weight.dtype, stored.dtype)) + stored).to(
-            weight.dtype
-        )
-
-    @torch.no_grad()
-    def _put(self, link: Link, total: Tensor) -> None:
-        weight = parameter_of(self.module)
         link.before = weight.detach().clone()
         self.merged.append(link)
-        weight.copy_(total)
+        add_rounded_once(weight, delta.t() if is_transposed(self.module) else delta)
 
 
 class _Form:
     """Form the sum of some adapters' updates of one weight; holds no factor."""
 
-    def __init__(self, links: Sequence[Link], blocks: Sequence[tuple[str, ...]]) -> None:
-        self.links, self.blocks = links, blocks
+    def __init__(self, links: Sequence[Link], blocks: Sequence[dict[str, Tensor]]) -> None:
+        self.links = links
+        # As they are, but for the tensors: what kind of mapping it is says what they are.
+        self.kinds = [(again(found), tuple(found)) for found in blocks]
+        rows = [link.adapter.rows_at_once(link.name) for link in links]
+        on_cpu = all(block.is_cpu for found in blocks for block in found.values())
+        self.rows = min(rows) if on_cpu else 0
 
-    def __call__(self, factors: Sequence[Tensor]) -> Tensor:
+    def __call__(self, factors: Sequence[Tensor], rows: tuple[int, int] | None) -> Tensor:
+        parts = zip(self.links, self._given(factors), strict=True)
+        return _sum([link.adapter.form(link.name, blocks, rows) for link, blocks in parts])
+
+    def linearized(
+        self, factors: Sequence[Tensor], rows: tuple[int, int] | None, wanted: Sequence[bool]
+    ) -> tuple[Tensor, Pull]:
+        """Return the sum of the updates, and what takes its gradient back to the factors."""
+        deltas, pulls, first = [], [], 0
+        for link, blocks in zip(self.links, self._given(factors), strict=True):
+            own = wanted[first : first + len(blocks)]
+            delta, pull = link.adapter.form_linearized(link.name, blocks, rows, own)
+            deltas.append(delta)
+            pulls.append(pull)
+            first += len(blocks)
+        return _sum(deltas), lambda gradient: [found for pull in pulls for found in pull(gradient)]
+
+    def _given(self, factors: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         rest = iter(factors)
-        total: Tensor | None = None
-        for link, names in zip(self.links, self.blocks, strict=True):
-            delta = link.adapter.form(link.name, {block: next(rest) for block in names})
-            total = delta if total is None else total + delta
-        assert total is not None
-        return total
+        return [kind((name, next(rest)) for name in names) for kind, names in self.kinds]
+
+
+def _sum(deltas: Sequence[Tensor]) -> Tensor:
+    total = deltas[0]
+    for delta in deltas[1:]:
+        total = total + delta
+    return total

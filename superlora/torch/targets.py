@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from superlora.errors import some
-from superlora.torch.adapter import Adapter
 from superlora.torch.layers import is_adaptable
+from superlora.torch.walk import outside_adapters
 
 Predicate = Callable[[str, nn.Module], bool]
 Targets = str | Sequence[str] | Predicate
@@ -134,16 +134,6 @@ def _nearest(wanted: str, modules: dict[str, nn.Module]) -> str:
     return some(map(repr, dict.fromkeys(ends[end] for end in close) or names)) or "none: no layers"
 
 
-def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a model by name, but those of its adapters."""
-    inside: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, Adapter):
-            inside |= {id(part) for part in module.modules()}
-        if id(module) not in inside:
-            yield name, module
-
-
 def _check_weights(found: dict[str, nn.Module]) -> None:
     for name, module in found.items():
         weight = module._parameters.get("weight")
@@ -182,8 +172,8 @@ def _check_read_by_forward(modules: dict[str, nn.Module], found: dict[str, nn.Mo
 
 def _check_untied(model: nn.Module, found: dict[str, nn.Module]) -> None:
     owners: dict[int, dict[int, str]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
+    for name, module in outside_adapters(model):
+        for key, parameter in module._parameters.items():
             owners.setdefault(id(parameter), {}).setdefault(id(module), f"{name}.{key}".lstrip("."))
     for name, module in found.items():
         names = sorted(owners[id(module.weight)].values())

@@ -26,7 +26,8 @@ from superlora.torch.export import (
 from superlora.torch.files import write_tensors
 from superlora.torch.from_peft import CONFIG, PREFIX, WEIGHTS
 from superlora.torch.layers import is_transposed
-from superlora.torch.targets import is_named, outside_adapters
+from superlora.torch.targets import is_named
+from superlora.torch.walk import outside_adapters
 
 
 def save_peft(

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 import superlora as sl
-from superlora.reconstruct import apply_factored, group_tensor, joint_entries
+from superlora.costs import FORMED
+from superlora.factored import apply_factored
+from superlora.reconstruct import group_tensor, joint_entries
 from tests import oracles
 from tests.strategies import Mixing, Permuting, draw_factors, make_plan, problems
 
@@ -114,11 +116,13 @@ def check_apply(xp, plan, factors, leading=(2, 3)):
     generator = numpy.random.default_rng(5)
     for name, (outputs, inputs) in plan.shapes.items():
         x = generator.standard_normal((*leading, inputs))
-        results = [plan.apply(arrays, name, xp.array(x))]
-        if plan.layout.row_slice(name) is not None:
-            # Also where forming is cheaper, and `apply` would not choose it.
-            scale = plan.layout.scaling(name)
-            results.append(apply_factored(plan.layout, arrays, name, xp.array(x), scale))
+        results = [plan.apply(arrays, name, xp.array(x), apply=how) for how in ("auto", FORMED)]
+        ways = set(plan.layout.ways(name)) - {FORMED}
+        # Also those that would cost more.
+        scale = plan.layout.scaling(name)
+        results += [
+            apply_factored(plan.layout, arrays, name, xp.array(x), scale, way) for way in ways
+        ]
         for result in results:
             assert xp.owns(result)
             assert tuple(result.shape) == (*leading, outputs)

@@ -1,32 +1,47 @@
-"""A 70-billion-parameter model is planned with integers alone, and few of them."""
+"""Models of 8, 70 and 405 billion parameters are planned with integers alone, and few of them."""
 
 from __future__ import annotations
 
 import sys
-import time
 import tracemalloc
 
 import pytest
 
 import superlora as sl
-from superlora import _backend, shapes
+from superlora import _backend, maps, shapes
 from tests.strategies import make_plan
 
-LAYERS, WIDTH, HIDDEN, KEYS = 80, 8192, 28672, 1024
-LINEARS = {
-    "self_attn.q_proj": (WIDTH, WIDTH),
-    "self_attn.k_proj": (KEYS, WIDTH),
-    "self_attn.v_proj": (KEYS, WIDTH),
-    "self_attn.o_proj": (WIDTH, WIDTH),
-    "mlp.gate_proj": (HIDDEN, WIDTH),
-    "mlp.up_proj": (HIDDEN, WIDTH),
-    "mlp.down_proj": (WIDTH, HIDDEN),
+# Layers, width, width inside the MLP, outputs of keys and values.
+LLAMAS = {
+    "8B": (32, 4096, 14336, 1024),
+    "70B": (80, 8192, 28672, 1024),
+    "405B": (126, 16384, 53248, 1024),
 }
-LLAMA = {
-    f"model.layers.{layer}.{name}": shape
-    for layer in range(LAYERS)
-    for name, shape in LINEARS.items()
-}
+WIDTH = LLAMAS["70B"][1]
+
+
+def weights_of(model, spec=None):
+    """Return the shapes of a model's linear layers, of one shape only for a stack."""
+    layers, width, hidden, keys = LLAMAS[model]
+    linears = {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (hidden, width),
+        "mlp.up_proj": (hidden, width),
+        "mlp.down_proj": (width, hidden),
+    }
+    if spec is not None and spec.fold == "stack" and spec.groups != "weight":
+        linears = {name: shape for name, shape in linears.items() if shape == (width, width)}
+    return {
+        f"model.layers.{layer}.{name}": shape
+        for layer in range(layers)
+        for name, shape in linears.items()
+    }
+
+
+LLAMA = weights_of("70B")
 ENTRIES = 68_451_041_280
 
 SPECS = {
@@ -41,15 +56,30 @@ SPECS = {
     "even": sl.lora(rank=4, groups=101, fold="balanced", splits=2),
     "pad": sl.lora(rank=4, groups=97, fold="balanced", cut="pad"),
     "loha": sl.loha(rank=8),
+    "lokr-both": sl.lokr(rank=8, decompose_both=True),
+    "lora_fa": sl.lora_fa(rank=16),
+    "lotr": sl.lotr(rank=16),
+    "fact_tt": sl.fact_tt(rank=16),
+    "fact_tk": sl.fact_tk(rank=16),
+    "fourierft": sl.fourierft(size=1000),
+    "did": sl.did(size=1000),
+    "said": sl.said(size=1000),
+    "unilora": sl.unilora(size=256),
+    "nola": sl.nola(size=64),
+    "fastfood": sl.Spec(rank=8, groups=1, fold="balanced", map=maps.Fastfood(), ratio=0.1),
+    "one-hot": sl.dense(groups=2, map=maps.OneHot(), ratio=0.01),
+    "separable": sl.lora(rank=8, map=maps.Separable(), ratio=0.3),
+    "shuffle": sl.Spec(rank=2, groups=3, fold="balanced", map=maps.Shuffle(scope="all")),
     "vera": sl.vera(rank=256),
     "lora_xs": sl.lora_xs(rank=8),
-    "tinylora": sl.tinylora(tied=["0.factor0"]),
+    "tinylora": sl.tinylora(),
+    "tinylora-tied": sl.tinylora(tied=["0.factor0"]),
     "terms": sl.Spec(rank=("full", 1), splits=2, terms=4, tied=["0.core"]),
     "overrides": sl.lora(
         rank=16,
         alpha=32,
         overrides={
-            r"model\.layers\.7\d\..*": {"rank": 4, "fold": "aligned", "groups": "layer"},
+            r"model\.layers\.\d*7\..*": {"rank": 4, "fold": "aligned", "groups": "layer"},
             "(q|k)_proj": {"rank": 8},
             "mlp.*": {"rank": 2, "groups": 7, "fold": "balanced"},
         },
@@ -88,37 +118,61 @@ def count_calls(function):
     return calls, result
 
 
-@pytest.mark.usefixtures("_no_arrays", "_empty_caches")
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_planning_is_integers_only_and_quick(spec):
-    start = time.perf_counter()
-    plan = make_plan(spec, LLAMA)
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+every_model = pytest.mark.parametrize("model", LLAMAS)
+
+
+@pytest.mark.usefixtures("_no_arrays")
+@every_spec
+@every_model
+def test_planning_and_its_table_are_integers_only(spec, model):
+    weights = weights_of(model, spec)
+    plan = make_plan(spec, weights)
     text = plan.describe()
-    assert time.perf_counter() - start < 5
-    assert plan.num_dense == ENTRIES
-    assert f"{len(LLAMA)} weights, {plan.num_parameters:,} trainable" in text
-    assert 0 < plan.num_parameters <= ENTRIES
+    assert plan.num_dense == sum(rows * columns for rows, columns in weights.values())
+    assert f"{len(weights)} weights, {plan.num_parameters:,} trainable" in text
+    assert 0 < plan.num_parameters <= plan.num_dense
+
+
+def operations(spec, model):
+    """Count the calls that a plan and its table take, for each weight."""
+    weights = weights_of(model, spec)
+    calls, _ = count_calls(lambda: make_plan(spec, weights).describe())
+    return calls / len(weights)
+
+
+@pytest.mark.usefixtures("_no_arrays", "_empty_caches")
+@every_spec
+def test_a_plan_and_its_table_take_few_operations(spec):
+    """Milliseconds, and in proportion to the number of weights: no machine's noise decides."""
+    small = operations(spec, "8B")
+    assert small < 200
+    assert operations(spec, "405B") <= small
 
 
 @pytest.mark.usefixtures("_no_arrays", "_empty_caches")
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_planning_takes_few_operations(spec):
-    calls, plan = count_calls(lambda: make_plan(spec, LLAMA))
-    # Frozen, tied and overridden blocks are named and checked one by one.
+    weights = weights_of("70B", spec)
+    calls, plan = count_calls(lambda: make_plan(spec, weights))
+    # Frozen, tied and overridden blocks are named and checked one by one, and maps bound.
     named = bool(spec.frozen or spec.tied or spec.overrides) * len(plan.layout.block_shapes)
-    assert calls < 30 * len(LLAMA) + 10 * named
+    mapped = bool(spec.factor_map or spec.map != maps.Identity()) * len(weights)
+    assert calls < 30 * len(weights) + 10 * named + 100 * mapped
 
 
 @pytest.mark.usefixtures("_no_arrays")
-def test_planning_takes_little_memory():
+@every_spec
+@every_model
+def test_a_plan_and_its_table_take_little_memory(spec, model):
+    weights = weights_of(model, spec)
     tracemalloc.start()
     try:
-        plan = make_plan(SPECS["lorta"], LLAMA)
+        make_plan(spec, weights).describe()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert plan.num_parameters < 1_000_000
-    assert peak < 4_000_000  # bytes; the factors alone would take 4 * num_parameters
+    assert peak < 6_000 * len(weights)  # bytes; a weight's factors alone would take more
 
 
 def test_the_counts_are_those_of_the_formulas():

@@ -335,19 +335,3 @@ def test_the_last_mode_of_an_aligned_fold_divides_every_input_width(plan):
         pieces = plan.layout.grouping.pieces[name]
         assert all(columns % plan.layout.groups[piece.group].fold[-1] == 0 for piece in pieces)
         assert (plan.layout.row_slice(name) is not None) == (len(pieces) == 1)
-
-
-@pytest.mark.parametrize(
-    ("spec", "shape", "factored"),
-    [
-        (sl.lora(rank=8), (768, 768), True),
-        (sl.lora(rank=383), (768, 768), True),
-        (sl.lora(rank=384), (768, 768), False),
-        (sl.lokr(rank=8), (768, 768), True),
-        (sl.Spec(rank="full"), (768, 768), False),
-        (sl.dense(), (768, 768), False),
-        (sl.lora(rank=8, fold="balanced"), (3, 101), False),
-    ],
-)
-def test_the_cheaper_way_of_applying_is_taken(spec, shape, factored):
-    assert make_plan(spec, {"q": shape}).layout.applies_factored("q") == factored

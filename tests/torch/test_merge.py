@@ -180,7 +180,7 @@ def test_interrupted_merge_changes_nothing(owner, place, fault, monkeypatch):
     adapter = attach_filled(model, "cut")
     bits, x = base_bits(model), make_input()
     expected = model(x)
-    name, calls = {slt.Adapter: "delta", torch.Tensor: "copy_"}[owner], iter(range(100))
+    name, calls = {slt.Adapter: "delta", torch.Tensor: "add_"}[owner], iter(range(100))
     plain = getattr(owner, name)
 
     def interrupted(self, *args, **kwargs):
@@ -356,3 +356,34 @@ def test_snapshot_sees_changes():
         before = snapshot(model)
         change(model)
         assert snapshot(model) != before
+
+
+@every_layer
+@pytest.mark.parametrize("factors", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_sum_is_made_in_the_wider_dtype_and_rounded_once(layer, dtype, factors):
+    model = make_net(layer, dtype=dtype)
+    adapter = attach_filled(model, "lora", dtype=factors)
+    expected = {}
+    for name, module in adapter.layers().items():
+        delta = adapter.delta(name).detach()
+        delta = delta.t() if layer == "conv1d" else delta
+        wide = torch.promote_types(dtype, factors)
+        expected[name] = (module.weight.to(wide) + delta.to(wide)).to(dtype)
+    adapter.merge()
+    for name, module in adapter.layers().items():
+        assert torch.equal(module.weight, expected[name])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 7, 8, 127])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_number_that_is_not_finite_is_found_anywhere(dtype, place, value):
+    model = make_net(dtype=dtype)
+    adapter = slt.attach(model, sl.dense(), ["blocks.1.q"])
+    with torch.no_grad():
+        next(adapter.parameters()).view(-1)[place] = value
+    bits = base_bits(model)
+    with pytest.raises(ValueError, match="finite"):
+        adapter.merge()
+    assert base_bits(model) == bits

@@ -52,8 +52,9 @@ def test_every_way_gives_one_update(key, layer, dtype, tmp_path):
             with adapter.disabled():
                 base = module(x).double()
             assert_near(module(x), base + expected.t(), dtype)
-            if plan.layout.row_slice(name) is not None:  # also where it would cost more
-                assert_near(adapter.apply_factored(name, x).t(), expected, torch.float32)
+            for way in plan.layout.ways(name):  # also those that would cost more
+                if way != "formed":
+                    assert_near(adapter.update(name, x, way).t(), expected, torch.float32)
             pair = plan.low_rank(adapter.factors(), name, adapter.scale_of(name))
             if pair is not None:
                 assert_near(pair[0] @ pair[1].t(), expected, torch.float32)

