@@ -81,7 +81,9 @@ def weight_delta(
                 blocks[group] = terms_of(layout, factors, group)
             part = layout.piece_slice(piece)
             parts = [ravel(_box_tensor(layout, blocks[group], group, box)) for box in part.boxes]
-            runs.append(joined(parts)[part.skip : part.skip + part.size])
+            run = joined(parts)
+            whole = run.shape[0] == part.size  # a slice of all is a pass more on the way back
+            runs.append(run if whole else run[part.skip : part.skip + part.size])
         else:
             x, size = joint_entries(layout, factors, group)
             runs.append(map_slice(layout.maps[group], x, size, *layout.position(piece)))

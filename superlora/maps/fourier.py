@@ -17,6 +17,7 @@ from superlora._backend import (
     scatter_add,
     take,
     widened,
+    zeros,
 )
 from superlora.maps._base import Map, Place
 from superlora.maps._seeded import CHECKED, ORDERS, SeededMap, check_enough
@@ -237,6 +238,8 @@ class Fourier(SeededMap):
         if self.shape is None:
             raise ValueError("shape must be given to multiply inputs: got None")
         rows = self.shape[0]
+        if x.shape[0] == 0:  # which no transform takes
+            return zeros((0, rows), like=x)
         transforms = fourier_transforms(x)
         library = backend_of(values, x)
         sources, targets, weights = (

@@ -135,7 +135,8 @@ def register(
         pending = Replaced(model, replaced)
         pending.refuse_merged()
     adapter = Adapter(plan, factors, name)
-    backend_of(*adapter.factors().values())  # loads what torch.compile cannot trace
+    # Both kinds, for what torch.compile cannot trace, or would trace again once it is known.
+    backend_of(*adapter.factors().values(), torch.empty(0))
     adapter.train(model.training)
     others = [part for _, part in registered(model) if isinstance(part, Adapter)]
     adapter._order = 1 + _last_order(model, others)

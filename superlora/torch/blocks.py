@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from superlora.costs import FORMED, check_apply, choose
 from superlora.frozen import each_frozen
 from superlora.init import each_factor
-from superlora.maps import Identity, Separable
+from superlora.maps import Fourier, Identity, Separable
 from superlora.plan import Plan
 from superlora.reconstruct import map_slice, weight_delta
+from superlora.terms import mapped_blocks, with_blocks
 from superlora.torch.formed import Pull, autocasts, linearized, transforms, without_autocast
 from superlora.torch.machine import calibrate_once, machine_of
 from superlora.torch.products import LayerProduct, Recomputed, low_rank
@@ -135,7 +136,7 @@ class Blocks(nn.Module):
     def _prepare(self) -> None:
         """Measure the devices, and let maps draw what they keep: compiled code only reads it."""
         layout = self.plan.layout
-        done = set()
+        done: set[object] = set()
         for device in {block.device for block in self.factors().values()}:
             calibrate_once(device)
         for name, pieces in layout.grouping.pieces.items():
@@ -146,9 +147,17 @@ class Blocks(nn.Module):
                 if not kept or device.type == "meta":
                     continue
                 if isinstance(fixed, Separable):
-                    self.form(name, self.blocks(name, device))
+                    if piece.group not in done:
+                        done.add(piece.group)
+                        own = layout.blocks_of_joint(piece.group)
+                        blocks = with_blocks(layout, self.factors(), own)
+                        mapped_blocks(layout, blocks, piece.group)
                     continue
                 before, size = joint_sizes(layout, piece.group)
+                if "fourier" in layout.ways(name):
+                    assert isinstance(fixed, Fourier)
+                    x = torch.zeros((1, layout.shapes[name][1]), device=device)
+                    fixed.multiply(torch.zeros(before, device=device), x)
                 bounds = layout.position(piece) if fixed.sliced else (0, size)
                 key = (id(fixed), before, size, bounds, device)
                 if key not in done:
@@ -227,14 +236,15 @@ class Blocks(nn.Module):
         device = next(iter(blocks.values())).device
         if name in self._sources.vectors:
             whole = torch.cat(list(blocks.values())).reshape(height, width)
-            return whole[first:last]
+            return whole if rows is None else whole[first:last]
         with without_autocast(device):
             if isinstance(blocks, Entered):
                 parts = [
                     Read.apply(token, value, *rest)  # type: ignore[no-untyped-call]
                     for value, token, *rest in blocks.pairs()
                 ]
-                return torch.cat(parts).reshape(height, width)[first:last]
+                whole = torch.cat(parts).reshape(height, width)
+                return whole if rows is None else whole[first:last]
             if LEFT in blocks:
                 return self._form_rows(name, blocks[LEFT], blocks.get(RIGHT), first, last)
             delta: Tensor = weight_delta(self.plan.layout, blocks, name, 1.0, (first, last))
@@ -284,7 +294,10 @@ class Blocks(nn.Module):
         left = left[start // size : -(-stop // size)]
         entries = (left if right is None else left @ right).reshape(-1)
         start %= size
-        return entries[start : start + (last - first) * width].reshape(last - first, width)
+        count = (last - first) * width
+        if entries.shape[0] != count:  # a slice of all is a pass more on the way back
+            entries = entries[start : start + count]
+        return entries.reshape(last - first, width)
 
     def rows_at_once(self, name: str) -> int:
         """Return how many rows of a layer's update are best formed at once; 0 for all."""

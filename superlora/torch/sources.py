@@ -139,9 +139,13 @@ class Sources:
         if isinstance(layout.maps[group], Separable):
             self.modes.update(dict.fromkeys(names, group))
             self._last.setdefault(names[-1], []).append(("modes", group))
-        width = layout.groups[group].fold[-1]
-        if len(layout.groups[group].fold) < 2 or _LEAST * open_width(layout, group) > width:
-            return  # they would be about as many as the entries of the updates
+        fold, splits = layout.groups[group].fold, layout.groups[group].splits
+        # Of one matrix the rows are those of its first factor; else there must be fewer of them
+        # than entries of the updates.
+        few = _LEAST * open_width(layout, group) <= fold[-1]
+        if len(fold) < 2 or not (few or (len(fold) == 2 and len(splits) == 1)):
+            return
+        width = fold[-1]
         bounds = [(p.start // width, ceil_divide(p.stop, width)) for (p,) in pieces]
         self._bounds[group] = tuple(bounds)
         self._last.setdefault(names[-1], []).append(("rows", group))

@@ -329,4 +329,4 @@ def test_any_other_map_has_its_update_formed():
     spec = sl.lora(2, map=maps.Fastfood(), fold="balanced", ratio=0.25)
     plan = sl.Plan(spec, WIDE)
     assert plan.low_rank(draw_factors(plan), "0.q") is None
-    assert not plan.layout.applies_factored("0.q")
+    assert list(plan.layout.ways("0.q")) == ["formed"]

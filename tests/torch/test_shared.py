@@ -32,7 +32,7 @@ from tests.torch.helpers import (
 STAGES = {
     "vector": SPECS["fastfood"],
     "rows": sl.Spec(rank=1, groups=1, fold="aligned", scale=0.7),
-    "modes": sl.Spec(rank=2, groups=1, fold="aligned", map=maps.Separable(), ratio=0.5),
+    "modes": sl.Spec(rank=2, order=3, groups=1, fold="aligned", map=maps.Separable(), ratio=0.5),
     "modes+rows": sl.Spec(rank=1, groups=1, fold="aligned", map=maps.Separable(), ratio=0.5),
 }
 
