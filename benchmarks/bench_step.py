@@ -104,6 +104,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument(
+        "--only-memory", action="store_true", help="add memory to the times that --output has"
+    )
     parser.add_argument("--compile", action="store_true", help="ours and the limit, by inductor")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -133,13 +136,18 @@ def main() -> None:
     ]
     if options.compile:
         rows = [row for row in rows if row.library in steps.COMPILED]
-    results = _compiled(rows, run) if options.compile else steps.times(rows, run)
+    name = f"step-{options.setting}" + ("-compiled" if options.compile else "")
+    if options.only_memory:
+        results = json.loads((options.output / f"{name}.json").read_text("utf-8"))["rows"]
+        keys = {f"{result['library']}: {result['method']}" for result in results}
+        rows = [row for row in rows if row.key in keys]
+    else:
+        results = _compiled(rows, run) if options.compile else steps.times(rows, run)
     if not (options.no_memory or options.compile):
         memory(rows, results, options)
     print(run.title)
     show(results)
     if options.output:
-        name = f"step-{options.setting}" + ("-compiled" if options.compile else "")
         about = {"setting": run.title, "dtype": options.dtype, "rounds": options.rounds}
         measuring.write(options.output, name, results, about | measuring.facts(options.device))
         for kind in ("svg", "png"):

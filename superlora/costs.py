@@ -214,7 +214,7 @@ def check_apply(apply: object, layout: Layout | None = None) -> None:
     ValueError
         If it is so.
     """
-    if apply not in APPLY:
+    if not isinstance(apply, str) or apply not in APPLY:
         raise ValueError(f"apply must be one of {', '.join(map(repr, APPLY))}: got {apply!r}")
     if apply == "factored" and layout is not None:
         without = [name for name in layout.shapes if list(layout.ways(name)) == [FORMED]]

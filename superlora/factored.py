@@ -44,7 +44,7 @@ def apply_factored(
     factors = with_blocks(layout, factors, layout.blocks_of(name))
     library = backend_of(x)
     rows, columns = layout.shapes[name]
-    flat = library.reshape(x, (-1, columns))
+    flat = x if len(x.shape) == 2 else library.reshape(x, (-1, columns))
     if way == "low_rank":
         left, right = low_rank_pair(layout, factors, name)
         y = apply_pair(scaled(left, scale), right, flat)
@@ -52,7 +52,7 @@ def apply_factored(
         y = scaled(_apply_kronecker(layout, factors, name, flat), scale)
     else:
         y = scaled(_apply_fourier(layout, factors, name, flat), scale)
-    return library.reshape(y, (*x.shape[:-1], rows))
+    return y if len(x.shape) == 2 else library.reshape(y, (*x.shape[:-1], rows))
 
 
 def apply_pair(left: Array, right: Array | None, x: Array) -> Array:

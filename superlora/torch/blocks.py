@@ -15,12 +15,12 @@ from superlora.init import each_factor
 from superlora.maps import Fourier, Identity, Separable
 from superlora.plan import Plan
 from superlora.reconstruct import map_slice, weight_delta
-from superlora.terms import mapped_blocks, with_blocks
-from superlora.torch.formed import Pull, autocasts, linearized, transforms, without_autocast
+from superlora.terms import joined, mapped_blocks, with_blocks
+from superlora.torch.formed import Pull, autocasts, linearized, run, transforms, without_autocast
 from superlora.torch.machine import calibrate_once, machine_of
 from superlora.torch.products import LayerProduct, Recomputed, low_rank
 from superlora.torch.shared import Read
-from superlora.torch.sources import LEFT, RIGHT, Entered, Sources
+from superlora.torch.sources import LEFT, RIGHT, Entered, Sources, scale_in_force
 from superlora.uses import joint_sizes
 
 # Entries of an update that are formed at once: few enough for a core's cache.
@@ -52,7 +52,6 @@ class Blocks(nn.Module):
             }
         self._sources = Sources(plan.layout)
         self._applied = "auto"
-        self._decided: dict[tuple[str, int, bool, bool], str] = {}
         for name in plan.shapes:
             plan.layout.prepare(name)
         for block, shape in plan.layout.input_shapes.items():
@@ -100,7 +99,6 @@ class Blocks(nn.Module):
     def applied(self, value: str) -> None:
         check_apply(value, self.plan.layout)
         self._applied = value
-        self._decided.clear()
 
     def factors(self) -> dict[str, Tensor]:
         """Return all blocks by name, frozen ones too: the form that ``Plan`` takes.
@@ -128,7 +126,6 @@ class Blocks(nn.Module):
         if empty and not any(parameter.is_meta for parameter in self.parameters()):
             self.draw(self._seed, frozen=True)
         self._sources.shared.clear()
-        self._decided.clear()
         self._prepare()
         return self
 
@@ -186,7 +183,12 @@ class Blocks(nn.Module):
         KeyError
             If the adapter has no layer of that name.
         """
-        found = self.form(name, self.blocks(name, self._device(name)))
+        blocks = self.blocks(name, self._device(name))
+        found = self.form(name, blocks)
+        if not torch.compiler.is_compiling() and not transforms():
+            # What the caller changes must be no factor, nor what other layers are made of.
+            own = {block.untyped_storage()._cdata for block in blocks.values()}
+            found = found.clone() if found.untyped_storage()._cdata in own else found
         self._sources.release(name)
         return found
 
@@ -214,18 +216,12 @@ class Blocks(nn.Module):
 
     def scale_of(self, name: str) -> float:
         """Return the number in front of one layer's update."""
-        return self._scaled_by(self._scales[name])
-
-    def _scaled_by(self, own: float) -> float:
-        if self._scale == self.plan.scale:
-            return own
-        # An override's scale changes in proportion.
-        return self._scale if own == self.plan.scale else self._scale * (own / self.plan.scale)
+        return scale_in_force(self._scales[name], self.plan.scale, self._scale)
 
     def _set_scale(self, scale: float) -> None:
         self._scale = scale
         for own, number in self._numbers.items():
-            number.fill_(self._scaled_by(own))
+            number.fill_(scale_in_force(own, self.plan.scale, scale))
 
     def form(
         self, name: str, blocks: Mapping[str, Tensor], rows: tuple[int, int] | None = None
@@ -233,22 +229,21 @@ class Blocks(nn.Module):
         """Form one layer's update, or rows of it, from what `blocks` gave."""
         height, width = self.plan.layout.shapes[name]
         first, last = rows or (0, height)
-        device = next(iter(blocks.values())).device
-        if name in self._sources.vectors:
-            whole = torch.cat(list(blocks.values())).reshape(height, width)
-            return whole if rows is None else whole[first:last]
-        with without_autocast(device):
+        with without_autocast(next(iter(blocks.values())).device):
+            if LEFT in blocks:
+                return self._form_rows(name, blocks[LEFT], blocks.get(RIGHT), first, last)
             if isinstance(blocks, Entered):
-                parts = [
+                pieces = [
                     Read.apply(token, value, *rest)  # type: ignore[no-untyped-call]
                     for value, token, *rest in blocks.pairs()
                 ]
-                whole = torch.cat(parts).reshape(height, width)
-                return whole if rows is None else whole[first:last]
-            if LEFT in blocks:
-                return self._form_rows(name, blocks[LEFT], blocks.get(RIGHT), first, last)
-            delta: Tensor = weight_delta(self.plan.layout, blocks, name, 1.0, (first, last))
-        return delta
+            elif name in self._sources.vectors:
+                pieces = list(blocks.values())
+            else:
+                delta: Tensor = weight_delta(self.plan.layout, blocks, name, 1.0, (first, last))
+                return delta
+            whole: Tensor = joined(pieces).reshape(height, width)
+        return whole if rows is None else whole[first:last]
 
     def form_linearized(
         self,
@@ -327,21 +322,10 @@ class Blocks(nn.Module):
         """
         tokens = x.numel() // max(1, x.shape[-1])
         trained = torch.is_grad_enabled()
-        key = (name, tokens, trained, fused)
-        found = None if torch.compiler.is_compiling() else self._decided.get(key)
-        if found is None:
-            found = choose(
-                self.plan.layout,
-                name,
-                machine_of(x.device),
-                tokens,
-                self._applied,
-                trained=trained,
-                fused=fused,
-            )
-            if not torch.compiler.is_compiling():
-                self._decided[key] = found
-        return found
+        machine = machine_of(x.device)
+        return choose(
+            self.plan.layout, name, machine, tokens, self._applied, trained=trained, fused=fused
+        )
 
     def update(
         self,
@@ -378,11 +362,13 @@ class Blocks(nn.Module):
             x = x.to(dtype)
         if way != "low_rank":
             factors = [factor.to(dtype) for factor in blocks.values()]
+            flat = x.reshape(-1, x.shape[-1])
             # What lies between the factors is as large as the inputs; of spectra it is more.
             if way == "kronecker" or transforms():
-                return product(x, factors)
-            y: Tensor = Recomputed.apply(x, product, *factors)  # type: ignore[no-untyped-call]
-            return y
+                y = product(flat, factors)
+            else:
+                y = run(Recomputed, flat, product, *factors)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
         with without_autocast(x.device):
             left, right = product.pair(list(blocks.values()))
         right = None if right is None else right.to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -12,6 +13,79 @@ from torch.autograd import forward_ad
 
 # Takes the gradient of a value and returns those of what it was made from.
 Pull = Callable[[Tensor], list[Tensor | None]]
+
+
+def differentiated_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse gradients of a Function's gradients.
+
+    Parameters
+    ----------
+    backward : callable
+        Takes the context and the gradients of the outputs.
+
+    Returns
+    -------
+    callable
+        The same. What it returns depends on all that it read: torch's own ``once_differentiable``
+        is passed by where gradients are asked for of some of that alone.
+    """
+    plain = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *gradients: Tensor | None) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms():
+            return plain(ctx, *gradients)
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        read = (*ctx.saved_tensors, *getattr(ctx, "tensors", ()), *gradients)
+        tied = [each for each in read if isinstance(each, Tensor) and each.requires_grad]
+        if not tied:
+            return found
+        return tuple(
+            None if each is None else _Refused.apply(each, *tied)  # type: ignore[no-untyped-call]
+            for each in found
+        )
+
+    return wrapped
+
+
+class _Refused(torch.autograd.Function):
+    """A value whose gradient is refused, for all that it was made from."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *tied: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "a gradient of this gradient must not be asked for: an update that is formed, or shared"
+            " by layers, is differentiated once; torch.func transforms, and apply='factored' with"
+            " groups of one weight, have all derivatives"
+        )
+
+
+def run(function: type[torch.autograd.Function], *operands: Any) -> Tensor:
+    """Apply a Function whose `forward` takes no context, or that alone where no gradient is asked.
+
+    Parameters
+    ----------
+    function : type
+        The Function.
+    *operands : Any
+        What it takes.
+
+    Returns
+    -------
+    torch.Tensor
+        Its output.
+    """
+    if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and transforms()):
+        y: Tensor = function.apply(*operands)
+        return y
+    # torch.compile traces the Function itself only for its gradient.
+    y = function.forward(*operands)
+    return y
 
 
 class Form(Protocol):
@@ -93,7 +167,7 @@ class FormedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, *factors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiated_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of inputs, weight, bias and factors."""
         with without_autocast(gradient.device):

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch._guards import detect_fake_mode
 
 from superlora.costs import Machine
+from superlora.torch.formed import without_autocast
 
 # Of the products and passes that are timed: as large as those of a layer.
 _WIDTH, _TOKENS = 768, 256
@@ -61,7 +63,7 @@ def calibrate(device: torch.device | str = "cpu", *, again: bool = False) -> Mac
     Raises
     ------
     ValueError
-        If `device` is the meta device, on which nothing takes time.
+        If there is no such device, or it is the meta device, on which nothing takes time.
 
     Examples
     --------
@@ -70,19 +72,23 @@ def calibrate(device: torch.device | str = "cpu", *, again: bool = False) -> Mac
     >>> 0 < machine.multiply < machine.call
     True
     """
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be one that torch has: got {device!r}") from error
     if device.type == "meta":
         raise ValueError("device must have memory to be measured: got 'meta'")
     with _lock:
         if again or device.type not in _known:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
                 _known[device.type] = _measured(device)
         return _known[device.type]
 
 
 def calibrate_once(device: torch.device) -> None:
     """Measure a device that was not measured before, unless results must not depend on it."""
-    if device.type == "meta" or device.type in _known:
+    if device.type == "meta" or device.type in _known or detect_fake_mode() is not None:
         return
     if not torch.are_deterministic_algorithms_enabled():
         calibrate(device)
@@ -118,7 +124,7 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
+    if device.type != "cpu" and torch.accelerator.is_available():
         torch.accelerator.synchronize(device)
 
 

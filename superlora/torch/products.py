@@ -10,7 +10,12 @@ from torch import Tensor
 
 from superlora.factored import apply_factored, apply_pair, low_rank_pair
 from superlora.layout import Layout
-from superlora.torch.formed import linearized, transforms, without_autocast
+from superlora.torch.formed import (
+    differentiated_once,
+    linearized,
+    transforms,
+    without_autocast,
+)
 from superlora.torch.sources import LEFT, RIGHT, again
 
 # Columns from which on a matrix product is fast either way.
@@ -48,8 +53,9 @@ def low_rank(
         other = None if right is None else right.t()
         y: Tensor = apply_pair(left, other, flat).reshape(*x.shape[:-1], left.shape[0])
         return y if weight is None else y + torch.nn.functional.linear(x, weight, bias)
-    y = LowRankLinear.apply(x, weight, bias, left, right)  # type: ignore[no-untyped-call]
-    return y
+    # Flat, since what a Function returns must be no view to be changed in place afterwards.
+    y = LowRankLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, left, right)  # type: ignore[no-untyped-call]
+    return y.reshape(*x.shape[:-1], left.shape[0])
 
 
 class LayerProduct:
@@ -104,26 +110,24 @@ class LowRankLinear(torch.autograd.Function):
         right: Tensor | None,
     ) -> Tensor:
         """Return the layer's output."""
-        flat = x.reshape(-1, x.shape[-1])
-        reduced = _reduced(flat, left, right)
+        reduced = _reduced(x, left, right)
         if weight is None:
             y = reduced @ left.t()
         else:
-            y = torch.nn.functional.linear(flat, weight, bias)
+            y = torch.nn.functional.linear(x, weight, bias)
             y.addmm_(reduced, left.t())
         ctx.save_for_backward(x, weight, left, right, reduced)
-        return y.view(*x.shape[:-1], left.shape[0])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of all arguments, differentiable themselves."""
         x, weight, left, right, reduced = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_left, wants_right = ctx.needs_input_grad
-        flat = x.reshape(-1, x.shape[-1])
         again = torch.is_grad_enabled()  # a gradient of this gradient may be asked for
         if again:
-            reduced = _reduced(flat, left, right)
-        of_y = gradients[0].reshape(-1, left.shape[0])
+            reduced = _reduced(x, left, right)
+        (of_y,) = gradients
         of_x = of_weight = of_bias = of_left = of_right = None
         of_reduced = of_y @ _columns(left) if wants_x or wants_right else of_y
         if right is not None and (wants_x or wants_right):
@@ -133,11 +137,11 @@ class LowRankLinear(torch.autograd.Function):
             thin = left.shape[1] < _THIN
             of_left = (reduced.t() @ of_y).t() if thin else of_y.t() @ reduced
         if wants_right:
-            of_right = of_reduced.t() @ flat.reshape(-1, right.shape[1])
+            of_right = of_reduced.t() @ x.reshape(-1, right.shape[1])
         if wants_x:
             of_x = _of_inputs(of_y, weight, of_reduced, right, again).view(x.shape)
         if wants_weight:
-            of_weight = of_y.t() @ flat
+            of_weight = of_y.t() @ x
         if wants_bias:
             of_bias = of_y.sum(0)
         return of_x, of_weight, of_bias, of_left, of_right
@@ -186,7 +190,7 @@ class Recomputed(torch.autograd.Function):
         ctx.save_for_backward(x, *factors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiated_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of inputs and factors."""
         wants_x, _, *wants = ctx.needs_input_grad

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superlora.torch.formed import without_autocast
+from superlora.torch.formed import differentiated_once, without_autocast
 from superlora.torch.stages import Key, Reader, Stage
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,11 +51,11 @@ class Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, value: Tensor, sink: Sink, reader: Reader) -> Tensor:
         """Return the range; `token` ties it to the node that made the value."""
-        ctx.value, ctx.sink, ctx.reader = value, sink, reader
+        ctx.value, ctx.sink, ctx.reader, ctx.tensors = value, sink, reader, (token,)
         return reader.read(value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiated_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Add the gradient up with those of others."""
         ctx.reader.add(gradient, ctx.sink.sum_like(ctx.value))
@@ -75,19 +75,17 @@ class _Made:
     # None where a part is a view of the tensor itself, whose values it always has.
     values: tuple[Tensor | None, ...] = ()
     parts: tuple[Tensor, ...] = ()
-    asked: set[str] = field(default_factory=set)
+    last: int = -1  # of the layers that asked
     sink: Sink = field(default_factory=Sink)
 
-    def serves(self, tensors: tuple[Tensor, ...], state: tuple[Any, ...], name: str) -> bool:
+    def serves(self, tensors: tuple[Tensor, ...], state: tuple[Any, ...], order: int) -> bool:
         """Return whether it is what these tensors would make."""
         values = self.values  # read once: another thread may take their gradients meanwhile
         if self.state != state or len(values) != len(tensors):
             return False
         # A version does not count what is written through `.data`, as averages of weights are.
-        whole = name in self.asked
-        if whole:  # a layer asks a second time: another pass has begun
-            self.asked = set()
-        self.asked.add(name)
+        whole = order <= self.last  # a layer that asked, or an earlier one: another pass
+        self.last = order
         found = zip(self.tensors, values, tensors, strict=True)
         return all(own is t and _same(value, t, whole) for own, value, t in found)
 
@@ -112,11 +110,11 @@ class _Parts(torch.autograd.Function):
         return (*parts, parts[0].new_zeros(()))  # which ties those that read to this node
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiated_once
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         made = ctx.made()
         if made is not None:
-            made.parts = made.values = ()  # of the weights' size
+            made.parts = made.values = made.tensors = ()  # of the weights' size
         if _versions(ctx.tensors) != ctx.versions:
             raise RuntimeError(
                 "a factor was changed in place between the forward and the backward pass"
@@ -163,7 +161,7 @@ class Shared:
         stage: Stage,
         tensors: tuple[Tensor, ...],
         state: tuple[Any, ...],
-        name: str,
+        order: int,
     ) -> tuple[tuple[Tensor, ...], Sink]:
         """Return what a stage makes.
 
@@ -177,8 +175,8 @@ class Shared:
             From which.
         state : tuple
             What else they depend on.
-        name : str
-            The layer that asks.
+        order : int
+            The place in the plan of the layer that asks.
 
         Returns
         -------
@@ -196,13 +194,13 @@ class Shared:
             *((tensor.requires_grad, tensor.data_ptr()) for tensor in tensors),
         )
         made = self._made.get(key)
-        if made is not None and made.serves(tensors, state, name):
+        if made is not None and made.serves(tensors, state, order):
             parts = made.parts  # read once, as its values are
             if parts:
                 return parts, made.sink
         made = None  # before another one takes as much memory
         self._made.pop(key, None)
-        made = _Made(tensors, state, asked={name})
+        made = _Made(tensors, state, last=order)
         with without_autocast(tensors[0].device):
             parts = _Parts.apply(stage, made, *tensors)  # type: ignore[no-untyped-call]
         made.values = _values(tensors, parts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora.costs import FORMED
-from superlora.torch.formed import FormedLinear, Pull, autocasts
+from superlora.torch.formed import FormedLinear, Pull, autocasts, run
 from superlora.torch.layers import (
     bias_of,
     computes_plainly,
@@ -19,7 +19,7 @@ from superlora.torch.layers import (
     parameter_of,
     weight_of,
 )
-from superlora.torch.rows import rows_of
+from superlora.torch.row_wise import rows_of
 from superlora.torch.sources import again
 from superlora.torch.sums import add_rounded_once, is_finite
 
@@ -169,8 +169,10 @@ class Site:
         factors = [factor for found in blocks for factor in found.values()]
         weight = weight_of(self.module) if fused else None
         bias = bias_of(self.module) if fused else None
-        y: Tensor = FormedLinear.apply(x, weight, bias, form, *factors)  # type: ignore[no-untyped-call]
-        return y
+        # Flat, since what a Function returns must be no view to be changed in place afterwards.
+        flat = x.reshape(-1, x.shape[-1])
+        y = run(FormedLinear, flat, weight, bias, form, *factors)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def link_of(self, adapter: Adapter) -> Link:
         """Return the link of one of the layer's adapters."""

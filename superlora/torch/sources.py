@@ -86,6 +86,7 @@ class Sources:
         self.names = {name: layout.inputs_of(name) for name in layout.shapes}
         self.blocks = {name: layout.blocks_of(name) for name in layout.shapes}
         self._smallest = {name: layout.smallest_blocks(name) for name in layout.shapes}
+        self._order = {name: index for index, name in enumerate(layout.shapes)}
         self._find_vectors()
         for group in range(len(layout.groups)):
             self._find_rows(group)
@@ -251,7 +252,9 @@ class Sources:
         blocks = self._blocks[first]
         tensors = tuple(find(n) for n in blocks.names)
         stage = self._kinds[first](blocks, first, scale)
-        (value, token), sink = self.shared.parts(("vector", first), stage, tensors, (scale,), name)
+        (value, token), sink = self.shared.parts(
+            ("vector", first), stage, tensors, (scale,), self._order[name]
+        )
         fixed, size = stage.map_and_size()
         reader = Reader(*bounds, fixed, size) if isinstance(fixed, OneHot) else Reader(*bounds)
         return value, token, sink, reader
@@ -265,14 +268,36 @@ class Sources:
         else:
             tensors = tuple(find(n) for n in blocks.names)
         stage = Rows(blocks, group, self._bounds[group], scale, mapped)
-        return self.shared.parts(("rows", group), stage, tensors, (scale,), name)[0]
+        return self.shared.parts(("rows", group), stage, tensors, (scale,), self._order[name])[0]
 
     def _mapped(self, name: str, group: int, find: Find) -> tuple[Tensor, ...]:
         blocks = self._blocks[group]
         tensors = tuple(find(n) for n in blocks.names)
-        return self.shared.parts(("modes", group), Modes(blocks, group), tensors, (), name)[0]
+        return self.shared.parts(
+            ("modes", group), Modes(blocks, group), tensors, (), self._order[name]
+        )[0]
 
     def release(self, name: str) -> None:
         """Forget what a layer is the last to be made of."""
         for key in self._last.get(name, ()):
             self.shared.forget(key)
+
+
+def scale_in_force(own: float, planned: float, scale: float) -> float:
+    """Return a layer's scale after the adapter's was set.
+
+    Parameters
+    ----------
+    own, planned : float
+        The layer's and the spec's as planned.
+    scale : float
+        The adapter's now.
+
+    Returns
+    -------
+    float
+        An override's scale changes in proportion.
+    """
+    if scale == planned:
+        return own
+    return scale if own == planned else scale * (own / planned)

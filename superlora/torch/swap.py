@@ -27,6 +27,7 @@ from superlora.torch.headers import (
     spec_of,
     stored_shapes,
 )
+from superlora.torch.sources import scale_in_force
 
 # The fields of a spec that decide its scale alone.
 _SCALES = ("alpha", "rslora", "scale")
@@ -147,18 +148,11 @@ def _other_scales(adapter: Adapter, spec: Spec, scale: float) -> list[str]:
         return []
     wrong = []
     for name in plan.shapes:
-        theirs = _scale_of(spec.of(name).scaling, spec.scaling, scale)
-        ours = _scale_of(plan.layout.scaling(name), plan.scale, scale)
+        theirs = scale_in_force(spec.of(name).scaling, spec.scaling, scale)
+        ours = scale_in_force(plan.layout.scaling(name), plan.scale, scale)
         if abs(theirs - ours) > 1e-9 * abs(theirs):
             wrong.append(f"{name!r} of scale {theirs:.6g} where this one's would be {ours:.6g}")
     return wrong
-
-
-def _scale_of(own: float, planned: float, scale: float) -> float:
-    # As `Blocks.scale_of`.
-    if scale == planned or own == planned:
-        return scale if own == planned else own
-    return scale * (own / planned)
 
 
 def _check_replaced(own: Mapping[str, Tensor], tensors: Header, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,11 +47,14 @@ class Rows:
         The adapters in use.
     modules : set of int
         The identities of all modules of the model.
+    thread : int
+        Which opened the block.
     """
 
     count: int
     parts: list[_Part]
     modules: set[int]
+    thread: int = field(default_factory=threading.get_ident)
 
     def output(self, site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return a layer's output: that of the base, and every row's own update."""
@@ -87,11 +91,32 @@ _OPEN: list[Rows] = []
 
 
 def rows_of(module: nn.Module) -> Rows | None:
-    """Return the rows of the innermost open block whose model has a layer, if any."""
-    for rows in reversed(_OPEN):
-        if id(module) in rows.modules:
-            return rows
-    return None
+    """Return the rows of the innermost open block whose model has a layer, if any.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The layer.
+
+    Returns
+    -------
+    Rows or None
+        Of this thread's blocks; a compiler cannot ask which that is, and a backward pass that
+        computes a layer again may run in another.
+
+    Raises
+    ------
+    AdapterError
+        If it is compiled or computed again while several threads have blocks open.
+    """
+    found = [rows for rows in reversed(_OPEN) if id(module) in rows.modules]
+    if not found:
+        return None
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+        found = [rows for rows in found if rows.thread == threading.get_ident()]
+    elif len({rows.thread for rows in found}) > 1:
+        raise AdapterError("rows() must be open in one thread alone to be compiled or recomputed")
+    return found[0] if found else None
 
 
 @contextmanager
