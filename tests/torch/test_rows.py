@@ -356,17 +356,24 @@ def count_calls(function):
         calls += event == "call"
 
     before = sys.getprofile()
-    gc.collect()
-    gc.disable()  # finalizers of other tests' objects are calls too
     sys.setprofile(count)
     try:
         function()
     finally:
         sys.setprofile(before)
-        gc.enable()
     return calls
 
 
+@pytest.fixture
+def _no_collector():
+    """Finalizers of other tests' objects are calls too."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
 def test_what_is_not_used_costs_nothing():
     """Two hundred adapters, of which two serve the batch; calls are counted, not seconds."""
     model = make_net(depth=1)
