@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 FORMED = "formed"
 APPLY = ("auto", "factored", "formed")
 _NO_PRODUCT = (
-    "apply must be 'auto' or 'formed' for {}, whose fold is not aligned and whose update is no "
-    "Kronecker product of matrices: got 'factored'"
+    "apply must be 'auto' or 'formed' for {}, whose fold has a last mode that does not divide the "
+    "input width, as that of fold='aligned' does, and whose update is neither a Kronecker product "
+    "of matrices nor FourierFT's: got 'factored'"
 )
 # Splits whose orders are all tried.
 _MOST_SPLITS = 6

@@ -281,6 +281,11 @@ class Adapter(Exporting, Blocks):
         path : str or pathlib.Path
             The file; replaced if it exists, and left as it was if writing fails.
 
+        Raises
+        ------
+        AdapterError
+            If a factor lies on the meta device.
+
         Notes
         -----
         Every factor is stored once, beside the spec with the scale now in force,

@@ -40,6 +40,8 @@ def attach(
 ) -> Adapter:
     """Adapt a model's layers; its output stays bit for bit what it was.
 
+    But for a ``factor_map`` from one vector, as in `superlora.unilora`: it cannot start at zero.
+
     Parameters
     ----------
     model : torch.nn.Module

@@ -59,9 +59,8 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise RuntimeError(
-            "a gradient of this gradient must not be asked for: an update that is formed, or shared"
-            " by layers, is differentiated once; torch.func transforms, and apply='factored' with"
-            " groups of one weight, have all derivatives"
+            "a gradient of this gradient must not be asked for: an update that is formed, shared by"
+            " layers or FourierFT's is differentiated once, but by transforms of torch.func"
         )
 
 

@@ -58,7 +58,7 @@ def calibrate(device: torch.device | str = "cpu", *, again: bool = False) -> Mac
     Returns
     -------
     Machine
-        Rounded to powers of two, so that noise does not change how an update is applied.
+        Rounded to powers of two, so that noise seldom changes how an update is applied.
 
     Raises
     ------

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from superlora.costs import check_apply
 from superlora.errors import AdapterError, some
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter
@@ -46,7 +47,16 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
         The adapter.
     path : pathlib.Path
         The file; replaced if it exists.
+
+    Raises
+    ------
+    AdapterError
+        If a factor lies on the meta device.
     """
+    if any(block.is_meta for block in adapter.factors().values()):
+        raise AdapterError(
+            f"adapter {adapter.name!r} must have memory to be saved: load the model's weights first"
+        )
     blocks = {name: block.detach().cpu() for name, block in adapter.factors().items()}
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -67,7 +77,9 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
     write_tensors(path, tensors, {KEY: json.dumps(header, separators=(",", ":"))})
 
 
-def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adapter:
+def load(
+    model: nn.Module, path: str | Path, *, name: str = "superlora", apply: str = "auto"
+) -> Adapter:
     """Attach a saved adapter to a model.
 
     Parameters
@@ -78,6 +90,8 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
         A file that ``Adapter.save`` wrote.
     name : str
         The attribute of `model` under which the adapter is registered.
+    apply : {"auto", "factored", "formed"}
+        Whether updates are formed in the forward pass, as in `attach`.
 
     Returns
     -------
@@ -101,6 +115,7 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
     check_model(model)
     path = Path(path)
     plan, header, tensors = _read(path)
+    check_apply(apply, plan.layout)
     factors = {key: value for key, value in tensors.items() if not key.startswith(MODEL)}
     replaced = {
         key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)
@@ -115,6 +130,7 @@ def load(model: nn.Module, path: str | Path, *, name: str = "superlora") -> Adap
         model, plan, modules, placed(plan, modules, factors), name, replaced=replaced
     )
     adapter.scale = scale_of(header, plan.spec)
+    adapter.applied = apply
     return adapter
 
 
