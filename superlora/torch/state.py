@@ -55,7 +55,8 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
     """
     if any(block.is_meta for block in adapter.factors().values()):
         raise AdapterError(
-            f"adapter {adapter.name!r} must have memory to be saved: load the model's weights first"
+            f"adapter {adapter.name!r} must not lie on the meta device to be saved: load the "
+            "model's weights first"
         )
     blocks = {name: block.detach().cpu() for name, block in adapter.factors().items()}
     header: dict[str, Any] = {

@@ -132,11 +132,3 @@ def test_a_way_is_chosen_where_a_file_is_loaded(tmp_path):
     loaded = slt.load(model, tmp_path / "a.safetensors", apply="formed")
     assert loaded.applied == "formed"
     assert_near(model(x), y)
-
-
-def test_factors_without_memory_are_not_saved(tmp_path):
-    model = make_net().to("meta")
-    adapter = slt.attach(model, sl.lora(1))
-    with pytest.raises(sl.AdapterError, match="must have memory to be saved"):
-        adapter.save(tmp_path / "a.safetensors")
-    assert not list(tmp_path.iterdir())
