@@ -200,7 +200,7 @@ def judge_memory(rows: list[Row], results: list[dict[str, Any]]) -> None:
     by_key = {f"{result['library']}: {result['method']}": result for result in results}
     for row in rows:
         result = by_key[row.key]
-        measure = "gpu_MB" if "gpu_MB" in result else "live_MB"
+        measure = "gpu_MB" if "gpu_MB" in result else "resident_MB"
         if row.memory is None or result["setting"] != "llama" or measure not in result:
             continue
         base, factor = row.memory
