@@ -1,16 +1,19 @@
 """Parameter-efficient adaptation by one equation; this import leaves torch and jax alone."""
 
-from superlora import maps, presets
+from superlora import maps, operations, presets
 from superlora.errors import AdapterError
 from superlora.folding import fold_group, unfold_group
 from superlora.kronecker import kronecker
 from superlora.plan import Plan
 from superlora.presets import (
+    bitfit,
     dense,
     did,
     fact_tk,
     fact_tt,
     fourierft,
+    glora,
+    ia3,
     krona,
     loha,
     lokr,
@@ -22,21 +25,27 @@ from superlora.presets import (
     lorta_cp,
     lotr,
     nola,
+    prompt_add,
+    repadapter,
     said,
+    ssf,
     tinylora,
     unilora,
     vera,
 )
 from superlora.spec import Spec
+from superlora.supports import OPERATIONS, support_shape
 from superlora.tucker import tucker
 from superlora.walsh_hadamard import fwht
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "OPERATIONS",
     "AdapterError",
     "Plan",
     "Spec",
+    "bitfit",
     "dense",
     "did",
     "fact_tk",
@@ -44,6 +53,8 @@ __all__ = [
     "fold_group",
     "fourierft",
     "fwht",
+    "glora",
+    "ia3",
     "krona",
     "kronecker",
     "loha",
@@ -57,8 +68,13 @@ __all__ = [
     "lotr",
     "maps",
     "nola",
+    "operations",
     "presets",
+    "prompt_add",
+    "repadapter",
     "said",
+    "ssf",
+    "support_shape",
     "tinylora",
     "tucker",
     "unfold_group",

@@ -59,8 +59,11 @@ def pairs(name: str, value: object) -> tuple[Any, ...]:
         raise ValueError(f"{name} must have every key once: got {[key for key, _ in items]}")
     if name != "overrides":
         return tuple(items)
-    found = []
+    found: list[tuple[str, Any]] = []
     for key, item in items:
+        if item is None:
+            found.append((key, None))
+            continue
         fields = pairs(f"overrides[{key!r}]", item)
         found.append((key, tuple((k, pairs(k, v) if k == "frozen" else v) for k, v in fields)))
     return tuple(found)

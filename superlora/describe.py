@@ -9,6 +9,7 @@ from typing import NamedTuple
 from superlora.block_rules import unit_modes_of
 from superlora.layout import Layout
 from superlora.splitting import Group, Members, Split
+from superlora.supports import Supports
 from superlora.uses import map_uses
 
 
@@ -19,6 +20,7 @@ class Kind(NamedTuple):
     combine: str
     splits: int
     map: str
+    operations: str
 
 
 def describe(layout: Layout) -> str:
@@ -38,13 +40,17 @@ def describe(layout: Layout) -> str:
     for block, shape in layout.factor_shapes.items():
         entries[int(block.partition(".")[0])] += math.prod(shape)
     # Most groups of a large model are the same objects, which are quicker to tell apart.
-    counts: Counter[tuple[int, int]] = Counter()
-    trained: Counter[tuple[int, int]] = Counter()
-    kinds: dict[tuple[int, int], Kind] = {}
-    for group, own, number in zip(layout.groups, layout.specs, entries, strict=True):
-        key = (id(group), id(own))
+    counts: Counter[tuple[int, int, str]] = Counter()
+    trained: Counter[tuple[int, int, str]] = Counter()
+    kinds: dict[tuple[int, int, str], Kind] = {}
+    several = isinstance(layout.spec, Supports)
+    for index, (group, own, number) in enumerate(
+        zip(layout.groups, layout.specs, entries, strict=True)
+    ):
+        operations = _operations(layout, index) if several else ""
+        key = (id(group), id(own), operations)
         if key not in kinds:
-            kinds[key] = Kind(group, own.combine, own.splits, type(own.map).__name__)
+            kinds[key] = Kind(group, own.combine, own.splits, type(own.map).__name__, operations)
         counts[key] += 1
         trained[key] += number
     alike: Counter[Kind] = Counter()
@@ -56,10 +62,12 @@ def describe(layout: Layout) -> str:
         groups[kind.group] += counts[key]
     mapped = any(kind.map != "Identity" for kind in alike)
     header = ("groups", "entries", "map", "fold", "splits (size:rank)", "parameters")
-    rows: list[tuple[str, ...]] = [header if mapped else (*header[:2], *header[3:])]
+    first = ("operations",) if several else ()
+    rows: list[tuple[str, ...]] = [(*first, *(header if mapped else (*header[:2], *header[3:])))]
     for kind, count in alike.items():
         rows.append(
             (
+                *([kind.operations] if several else []),
                 str(count),
                 f"{kind.group.size:,}",
                 *([kind.map] if mapped else []),
@@ -75,10 +83,16 @@ def describe(layout: Layout) -> str:
     ]
     share = layout.num_parameters / layout.num_dense
     lines.append(
-        f"{len(layout.shapes)} weights, {layout.num_parameters:,} trainable parameters for "
+        f"{len(layout.supports)} weights, {layout.num_parameters:,} trainable parameters for "
         f"{layout.num_dense:,} entries ({share:.4%})"
     )
     return "\n".join(lines + _notes(layout, groups))
+
+
+def _operations(layout: Layout, group: int) -> str:
+    """Return the merge operations whose supports a group holds."""
+    found = (name.partition(".")[0] for name in layout.grouping.members[group])
+    return " + ".join(dict.fromkeys(found))
 
 
 def _splits_text(kind: Kind) -> str:
@@ -108,8 +122,10 @@ def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
     notes = []
     capped = sum(count for group, count in alike.items() if any(s.capped for s in group.splits))
     if capped:
+        pairs = zip(layout.groups, layout.specs, strict=True)
+        ranks = {str(own.rank) for group, own in pairs if any(s.capped for s in group.splits)}
         notes.append(
-            f"note: rank {layout.spec.rank} exceeds a mode in {capped} of {len(layout.groups)} "
+            f"note: rank {' or '.join(sorted(ranks))} exceeds a mode in {capped} of {len(layout.groups)} "
             f"groups; it is {_how_capped(alike)} there"
         )
     notes += _cropped(layout) + _ratios(layout)

@@ -110,7 +110,9 @@ def each_frozen(
             if int(group) not in decomposed:
                 (weight,) = layout.grouping.members[int(group)]
                 known = {} if weights is None else weights
-                decomposed[int(group)] = _decompose(weight, layout.shapes[weight], known)
+                decomposed[int(group)] = _decompose(
+                    layout.layer_of[weight], layout.shapes[weight], known
+                )
             left, numbers, right = decomposed[int(group)]
             vectors = (right if last else left)[:, : shape[1]]
             values = vectors * numbers[: shape[1]] ** _POWERS[source]

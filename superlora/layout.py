@@ -11,6 +11,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from superlora.block_rules import check_frozen, unit_modes_of
 from superlora.costs import Work, inner_width, kronecker_order, ways_of
@@ -22,6 +23,7 @@ from superlora.shapes import Shape
 from superlora.slicing import Slice, slice_of
 from superlora.spec import Spec
 from superlora.splitting import Group, Members, Split, make_group
+from superlora.supports import Supports, design_of, parts_of
 
 
 class Layout:
@@ -29,17 +31,21 @@ class Layout:
 
     Parameters
     ----------
-    spec : Spec
-        The design.
+    spec : Spec or mapping of str to Spec
+        The design; a mapping has one for each merge operation.
     shapes : mapping of str to (int, int)
         Output and input width of every weight, in the order of concatenation.
 
     Attributes
     ----------
-    spec : Spec
+    spec : Spec or Supports
         As given.
+    layers : dict of str to (int, int)
+        The shapes as given, checked.
     shapes : dict of str to (int, int)
-        As given, checked.
+        Those of the updates: the layers that the design has, or their supports.
+    supports : dict of str to dict of str to str
+        For each layer the names of its supports by merge operation.
     grouping : Grouping
         Where every weight lies.
     groups : tuple of Group
@@ -55,11 +61,13 @@ class Layout:
         If the spec cannot serve these shapes; the message names the argument.
     """
 
-    def __init__(self, spec: Spec, shapes: Mapping[str, tuple[int, int]]) -> None:
-        if not isinstance(spec, Spec):
-            raise TypeError(f"spec must be a superlora.Spec: got {type(spec).__name__}")
-        self.spec = spec
-        self.shapes = check_shapes(shapes)
+    def __init__(
+        self, spec: Spec | Supports | Mapping[Any, Any], shapes: Mapping[str, tuple[int, int]]
+    ) -> None:
+        self.spec = design_of(spec)
+        self.layers = check_shapes(shapes)
+        made = parts_of(self.spec, self.layers)
+        self.shapes, self.supports = made.shapes, made.supports
         parts: list[Grouping] = []
         groups: list[Group] = []
         specs: list[Spec] = []
@@ -67,7 +75,7 @@ class Layout:
         alike: dict[int, tuple[Group, ...]] = {}
         designs: list[Spec] = []
         self._ends: dict[int, int] = {}  # of every part, by its first group
-        for own, names in self._parts().items():
+        for own, names in made.designs:
             part = group_weights({name: self.shapes[name] for name in names}, own.groups, own.cut)
             # Most groups of a large model are alike: solve each distinct one once.
             make = functools.lru_cache(maxsize=None)(functools.partial(make_group, own))
@@ -87,6 +95,7 @@ class Layout:
         self.specs: tuple[Spec, ...] = tuple(specs)
         self._first = first  # the first group of every group's part, which names tied blocks
         self._alike = alike
+        self._shared = self._find_shared(made.shared)
         self.maps: tuple[Map, ...] = self._bind(designs)
         # Asked at every forward pass; plain dicts, which torch.compile traces.
         self._piece_slices: dict[Piece, Slice] = {}
@@ -100,24 +109,18 @@ class Layout:
         if unit_modes:
             warnings.warn(f"{unit_modes}; use fewer splits or fold='balanced'", stacklevel=3)
 
-    def _parts(self) -> dict[Spec, list[str]]:
-        """Return the weights of each design, in order."""
-        if not self.spec.overrides:
-            return {self.spec: list(self.shapes)}
-        parts: dict[Spec, list[str]] = {}
-        designs: dict[str | None, Spec] = {}
-        for name in self.shapes:
-            pattern = self.spec.override_of(name)
-            if pattern not in designs:
-                designs[pattern] = self.spec.of(name)
-            parts.setdefault(designs[pattern], []).append(name)
-        unused = [pattern for pattern, _ in self.spec.overrides if pattern not in designs]
-        if unused:
-            raise ValueError(
-                f"overrides must match weights of their own: {some(map(repr, unused))} matched "
-                f"none of {some(map(repr, self.shapes))}"
-            )
-        return parts
+    def _find_shared(self, names: Mapping[str, str]) -> dict[int, int]:
+        """Return the groups whose blocks are those of other groups."""
+        found: dict[int, int] = {}
+        for name, source in names.items():
+            group, other = (self.grouping.pieces[each][0].group for each in (name, source))
+            own, theirs = (self.groups[each].before for each in (group, other))
+            if own != theirs:
+                raise ValueError(
+                    f"{name!r} has {own} entries to share with {source!r}: got {theirs}"
+                )
+            found[group] = other
+        return found
 
     def _fold_context(self, part: Grouping, group: int) -> Members:
         divisor, names = 0, part.members[group]
@@ -264,9 +267,16 @@ class Layout:
 
     def block(self, group: int, index: int, leaf: str) -> str:
         """Return the name of a split's block: that of the part's first group, where tied."""
+        if self._shared:
+            group = self._shared.get(group, group)
         if f"{index % self.specs[group].splits}.{leaf}" in self.specs[group].tied:
             group = self._first[group]
         return f"{group}.{index}.{leaf}"
+
+    @functools.cached_property
+    def layer_of(self) -> dict[str, str]:
+        """The layer of each of `shapes`."""
+        return {name: layer for layer, own in self.supports.items() for name in own.values()}
 
     @functools.cached_property
     def block_shapes(self) -> dict[str, Shape]:
@@ -381,7 +391,8 @@ class Layout:
     @property
     def num_dense(self) -> int:
         """Entries of all adapted weights."""
-        return sum(map(math.prod, self.shapes.values()))
+        own = self.layers
+        return sum(own[layer][0] * own[layer][1] for layer in self.supports)
 
 
 @functools.lru_cache

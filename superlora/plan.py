@@ -10,23 +10,23 @@ import numpy
 
 from superlora._backend import Array, backend_of
 from superlora.costs import FORMED, Machine, check_apply, choose
-from superlora.describe import describe
+from superlora.errors import some
 from superlora.factored import apply_factored, low_rank_factors
 from superlora.frozen import frozen_blocks
 from superlora.init import init_factors
-from superlora.layout import Layout
-from superlora.reconstruct import joint_entries, weight_delta
-from superlora.spec import Spec
-from superlora.terms import scaled, with_blocks
+from superlora.operations import merge
+from superlora.planned import Planned
+from superlora.reconstruct import weight_delta, weight_deltas
 
 
-class Plan:
+class Plan(Planned):
     """A spec joined with the weights it adapts. Building one touches integers only.
 
     Parameters
     ----------
-    spec : Spec
-        The design.
+    spec : Spec or mapping of str to Spec
+        The design. A mapping has one for each merge operation (`superlora.OPERATIONS`), whose
+        support tensors are then the plan's weights, named ``"operation.weight"``.
     shapes : mapping of str to (int, int)
         Output and input width of every weight, in the order in which their
         updates are concatenated. A weight that a library stores transposed is
@@ -65,73 +65,6 @@ class Plan:
     >>> plan.delta(factors, "q").shape
     (6, 4)
     """
-
-    def __init__(self, spec: Spec, shapes: Mapping[str, tuple[int, int]]) -> None:
-        self.layout = Layout(spec, shapes)
-
-    @property
-    def spec(self) -> Spec:
-        """The design."""
-        return self.layout.spec
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Output and input width of every weight, in order."""
-        return dict(self.layout.shapes)
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable entries of all blocks."""
-        return self.layout.num_parameters
-
-    @property
-    def num_dense(self) -> int:
-        """Entries of all adapted weights."""
-        return self.layout.num_dense
-
-    @property
-    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every trainable block by name."""
-        return dict(self.layout.factor_shapes)
-
-    @property
-    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every frozen block by name."""
-        return {name: self.layout.block_shapes[name] for name in self.layout.frozen}
-
-    @property
-    def scale(self) -> float:
-        """The number s in front of the equation, where no override says another."""
-        return self.spec.scaling
-
-    @property
-    def ratio(self) -> float:
-        """Entries before the maps over entries after them, in all groups; 1 without a map."""
-        layout = self.layout
-        mapped = [
-            (group.before, group.size)
-            for group, own in zip(layout.groups, layout.specs, strict=True)
-            if not own.map.keeps_size
-        ]
-        before, after = map(sum, zip(*mapped, strict=True)) if mapped else (1, 1)
-        return before / after
-
-    def __repr__(self) -> str:
-        return (
-            f"Plan({len(self.layout.shapes)} weights, {len(self.layout.groups)} groups, "
-            f"{self.num_parameters:,} of {self.num_dense:,} parameters)"
-        )
-
-    def describe(self) -> str:
-        """Return a table of the groups: folds, splits, ranks and parameter counts.
-
-        Returns
-        -------
-        str
-            Alike groups share a row; below it stand the totals and what a user
-            may not expect: ranks that were capped, entries that a cover crops.
-        """
-        return describe(self.layout)
 
     def init(self, seed: int = 0, like: Any = numpy.float32) -> dict[str, Array]:
         """Draw initial factors for which every update is zero, but with one vector for all blocks.
@@ -281,27 +214,63 @@ class Plan:
         """
         for name in self.layout.shapes:
             self._check(factors, name)
-        layout = self.layout
-        factors = with_blocks(layout, factors, layout.block_shapes)
-        vectors: dict[int, Array] = {}  # by the first of the groups that a map takes together
-        for group in range(len(layout.groups)):
-            if not layout.identity(group) and group == layout.joint(group)[0]:
-                x, size = joint_entries(layout, factors, group)
-                vectors[group] = layout.maps[group].apply(x, size)
-        deltas = {}
-        for name, pieces in layout.grouping.pieces.items():
-            number = self._scaling(name, scale)
-            if layout.identity(pieces[0].group):
-                deltas[name] = weight_delta(layout, factors, name, number)
-                continue
-            runs = [
-                vectors[layout.joint(piece.group)[0]][slice(*layout.position(piece))]
-                for piece in pieces
-            ]
-            library = backend_of(*runs)
-            delta = library.reshape(library.concatenate(runs, axis=0), layout.shapes[name])
-            deltas[name] = scaled(delta, number)
-        return deltas
+        numbers = {name: self._scaling(name, scale) for name in self.layout.shapes}
+        return weight_deltas(self.layout, factors, numbers)
+
+    def merge(
+        self,
+        factors: Mapping[str, Array],
+        layer: str,
+        weight: Array,
+        bias: Array | None = None,
+        scale: float | None = None,
+    ) -> tuple[Array, Array | None]:
+        """Merge a layer's update, or all its support tensors, into its weight and bias.
+
+        Parameters
+        ----------
+        factors : mapping of str to array
+            At least the blocks of the layer's groups.
+        layer : str
+            One of the layers that the plan was made for.
+        weight : array, (output width, input width)
+            The layer's own.
+        bias : array, (output width,), optional
+            The layer's own.
+        scale : float, optional
+            Takes the place of the designs' scales.
+
+        Returns
+        -------
+        array, (output width, input width)
+            The merged weight, as `superlora.operations.merge` has it.
+        array, (output width,), or None
+            The merged bias; None where there is none and no operation gives one.
+
+        Raises
+        ------
+        KeyError
+            If the plan adapts no layer of that name.
+        TypeError
+            If the arrays are of different libraries.
+        ValueError
+            If a block is missing, or a shape does not fit.
+
+        Examples
+        --------
+        >>> import numpy as np, superlora as sl
+        >>> plan = sl.Plan({"scale_weight": sl.lora(rank=1), "add_bias": sl.dense()}, {"q": (3, 2)})
+        >>> weight, bias = plan.merge(plan.init(), "q", np.ones((3, 2), np.float32))
+        >>> bool((weight == 1).all()), bias
+        (True, array([0., 0., 0.], dtype=float32))
+        """
+        if layer not in self.layout.supports:
+            raise KeyError(
+                f"no layer is named {layer!r}; the plan adapts "
+                f"{some(map(repr, self.layout.supports))}"
+            )
+        own = self.layout.supports[layer].items()
+        return merge(weight, bias, {op: self.delta(factors, name, scale) for op, name in own})
 
     def apply(
         self,

@@ -90,6 +90,45 @@ def weight_delta(
     return scaled(backend_of(runs[0]).reshape(joined(runs), (last - first, width)), scale)
 
 
+def weight_deltas(
+    layout: Layout, factors: Mapping[str, Array], scales: Mapping[str, float]
+) -> dict[str, Array]:
+    """Form the updates of all weights.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    factors : mapping of str to array
+        All blocks by name, frozen ones too.
+    scales : mapping of str to float
+        The number s in front of each.
+
+    Returns
+    -------
+    dict of str to array
+        (output width, input width) each. A map that mixes a group's entries is applied once.
+    """
+    factors = with_blocks(layout, factors, layout.block_shapes)
+    vectors: dict[int, Array] = {}  # by the first of the groups that a map takes together
+    for group in range(len(layout.groups)):
+        if not layout.identity(group) and group == layout.joint(group)[0]:
+            x, size = joint_entries(layout, factors, group)
+            vectors[group] = layout.maps[group].apply(x, size)
+    deltas = {}
+    for name, pieces in layout.grouping.pieces.items():
+        if layout.identity(pieces[0].group):
+            deltas[name] = weight_delta(layout, factors, name, scales[name])
+            continue
+        runs = [
+            vectors[layout.joint(piece.group)[0]][slice(*layout.position(piece))]
+            for piece in pieces
+        ]
+        delta = backend_of(*runs).reshape(joined(runs), layout.shapes[name])
+        deltas[name] = scaled(delta, scales[name])
+    return deltas
+
+
 def map_slice(fixed: Map, x: Array, size: int, start: int, stop: int) -> Array:
     """Return some entries of a mapped vector, if the map keeps to what it has to be.
 

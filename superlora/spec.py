@@ -102,8 +102,9 @@ class Spec:
         How an integer `groups` cuts a total that it does not divide.
     overrides : mapping of str to mapping
         Other fields for some weights: a regular expression that matches a whole
-        name or its end after a dot, and the fields that differ. The first that
-        matches counts. Weights with the same fields make up groups among themselves.
+        name or its end after a dot, and the fields that differ; None leaves these weights
+        out. The first that matches counts. Weights with the same fields make up groups
+        among themselves.
 
     Raises
     ------
@@ -173,7 +174,7 @@ class Spec:
         checks.check_scale(self)
         checks.check_blocks(self)
         for pattern, fields in self.overrides:
-            self._check_override(pattern, fields)
+            self._check_override(pattern, {} if fields is None else fields)
 
     @property
     def orders(self) -> tuple[int, ...]:
@@ -208,7 +209,7 @@ class Spec:
             return self.alpha / (math.sqrt(rank) if self.rslora else rank)
         return 1.0 if self.scale is None else self.scale
 
-    def of(self, name: str) -> Spec:
+    def of(self, name: str) -> Spec | None:
         """Return the spec of one weight, without overrides.
 
         Parameters
@@ -218,11 +219,13 @@ class Spec:
 
         Returns
         -------
-        Spec
-            This spec with the fields of the first override that matches `name`.
+        Spec or None
+            This spec with the fields of the first override that matches `name`; None where
+            that leaves it out.
         """
         matched = self.override_of(name)
-        return self._with({} if matched is None else dict(self.overrides)[matched])
+        changes = {} if matched is None else dict(self.overrides)[matched]
+        return None if changes is None else self._with(changes)
 
     def override_of(self, name: str) -> str | None:
         """Return the pattern of the override that a weight takes, if any.
@@ -355,7 +358,8 @@ def _plain(name: str, value: Any) -> Any:
         return dict(value)
     if name == "overrides":
         return {
-            pattern: {key: _plain(key, item) for key, item in fields} for pattern, fields in value
+            pattern: None if fields is None else {key: _plain(key, item) for key, item in fields}
+            for pattern, fields in value
         }
     return [_plain("", item) for item in value] if isinstance(value, tuple) else value
 

@@ -1,17 +1,21 @@
-"""Named methods as points of the design space: each returns a `Spec`, nothing else."""
+"""Named methods as points of the design space: each returns a `Spec`, or one an operation."""
 
 from superlora.presets.mapped import did, fourierft, nola, said, unilora
+from superlora.presets.operations import bitfit, glora, ia3, prompt_add, repadapter, ssf
 from superlora.presets.partly_frozen import lora_fa, lora_xs, tinylora, vera
 from superlora.presets.shared import fact_tk, fact_tt, lorta, lorta_cp, lotr
 from superlora.presets.weightwise import dense, krona, loha, lokr, lonkr, lora
 
 # The package names them too.  pylint: disable=duplicate-code
 __all__ = [
+    "bitfit",
     "dense",
     "did",
     "fact_tk",
     "fact_tt",
     "fourierft",
+    "glora",
+    "ia3",
     "krona",
     "loha",
     "lokr",
@@ -23,7 +27,10 @@ __all__ = [
     "lorta_cp",
     "lotr",
     "nola",
+    "prompt_add",
+    "repadapter",
     "said",
+    "ssf",
     "tinylora",
     "unilora",
     "vera",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from superlora.errors import AdapterError, some
+from superlora.operations import GIVES_BIAS
 from superlora.plan import Plan
 from superlora.torch.blocks import Blocks
 from superlora.torch.exporting import Exporting
@@ -111,6 +112,16 @@ class Adapter(Exporting, Blocks):
             By dotted name, in the plan's order.
         """
         return {name: site.module for name, site in self._sites.items()}
+
+    @property
+    def gains_bias(self) -> list[str]:
+        """The layers without a bias that have one while the adapter is merged."""
+        supports = self.plan.layout.supports
+        return [
+            name
+            for name, site in self._sites.items()
+            if site.own_bias is None and not GIVES_BIAS.isdisjoint(supports[name])
+        ]
 
     @property
     def active(self) -> bool:

@@ -18,10 +18,11 @@ from superlora.frozen import each_frozen
 from superlora.init import each_factor
 from superlora.plan import Plan
 from superlora.spec import Spec
+from superlora.supports import Supports, design_of
 from superlora.torch.adapter import Adapter, adapters_of
 from superlora.torch.empty import fill_after_loading, first_weight
 from superlora.torch.freezing import freeze
-from superlora.torch.layers import parameter_of, shape_of, weight_of
+from superlora.torch.layers import bias_of, parameter_of, shape_of, weight_of
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
@@ -30,7 +31,7 @@ from superlora.torch.walk import outside_adapters, registered
 
 def attach(
     model: nn.Module,
-    spec: Spec,
+    spec: Spec | Supports | Mapping[Any, Any],
     targets: Targets = ALL_LINEAR,
     *,
     name: str = "superlora",
@@ -47,8 +48,11 @@ def attach(
     model : torch.nn.Module
         Any model with ``Linear`` layers, or GPT-2's ``Conv1D``. Its parameters are
         frozen; their names and the modules' classes stay as they are.
-    spec : Spec
-        The design, such as ``superlora.lora(rank=8)``.
+    spec : Spec or mapping of str to Spec
+        The design, such as ``superlora.lora(rank=8)``; or one for each merge operation, as
+        ``superlora.glora(rank=8)`` has them: keys are among `superlora.OPERATIONS`, or tuples of
+        operations whose supports are grouped together, and a value may also be the name of
+        an operation whose entries this one shares.
     targets : sequence of str, str or callable
         Names or suffixes of layers, a regular expression for whole names,
         ``"all-linear"``, or ``predicate(name, module) -> bool``.
@@ -86,7 +90,8 @@ def attach(
     """
     check_model(model)
     modules = find_targets(model, targets)
-    plan = Plan(spec, {target: shape_of(module) for target, module in modules.items()})
+    shapes = {target: shape_of(module) for target, module in modules.items()}
+    plan = Plan(_fitting(design_of(spec), modules), shapes)
     check_free(model, host_of(model, modules), name)
     _refuse_stored(plan)
     check_apply(apply, plan.layout)
@@ -143,8 +148,8 @@ def register(
     others = [part for _, part in registered(model) if isinstance(part, Adapter)]
     adapter._order = 1 + _last_order(model, others)
     adapter._frozen = freeze(model)
-    for target, module in modules.items():
-        adapter._sites[target] = Site.add(module, target, adapter)
+    for target in plan.layout.supports:
+        adapter._sites[target] = Site.add(modules[target], target, adapter)
     host = host_of(model, modules)
     adapter._homes = (model, host)
     host.add_module(name, adapter)
@@ -154,6 +159,14 @@ def register(
         adapter.replaced = pending
         pending.use(True)
     return adapter
+
+
+def _fitting(design: Spec | Supports, modules: Mapping[str, nn.Module]) -> Spec | Supports:
+    """Leave out what scales the bias of layers that have none."""
+    bare = [name for name, module in modules.items() if bias_of(module) is None]
+    if isinstance(design, Spec) or not bare:
+        return design
+    return design.without("scale_bias", bare, all_of=len(bare) == len(modules))
 
 
 def _hooks_of(model: nn.Module) -> tuple[RemovableHandle, ...]:

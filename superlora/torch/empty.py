@@ -75,7 +75,8 @@ def first_weight(plan: Plan, modules: Mapping[str, nn.Module], block: str) -> Te
         As the layer stores it.
     """
     group = int(block.partition(".")[0])
-    return parameter_of(modules[plan.layout.grouping.members[group][0]])
+    layout = plan.layout
+    return parameter_of(modules[layout.layer_of[layout.grouping.members[group][0]]])
 
 
 def _put(adapter: Adapter, block: str, values: Tensor) -> None:

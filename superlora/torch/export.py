@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from superlora.errors import AdapterError
+from superlora.supports import Supports
 from superlora.terms import with_blocks
 from superlora.torch.adapter import Adapter
 from superlora.torch.foreign import Matrix
@@ -237,7 +238,7 @@ def check_export(adapter: Adapter, rank: int | None, energy: float | None) -> No
     TypeError
         If `rank` is not an integer.
     ValueError
-        If one is out of its range.
+        If one is out of its range, or the adapter has merge operations.
     """
     if rank is not None:
         check_count("rank", rank)
@@ -245,6 +246,11 @@ def check_export(adapter: Adapter, rank: int | None, energy: float | None) -> No
         isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1
     ):
         raise ValueError(f"energy must be in (0, 1]: got {energy!r}")
+    if isinstance(adapter.plan.spec, Supports):
+        raise ValueError(
+            "an adapter must only add to weights to be written for other libraries: this one has "
+            f"{', '.join(adapter.plan.spec.operations)}; merge it instead"
+        )
     if not adapter.attached:
         raise AdapterError("adapter must be attached to a model, whose layers the files name")
 

@@ -17,6 +17,7 @@ from superlora.errors import some
 from superlora.frozen import fingerprint
 from superlora.plan import Plan
 from superlora.spec import Spec
+from superlora.supports import Supports, design_from_dict
 from superlora.torch.files import Header, unfit_dtypes
 from superlora.uses import map_uses
 
@@ -95,7 +96,7 @@ def valid_header(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} must have a valid superlora header: {error}") from None
 
 
-def spec_of(header: Mapping[str, Any], path: Path) -> Spec:
+def spec_of(header: Mapping[str, Any], path: Path) -> Spec | Supports:
     """Return the spec of a file's header, whose scale is found good too.
 
     Parameters
@@ -107,8 +108,8 @@ def spec_of(header: Mapping[str, Any], path: Path) -> Spec:
 
     Returns
     -------
-    Spec
-        The spec.
+    Spec or Supports
+        The spec, or those of merge operations.
 
     Raises
     ------
@@ -116,20 +117,20 @@ def spec_of(header: Mapping[str, Any], path: Path) -> Spec:
         If there is none, or a value is refused.
     """
     with valid_header(path):
-        spec = Spec.from_dict(header["spec"])
+        spec = design_from_dict(header["spec"])
         if "scale" in header:
             spec.scaled(0.0 + header["scale"])
         return spec
 
 
-def scale_of(header: Mapping[str, Any], spec: Spec) -> float:
+def scale_of(header: Mapping[str, Any], spec: Spec | Supports) -> float:
     """Return the scale that was in force when a file was saved.
 
     Parameters
     ----------
     header : mapping
         What `header_of` gave.
-    spec : Spec
+    spec : Spec or Supports
         What `spec_of` gave.
 
     Returns

@@ -102,11 +102,11 @@ class Replaced:
         self.in_use = new
 
     def refuse_merged(self) -> None:
-        """Raise if one of them is a weight that some adapter is merged into."""
+        """Raise if some adapter is merged into one of them."""
         for owner, name in zip(self._owners, self.names, strict=True):
             site = Site.of(owner)
-            if site is not None and site.merged and name.endswith("weight"):
-                merged = [link.adapter.name for link in site.merged]
+            merged = [] if site is None else site.holders(name.rpartition(".")[2])
+            if merged:
                 raise AdapterError(
                     f"{name!r}, which an adapter has replaced, must not hold merged updates for "
                     f"this: unmerge {some(map(repr, merged))} first"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from superlora.costs import FORMED
-from superlora.torch.formed import FormedLinear, Pull, autocasts, run
+from superlora.supports import ADD
+from superlora.torch.formed import FormedLinear, autocasts, run
+from superlora.torch.forms import Formed
 from superlora.torch.layers import (
     bias_of,
     computes_plainly,
@@ -20,8 +22,8 @@ from superlora.torch.layers import (
     weight_of,
 )
 from superlora.torch.row_wise import rows_of
-from superlora.torch.sources import again
 from superlora.torch.sums import add_rounded_once, is_finite
+from superlora.torch.supports import Part, Supported, changes, parts_of
 
 if TYPE_CHECKING:
     from superlora.torch.adapter import Adapter
@@ -37,13 +39,23 @@ class Link:
         The adapter.
     name : str
         The layer's dotted name in the adapter's own model.
-    before : torch.Tensor or None
-        The weight's bits before the adapter was merged into it, while it is.
+    parts : tuple of Part
+        Its support tensors here.
+    before : tuple of (torch.Tensor or None), or None
+        The bits of weight and bias before the adapter was merged into them, while it is; None
+        for one that it leaves alone.
+    bare : bool
+        Whether the layer had no bias, and has one meanwhile.
     """
 
     adapter: Adapter
     name: str
-    before: Tensor | None = None
+    parts: tuple[Part, ...] = field(init=False)
+    before: tuple[Tensor | None, Tensor | None] | None = None
+    bare: bool = False
+
+    def __post_init__(self) -> None:
+        self.parts = parts_of(self.adapter, self.name)
 
 
 class Site:
@@ -108,24 +120,59 @@ class Site:
         divided = rows_of(self.module)
         if divided is not None:
             return divided.output(self, x, *args, **kwargs)
-        active = [link for link in self.links if link.adapter.active]
+        parts = [part for link in self.links if link.adapter.active for part in link.parts]
         alone = len(args) + len(kwargs) == 1 and self._previous is None
-        fused = alone and self._can_fuse(active)
-        ways = [link.adapter.way(link.name, x, fused) for link in active]
-        formed = [link for link, way in zip(active, ways, strict=True) if way == FORMED]
-        rest = [(link, way) for link, way in zip(active, ways, strict=True) if way != FORMED]
+        fused = alone and self._can_fuse(parts)
+        if any(part.operation != ADD for part in parts):
+
+            def base(moved: Tensor) -> Tensor:
+                if args:
+                    return self._base(moved, *args[1:], **kwargs)
+                return self._base(**{**kwargs, input_name(self.module): moved})
+
+            return Supported(self, parts, x).output(fused, base)
+        formed, rest = self.divided(parts, x, fused)
+        weight, bias = weight_of(self.module), bias_of(self.module)
         if formed and fused:
-            y = self._linear(formed, x, fused=True)
+            y = self.formed(formed, x, weight, bias)
         elif rest and fused and rest[0][1] == "low_rank" and not autocasts(x.device):
-            link, way = rest.pop(0)
-            y = link.adapter.update(link.name, x, way, weight_of(self.module), bias_of(self.module))
+            part, way = rest.pop(0)
+            y = part.adapter.update(part.name, x, way, weight, bias)
         else:
             y = self._base(*args, **kwargs)
             if formed:
-                y = y + self._linear(formed, x, fused=False).to(y.dtype)
-        for link, way in rest:
-            y = y + link.adapter.update(link.name, x, way).to(y.dtype)
+                y = y + self.formed(formed, x, None, None).to(y.dtype)
+        for part, way in rest:
+            y = y + part.adapter.update(part.name, x, way).to(y.dtype)
         return y
+
+    def divided(
+        self, parts: Sequence[Part], x: Tensor, fused: bool
+    ) -> tuple[list[Part], list[tuple[Part, str]]]:
+        """Return the parts that are best formed, and the others with the way to apply them.
+
+        Parameters
+        ----------
+        parts : sequence of Part
+            What is added to the weight, or scales it.
+        x : torch.Tensor, (..., input width)
+            Inputs.
+        fused : bool
+            Whether one product with the sum of weight and updates can take the place of two.
+
+        Returns
+        -------
+        list of Part
+            What scales a weight is among them.
+        list of (Part, str)
+            Parts and ways.
+        """
+        ways = [
+            part.adapter.way(part.name, x, fused) if part.operation == ADD else FORMED
+            for part in parts
+        ]
+        formed = [part for part, way in zip(parts, ways, strict=True) if way == FORMED]
+        return formed, [(p, way) for p, way in zip(parts, ways, strict=True) if way != FORMED]
 
     def update(self, link: Link, x: Tensor) -> Tensor:
         """Return one adapter's part of the layer's output.
@@ -140,12 +187,15 @@ class Site:
         Returns
         -------
         torch.Tensor, (..., output width)
-            ``x @ ΔWᵀ``.
+            ``x @ ΔWᵀ + Δb``.
         """
-        way = link.adapter.way(link.name, x, fused=False)
+        if any(part.operation != ADD for part in link.parts):
+            return Supported(self, link.parts, x).added()
+        (part,) = link.parts
+        way = part.adapter.way(part.name, x, fused=False)
         if way == FORMED:
-            return self._linear([link], x, fused=False)
-        return link.adapter.update(link.name, x, way)
+            return self.formed([part], x, None, None)
+        return part.adapter.update(part.name, x, way)
 
     def _base(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._previous is not None:
@@ -153,26 +203,62 @@ class Site:
         y: Tensor = type(self.module).forward(self.module, *args, **kwargs)
         return y
 
-    def _can_fuse(self, links: Sequence[Link]) -> bool:
+    def _can_fuse(self, parts: Sequence[Part]) -> bool:
         # One product with W₀ + ΔW replaces two, unless the sum would round a small
         # update away in half precision, or the layer's forward is not its own.
         dtype = weight_of(self.module).dtype
         return (
             computes_plainly(self.module)
             and dtype in (torch.float32, torch.float64)
-            and all(link.adapter.dtype == dtype for link in links)
+            and all(part.adapter.dtype == dtype for part in parts)
         )
 
-    def _linear(self, links: Sequence[Link], x: Tensor, fused: bool) -> Tensor:
-        blocks = [link.adapter.blocks(link.name, x.device) for link in links]
-        form = _Form(links, blocks)
+    def formed(
+        self, parts: Sequence[Part], x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """Multiply inputs by the sum of formed updates, and of the weight if it is given.
+
+        Parameters
+        ----------
+        parts : sequence of Part
+            At least one.
+        x : torch.Tensor, (..., input width)
+            Inputs.
+        weight : torch.Tensor, (output width, input width), or None
+            What the updates are added to.
+        bias : torch.Tensor, (output width,), or None
+            What is added to the outputs.
+
+        Returns
+        -------
+        torch.Tensor, (..., output width)
+            The outputs.
+        """
+        blocks = [part.adapter.blocks(part.name, x.device) for part in parts]
+        form = Formed(parts, blocks)
         factors = [factor for found in blocks for factor in found.values()]
-        weight = weight_of(self.module) if fused else None
-        bias = bias_of(self.module) if fused else None
+        if form.scales:
+            factors.insert(0, self.own_weight)
         # Flat, since what a Function returns must be no view to be changed in place afterwards.
         flat = x.reshape(-1, x.shape[-1])
         y = run(FormedLinear, flat, weight, bias, form, *factors)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    @property
+    def own_weight(self) -> Tensor:
+        """The weight without any adapter, (output width, input width)."""
+        for link in self.merged:
+            if link.before is not None and link.before[0] is not None:
+                return link.before[0].t() if is_transposed(self.module) else link.before[0]
+        return weight_of(self.module)
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        """The bias without any adapter."""
+        for link in self.merged:
+            if link.bare or (link.before is not None and link.before[1] is not None):
+                return None if link.before is None else link.before[1]
+        return bias_of(self.module)
 
     def link_of(self, adapter: Adapter) -> Link:
         """Return the link of one of the layer's adapters."""
@@ -185,8 +271,17 @@ class Site:
         link = self.link_of(adapter)
         return self.merged[: self.merged.index(link)] if link in self.merged else []
 
+    def holders(self, key: str) -> list[str]:
+        """Return the names of the adapters whose changes the weight or the bias holds."""
+        index = {"weight": 0, "bias": 1}.get(key)
+        return [
+            link.adapter.name
+            for link in self.merged
+            if index is not None and link.before is not None and link.before[index] is not None
+        ]
+
     def merge(self, adapter: Adapter) -> None:
-        """Add the adapter's update to the weight, in place, and keep the bits it had.
+        """Add the adapter's update to weight and bias, in place, and keep the bits they had.
 
         Parameters
         ----------
@@ -196,16 +291,17 @@ class Site:
         Raises
         ------
         ValueError
-            If the sum is not finite everywhere; the weight is as it was then.
+            If the sum is not finite everywhere; the layer is as it was then.
         """
         link = self.link_of(adapter)
         self._add(link)
-        if not is_finite(parameter_of(self.module)):
+        changed = [parameter_of(self.module), bias_of(self.module)]
+        if not all(is_finite(each) for each in changed if each is not None and each.numel()):
             self.unmerge(adapter)
             raise ValueError(f"weight + update of {link.name!r} must be finite to be merged")
 
     def unmerge(self, adapter: Adapter) -> None:
-        """Give the weight the bits it had before the adapter was merged, if it is.
+        """Give weight and bias the bits they had before the adapter was merged, if it is.
 
         What was merged after it is added again.
         """
@@ -213,58 +309,37 @@ class Site:
         if link not in self.merged:
             return
         place = self.merged.index(link)
-        above = self.merged[place + 1 :]
+        undone, above = self.merged[place:], self.merged[place + 1 :]
         with torch.no_grad():
-            parameter_of(self.module).copy_(link.before)  # type: ignore[arg-type]
+            # Those that were merged later may have been the first to change one of the two.
+            for own, index in ((parameter_of(self.module), 0), (bias_of(self.module), 1)):
+                kept = [each.before[index] for each in undone if each.before is not None]
+                first = next((bits for bits in kept if bits is not None), None)
+                if own is not None and first is not None:
+                    own.copy_(first)
+        if any(each.bare for each in undone):
+            self.module.register_parameter("bias", None)
         del self.merged[place:]
-        link.before = None
+        for each in undone:
+            each.before, each.bare = None, False
         for other in above:
             self._add(other)
 
     @torch.no_grad()
     def _add(self, link: Link) -> None:
-        weight = parameter_of(self.module)
-        delta = link.adapter.delta(link.name).to(weight.device)
-        link.before = weight.detach().clone()
+        weight, bias = parameter_of(self.module), bias_of(self.module)
+        of_weight, of_bias = changes(self, link.parts)
+        kept = (
+            None if of_weight is None else weight.detach().clone(),
+            None if of_bias is None or bias is None else bias.detach().clone(),
+        )
+        link.before, link.bare = kept, bias is None and of_bias is not None
         self.merged.append(link)
-        add_rounded_once(weight, delta.t() if is_transposed(self.module) else delta)
-
-
-class _Form:
-    """Form the sum of some adapters' updates of one weight; holds no factor."""
-
-    def __init__(self, links: Sequence[Link], blocks: Sequence[dict[str, Tensor]]) -> None:
-        self.links = links
-        # As they are, but for the tensors: what kind of mapping it is says what they are.
-        self.kinds = [(again(found), tuple(found)) for found in blocks]
-        rows = [link.adapter.rows_at_once(link.name) for link in links]
-        on_cpu = all(block.is_cpu for found in blocks for block in found.values())
-        self.rows = min(rows) if on_cpu else 0
-
-    def __call__(self, factors: Sequence[Tensor], rows: tuple[int, int] | None) -> Tensor:
-        parts = zip(self.links, self._given(factors), strict=True)
-        return _sum([link.adapter.form(link.name, blocks, rows) for link, blocks in parts])
-
-    def linearized(
-        self, factors: Sequence[Tensor], rows: tuple[int, int] | None, wanted: Sequence[bool]
-    ) -> tuple[Tensor, Pull]:
-        """Return the sum of the updates, and what takes its gradient back to the factors."""
-        deltas, pulls, first = [], [], 0
-        for link, blocks in zip(self.links, self._given(factors), strict=True):
-            own = wanted[first : first + len(blocks)]
-            delta, pull = link.adapter.form_linearized(link.name, blocks, rows, own)
-            deltas.append(delta)
-            pulls.append(pull)
-            first += len(blocks)
-        return _sum(deltas), lambda gradient: [found for pull in pulls for found in pull(gradient)]
-
-    def _given(self, factors: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        rest = iter(factors)
-        return [kind((name, next(rest)) for name in names) for kind, names in self.kinds]
-
-
-def _sum(deltas: Sequence[Tensor]) -> Tensor:
-    total = deltas[0]
-    for delta in deltas[1:]:
-        total = total + delta
-    return total
+        if of_weight is not None:
+            turned = of_weight.t() if is_transposed(self.module) else of_weight
+            add_rounded_once(weight, turned)
+        if of_bias is not None and bias is None:
+            gained = nn.Parameter(of_bias.to(weight), requires_grad=False)
+            self.module.register_parameter("bias", gained)
+        elif of_bias is not None:
+            add_rounded_once(bias[:, None], of_bias[:, None])  # type: ignore[index]

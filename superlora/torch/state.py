@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from superlora.costs import check_apply
 from superlora.errors import AdapterError, some
+from superlora.operations import GIVES_BIAS
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_free, check_model, frozen_of, host_of, placed, register
@@ -32,7 +33,7 @@ from superlora.torch.headers import (
     stored_shapes,
     valid_header,
 )
-from superlora.torch.layers import is_adaptable, parameter_of, shape_of
+from superlora.torch.layers import bias_of, is_adaptable, parameter_of, shape_of
 from superlora.torch.replaced import refuse_unfit
 from superlora.torch.targets import find_targets
 from superlora.torch.walk import module_of
@@ -62,10 +63,12 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "spec": adapter.plan.spec.to_dict(),
-        "weights": [[name, list(shape)] for name, shape in adapter.plan.shapes.items()],
+        "weights": [[name, list(shape)] for name, shape in adapter.plan.layout.layers.items()],
     }
     if adapter.scale != adapter.plan.scale:
         header["scale"] = adapter.scale
+    if adapter.gains_bias:
+        header["gains_bias"] = adapter.gains_bias
     tensors = {name: blocks[name] for name in stored_shapes(adapter.plan)}
     made = {name: block for name, block in blocks.items() if name not in tensors}
     if made:
@@ -122,6 +125,7 @@ def load(
         key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)
     }
     modules = find_layers(model, plan, path)
+    _check_biases(plan, modules, header, path)
     check_free(model, host_of(model, modules), name)
     check_maps(plan, header, path)
     refuse_unfit(model, replaced, path)
@@ -133,6 +137,23 @@ def load(
     adapter.scale = scale_of(header, plan.spec)
     adapter.applied = apply
     return adapter
+
+
+def _check_biases(
+    plan: Plan, modules: Mapping[str, nn.Module], header: Mapping[str, Any], path: Path
+) -> None:
+    """Refuse a model whose layers have a bias where they had none, or the other way round."""
+    with valid_header(path):
+        bare = set(header.get("gains_bias", ()))
+    problems = []
+    for name, own in plan.layout.supports.items():
+        has = bias_of(modules[name]) is not None
+        if not GIVES_BIAS.isdisjoint(own) and has == (name in bare):
+            problems.append(f"{name!r} has {'a' if has else 'no'} bias")
+    if problems:
+        raise ValueError(
+            f"layers must have a bias where they had one in {path}: {some(problems, 20)}"
+        )
 
 
 def _make_frozen(
@@ -191,9 +212,10 @@ def find_layers(model: nn.Module, plan: Plan, path: Path) -> dict[str, nn.Module
     ValueError
         If a layer is missing, of another shape or not adaptable; all are listed.
     """
-    found = {name: module_of(model, name) for name in plan.shapes}
+    layers = plan.layout.layers
+    found = {name: module_of(model, name) for name in layers}
     problems = []
-    for name, shape in plan.shapes.items():
+    for name, shape in layers.items():
         module = found[name]
         if module is None:
             problems.append(f"no layer {name!r}")

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from superlora.errors import AdapterError, some
 from superlora.spec import Spec
+from superlora.supports import Supports
 from superlora.torch.adapter import Adapter
 from superlora.torch.files import DTYPES, Header, read_tensors
 from superlora.torch.headers import (
@@ -100,14 +101,19 @@ def _check_design(adapter: Adapter, header: Mapping[str, Any], path: Path) -> fl
     """Return the scale of a file of the adapter's design, or list what differs."""
     plan = adapter.plan
     own, found = plan.spec.to_dict(), header.get("spec")
-    weights = [[name, list(shape)] for name, shape in plan.shapes.items()]
+    weights = [[name, list(shape)] for name, shape in plan.layout.layers.items()]
     # Most files say it in the very words of `save`: nothing is planned for them.
     if found == own and header.get("weights") == weights:
         asked = header.get("scale", plan.scale)
         return plan.scale if asked == plan.scale else scale_of(header, spec_of(header, path))
     spec = spec_of(header, path)
+    if type(spec) is not type(plan.spec):
+        raise ValueError(
+            f"{path} must be of the design of adapter {adapter.name!r}: only one of the two has "
+            "merge operations"
+        )
     problems = _other_fields(own, spec.to_dict())
-    problems += _other_layers(plan.shapes, shapes_of(header, path))
+    problems += _other_layers(plan.layout.layers, shapes_of(header, path))
     scale = scale_of(header, spec)
     if not problems:
         problems = _other_scales(adapter, spec, scale)
@@ -141,14 +147,16 @@ def _other_layers(
     return problems
 
 
-def _other_scales(adapter: Adapter, spec: Spec, scale: float) -> list[str]:
+def _other_scales(adapter: Adapter, spec: Spec | Supports, scale: float) -> list[str]:
     """Return the layers whose scale the adapter's would not give, since overrides have another."""
     plan = adapter.plan
     if not spec.overrides or spec.scaling == plan.scale:
         return []
     wrong = []
     for name in plan.shapes:
-        theirs = scale_in_force(spec.of(name).scaling, spec.scaling, scale)
+        own = spec.of(name)
+        assert own is not None  # or the overrides would differ
+        theirs = scale_in_force(own.scaling, spec.scaling, scale)
         ours = scale_in_force(plan.layout.scaling(name), plan.scale, scale)
         if abs(theirs - ours) > 1e-9 * abs(theirs):
             wrong.append(f"{name!r} of scale {theirs:.6g} where this one's would be {ours:.6g}")

@@ -157,7 +157,6 @@ REFUSED = {
     "None": (None, TypeError, "overrides must be a mapping with strings as keys: got None"),
     "a number as key": ({3: {}}, TypeError, "overrides must be a mapping .*got"),
     "a number": ({"q": 3}, TypeError, r"overrides\['q'\] must be a mapping .*got 3"),
-    "null": ({"q": None}, TypeError, r"overrides\['q'\] must be a mapping .*got None"),
     "a number as field": ({"q": {3: 1}}, TypeError, r"overrides\['q'\] must be a mapping .*got"),
     "no expression": (
         {"(": {"rank": 2}},

@@ -1,0 +1,234 @@
+"""Presets of several merge operations: each returns a dict with a `Spec` for every operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from superlora.maps import Broadcast
+from superlora.presets.weightwise import dense, lora
+from superlora.spec import Spec
+from superlora.supports import check_operation
+from superlora.values import check_count
+
+Option = int | str
+Supports = dict[str, Any]
+
+# What an option can be besides a rank.
+OPTIONS = ("vector", "constant", "none")
+_OF_WEIGHT = ("add_weight", "scale_weight")
+
+
+def support(operation: str, option: Option, **changes: Any) -> Spec | None:
+    """Return the design of one of GLoRA's support tensors.
+
+    Parameters
+    ----------
+    operation : str
+        A merge operation.
+    option : int or str
+        A rank; ``"vector"``, one entry an output (for ``weight_to_bias`` an input);
+        ``"constant"``, one number; or ``"none"``.
+    **changes : Any
+        Other fields of the spec.
+
+    Returns
+    -------
+    Spec or None
+        None for ``"none"``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such operation, or it has no such option.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> spec = support("scale_weight", "vector")
+    >>> sl.Plan({"scale_weight": spec}, {"q": (6, 4)}).num_parameters
+    6
+    """
+    check_operation(operation)
+    if not isinstance(option, str):
+        rank = check_count(f"{operation}'s rank", option)
+        # Of a vector too: more entries than it has, as the method's authors count them.
+        return lora(rank=rank, **{"dense_from": "never", **changes})
+    if option not in OPTIONS:
+        raise ValueError(
+            f"the support of {operation!r} must be a rank or one of {OPTIONS}: got {option!r}"
+        )
+    if option == "none":
+        return None
+    if operation in ("right_weight", "left_weight"):
+        raise ValueError(f"the support of {operation!r} must be a rank or 'none': got {option!r}")
+    if option == "vector" and operation not in _OF_WEIGHT:
+        return dense(**changes)
+    fixed = Broadcast(along="inputs" if option == "vector" else "all")
+    return dense(map=fixed, **changes)
+
+
+def glora(
+    rank: int = 8,
+    *,
+    scale_weight: Option | None = None,
+    add_weight: Option | None = None,
+    weight_to_bias: Option | None = None,
+    scale_bias: Option = "vector",
+    add_bias: Option = "vector",
+    product: str = "hadamard",
+) -> Supports:
+    """GLoRA (Chavan et al. 2023): ``W = W₀ + W₀ ∘ A + B``, ``b = b₀ + b₀ ∘ D + E + W₀ C``.
+
+    Parameters
+    ----------
+    rank : int
+        The inner dimension of A, B and C, where nothing else is said.
+    scale_weight, add_weight, weight_to_bias, scale_bias, add_bias : int or str, optional
+        A, B, C, D and E: a rank, ``"vector"``, ``"constant"`` or ``"none"``.
+    product : {"hadamard", "matrix"}
+        Whether A multiplies W₀ entry by entry, as in the released code and in PEFT, or as a
+        matrix from the right, ``W₀ A``, as in LyCORIS and RepAdapter.
+
+    Returns
+    -------
+    dict of str to Spec
+        One for each operation; ``2 r (do + di) + r (di + 1) + 2 do`` parameters a layer with
+        ``"hadamard"`` and nothing else changed.
+
+    Raises
+    ------
+    ValueError
+        If an option is none of these, or all are ``"none"``.
+
+    Notes
+    -----
+    The paper's equation 10 does not say which product ``W₀ A`` is, and has ``C W₀``, which does
+    not conform; this is what its code computes.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> sl.Plan(sl.glora(rank=1), {"q": (6, 4)}).num_parameters
+    37
+    """
+    if product not in ("hadamard", "matrix"):
+        raise ValueError(f"product must be 'hadamard' or 'matrix': got {product!r}")
+    options = {
+        "scale_weight" if product == "hadamard" else "right_weight": scale_weight,
+        "add_weight": add_weight,
+        "weight_to_bias": weight_to_bias,
+        "scale_bias": scale_bias,
+        "add_bias": add_bias,
+    }
+    own = {op: support(op, rank if o is None else o) for op, o in options.items()}
+    found: Supports = {op: spec for op, spec in own.items() if spec is not None}
+    if not found:
+        raise ValueError("one of the options must not be 'none'")
+    return found
+
+
+def bitfit() -> Supports:
+    """BitFit (Ben Zaken et al. 2022): the biases of the adapted layers.
+
+    Returns
+    -------
+    dict of str to Spec
+        ``do`` parameters a layer.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> sl.Plan(sl.bitfit(), {"q": (6, 4)}).num_parameters
+    6
+    """
+    return {"add_bias": dense()}
+
+
+def ssf() -> Supports:
+    """SSF (Lian et al. 2022): ``y = γ ∘ (W₀ x + b₀) + β`` after each layer.
+
+    Returns
+    -------
+    dict of str to Spec
+        ``2 do`` parameters a layer; ``γ - 1`` scales weight and bias alike.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> sl.Plan(sl.ssf(), {"q": (6, 4)}).num_parameters
+    12
+    """
+    scale = support("scale_weight", "vector")
+    return {"scale_weight": scale, "scale_bias": "scale_weight", "add_bias": dense()}
+
+
+def ia3(inputs: Sequence[str] = ()) -> Supports:
+    """IA³ (Liu et al. 2022): every output, or every input, times a number.
+
+    Parameters
+    ----------
+    inputs : sequence of str
+        Layers whose inputs are scaled, as those of the second feed-forward layer are:
+        regular expressions for a name or its end after a dot.
+
+    Returns
+    -------
+    dict of str to Spec
+        ``do`` parameters a layer, ``di`` where the inputs are scaled.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> sl.Plan(sl.ia3(inputs=["fc2"]), {"k": (6, 4), "fc2": (6, 4)}).num_parameters
+    10
+    """
+    outputs = {"map": Broadcast(along="outputs")}
+    scale = dense(map=Broadcast(along="inputs"), overrides={pattern: outputs for pattern in inputs})
+    return {"scale_weight": scale, "scale_bias": "scale_weight"}
+
+
+def repadapter(rank: int = 8, **changes: Any) -> Supports:
+    """RepAdapter (Luo et al. 2023) without groups: ``W₀ (x + U (V x + c) + d) + b₀``.
+
+    Parameters
+    ----------
+    rank : int
+        The inner dimension of ``U V``.
+    **changes : Any
+        Other fields of the spec of ``U V``, such as ``scale``.
+
+    Returns
+    -------
+    dict of str to Spec
+        ``2 r di + di`` parameters a layer: the vector ``U c + d`` is one of its own.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> sl.Plan(sl.repadapter(rank=1), {"q": (6, 4)}).num_parameters
+    12
+    """
+    return {"right_weight": lora(rank=rank, **changes), "weight_to_bias": dense()}
+
+
+def prompt_add() -> Supports:
+    """Add a prompt to every token: ``W₀ (x + p) + b₀``.
+
+    Returns
+    -------
+    dict of str to Spec
+        ``di`` parameters a layer.
+
+    Notes
+    -----
+    What GLoRA's paper calls VPT-Deep. Prompts that are appended as tokens of their own
+    are something else: they take part in the attention's softmax.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> sl.Plan(sl.prompt_add(), {"q": (6, 4)}).num_parameters
+    4
+    """
+    return {"weight_to_bias": dense()}
