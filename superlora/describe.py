@@ -125,8 +125,8 @@ def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
         pairs = zip(layout.groups, layout.specs, strict=True)
         ranks = {str(own.rank) for group, own in pairs if any(s.capped for s in group.splits)}
         notes.append(
-            f"note: rank {' or '.join(sorted(ranks))} exceeds a mode in {capped} of {len(layout.groups)} "
-            f"groups; it is {_how_capped(alike)} there"
+            f"note: rank {' or '.join(sorted(ranks))} exceeds a mode in {capped} of "
+            f"{len(layout.groups)} groups; it is {_how_capped(alike)} there"
         )
     notes += _cropped(layout) + _ratios(layout)
     kept = sum(fixed.nbytes(before, size) for fixed, before, size in map_uses(layout))

@@ -19,11 +19,12 @@ from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
 from superlora.inner import Inner, inner_vectors
 from superlora.maps import Identity, Map, Place, Separable
+from superlora.parts import parts_of
 from superlora.shapes import Shape
 from superlora.slicing import Slice, slice_of
 from superlora.spec import Spec
 from superlora.splitting import Group, Members, Split, make_group
-from superlora.supports import Supports, design_of, parts_of
+from superlora.supports import Supports, design_of
 
 
 class Layout:
@@ -111,14 +112,12 @@ class Layout:
 
     def _find_shared(self, names: Mapping[str, str]) -> dict[int, int]:
         """Return the groups whose blocks are those of other groups."""
-        found: dict[int, int] = {}
+        found = {}
         for name, source in names.items():
             group, other = (self.grouping.pieces[each][0].group for each in (name, source))
-            own, theirs = (self.groups[each].before for each in (group, other))
-            if own != theirs:
-                raise ValueError(
-                    f"{name!r} has {own} entries to share with {source!r}: got {theirs}"
-                )
+            size, got = self.groups[group].before, self.groups[other].before
+            if size != got:
+                raise ValueError(f"{source!r} must have {size} entries for {name!r}: got {got}")
             found[group] = other
         return found
 
@@ -391,8 +390,7 @@ class Layout:
     @property
     def num_dense(self) -> int:
         """Entries of all adapted weights."""
-        own = self.layers
-        return sum(own[layer][0] * own[layer][1] for layer in self.supports)
+        return sum(map(math.prod, map(self.layers.__getitem__, self.supports)))
 
 
 @functools.lru_cache
