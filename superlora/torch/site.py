@@ -123,7 +123,7 @@ class Site:
         parts = [part for link in self.links if link.adapter.active for part in link.parts]
         alone = len(args) + len(kwargs) == 1 and self._previous is None
         fused = alone and self._can_fuse(parts)
-        if any(part.operation != ADD for part in parts):
+        if not all(part.plain for part in parts):
 
             def base(moved: Tensor) -> Tensor:
                 if args:
@@ -189,7 +189,7 @@ class Site:
         torch.Tensor, (..., output width)
             ``x @ ΔWᵀ + Δb``.
         """
-        if any(part.operation != ADD for part in link.parts):
+        if not all(part.plain for part in link.parts):
             return Supported(self, link.parts, x).added()
         (part,) = link.parts
         way = part.adapter.way(part.name, x, fused=False)

@@ -35,22 +35,32 @@ class Part:
         What it does.
     name : str
         Its name in the adapter's plan.
+    group : int
+        The first group that it lies in.
+    along : str
+        What its vector is repeated along; empty where it is no repeated vector.
     """
 
     adapter: Adapter
     operation: str
     name: str
+    group: int
+    along: str
+
+    @classmethod
+    def of(cls, adapter: Adapter, operation: str, name: str) -> Part:
+        """Return an adapter's support tensor of a name."""
+        layout = adapter.plan.layout
+        group = layout.grouping.pieces[name][0].group
+        fixed = layout.maps[group]
+        of_weight = operation in (ADD, "scale_weight")
+        along = fixed.along if of_weight and isinstance(fixed, Broadcast) else ""
+        return cls(adapter, operation, name, group, along)
 
     @property
-    def along(self) -> str:
-        """What a vector that scales the weight is repeated along; empty where there is none."""
-        fixed = self.adapter.plan.layout.maps[self._group]
-        scales = self.operation == "scale_weight" and isinstance(fixed, Broadcast)
-        return fixed.along if scales else ""  # type: ignore[attr-defined]
-
-    @property
-    def _group(self) -> int:
-        return self.adapter.plan.layout.grouping.pieces[self.name][0].group
+    def plain(self) -> bool:
+        """Whether it is an update of the weight, and no repeated vector."""
+        return self.operation == ADD and not self.along
 
     def form(self, device: torch.device) -> Tensor:
         """Return the support tensor itself."""
@@ -60,7 +70,7 @@ class Part:
         """Return the vector that is repeated."""
         blocks = self.adapter.blocks(self.name, device)
         with without_autocast(device):
-            found: Tensor = joint_entries(self.adapter.plan.layout, blocks, self._group)[0]
+            found: Tensor = joint_entries(self.adapter.plan.layout, blocks, self.group)[0]
         return found
 
 
@@ -80,7 +90,7 @@ def parts_of(adapter: Adapter, layer: str) -> tuple[Part, ...]:
         One for each operation.
     """
     own = adapter.plan.layout.supports[layer]
-    return tuple(Part(adapter, op, own[op]) for op in OPERATIONS if op in own)
+    return tuple(Part.of(adapter, op, own[op]) for op in OPERATIONS if op in own)
 
 
 class Supported:
@@ -100,15 +110,14 @@ class Supported:
         self.site, self.x = site, x
         self.weight, own = site.own_weight, site.own_bias
         # By where they act: on the inputs, on the outputs, as an update, on the bias.
-        self.inner = [p for p in parts if p.operation == "right_weight" or p.along == "outputs"]
-        self.outer = [
-            p for p in parts if p.operation == "left_weight" or p.along in ("all", "inputs")
-        ]
-        self.sums = [
-            p
-            for p in parts
-            if p.operation == ADD or (p.operation == "scale_weight" and not p.along)
-        ]
+        scaling = [p for p in parts if p.operation == "scale_weight"]
+        adding = [p for p in parts if p.operation == ADD]
+        self.inner = [p for p in parts if p.operation == "right_weight"]
+        self.inner += [p for p in scaling if p.along == "outputs"]
+        self.outer = [p for p in parts if p.operation == "left_weight"]
+        self.outer += [p for p in scaling if p.along in ("all", "inputs")]
+        self.sums = [p for p in adding + scaling if not p.along]
+        self.repeated = [p for p in adding if p.along]
         self.of_bias = [
             p
             for p in parts
@@ -139,16 +148,16 @@ class Supported:
             total = total if bias is None else bias if total is None else total + bias
             return self._with(site.formed(formed, x, weight_of(site.module), total), rest)
         z = None
-        if fused and self.outer and shift is None and not site.merged:
-            z = torch.nn.functional.linear(x, self.weight)
-            own = bias_of(site.module)
-            y = z if own is None else z + own
-        elif shift is None:
+        if shift is None:
             y = base(x)
         elif site.merged:  # what is merged does not see what others do to the inputs
             y = base(x) + self._times(shift)
         else:
             y = base(x + shift)
+        if fused and self.outer and shift is None and not site.merged:
+            # A product without the bias would cost as much again; y is the layer's own to the bit.
+            own = bias_of(site.module)
+            z = y if own is None else y - own.to(y.dtype)
         if formed:
             y = y + site.formed(formed, x, None, None).to(y.dtype)
         y = self._with(self._outside(y, z), rest)
@@ -178,6 +187,14 @@ class Supported:
     def _with(self, y: Tensor, rest: Sequence[tuple[Part, str]]) -> Tensor:
         for part, way in rest:
             y = y + part.adapter.update(part.name, self.x, way).to(y.dtype)
+        for part in self.repeated:
+            vector = part.vector(self.x.device)
+            x = self.x.to(vector.dtype)
+            # A product with v 1ᵀ, 1 vᵀ or v 1 1ᵀ, of which none is formed.
+            if part.along == "outputs":
+                y = y + (x * vector).sum(-1, keepdim=True).to(y.dtype)
+            else:
+                y = y + (x.sum(-1, keepdim=True) * vector).to(y.dtype)
         return y
 
     def _shift(self) -> Tensor | None:
