@@ -1,0 +1,1 @@
+"""Tests of GLoRA: the space, the supernet, and the search in it."""
