@@ -7,12 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from superlora.maps import Broadcast
-from superlora.presets import dense, lora
+from superlora.presets.operations import support
 from superlora.spec import Spec
 
-# Their supports are matrices; those of the other operations are columns.
-_MATRICES = ("scale_weight", "add_weight")
 _FIELDS = [field.name for field in dataclasses.fields(Spec) if field.name != "overrides"]
 
 
@@ -70,7 +67,8 @@ def _design(operation: str, options: Mapping[str, int | str]) -> Spec:
     for layer, option in options.items():
         layers.setdefault(option, []).append(layer)
     first = next(option for option in layers if option != "none")
-    spec = _spec(operation, first)
+    spec = support(operation, first)
+    assert spec is not None
     overrides = {
         _pattern(operation, layers[option]): _difference(spec, operation, option)
         for option in layers
@@ -79,25 +77,10 @@ def _design(operation: str, options: Mapping[str, int | str]) -> Spec:
     return spec.replace(overrides=overrides)
 
 
-def _spec(operation: str, option: int | str) -> Spec:
-    if isinstance(option, int):
-        # Dense would take another number of parameters where the rank is that of the shape.
-        return lora(rank=option, dense_from="never")
-    if option == "vector" and operation not in _MATRICES:
-        return dense()
-    along = {"vector": "inputs", "constant": "all"}.get(option)
-    if along is None:
-        raise ValueError(
-            f"an option of {operation!r} must be a rank, 'vector', 'constant' or 'none': got "
-            f"{option!r}"
-        )
-    return Spec(rank="full", order=1, map=Broadcast(along=along))
-
-
 def _difference(spec: Spec, operation: str, option: int | str) -> dict[str, Any] | None:
-    if option == "none":
+    other = support(operation, option)
+    if other is None:
         return None
-    other = _spec(operation, option)
     return {
         name: getattr(other, name)
         for name in _FIELDS

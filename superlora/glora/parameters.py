@@ -21,10 +21,8 @@ class Parameters:
 
     Attributes
     ----------
-    names : list of str
-        ``"layer/operation"``, in the order of indices.
     distributions : dict of str to CategoricalDistribution
-        In the same order.
+        By name, ``"layer/operation"``, in the order of indices.
 
     Examples
     --------
@@ -34,12 +32,13 @@ class Parameters:
     """
 
     def __init__(self, space: Space) -> None:
-        self.names = [f"{layer}/{operation}" for layer, operation in space.categoricals]
         every = {name: CategoricalDistribution(space.operations[name]) for name in space.operations}
-        operations = (operation for _, operation in space.categoricals)
-        self.distributions = {
-            name: every[operation] for name, operation in zip(self.names, operations, strict=True)
-        }
+        self._options: dict[str, tuple[Option, ...]] = {}
+        self.distributions: dict[str, CategoricalDistribution] = {}
+        for layer, operation in space.categoricals:
+            name = f"{layer}/{operation}"
+            self._options[name] = space.operations[operation]
+            self.distributions[name] = every[operation]
 
     def encoded(self, indices: Iterable[int]) -> dict[str, Option]:
         """Return a configuration as values of the parameters.
@@ -54,8 +53,8 @@ class Parameters:
         dict of str to int or str
             One option for each name.
         """
-        pairs = zip(self.distributions.items(), indices, strict=True)
-        return {name: distribution.choices[index] for (name, distribution), index in pairs}
+        pairs = zip(self._options.items(), indices, strict=True)
+        return {name: options[index] for (name, options), index in pairs}
 
     def decoded(self, values: Mapping[str, Any]) -> Indices | None:
         """Return the configuration that a trial's parameters are.
@@ -71,9 +70,6 @@ class Parameters:
             The configuration; None where a parameter is missing, or an option unknown.
         """
         try:
-            return tuple(
-                distribution.choices.index(values[name])
-                for name, distribution in self.distributions.items()
-            )
+            return tuple(options.index(values[name]) for name, options in self._options.items())
         except (KeyError, ValueError):
             return None

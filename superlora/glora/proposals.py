@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy
 import optuna
 from optuna.samplers import BaseSampler, NSGAIISampler
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from superlora.glora.evolution import Evolution
@@ -136,7 +137,7 @@ class Asked:
         With the population and the number of tries.
     seed : int
         Of the draws that replace what the sampler proposes in vain.
-    directions : sequence of str
+    directions : sequence of optuna.study.StudyDirection
         Of the study.
     sampler : optuna.samplers.BaseSampler, optional
         The sampler; NSGA-II by default.
@@ -153,7 +154,7 @@ class Asked:
         limits: Limits,
         evolution: Evolution,
         seed: int,
-        directions: Sequence[str],
+        directions: Sequence[StudyDirection],
         sampler: BaseSampler | None = None,
     ) -> None:
         self._limits, self._evolution, self._seed = limits, evolution, seed

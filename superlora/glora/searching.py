@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
 
 from superlora.glora.evolution import Evolution
 from superlora.glora.limits import Limits
@@ -185,7 +186,7 @@ def _proposals(
     limits: Limits,
     evolution: Evolution,
     seed: int,
-    directions: list[str],
+    directions: list[StudyDirection],
 ) -> Proposals:
     if sampler in ("evolution", "random"):
         return Generations(limits, evolution, seed, selects=sampler == "evolution")

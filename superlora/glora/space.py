@@ -105,8 +105,7 @@ class Space:
     @property
     def size(self) -> int:
         """The exact number of configurations."""
-        each: int = math.prod(map(len, self.operations.values()))
-        return each ** len(self.layers)
+        return math.prod(map(len, self.costs))
 
     def options(self, layer: str, operation: str) -> tuple[Option, ...]:
         """Return what a layer may have for an operation.

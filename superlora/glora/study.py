@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from superlora.errors import some
@@ -101,12 +102,12 @@ class SharedStudy:
         self._limits, self._settings = limits, dict(settings)
         self._parameters = Parameters(limits.space)
         opened, self.watch = open_storage(storage)
-        self.directions = ["maximize", "minimize"][:objectives]
+        self.directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][:objectives]
         self.study = self._open(opened, name)
         self._settled = 0
         self._finished = State()
         empty = SETTINGS not in self.study.user_attrs and not self.study.get_trials(deepcopy=False)
-        if empty and [d.name.lower() for d in self.study.directions] == self.directions:
+        if empty and self.study.directions == self.directions:
             self.study.set_user_attr(SETTINGS, self._settings)
         self._refuse_another()
 

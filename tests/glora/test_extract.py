@@ -105,7 +105,9 @@ def test_names_that_end_alike_are_told_apart():
 def test_nothing_chosen_is_refused():
     with pytest.raises(ValueError, match="must choose a support for at least one layer"):
         supports_of(SPACE.fixed())
-    with pytest.raises(ValueError, match=r"an option of 'add_weight' must be a rank, .* got 'row'"):
+    with pytest.raises(
+        ValueError, match=r"support of 'add_weight' must be a rank or one of .* got 'row'"
+    ):
         supports_of({"q": {"add_weight": "row"}})
 
 

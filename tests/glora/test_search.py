@@ -12,6 +12,7 @@ optuna = pytest.importorskip("optuna")
 
 from superlora.glora import EvolutionSampler, search  # noqa: E402
 
+PARTS = ("weight", "bias")
 FEW = Evolution(population=10, parents=4, mutations=4, crossovers=4)
 HIDDEN = Space({f"{i}": (3, 2) for i in range(4)}, ranks=(2, 1))
 TARGET = HIDDEN.indices(HIDDEN.sample(numpy.random.default_rng(7)))
@@ -38,9 +39,8 @@ def test_it_finds_the_optimum_that_random_search_does_not():
 def test_it_finds_the_best_of_a_small_space_by_brute_force():
     evolution = Evolution(20, 5, 10, 8)
     best = max(map(separable, every(SMALL)))
-    found = search(separable, SMALL, trials=60, evolution=evolution)
-    assert found.best.value == best
     assert SMALL.size > 60
+    assert search(separable, SMALL, trials=60, evolution=evolution).best.value == best
 
 
 @pytest.mark.parametrize("sampler", ["evolution", "nsga2", "random"])
@@ -223,9 +223,7 @@ def test_the_file_is_a_plain_study(tmp_path):
     assert study.best_value == found.best.value
     assert [trial.value for trial in study.trials] == [trial.value for trial in found.trials]
     for trial, ours in zip(study.trials, found.trials, strict=True):
-        assert set(trial.params) == {
-            "q/add_weight", "q/add_bias", "v/add_weight", "v/add_bias"
-        }  # fmt: skip
+        assert set(trial.params) == {f"{layer}/add_{part}" for layer in "qv" for part in PARTS}
         assert trial.params["q/add_weight"] == ours.configuration["q"]["add_weight"]
         distribution = trial.distributions["q/add_weight"]
         assert distribution == optuna.distributions.CategoricalDistribution((2, 1, "none"))
