@@ -1,11 +1,13 @@
-"""The table of `methods.md`, from the presets: ``python docs/methods.py`` rewrites it."""
+"""The tables of `methods.md`, from the presets: ``python docs/methods.py`` rewrites them."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import superlora as sl
 
@@ -25,9 +27,24 @@ def map_text(fixed: sl.maps.Map) -> str:
     return f"{type(fixed).__name__}({', '.join(f'{n}={getattr(fixed, n)!r}' for n in changed)})"
 
 
+def fields_text(spec: sl.Spec) -> str:
+    """Return the fields of a spec that differ from those of a bare one."""
+    plain = sl.Spec()
+    shown = []
+    for item in dataclasses.fields(sl.Spec):
+        value = getattr(spec, item.name)
+        if value != getattr(plain, item.name) and item.name != "alpha":
+            value = dict(value) if item.name == "frozen" else value
+            if item.name == "overrides":
+                value = {pattern: own and dict(own) for pattern, own in value}
+            text = map_text(value) if isinstance(value, sl.maps.Map) else repr(value)
+            shown.append(f"{item.name}={text}")
+    return ", ".join(shown) or "the defaults"
+
+
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.
+    """One row of a table.
 
     Attributes
     ----------
@@ -36,7 +53,7 @@ class Method:
     source : str
         Where the method is from.
     update : str
-        The update of one weight.
+        The update of one weight, or its weight and bias where several operations change them.
     count : str
         Trainable parameters of L weights, a Python expression in these symbols.
     peer : str
@@ -57,9 +74,9 @@ class Method:
         """Name of the function."""
         return self.code.partition("(")[0].removeprefix("sl.")
 
-    def spec(self) -> sl.Spec:
-        """Return the spec for the example's numbers."""
-        spec: sl.Spec = eval(self.code, {"sl": sl, **EXAMPLE})
+    def spec(self) -> sl.Spec | dict[str, Any]:
+        """Return the spec for the example's numbers, or one for each merge operation."""
+        spec: sl.Spec | dict[str, Any] = eval(self.code, {"sl": sl, **EXAMPLE})
         return spec
 
     def plan(self) -> sl.Plan:
@@ -77,19 +94,17 @@ class Method:
         return value
 
     def settings(self) -> str:
-        """Return the fields that differ from those of a bare `Spec`."""
-        plain = sl.Spec()
-        shown = []
-        for item in dataclasses.fields(sl.Spec):
-            value = getattr(self.spec(), item.name)
-            if value != getattr(plain, item.name) and item.name != "alpha":
-                value = dict(value) if item.name == "frozen" else value
-                text = map_text(value) if isinstance(value, sl.maps.Map) else repr(value)
-                shown.append(f"{item.name}={text}")
-        return ", ".join(shown) or "the defaults"
+        """Return the fields that differ from those of a bare `Spec`, of every operation."""
+        design = self.spec()
+        if isinstance(design, sl.Spec):
+            return fields_text(design)
+        return "; ".join(
+            f"{name}: {fields_text(own) if isinstance(own, sl.Spec) else f'entries of {own}'}"
+            for name, own in design.items()
+        )
 
 
-METHODS = (
+ADDED = (
     Method("sl.dense()", "dense fine-tuning", "any matrix", "L*do*di", "LyCORIS full", "equal"),
     Method(
         "sl.lora(rank=r, alpha=a)",
@@ -264,15 +279,85 @@ METHODS = (
     ),
 )
 
+# Those that change weights and biases in other ways than by adding to a weight.
+MERGED = (
+    Method(
+        "sl.glora(rank=r)",
+        "GLoRA, Chavan et al. 2023",
+        "W₀ + W₀ ∘ A + B, b₀ + b₀ ∘ D + E + W₀C",
+        "L*(2*r*(do + di) + r*(di + 1) + 2*do)",
+        "PEFT GLoRA",
+        "equal for every option that PEFT has, on layers with a bias; there A and B have the same "
+        "one, and so have D and E",
+    ),
+    Method(
+        'sl.glora(rank=r, product="matrix", weight_to_bias="none", scale_bias="none", '
+        'add_bias="none")',
+        "GLoRA of LyCORIS",
+        "W₀ + W₀A + B",
+        "L*r*(do + 3*di)",
+        "LyCORIS GLoRA",
+        "equal",
+    ),
+    Method(
+        "sl.bitfit()",
+        "BitFit, Ben Zaken et al. 2022",
+        "b₀ + e",
+        "L*do",
+        "published formula",
+        "equal for the biases of the adapted layers",
+    ),
+    Method(
+        "sl.ssf()",
+        "SSF, Lian et al. 2022",
+        "W₀ ∘ γ1ᵀ, b₀ ∘ γ + β",
+        "L*2*do",
+        "published formula",
+        "equal after a linear layer",
+    ),
+    Method(
+        "sl.ia3()",
+        "IA³, Liu et al. 2022",
+        "W₀ ∘ l1ᵀ, b₀ ∘ l",
+        "L*do",
+        "PEFT IA³",
+        "equal",
+    ),
+    Method(
+        'sl.ia3(inputs=["1.weight"])',
+        "IA³, with layers whose inputs are scaled",
+        "W₀ ∘ 1lᵀ there",
+        "(L - 1)*do + di",
+        "PEFT IA³",
+        "equal",
+    ),
+    Method(
+        "sl.repadapter(rank=r)",
+        "RepAdapter, Luo et al. 2023",
+        "W₀ + W₀UV, b₀ + W₀p",
+        "L*(2*r*di + di)",
+        "published formula",
+        "equal without groups, with p in the place of Uc + d",
+    ),
+    Method(
+        "sl.prompt_add()",
+        "a prompt added to every token",
+        "b₀ + W₀p",
+        "L*di",
+        "published formula",
+        "equal; prompts that are appended, as in VPT, are something else",
+    ),
+)
+METHODS = (*ADDED, *MERGED)
 
-def table() -> str:
-    """Return the table of all methods."""
+
+def rows(methods: Sequence[Method], update: str, settings: str) -> str:
+    """Return a table of methods, with titles for their update and their settings."""
     lines = [
-        "| preset | method | ΔW of a weight | fields of `Spec` | parameters | here | compared with "
-        "| result |",
+        f"| preset | method | {update} | {settings} | parameters | here | compared with | result |",
         "|---|---|---|---|---|--:|---|---|",
     ]
-    for method in METHODS:
+    for method in methods:
         cells = (
             f"`{method.code}`",
             method.source,
@@ -287,9 +372,22 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def table() -> str:
+    """Return the table of the methods that add to weights."""
+    return rows(ADDED, "ΔW of a weight", "fields of `Spec`")
+
+
+def operations_table() -> str:
+    """Return the table of the methods of several merge operations."""
+    return rows(MERGED, "weight, bias", "specs by operation")
+
+
 def main() -> None:
-    """Rewrite the page's table."""
-    PAGE.write_text(replaced(PAGE.read_text("utf-8"), "methods", table()), "utf-8")
+    """Rewrite the page's tables."""
+    text = PAGE.read_text("utf-8")
+    for name, found in (("methods", table()), ("operations", operations_table())):
+        text = replaced(text, name, found)
+    PAGE.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def change(operation: str, support: Array, weight: Array, bias: Array | None = N
            [0. , 0.5]])
     """
     _check(operation, support, weight, bias)
-    library = backend_of(support, weight)
+    library = backend_of(support, weight, *([] if bias is None else [bias]))
     if operation in ("scale_bias", "add_bias"):
         column = library.reshape(support, (-1,))
         if operation == "add_bias":
@@ -120,7 +120,8 @@ def adjoint(operation: str, gradient: Array, weight: Array, bias: Array | None =
     expected = (rows,) if operation in OF_BIAS else (rows, columns)
     if tuple(gradient.shape) != expected:
         raise ValueError(f"gradient must have shape {expected}: got {tuple(gradient.shape)}")
-    library = backend_of(gradient, weight)
+    _check_bias(bias, rows)
+    library = backend_of(gradient, weight, *([] if bias is None else [bias]))
     if operation == "scale_weight":
         return weight * gradient
     if operation == "right_weight":
@@ -228,6 +229,10 @@ def _check(operation: str, support: Array, weight: Array, bias: Array | None) ->
             f"the support of {operation!r} must have shape {expected} for a weight of shape "
             f"{(rows, columns)}: got {tuple(support.shape)}"
         )
+    _check_bias(bias, rows)
+
+
+def _check_bias(bias: Array | None, rows: int) -> None:
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"bias must have shape {(rows,)}: got {tuple(bias.shape)}")
 

@@ -86,7 +86,7 @@ class Planned:
 
     def __repr__(self) -> str:
         return (
-            f"Plan({len(self.layout.shapes)} weights, {len(self.layout.groups)} groups, "
+            f"Plan({len(self.layout.supports)} weights, {len(self.layout.groups)} groups, "
             f"{self.num_parameters:,} of {self.num_dense:,} parameters)"
         )
 

@@ -157,6 +157,8 @@ class Supports:
         ValueError
             If no operation is left.
         """
+        if any(source == operation for _, source in self.shared):
+            return self  # its entries are those of another, which has its effect
         names = "|".join(re.escape(layer) for layer in layers)
         designs = []
         for operations, spec in self.designs:
@@ -229,11 +231,10 @@ def design_of(given: object) -> Spec | Supports:
                 f"entries one other shares: got {value!r}"
             )
     found = Supports(tuple(designs), tuple(shared))
-    if len(set(found.operations)) < len(found.operations) or not designs:
-        raise ValueError(
-            f"spec must have an operation with a design, and every operation once: got "
-            f"{list(found.operations)}"
-        )
+    if not designs:
+        raise ValueError(f"spec must have an operation with a superlora.Spec: got {dict(given)!r}")
+    if len(set(found.operations)) < len(found.operations):
+        raise ValueError(f"spec must have every operation once: got {list(found.operations)}")
     for operation, source in shared:
         if not any(source in operations for operations, _ in designs):
             raise ValueError(

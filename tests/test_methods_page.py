@@ -24,9 +24,11 @@ methods = load()
 rows = pytest.mark.parametrize("method", methods.METHODS, ids=lambda method: method.code)
 
 
-def test_the_page_is_up_to_date():
+@pytest.mark.parametrize("name", ["methods", "operations"])
+def test_the_page_is_up_to_date(name):
     page = (DOCS / "methods.md").read_text("utf-8")
-    assert methods.between(page, "methods") == methods.table(), "run `python docs/methods.py`"
+    found = {"methods": methods.table, "operations": methods.operations_table}[name]()
+    assert methods.between(page, name) == found, "run `python docs/methods.py`"
 
 
 def test_every_preset_has_a_row():
@@ -41,7 +43,7 @@ def test_the_count_is_that_of_the_plan(method, sizes, monkeypatch):
     assert method.counted() == method.plan().num_parameters
 
 
-@rows
+@pytest.mark.parametrize("method", methods.ADDED, ids=lambda method: method.code)
 def test_the_presets_that_the_page_says_are_written_exactly_have_two_thin_factors(
     method, monkeypatch
 ):

@@ -1,14 +1,18 @@
 """GLoRA's supernet and the search in it: which support tensors each layer is given.
 
 This import leaves PyTorch and Optuna alone; they are imported with the names that need them.
+The package can be called, and is then the preset of the same name.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 from superlora.glora.space import Configuration, Option, Space
+from superlora.presets import operations
 
 if TYPE_CHECKING:
     from superlora.glora.evolution import Evolution
@@ -58,3 +62,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+class _Package(types.ModuleType):
+    def __call__(self, rank: int = 8, **options: Any) -> operations.Supports:
+        return operations.glora(rank, **options)
+
+    __call__.__doc__ = operations.glora.__doc__
+
+
+# Its import would else take the preset's place, which `superlora.glora` is too.
+sys.modules[__name__].__class__ = _Package

@@ -187,7 +187,7 @@ class Space:
         """The number of parameters of `most`."""
         return sum(map(max, self.costs))
 
-    def sample(self, generator: numpy.random.Generator) -> Configuration:
+    def sample(self, generator: numpy.random.Generator) -> dict[str, dict[str, Option]]:
         """Draw a configuration, each with the same probability.
 
         Parameters
@@ -206,7 +206,7 @@ class Space:
 
     def fixed(
         self, chosen: Mapping[str, Option] | None = None, /, **options: Option
-    ) -> Configuration:
+    ) -> dict[str, dict[str, Option]]:
         """Return the configuration with the same options in every layer.
 
         Parameters
@@ -237,7 +237,7 @@ class Space:
             raise ValueError(
                 f"options must be for the operations {list(self.operations)}: got {unknown}"
             )
-        configuration = {
+        configuration: dict[str, dict[str, Option]] = {
             layer: {name: every.get(name, "none") for name in self.operations}
             for layer in self.layers
         }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from superlora.errors import AdapterError, some
 from superlora.glora.extract import supports_of
 from superlora.glora.space import Configuration, Option, Space
-from superlora.glora.supernet_checks import check_alone, dtype_of
+from superlora.glora.supernet_checks import check_alone, dtype_of, fitting
 from superlora.glora.supernet_choice import Choice
 from superlora.glora.supernet_site import SupernetSite
 from superlora.glora.supernet_storage import LEFT, RIGHT, Stored, initial, parts
@@ -40,7 +40,8 @@ class Supernet(Choice, nn.Module):
     ranks : sequence of int
         The ranks of the space; the largest is stored, the others are its leading part.
     operations : mapping of str to sequence of option, optional
-        The merge operations and what each may be, as in `Space`; GLoRA's own by default.
+        The merge operations and what each may be, as in `Space`; GLoRA's own by default,
+        without ``"scale_bias"`` where a layer has no bias.
     name : str
         The attribute of `model` under which the supernet is registered; of its first adapted
         layer, where `model` is a ``Sequential`` or a ``ModuleList``.
@@ -85,7 +86,8 @@ class Supernet(Choice, nn.Module):
             loss(model(x), y).backward()
             optimizer.step(), optimizer.zero_grad()
 
-    It depends on the seed and the step alone, so that all processes of a distributed run draw the
+    A step whose configuration is ``"none"`` everywhere has nothing to train: skip its backward
+    pass, which torch refuses. The configuration depends on the seed and the step alone, so that all processes of a distributed run draw the
     same. A tensor that a configuration does not read has no gradient: wrap the model in
     ``DistributedDataParallel(model, find_unused_parameters=True)``. Columns that a rank leaves
     out have one of zeros, so that momentum and weight decay still move them. The configuration
@@ -136,7 +138,8 @@ class Supernet(Choice, nn.Module):
         check_free(model, host_of(model, modules), name)
         dtype = dtype_of(modules, dtype)
         shapes = {layer: shape_of(module) for layer, module in modules.items()}
-        self.space = Space(shapes, tuple(ranks), operations)
+        bare = [layer for layer, module in modules.items() if bias_of(module) is None]
+        self.space = Space(shapes, tuple(ranks), fitting(operations, tuple(ranks), bare))
         self.name, self.seed = name, seed
         self._layers = {layer: str(index) for index, layer in enumerate(modules)}
         # Whatever contexts we are called in, the tensors hold values and can be trained.

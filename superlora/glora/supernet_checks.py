@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from superlora.errors import AdapterError, some
+from superlora.glora.options import Option, checked_operations
 from superlora.torch.adapter import adapters_of
 from superlora.torch.layers import computes_plainly, parameter_of
 
@@ -84,3 +85,40 @@ def check_alone(
             raise AdapterError(
                 f"weights must be loaded before a supernet: {layer!r} lies on the meta device"
             )
+
+
+def fitting(
+    operations: Mapping[str, Sequence[Option]] | None, ranks: tuple[int, ...], bare: Sequence[str]
+) -> Mapping[str, Sequence[Option]] | None:
+    """Return the operations that layers can have, some of which have no bias.
+
+    Parameters
+    ----------
+    operations : mapping of str to sequence of option, or None
+        As given by a user.
+    ranks : tuple of int
+        The ranks of the space.
+    bare : sequence of str
+        The layers without a bias.
+
+    Returns
+    -------
+    mapping of str to sequence of option, or None
+        None for all operations there are.
+
+    Raises
+    ------
+    ValueError
+        If the user asks for what scales a bias.
+    """
+    if not bare:
+        return operations
+    if operations is None:
+        every = checked_operations(None, ranks)
+        return {name: options for name, options in every.items() if name != "scale_bias"}
+    if isinstance(operations, Mapping) and "scale_bias" in operations:
+        raise ValueError(
+            f"operations must not have 'scale_bias' where layers have no bias: "
+            f"{some(map(repr, bare))} have none"
+        )
+    return operations

@@ -77,6 +77,7 @@ def glora(
     scale_bias: Option = "vector",
     add_bias: Option = "vector",
     product: str = "hadamard",
+    alpha: float | None = None,
 ) -> Supports:
     """GLoRA (Chavan et al. 2023): ``W = W₀ + W₀ ∘ A + B``, ``b = b₀ + b₀ ∘ D + E + W₀ C``.
 
@@ -89,6 +90,8 @@ def glora(
     product : {"hadamard", "matrix"}
         Whether A multiplies W₀ entry by entry, as in the released code and in PEFT, or as a
         matrix from the right, ``W₀ A``, as in LyCORIS and RepAdapter.
+    alpha : float, optional
+        Where a support is of some rank r, its scale is ``alpha / r``, as in LyCORIS; 1 without.
 
     Returns
     -------
@@ -121,7 +124,11 @@ def glora(
         "scale_bias": scale_bias,
         "add_bias": add_bias,
     }
-    own = {op: support(op, rank if o is None else o) for op, o in options.items()}
+    chosen = {op: rank if option is None else option for op, option in options.items()}
+    own = {
+        op: support(op, option, **({} if isinstance(option, str) else {"alpha": alpha}))
+        for op, option in chosen.items()
+    }
     found: Supports = {op: spec for op, spec in own.items() if spec is not None}
     if not found:
         raise ValueError("one of the options must not be 'none'")

@@ -22,7 +22,7 @@ from superlora.supports import Supports, design_of
 from superlora.torch.adapter import Adapter, adapters_of
 from superlora.torch.empty import fill_after_loading, first_weight
 from superlora.torch.freezing import freeze
-from superlora.torch.layers import bias_of, parameter_of, shape_of, weight_of
+from superlora.torch.layers import parameter_of, shape_of, weight_of
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
@@ -163,7 +163,7 @@ def register(
 
 def _fitting(design: Spec | Supports, modules: Mapping[str, nn.Module]) -> Spec | Supports:
     """Leave out what scales the bias of layers that have none."""
-    bare = [name for name, module in modules.items() if bias_of(module) is None]
+    bare = [name for name, module in modules.items() if Site.bias_below(module) is None]
     if isinstance(design, Spec) or not bare:
         return design
     return design.without("scale_bias", bare, all_of=len(bare) == len(modules))

@@ -238,7 +238,9 @@ class Site:
         form = Formed(parts, blocks)
         factors = [factor for found in blocks for factor in found.values()]
         if form.scales:
-            factors.insert(0, self.own_weight)
+            own = self.own_weight
+            # A view: torch.compile takes no tensor for two operands of a Function.
+            factors.insert(0, own.view(own.shape))
         # Flat, since what a Function returns must be no view to be changed in place afterwards.
         flat = x.reshape(-1, x.shape[-1])
         y = run(FormedLinear, flat, weight, bias, form, *factors)
@@ -259,6 +261,12 @@ class Site:
             if link.bare or (link.before is not None and link.before[1] is not None):
                 return None if link.before is None else link.before[1]
         return bias_of(self.module)
+
+    @classmethod
+    def bias_below(cls, module: nn.Module) -> Tensor | None:
+        """Return the bias of a layer without any adapter, if it has one."""
+        site = cls.of(module)
+        return bias_of(module) if site is None else site.own_bias
 
     def link_of(self, adapter: Adapter) -> Link:
         """Return the link of one of the layer's adapters."""

@@ -33,8 +33,9 @@ from superlora.torch.headers import (
     stored_shapes,
     valid_header,
 )
-from superlora.torch.layers import bias_of, is_adaptable, parameter_of, shape_of
+from superlora.torch.layers import is_adaptable, parameter_of, shape_of
 from superlora.torch.replaced import refuse_unfit
+from superlora.torch.site import Site
 from superlora.torch.targets import find_targets
 from superlora.torch.walk import module_of
 
@@ -125,7 +126,7 @@ def load(
         key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)
     }
     modules = find_layers(model, plan, path)
-    _check_biases(plan, modules, header, path)
+    check_biases(plan, modules, header, path)
     check_free(model, host_of(model, modules), name)
     check_maps(plan, header, path)
     refuse_unfit(model, replaced, path)
@@ -139,15 +140,32 @@ def load(
     return adapter
 
 
-def _check_biases(
+def check_biases(
     plan: Plan, modules: Mapping[str, nn.Module], header: Mapping[str, Any], path: Path
 ) -> None:
-    """Refuse a model whose layers have a bias where they had none, or the other way round."""
+    """Refuse layers that have a bias where a file's had none, or the other way round.
+
+    Parameters
+    ----------
+    plan : Plan
+        The file's design.
+    modules : mapping of str to torch.nn.Module
+        The layers.
+    header : mapping
+        The file's.
+    path : pathlib.Path
+        The file, for the message.
+
+    Raises
+    ------
+    ValueError
+        If an operation that gives a bias would give another; all layers are listed.
+    """
     with valid_header(path):
         bare = set(header.get("gains_bias", ()))
     problems = []
     for name, own in plan.layout.supports.items():
-        has = bias_of(modules[name]) is not None
+        has = Site.bias_below(modules[name]) is not None
         if not GIVES_BIAS.isdisjoint(own) and has == (name in bare):
             problems.append(f"{name!r} has {'a' if has else 'no'} bias")
     if problems:

@@ -29,6 +29,7 @@ from superlora.torch.headers import (
     stored_shapes,
 )
 from superlora.torch.sources import scale_in_force
+from superlora.torch.state import check_biases
 
 # The fields of a spec that decide its scale alone.
 _SCALES = ("alpha", "rslora", "scale")
@@ -53,7 +54,7 @@ def swap_adapter(adapter: Adapter, path: Path) -> None:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file does not fit; nothing is changed then.
+        If the file does not fit, or its layers' biases do not; nothing is changed then.
     """
     own = _own_tensors(adapter)
     scales: list[float] = []
@@ -61,6 +62,8 @@ def swap_adapter(adapter: Adapter, path: Path) -> None:
     def check(metadata: Mapping[str, str], tensors: Header) -> None:
         header = header_of(metadata, path)
         scales.append(_check_design(adapter, header, path))
+        if isinstance(adapter.plan.spec, Supports):
+            check_biases(adapter.plan, adapter.layers(), header, path)
         check_tensors(adapter.plan, tensors, path)
         _check_replaced(own, tensors, path)
         check_maps(adapter.plan, header, path)

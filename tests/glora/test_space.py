@@ -232,3 +232,11 @@ def test_lazy_names_are_those_listed():
     assert set(superlora.glora.__all__) <= set(dir(superlora.glora))
     with pytest.raises(AttributeError, match="nothing"):
         getattr(superlora.glora, "nothing")  # noqa: B009  (the name is looked up lazily)
+
+
+def test_the_package_is_the_preset_of_its_name_too():
+    import superlora as sl
+
+    assert sl.glora(rank=3) == sl.presets.glora(rank=3)
+    assert sl.glora(2, add_bias="none").keys() == sl.presets.glora(2, add_bias="none").keys()
+    assert sl.glora.Space is Space

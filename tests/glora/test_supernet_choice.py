@@ -269,3 +269,15 @@ def test_state_dict_round_trip():
     assert not torch.allclose(model(make_input()), other(make_input()))
     other.load_state_dict(model.state_dict())
     assert torch.equal(model(make_input()), other(make_input()))
+
+
+def test_what_scales_a_bias_needs_one():
+    bare = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+    supernet = Supernet(bare, ranks=(2,))
+    assert "scale_bias" not in supernet.space.operations
+    configuration = supernet.space.fixed(add_weight=2, add_bias="vector")
+    adapter = supernet.extract(configuration)
+    assert adapter.num_parameters == supernet.space.num_parameters(configuration)
+    adapter.detach()
+    with pytest.raises(ValueError, match=r"must not have 'scale_bias'.*'0' have none"):
+        Supernet(bare, ranks=(2,), operations={"scale_bias": ("vector", "none")})
