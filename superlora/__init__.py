@@ -1,5 +1,7 @@
 """Parameter-efficient adaptation by one equation; this import leaves torch and jax alone."""
 
+from typing import TYPE_CHECKING
+
 from superlora import maps, operations, presets
 from superlora.errors import AdapterError
 from superlora.folding import fold_group, unfold_group
@@ -12,7 +14,6 @@ from superlora.presets import (
     fact_tk,
     fact_tt,
     fourierft,
-    glora,
     ia3,
     krona,
     loha,
@@ -37,6 +38,11 @@ from superlora.spec import Spec
 from superlora.supports import OPERATIONS, support_shape
 from superlora.tucker import tucker
 from superlora.walsh_hadamard import fwht
+
+if TYPE_CHECKING:
+    from superlora.presets import glora
+else:  # the package of this name, which can be called as the preset
+    from superlora import glora
 
 __version__ = "0.1.0"
 

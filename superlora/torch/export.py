@@ -248,8 +248,8 @@ def check_export(adapter: Adapter, rank: int | None, energy: float | None) -> No
         raise ValueError(f"energy must be in (0, 1]: got {energy!r}")
     if isinstance(adapter.plan.spec, Supports):
         raise ValueError(
-            "an adapter must only add to weights to be written for other libraries: this one has "
-            f"{', '.join(adapter.plan.spec.operations)}; merge it instead"
+            "an adapter must be of one spec, which only adds to weights, to be written for other "
+            f"libraries: got a mapping of {', '.join(adapter.plan.spec.operations)}; merge it instead"
         )
     if not adapter.attached:
         raise AdapterError("adapter must be attached to a model, whose layers the files name")

@@ -17,7 +17,7 @@ import superlora as sl
 import superlora.torch as slt
 from superlora import maps
 from superlora.costs import Machine
-from superlora.torch import blocks, machine, site, sources, stages
+from superlora.torch import blocks, forms, machine, site, sources, stages
 from tests.torch.counting import FEW, MANY, MODELS, WEIGHT, count, make_chain
 
 DEPTH = 2
@@ -330,8 +330,8 @@ def test_work_done_twice_is_noticed(monkeypatch):
     call = blocks.LayerProduct.__call__
     monkeypatch.setattr(blocks.LayerProduct, "__call__", lambda *a: (call(*a) + call(*a)) / 2)
     assert {"flops a token", "saved"} <= exceeded(CASES["lokr"]).keys()
-    form = site._Form.__call__
-    monkeypatch.setattr(site._Form, "__call__", lambda *a: (form(*a) + form(*a)) / 2)
+    form = forms.Formed.__call__
+    monkeypatch.setattr(forms.Formed, "__call__", lambda *a: (form(*a) + form(*a)) / 2)
     assert {"flops once", "large"} <= exceeded(CASES["2-D balanced"]).keys()
 
 

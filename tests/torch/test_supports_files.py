@@ -203,7 +203,7 @@ def test_export_is_refused(tmp_path, key):
     adapter = attach_small(model, key)
     operations = ", ".join(adapter.plan.spec.operations)
     for export in (adapter.to_peft, adapter.to_lycoris):
-        with unchanged(model), pytest.raises(ValueError, match="must only add to weights") as error:
+        with unchanged(model), pytest.raises(ValueError, match="must be of one spec") as error:
             export(tmp_path / "out")
         assert f"this one has {operations}; merge it instead" in str(error.value)
     assert not (tmp_path / "out").exists()
