@@ -13,8 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
-import numpy
 import pytest
+
+# Before numpy and torch are imported: as many processes as cores, one thread each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy
 import tensorly
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)

@@ -87,8 +87,9 @@ class Supernet(Choice, nn.Module):
             optimizer.step(), optimizer.zero_grad()
 
     A step whose configuration is ``"none"`` everywhere has nothing to train: skip its backward
-    pass, which torch refuses. The configuration depends on the seed and the step alone, so that all processes of a distributed run draw the
-    same. A tensor that a configuration does not read has no gradient: wrap the model in
+    pass, which torch refuses. The configuration depends on the seed and the step alone, so that
+    all processes of a distributed run draw the same. A tensor that a configuration does not read
+    has no gradient: wrap the model in
     ``DistributedDataParallel(model, find_unused_parameters=True)``. Columns that a rank leaves
     out have one of zeros, so that momentum and weight decay still move them. The configuration
     must stay until the backward pass has ended where activations are checkpointed.
@@ -96,8 +97,6 @@ class Supernet(Choice, nn.Module):
     Without gradients, and under a configuration chosen by `use`, a layer's updated weight is
     formed once and kept until a tensor, the weight or the configuration changes or gradients are
     enabled; changes through ``tensor.data`` are not seen before that.
-
-    The space counts a scale of the bias in every layer; where there is no bias it does nothing.
 
     References
     ----------

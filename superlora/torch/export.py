@@ -249,7 +249,7 @@ def check_export(adapter: Adapter, rank: int | None, energy: float | None) -> No
     if isinstance(adapter.plan.spec, Supports):
         raise ValueError(
             "an adapter must be of one spec, which only adds to weights, to be written for other "
-            f"libraries: got a mapping of {', '.join(adapter.plan.spec.operations)}; merge it instead"
+            f"libraries: got a mapping of {list(adapter.plan.spec.operations)}; merge it instead"
         )
     if not adapter.attached:
         raise AdapterError("adapter must be attached to a model, whose layers the files name")

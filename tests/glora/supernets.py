@@ -49,6 +49,12 @@ def every_choice(supernet: Supernet) -> list[dict[str, Option]]:
     ]
 
 
+def fixed(supernet: Supernet, options: Mapping[str, Option]) -> Any:
+    """Return a configuration without what scales a bias, where there is none to scale."""
+    own = {key: option for key, option in options.items() if key in supernet.space.operations}
+    return supernet.space.fixed(own)
+
+
 def support(left: numpy.ndarray, right: numpy.ndarray | None, option: Option, shape: Any) -> Any:
     """Compute one support tensor entry by entry."""
     found = numpy.zeros(shape)
@@ -78,8 +84,9 @@ def expected_of(
         "scale_bias": (rows, 1),
         "add_bias": (rows, 1),
     }
+    stored = supernet.stored(name)
     a, b, c, d, e = (
-        support(*_numpy(supernet.stored(name)[key]), options[key], shape)
+        support(*_numpy(stored[key]), options[key], shape) if key in stored else numpy.zeros(shape)
         for key, shape in shapes.items()
     )
     new_weight, new_bias = numpy.empty((rows, columns)), numpy.empty(rows)

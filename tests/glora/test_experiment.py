@@ -22,7 +22,13 @@ from tests.demo.search_cases import CONFIG, make_base, make_task  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = REPOSITORY / "docs" / "glora-experiment.md"
-MARKERS = ("glora-settings", "glora-table", "glora-generations", "glora-machine")
+MARKERS = (
+    "glora-settings",
+    "glora-table",
+    "glora-generations",
+    "glora-machine",
+    "glora-inference",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from tests.glora.supernets import (  # noqa: E402
     every_choice,
     expected_of,
     fill,
+    fixed,
     make_lone,
     make_supernet,
 )
@@ -56,7 +57,7 @@ def test_all_options_equal_loops(layer, kept):
     model, supernet = make_lone(layer)
     x = torch.linspace(-1, 2, 8, dtype=torch.float64).reshape(2, 4)
     choices = every_choice(supernet)
-    assert len(choices) == 900
+    assert len(choices) == (300 if layer == "no-bias" else 900)
     for options in choices:
         weight, bias = expected_of(model[0], supernet, "0", options)
         supernet.use({"0": options})
@@ -70,7 +71,7 @@ def test_all_options_equal_loops(layer, kept):
 @pytest.mark.parametrize("options", VARIED, ids=str)
 def test_gradients(layer, options):
     model, supernet = make_lone(layer)
-    supernet.use(supernet.space.fixed(options))
+    supernet.use(fixed(supernet, options))
     x = torch.linspace(-1, 2, 8, dtype=torch.float64).reshape(2, 4).requires_grad_()
     stored = [parameter.detach().clone() for parameter in supernet.parameters()]
     names = [name for name, _ in supernet.named_parameters()]
@@ -223,15 +224,17 @@ def test_autocast(layer):
     model, supernet = make_supernet(layer)
     x = make_input()
     for options in VARIED:
-        supernet.use(supernet.space.fixed(options))
+        supernet.use(fixed(supernet, options))
         exact = model(x)
         expected = gradients(supernet, loss_of(exact))
         with torch.autocast("cpu", torch.bfloat16):
             y = model(x)
             with torch.no_grad():
-                assert_near(model(x), exact, torch.bfloat16)
+                kept = model(x)
         assert y.dtype == torch.bfloat16
-        assert_near(y, exact, torch.bfloat16)
+        for found in (y, kept):  # layer after layer in eight bits
+            error = (found.double() - exact.double()).abs().max()
+            assert error <= 0.04 * exact.abs().max()
         assert_near_together(gradients(supernet, loss_of(y.float())), expected)
 
 
@@ -266,7 +269,7 @@ def test_large_weights_are_formed_in_rows():
         x = torch.randn(2, 3000, dtype=torch.float64, requires_grad=True)
     supernet = fill(Supernet(model, ranks=(3,)))
     for options in [{"scale_weight": 3, "add_weight": "constant"}, {"scale_weight": "vector"}]:
-        supernet.use(supernet.space.fixed(options))
+        supernet.use(fixed(supernet, options))
         y = model(x)
         with torch.no_grad():
             assert_near(y, model(x))

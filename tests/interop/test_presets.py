@@ -48,7 +48,9 @@ every_base = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 
 def test_every_preset_is_here():
-    assert set(SPECS) == set(sl.presets.__all__)
+    """But those of several merge operations, which other libraries cannot hold."""
+    made = {name for name in sl.presets.__all__ if not hasattr(sl.presets.operations, name)}
+    assert set(SPECS) == made | {"dense", "lora"}  # which those use
 
 
 def targets_of(layer: str) -> list[str]:

@@ -218,8 +218,8 @@ def test_layers_of_a_decoder_layer_are_called():
 
 
 BAD_ARGUMENTS = {
-    "spec None": ({"spec": None}, TypeError, "spec must be a superlora.Spec: got NoneType"),
-    "spec a dict": ({"spec": {"rank": 3}}, TypeError, "spec must be a superlora.Spec: got dict"),
+    "spec None": ({"spec": None}, TypeError, "spec must be a superlora.Spec or .*: got NoneType"),
+    "spec a dict": ({"spec": {"rank": 3}}, ValueError, "operations must be among .*got 'rank'"),
     "spec a function": ({"spec": sl.lora}, TypeError, "spec must be a superlora.Spec"),
     "stack of two shapes": ({"spec": sl.lotr(2)}, ValueError, "stack.*one shape"),
     "rank above mode": ({"spec": sl.Spec(rank=(4, 99))}, ValueError, r"rank\[1\] must be at most"),
