@@ -65,11 +65,11 @@ def measure(row: str, how: str, layers: int, width: int, tokens: int) -> dict[st
     peak = measuring.peak_of_resident(lambda: (step(), step()))
     if how == "live":
         peak = measuring.peak_of_live_tensors(step, held)
-    factored = adapter is not None and adapter.applies_factored("0")
+    way = "" if adapter is None else adapter.way("0", torch.empty(tokens, width), fused=True)
     return {
         "row": row,
         "parameters": 0 if adapter is None else adapter.num_parameters,
-        "path": "" if adapter is None else "factors" if factored else "formed",
+        "path": way,
         "weight_MB": 4 * width * width / MEGABYTE,
         how: peak / MEGABYTE,
     }
