@@ -27,7 +27,7 @@ def build() -> typer.Typer:
     """
     import typer
 
-    from superlora.demo.command import HELP, demo
+    from superlora.demo import command, search_command
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -44,5 +44,6 @@ def build() -> typer.Typer:
     ) -> None:
         """Low-rank adaptation of many weights at once, as tensors."""
 
-    app.command(help=HELP)(demo)
+    app.command(help=command.HELP)(command.demo)
+    app.command(help=search_command.HELP)(search_command.search)
     return app

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy
 import torch
@@ -24,10 +25,10 @@ class Images:
 
     Parameters
     ----------
-    pixels : Tensor, shape (n, 28, 28), dtype uint8
-        Grey values.
+    pixels : Tensor, shape (n, 28, 28) or (n, 3, height, width), dtype uint8
+        Grey values, or colours.
     labels : Tensor, shape (n,), dtype int64
-        Classes 0 to 9.
+        Classes from 0.
     """
 
     pixels: Tensor
@@ -38,6 +39,18 @@ class Images:
 
     def __getitem__(self, index: Tensor) -> Images:
         return Images(self.pixels[index], self.labels[index])
+
+
+class Labelled(Protocol):
+    """Labelled images that need not be in memory, read when they are indexed."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Classes from 0, shape (n,)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor) -> Images: ...
 
 
 @dataclass(frozen=True)
@@ -134,23 +147,24 @@ def split(images: Images, *, train: int, validation: int, test: int, seed: int) 
 
 
 def prepare(pixels: Tensor, resolution: int) -> Tensor:
-    """Turn digits into the transformer's input.
+    """Turn images into the transformer's input.
 
     Parameters
     ----------
-    pixels : Tensor, shape (n, 28, 28), dtype uint8
-        Grey values.
+    pixels : Tensor, shape (n, 28, 28) or (n, 3, height, width), dtype uint8
+        Grey values, or colours.
     resolution : int
         Side of the result in pixels; bilinear interpolation.
 
     Returns
     -------
     Tensor, shape (n, 3, resolution, resolution), dtype float32
-        Three equal channels, normalised as ImageNet's.
+        Normalised as ImageNet's; three equal channels of grey values.
     """
-    grey = pixels.unsqueeze(1).float() / 255
+    shown = (pixels.unsqueeze(1) if pixels.ndim == 3 else pixels).float() / 255
     size = (resolution, resolution)
-    grey = F.interpolate(grey, size=size, mode="bilinear", align_corners=False)
+    if shown.shape[-2:] != size:
+        shown = F.interpolate(shown, size=size, mode="bilinear", align_corners=False)
     mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
-    return (grey - mean) / std
+    return (shown - mean) / std

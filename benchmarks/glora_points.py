@@ -1,0 +1,315 @@
+"""What the GLoRA experiment measures: its settings, its methods, and one folder a point."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+import superlora as sl
+import superlora.torch as slt
+from superlora.demo.fitting import Fit, Schedule, evaluator
+from superlora.demo.search import Options, find, keep, space_of
+from superlora.demo.search_config import Config, DigitSizes, SearchSettings, SupernetSettings
+from superlora.demo.supernet import TARGETS, Trained, train_supernet
+from superlora.demo.tasks import Task
+from superlora.demo.train import new_head
+from superlora.demo.vit import VisionTransformer
+from superlora.values import check_count
+
+FORMAT = 1  # raised whenever the code changes what a point would come out as
+Row = dict[str, Any]
+HEAD = "head only"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A baseline: what is attached to the linear layers, and its learning rate."""
+
+    name: str
+    design: Any  # a Spec, or one for each operation; None for the head alone
+    rate: float  # of the head, where it is alone
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The sizes of one form of the experiment."""
+
+    digits: DigitSizes
+    resolution: int
+    epochs: int  # of the baselines
+    supernet_epochs: int
+    batch_size: int
+    head_rate: float
+    supernet_rates: Mapping[tuple[int, ...], float]  # by the ranks of the space
+    limits: tuple[int, ...]
+    seeds: tuple[int, ...]
+    search: SearchSettings
+    methods: tuple[Method, ...]
+
+    def config(self, ranks: tuple[int, ...]) -> Config:
+        """Return the settings of one space as `superlora search` has them."""
+        return Config(
+            data="digits",
+            resolution=self.resolution,
+            digits=self.digits,
+            supernet=SupernetSettings(
+                ranks=ranks,
+                epochs=self.supernet_epochs,
+                batch_size=self.batch_size,
+                rate=self.supernet_rates[ranks],
+                head_rate=self.head_rate,
+            ),
+            search=self.search,
+        )
+
+    def steps(self, epochs: int) -> int:
+        """Return the optimiser steps of so many epochs."""
+        return epochs * -(-self.digits.train // self.batch_size)
+
+
+def methods(layers: int, width: int) -> tuple[Method, ...]:
+    """Return the baselines, for so many square pieces of the weights in FacT's stack.
+
+    Rates 0.3 and 3 times these were not better by more than 2 validation images of 100, in the
+    quick form with its first seed.
+    """
+    stack = (layers, width, width)  # a wide or tall weight is several pieces, by rows
+    return (
+        Method(HEAD, None, 1e-2),
+        Method("BitFit", sl.bitfit(), 2e-3),
+        Method("SSF", sl.ssf(), 2e-3),
+        Method("FacT-TT r16", sl.fact_tt(rank=16, fold=stack), 2e-3),
+        Method("LoRA r1", sl.lora(rank=1), 3e-3),
+        Method("LoRA r4", sl.lora(rank=4), 3e-3),
+        Method("RepAdapter r4", sl.repadapter(rank=4), 3e-3),
+        Method("GLoRA r4 everywhere, no search", sl.glora(rank=4), 1.5e-3),
+        Method("dense", sl.dense(), 3e-5),
+    )
+
+
+FULL = Setup(
+    digits=DigitSizes(train=400, validation=200, test=1500),
+    resolution=42,
+    epochs=8,
+    supernet_epochs=30,
+    batch_size=32,
+    head_rate=5e-3,
+    supernet_rates={(2,): 1e-4, (4, 2): 1e-4, (8, 4): 1e-4},
+    limits=(75_000, 300_000),  # those of LoRA of rank 1 and 4, about
+    seeds=(0, 1, 2),
+    search=SearchSettings(trials=60, population=15, parents=5, mutations=8, crossovers=7),
+    methods=methods(144, 384),
+)
+QUICK = dataclasses.replace(
+    FULL,
+    digits=DigitSizes(train=200, validation=100, test=500),
+    resolution=28,
+    epochs=4,
+    supernet_epochs=20,
+    supernet_rates={(4, 2): 1e-4},
+    limits=(75_000,),
+    seeds=(0, 1),
+    search=SearchSettings(trials=30, population=10, parents=4, mutations=5, crossovers=5),
+)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What all points share: the model, the images of a seed, and where points are kept."""
+
+    base: VisionTransformer
+    task: Callable[[int], Task]
+    setup: Setup
+    folder: Path
+    surroundings: Mapping[str, Any]
+    say: Callable[[str], None] = print
+
+    def point(self, content: Mapping[str, Any], measure: Callable[[Path], Row]) -> Row:
+        """Return a point that an earlier run measured, or measure it, in a folder of its own."""
+        whole = {"format": FORMAT, **self.surroundings, **content}
+        text = json.dumps(whole, sort_keys=True, default=_plain)
+        folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:20]
+        file = folder / "point.json"
+        try:
+            found: Row = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError):
+            folder.mkdir(parents=True, exist_ok=True)
+            found = measure(folder)
+            partial = folder / "point.json.partial"
+            partial.write_text(json.dumps(found) + "\n", "utf-8")
+            os.replace(partial, file)
+        return found
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if hasattr(value, "to_dict") else dataclasses.asdict(value)
+
+
+def baseline(lab: Lab, method: Method, seed: int) -> Row:
+    """Train a method of fixed form, or find it measured."""
+    setup, task = lab.setup, lab.task(seed)
+    head_rate = method.rate if method.design is None else setup.head_rate
+    schedule = Schedule(setup.epochs, setup.batch_size, method.rate, head_rate, seed=seed)
+
+    def measure(folder: Path) -> Row:
+        model = lab.base.fuse()
+        head = new_head(model, task.classes)
+        adapter = None
+        if method.design is not None:
+            adapter = slt.attach(model, method.design, targets=list(TARGETS), seed=seed)
+        factors = [] if adapter is None else list(adapter.parameters())
+        start = time.perf_counter()
+        fit = Fit(model, head, factors, task.train, task.resolution, schedule)
+        while not fit.done:
+            fit.run_epoch()
+        seconds = time.perf_counter() - start
+        return {
+            "parameters": 0 if adapter is None else adapter.num_parameters,
+            "validation": evaluator(model, head, task.validation, task.resolution)(),
+            "test": evaluator(model, head, task.test, task.resolution)(),
+            "seconds": seconds,
+        }
+
+    content = {
+        "design": method.design,
+        "schedule": schedule,
+        "resolution": task.resolution,
+        "data": [task.digest(), len(task.test)],
+    }
+    found = {"method": method.name, "seed": seed, "rate": method.rate}
+    return {**found, **lab.point(content, measure)}
+
+
+def supernet(lab: Lab, ranks: tuple[int, ...], seed: int) -> tuple[Row, Trained, Path]:
+    """Train a supernet, or find it trained."""
+    setup, task = lab.setup, lab.task(seed)
+    config = setup.config(ranks)
+    content = {
+        "supernet": config.supernet,
+        "seed": seed,
+        "resolution": task.resolution,
+        "data": [task.digest(), len(task.test)],
+    }
+    made: list[tuple[Trained, Path]] = []
+
+    def train(folder: Path) -> Trained:
+        surroundings = json.loads(json.dumps(dict(lab.surroundings)))
+        return train_supernet(
+            lab.base.fuse(), task, config.supernet, seed, folder, surroundings=surroundings
+        )
+
+    def measure(folder: Path) -> Row:
+        start = time.perf_counter()
+        trained = train(folder)
+        made.append((trained, folder))
+        return {"seconds": time.perf_counter() - start, "folder": folder.name}
+
+    row = lab.point(content, measure)
+    if not made:
+        folder = lab.folder / row["folder"]
+        made.append((train(folder), folder))  # reads what is there
+    return row, *made[0]
+
+
+def random_accuracy(lab: Lab, trained: Trained, seed: int, count: int) -> list[float]:
+    """Return the validation accuracies of random configurations of a supernet."""
+    task = lab.task(seed)
+    accuracy = evaluator(trained.model, trained.head, task.validation, task.resolution)
+    generator = numpy.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        with trained.supernet.using(trained.supernet.space.sample(generator)):
+            found.append(accuracy())
+    return found
+
+
+def searched(lab: Lab, ranks: tuple[int, ...], limit: int, seed: int) -> Row:
+    """Search a supernet within a limit, or find it searched."""
+    setup, task = lab.setup, lab.task(seed)
+    config = setup.config(ranks)
+    of_supernet, trained, folder = supernet(lab, ranks, seed)
+
+    def measure(own: Path) -> Row:
+        start = time.perf_counter()
+        options = Options(output=own, limits=(limit,), seed=seed)
+        outcome = find(task, trained, config, options, limit)
+        seconds = time.perf_counter() - start
+        best = outcome.best
+        correct = keep(lab.base.fuse(), task, trained.file, best.configuration, own)
+        first = [trial.value for trial in outcome.generations[0]]
+        return {
+            "parameters": best.num_parameters,
+            "validation": best.value,
+            "test": correct / len(task.test),
+            "seconds": of_supernet["seconds"],
+            "search_seconds": seconds,
+            "evaluated": len(outcome.trials),
+            "first_generation_best": max(first),
+            "first_generation_mean": statistics.fmean(first),
+            "configuration": best.configuration,
+        }
+
+    content = {
+        "searched": folder.name,
+        "limit": limit,
+        "search": config.search,
+    }
+    name = f"GLoRA {{{', '.join(map(str, ranks))}}}, at most {limit:,}"
+    found = {"method": name, "seed": seed, "rate": setup.supernet_rates[ranks]}
+    return {**found, "ranks": list(ranks), "limit": limit, **lab.point(content, measure)}
+
+
+def all_points(lab: Lab) -> list[Row]:
+    """Measure everything, the cheap first; what an earlier run measured is found."""
+    setup = lab.setup
+    for limit in setup.limits:
+        check_count("limit", limit)
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        lab.say(
+            f"seed {row['seed']}  {row['method']:40} {row['parameters']:>12,} "
+            f"{row['validation']:8.2%} {row['test']:8.2%} {row['seconds']:7.1f} s"
+            + (f" + {row['search_seconds']:.1f} s" if "search_seconds" in row else "")
+        )
+
+    for seed in setup.seeds:
+        for method in setup.methods:
+            add(baseline(lab, method, seed))
+        for ranks in setup.supernet_rates:
+            for limit in setup.limits:
+                add(searched(lab, ranks, limit, seed))
+    return rows
+
+
+def summary(rows: Iterable[Row]) -> list[Row]:
+    """Return one row a method: means, and standard deviations over the seeds."""
+    by_method: dict[str, list[Row]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    found = []
+    for method, own in by_method.items():
+        line: Row = {"method": method, "seeds": len(own), "rate": own[0]["rate"]}
+        for field in ("parameters", "validation", "test", "seconds", "search_seconds"):
+            values = [row[field] for row in own if field in row]
+            if values:
+                line[field] = statistics.fmean(values)
+                line[f"{field}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        found.append(line)
+    return found
+
+
+def space(lab: Lab, ranks: tuple[int, ...]) -> Any:
+    """Return the space of a supernet on the lab's model."""
+    return space_of(lab.base.fuse(), ranks)

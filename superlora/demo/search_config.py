@@ -1,0 +1,246 @@
+"""What a search is run on: a TOML file of the package, or one of the user's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from superlora.glora.evolution import Evolution
+from superlora.values import check_count
+
+DIGITS, VTAB = "digits", "vtab-1k"
+PACKAGED = (DIGITS, VTAB)
+
+
+class SearchError(Exception):
+    """A search can't be run; the message is one line."""
+
+
+class ConfigError(ValueError):
+    """A configuration file can't be used; the message is one line that names file and key."""
+
+
+@dataclass(frozen=True)
+class DigitSizes:
+    """How many digits are in each part.
+
+    Parameters
+    ----------
+    train, validation, test : int
+        Multiples of 10.
+    """
+
+    train: int = 1000
+    validation: int = 300
+    test: int = 1500
+
+
+@dataclass(frozen=True)
+class SupernetSettings:
+    """How a supernet is trained, its head with it.
+
+    Parameters
+    ----------
+    ranks : sequence of int
+        Of the space.
+    epochs, batch_size : int
+        Passes over the training images, and images a step.
+    rate, head_rate : float
+        Learning rates of the support tensors and of the head.
+    weight_decay : float
+        Of AdamW.
+    """
+
+    ranks: tuple[int, ...] = (8, 4)
+    epochs: int = 12
+    batch_size: int = 32
+    rate: float = 1e-4
+    head_rate: float = 5e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", tuple(self.ranks))
+        for name in ("epochs", "batch_size"):
+            check_count(name, getattr(self, name))
+        for name in ("rate", "head_rate", "weight_decay"):
+            _check_number(name, getattr(self, name), positive=name != "weight_decay")
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How much is searched.
+
+    Parameters
+    ----------
+    trials : int
+        Configurations to evaluate.
+    population, parents, mutations, crossovers : int
+        As in `superlora.glora.Evolution`.
+    """
+
+    trials: int = 1000
+    population: int = 50
+    parents: int = 10
+    mutations: int = 25
+    crossovers: int = 25
+
+    def __post_init__(self) -> None:
+        check_count("trials", self.trials)
+        self.evolution()  # refuses what does not fit
+
+    def evolution(self) -> Evolution:
+        """Return the operators' settings."""
+        return Evolution(self.population, self.parents, self.mutations, self.crossovers)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a search.
+
+    Parameters
+    ----------
+    data : {"digits", "vtab-1k"}
+        Where the images come from.
+    resolution : int
+        Side of an image, in pixels.
+    digits : DigitSizes
+        For ``"digits"``.
+    supernet : SupernetSettings
+        The training.
+    search : SearchSettings
+        The search.
+    tasks : mapping of str to mapping of str to int
+        For ``"vtab-1k"``: by group, the tasks' folders with their numbers of classes.
+    """
+
+    data: str
+    resolution: int = 56
+    digits: DigitSizes = field(default_factory=DigitSizes)
+    supernet: SupernetSettings = field(default_factory=SupernetSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    tasks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.data not in PACKAGED:
+            raise ValueError(f"data must be one of {list(PACKAGED)}: got {self.data!r}")
+        check_count("resolution", self.resolution, least=14)
+        for group, tasks in self.tasks.items():
+            for name, classes in tasks.items():
+                check_count(f"tasks.{group}.{name}", classes, least=2)
+
+    def classes(self, task: str) -> int:
+        """Return the number of classes of a task.
+
+        Parameters
+        ----------
+        task : str
+            A folder's name.
+
+        Returns
+        -------
+        int
+            At least 2.
+
+        Raises
+        ------
+        ValueError
+            If there is no such task.
+
+        Examples
+        --------
+        >>> load_config("vtab-1k").classes("svhn")
+        10
+        """
+        known = {name: count for tasks in self.tasks.values() for name, count in tasks.items()}
+        if task not in known:
+            raise ValueError(f"task must be one of {list(known)}: got {task!r}")
+        return known[task]
+
+
+def load_config(name: str, *, quick: bool = False) -> Config:
+    """Read a configuration file.
+
+    Parameters
+    ----------
+    name : str
+        One of the package's, ``"digits"`` or ``"vtab-1k"``, or the path of a TOML file.
+    quick : bool
+        Whether its section ``quick`` holds, over the others.
+
+    Returns
+    -------
+    Config
+        Checked.
+
+    Raises
+    ------
+    ConfigError
+        If the file is none, or has a key or a value that does not fit.
+
+    Examples
+    --------
+    >>> load_config("digits").supernet.ranks
+    (8, 4)
+    """
+    try:
+        if name in PACKAGED:
+            text = (resources.files("superlora.demo") / "configs" / f"{name}.toml").read_text()
+        else:
+            text = Path(name).read_text("utf-8")
+        values = tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config must be one of {list(PACKAGED)} or a TOML file: got {name!r}"
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{name} must be a TOML file: {error}") from None
+    changes = values.pop("quick", {})
+    if quick:
+        values = _merged(values, changes)
+    if "data" not in values:
+        raise ConfigError(f"{name} must say which data: expected one of {list(PACKAGED)}, got none")
+    try:
+        config: Config = _made(Config, values, "")
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from None
+    return config
+
+
+_SECTIONS = {"digits": DigitSizes, "supernet": SupernetSettings, "search": SearchSettings}
+
+
+def _made(kind: type[Any], values: Any, place: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{place} must be a section: got {values!r}")
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{place or 'the file'} must have keys of {known}: got {key!r}")
+    return kind(
+        **{
+            key: _made(_SECTIONS[key], value, key) if kind is Config and key in _SECTIONS else value
+            for key, value in values.items()
+        }
+    )
+
+
+def _merged(values: Mapping[str, Any], changes: Any) -> dict[str, Any]:
+    found = dict(values)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+        found[key] = _merged(found[key], value) if both else value
+    return found
+
+
+def _check_number(name: str, value: object, *, positive: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number: got {value!r}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        rule = "positive" if positive else "at least 0"
+        raise ValueError(f"{name} must be {rule}: got {value!r}")
