@@ -201,11 +201,11 @@ def test_swap_refuses_a_file_of_layers_with_other_biases(tmp_path, mine, theirs)
 def test_export_is_refused(tmp_path, key):
     model = make_net()
     adapter = attach_small(model, key)
-    operations = ", ".join(adapter.plan.spec.operations)
+    operations = list(adapter.plan.spec.operations)
     for export in (adapter.to_peft, adapter.to_lycoris):
         with unchanged(model), pytest.raises(ValueError, match="must be of one spec") as error:
             export(tmp_path / "out")
-        assert f"this one has {operations}; merge it instead" in str(error.value)
+        assert f"a mapping of {operations}; merge it instead" in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
