@@ -218,7 +218,14 @@ def check_apply(apply: object, layout: Layout | None = None) -> None:
     if not isinstance(apply, str) or apply not in APPLY:
         raise ValueError(f"apply must be one of {', '.join(map(repr, APPLY))}: got {apply!r}")
     if apply == "factored" and layout is not None:
-        without = [name for name in layout.shapes if list(layout.ways(name)) == [FORMED]]
+        # What changes a bias, or scales a weight, is applied in its own way.
+        asked = [
+            name
+            for own in layout.supports.values()
+            for operation, name in own.items()
+            if operation in ("add_weight", "right_weight", "left_weight")
+        ]
+        without = [name for name in asked if list(layout.ways(name)) == [FORMED]]
         if without:
             raise ValueError(_NO_PRODUCT.format(some(map(repr, without))))
 

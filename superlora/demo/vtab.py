@@ -31,7 +31,7 @@ class ImageFiles:
     Parameters
     ----------
     paths : tuple of Path
-        One a image.
+        One an image.
     labels : Tensor, shape (n,), dtype int64
         Classes from 0.
     side : int

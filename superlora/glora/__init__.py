@@ -7,6 +7,7 @@ The package can be called, and is then the preset of the same name.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import types
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,8 @@ class _Package(types.ModuleType):
 
     __call__.__doc__ = operations.glora.__doc__
 
+
+__signature__ = inspect.signature(operations.glora)
 
 # Its import would else take the preset's place, which `superlora.glora` is too.
 sys.modules[__name__].__class__ = _Package

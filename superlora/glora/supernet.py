@@ -244,9 +244,8 @@ class Supernet(Choice, nn.Module):
         Returns
         -------
         Adapter
-            Of as many parameters as the configuration, but for scales of biases that layers do not
-            have, and with copies of their values; it can be trained on, saved and merged. The
-            supernet is detached.
+            Of as many parameters as the configuration, and with copies of their values; it can be
+            trained on, saved and merged. The supernet is detached.
 
         Raises
         ------
@@ -259,16 +258,7 @@ class Supernet(Choice, nn.Module):
         self.space.check(configuration)
         model, host = self._homes
         modules = self.layers()
-        # A bias that is not there has no scale.
-        chosen = {
-            layer: {
-                operation: option
-                for operation, option in options.items()
-                if operation != "scale_bias" or bias_of(modules[layer]) is not None
-            }
-            for layer, options in configuration.items()
-        }
-        designs = supports_of(chosen)
+        designs = supports_of(configuration)
         if name != self.name:
             check_free(model, host, name)
         self.detach()
@@ -279,7 +269,7 @@ class Supernet(Choice, nn.Module):
         except BaseException:
             self._attach(model, modules)
             raise
-        self._copy_to(adapter, chosen)
+        self._copy_to(adapter, configuration)
         return adapter
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from superlora.random import check_seed
 from superlora.torch.attach import check_model
 from superlora.torch.files import Header, read_tensors, unfit_dtypes, write_tensors
 from superlora.torch.headers import valid_header
+from superlora.torch.layers import bias_of
 from superlora.torch.state import find_layers
 from superlora.torch.targets import find_targets
 
@@ -44,6 +45,7 @@ def save_supernet(supernet: Supernet, path: Path) -> None:
         "format_version": FORMAT_VERSION,
         "seed": supernet.seed,
         "space": supernet.space.to_dict(),
+        "bare": _bare(supernet.layers()),
     }
     metadata = {KEY: json.dumps(header, separators=(",", ":"))}
     write_tensors(path, _tensors(supernet), metadata)
@@ -74,14 +76,21 @@ def load_supernet(model: nn.Module, path: Path, name: str) -> Supernet:
     from superlora.glora.supernet import Supernet
 
     check_model(model)
-    space, seed, tensors = _read(path)
+    space, seed, bare, tensors = _read(path)
     shapes = dict(space.layers)
-    chosen = set(map(id, find_layers(model, Plan(dense(), shapes), path).values()))
-    found = list(find_targets(model, lambda _, module: id(module) in chosen))
-    if found != list(shapes):
+    modules = find_layers(model, Plan(dense(), shapes), path)
+    found = _bare(modules)
+    if found != bare:
+        own, theirs = (some(map(repr, names)) or "none" for names in (bare, found))
+        raise ValueError(
+            f"the model must have the biases of {path}: expected layers without one {own}, got {theirs}"
+        )
+    chosen = set(map(id, modules.values()))
+    ordered = list(find_targets(model, lambda _, module: id(module) in chosen))
+    if ordered != list(shapes):
         raise ValueError(
             f"the model must have the layers of {path} in their order: expected "
-            f"{some(map(repr, shapes))}, got {some(map(repr, found))}"
+            f"{some(map(repr, shapes))}, got {some(map(repr, ordered))}"
         )
     supernet = Supernet(
         model,
@@ -98,6 +107,11 @@ def load_supernet(model: nn.Module, path: Path, name: str) -> Supernet:
     return supernet
 
 
+def _bare(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the layers without a bias."""
+    return [name for name, module in modules.items() if bias_of(module) is None]
+
+
 def _tensors(supernet: Supernet) -> dict[str, Tensor]:
     found = {}
     for layer, operation, side in stored_shapes(supernet.space):
@@ -112,13 +126,14 @@ def _key(layer: str, operation: str, side: str) -> str:
     return f"{layer}.{operation}.{side}"
 
 
-def _read(path: Path) -> tuple[Space, int, dict[str, Tensor]]:
-    found: list[tuple[Space, int]] = []
+def _read(path: Path) -> tuple[Space, int, list[str], dict[str, Tensor]]:
+    found: list[tuple[Space, int, list[str]]] = []
 
     def check(metadata: Mapping[str, str], tensors: Header) -> None:
         header = _header_of(metadata, path)
         with valid_header(path):
-            found.append((Space.from_dict(header["space"]), check_seed(header["seed"])))
+            space, seed = Space.from_dict(header["space"]), check_seed(header["seed"])
+            found.append((space, seed, list(header["bare"])))
         _check_tensors(found[0][0], tensors, path)
 
     tensors = read_tensors(path, check)

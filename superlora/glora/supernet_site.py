@@ -66,6 +66,8 @@ class SupernetSite:
         Whose configuration counts.
     """
 
+    alone = True  # no adapter goes on the same layer
+
     def __init__(self, module: nn.Module, name: str, supernet: Supernet) -> None:
         self.module, self.name, self.supernet = module, name, supernet
         self._kept: _Kept | None = None

@@ -184,12 +184,19 @@ def ia3(inputs: Sequence[str] = ()) -> Supports:
     dict of str to Spec
         ``do`` parameters a layer, ``di`` where the inputs are scaled.
 
+    Raises
+    ------
+    TypeError
+        If `inputs` is one string.
+
     Examples
     --------
     >>> import superlora as sl
     >>> sl.Plan(sl.ia3(inputs=["fc2"]), {"k": (6, 4), "fc2": (6, 4)}).num_parameters
     10
     """
+    if isinstance(inputs, str):
+        raise TypeError(f"inputs must be a sequence of patterns: got the string {inputs!r}")
     outputs = {"map": Broadcast(along="outputs")}
     scale = dense(map=Broadcast(along="inputs"), overrides={pattern: outputs for pattern in inputs})
     return {"scale_weight": scale, "scale_bias": "scale_weight"}

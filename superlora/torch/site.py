@@ -247,6 +247,11 @@ class Site:
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     @property
+    def wrapped(self) -> bool:
+        """Whether another library's forward stands in for the layer's own."""
+        return self._previous is not None
+
+    @property
     def own_weight(self) -> Tensor:
         """The weight without any adapter, (output width, input width)."""
         for link in self.merged:

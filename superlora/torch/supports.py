@@ -150,7 +150,7 @@ class Supported:
         z = None
         if shift is None:
             y = base(x)
-        elif site.merged:  # what is merged does not see what others do to the inputs
+        elif site.merged or site.wrapped:  # which is not to see what is done to the inputs
             y = base(x) + self._times(shift)
         else:
             y = base(x + shift)

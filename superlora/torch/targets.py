@@ -60,6 +60,7 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     _check_weights(found)
     _check_read_by_forward({"": model, **modules}, found)
     _check_untied(model, found)
+    _check_alone(found)
     return found
 
 
@@ -167,6 +168,15 @@ def _check_read_by_forward(modules: dict[str, nn.Module], found: dict[str, nn.Mo
             raise ValueError(
                 f"targets must match layers whose own forward is called: {name!r} is read directly "
                 f"by its parent, a {type(parent).__name__}"
+            )
+
+
+def _check_alone(found: dict[str, nn.Module]) -> None:
+    for name, module in found.items():
+        if getattr(module.__dict__.get("forward"), "alone", False):
+            raise ValueError(
+                f"targets must not match layers of a supernet: {name!r} is one; extract an adapter "
+                "or detach it first"
             )
 
 

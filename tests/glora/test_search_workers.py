@@ -298,7 +298,10 @@ REORDERED = Space(dict(reversed(list(MIDDLE.layers.items()))), ranks=(2,))
         ({"sampler": "random"}, "sampler 'evolution' instead of 'random'"),
         ({"objectives": 2}, "objectives 1 instead of 2, sampler 'evolution' instead of 'nsga2'"),
         ({"space": WIDER}, "in its space no layer 'blocks.3.q'"),
-        ({"space": RESIZED}, r"layer 'blocks.1.q' of widths \[6, 4\] instead of \[6, 5\]"),
+        (
+            {"space": RESIZED},
+            r"in its space layer 'blocks.1.q' of widths \[6, 4\] instead of \[6, 5\]",
+        ),
         ({"space": REORDERED}, "another order of layers in its space"),
         ({"space": Space(MIDDLE.layers, (2, 1))}, r"in its space ranks \[2\] instead of \[2, 1\]"),
     ],
@@ -311,7 +314,9 @@ def test_a_study_of_another_search_is_refused(changes, message, tmp_path):
     def nothing(configuration):
         raise AssertionError("nothing must be evaluated")
 
-    with pytest.raises(ValueError, match=f"'superlora' has .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"'superlora' has ({message}|.*, {message}|{message},.*)$"
+    ):
         search(nothing, storage=path, **{"space": MIDDLE, **BASE, **changes})
     assert path.read_bytes() == before
     # Under another name it has its own study in the same file.

@@ -213,11 +213,12 @@ def _adapted():
         (lambda: make_net(depth=1), ValueError, "no layer 'blocks.1.q'"),
         (_wider, ValueError, r"'blocks.0.q' has shape \(9, 16\) instead of \(8, 16\)"),
         (_renamed, ValueError, "no layer 'blocks.0.q'"),
-        (_adapted, AdapterError, "detach 'first' first"),
+        (_adapted, ValueError, "layers of a supernet: 'blocks.0.q' is one"),
+        (lambda: make_net("no-bias"), ValueError, "without one none, got 'blocks.0.q'"),
         (lambda: make_net().to("meta"), AdapterError, "meta device"),
         (lambda: None, TypeError, "model must be a torch.nn.Module"),
     ],
-    ids=["depth", "width", "name", "supernet", "meta", "none"],
+    ids=["depth", "width", "name", "supernet", "biases", "meta", "none"],
 )
 def test_other_models_are_refused(make, error, message, path):
     model = make()

@@ -178,6 +178,8 @@ def test_bad_input_is_refused_and_changes_nothing(make, options, error, message)
 
 def test_an_adapter_attached_later_leaves_first():
     model, supernet = make_supernet()
+    with unchanged(model), pytest.raises(ValueError, match=r"layers of a supernet: 'blocks.0.q'"):
+        slt.attach(model, sl.lora(2), ["q"])
     adapter = slt.attach(model, sl.lora(2), ["head"])
     for leave in (supernet.detach, lambda: supernet.extract(supernet.space.most, name="other")):
         with unchanged(model), pytest.raises(AdapterError, match="detach 'superlora' first"):
