@@ -81,9 +81,10 @@ def load_supernet(model: nn.Module, path: Path, name: str) -> Supernet:
     modules = find_layers(model, Plan(dense(), shapes), path)
     found = _bare(modules)
     if found != bare:
-        own, theirs = (some(map(repr, names)) or "none" for names in (bare, found))
+        expected, got = (some(map(repr, names)) or "none" for names in (bare, found))
         raise ValueError(
-            f"the model must have the biases of {path}: expected layers without one {own}, got {theirs}"
+            f"the model must have the biases of {path}: expected layers without one "
+            f"{expected}, got {got}"
         )
     chosen = set(map(id, modules.values()))
     ordered = list(find_targets(model, lambda _, module: id(module) in chosen))
