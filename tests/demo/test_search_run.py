@@ -273,6 +273,11 @@ def test_a_study_of_another_supernet_is_refused(tmp_path: Path) -> None:
     searched(tmp_path / "a", storage=storage)
     with pytest.raises(ValueError, match="storage must hold a study of this search"):
         searched(tmp_path / "b", storage=storage, seed=1)
+    trained(tmp_path / "other", seed=1)  # and all else the same
+    saved = tmp_path / "other" / SUPERNET_FILE
+    options = Options(tmp_path / "c", storage=storage)
+    with pytest.raises(ValueError, match="of this search: .* has identity '[^']*' instead of"):
+        run(CONFIG, options, make_task(), make_base(), saved=saved, console=QUIET)
 
 
 def test_a_limit_that_nothing_meets_is_refused_before_anything_is_made(tmp_path: Path) -> None:

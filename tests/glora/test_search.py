@@ -129,19 +129,19 @@ def test_ties_go_to_fewer_parameters():
     assert found.best.num_parameters == min(trial.num_parameters for trial in found.trials)
 
 
-def test_parents_are_the_best_of_all_generations():
-    """A good candidate of the first generation has children in the last."""
-    first = []
+@pytest.mark.parametrize("generation", [0, 3])
+def test_parents_are_the_best_of_all_generations(generation):
+    """Good candidates of the first one have children in the last, and those of the one before."""
+    seen, good = [], range(20 * generation, 20 * generation + 2)
 
     def evaluate(configuration):
-        first.append(configuration)
-        return float(len(first) <= 2)
+        seen.append(HIDDEN.indices(configuration))
+        return float(len(seen) - 1 in good)
 
     evolution = Evolution(population=20, parents=2, mutations=20, crossovers=0, probability=0.05)
     found = search(evaluate, HIDDEN, trials=100, evolution=evolution)
-    parents = [HIDDEN.indices(configuration) for configuration in first[:2]]
-    for trial in found.generations[-1]:
-        child = HIDDEN.indices(trial.configuration)
+    parents = [seen[index] for index in good]
+    for child in (HIDDEN.indices(trial.configuration) for trial in found.generations[-1]):
         assert min(sum(c != p for c, p in zip(child, q, strict=True)) for q in parents) < 7
 
 
