@@ -276,7 +276,7 @@ def test_a_study_of_another_supernet_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "other", seed=1)  # and all else the same
     saved = tmp_path / "other" / SUPERNET_FILE
     options = Options(tmp_path / "c", storage=storage)
-    with pytest.raises(ValueError, match="of this search: .* has identity '[^']*' instead of"):
+    with pytest.raises(ValueError, match=r"of this search: .* has identity '[^']*' instead of"):
         run(CONFIG, options, make_task(), make_base(), saved=saved, console=QUIET)
 
 
