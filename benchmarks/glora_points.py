@@ -26,7 +26,7 @@ from superlora.demo.train import new_head
 from superlora.demo.vit import VisionTransformer
 from superlora.values import check_count
 
-FORMAT = 1  # raised whenever the code changes what a point would come out as
+FORMAT = 2  # raised whenever the code changes what a point would come out as
 Row = dict[str, Any]
 HEAD = "head only"
 
