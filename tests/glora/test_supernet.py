@@ -232,9 +232,11 @@ def test_autocast(layer):
             with torch.no_grad():
                 kept = model(x)
         assert y.dtype == torch.bfloat16
-        for found in (y, kept):  # layer after layer in eight bits
+        # Eight bits, layer after layer: without biases one of these is 2.1 % off.
+        bound = 0.025 if layer == "no-bias" else 0.02
+        for found in (y, kept):
             error = (found.double() - exact.double()).abs().max()
-            assert error <= 0.04 * exact.abs().max()
+            assert error <= bound * exact.abs().max()
         assert_near_together(gradients(supernet, loss_of(y.float())), expected)
 
 
