@@ -24,6 +24,7 @@ from pathlib import Path
 import glora_plots
 import measuring
 import torch
+from glora_plots import LETTERS
 from glora_points import (
     FULL,
     QUICK,
@@ -101,9 +102,12 @@ def settings(setup: Setup) -> str:
     """Return the settings in words."""
     sizes, search = setup.digits, setup.search
     rates = ", ".join(f"{method.name} {method.rate:g}" for method in setup.methods)
-    nets = ", ".join(
-        f"{{{', '.join(map(str, ranks))}}} {rate:g}" for ranks, rate in setup.supernet_rates.items()
-    )
+    nets = [
+        f"| rates of {name} | "
+        + ", ".join(f"{LETTERS[operation]} {rate:g}" for operation, rate in own.rates.items())
+        + " |"
+        for name, own in setup.supernets.items()
+    ]
     return "\n".join(
         (
             "| | |",
@@ -121,7 +125,7 @@ def settings(setup: Setup) -> str:
             "| optimiser | AdamW without weight decay, a tenth of the steps to warm up, then a "
             f"cosine; gradients clipped at norm 1; the head's rate is {setup.head_rate:g} |",
             f"| rates | {rates} |",
-            f"| rates of supernets | {nets} |",
+            *nets,
         )
     )
 
@@ -134,7 +138,7 @@ def write(rows: list[Row], lab: Lab, output: Path, docs: Path | None) -> None:
     (output / "glora-experiment.md").write_text(f"{table(rows)}\n\n{generations(rows)}\n", "utf-8")
     chosen = [row for row in rows if "configuration" in row]
     measuring.write(output, "glora-configurations", chosen, about)
-    spaces = {ranks: space(lab, ranks) for ranks in lab.setup.supernet_rates}
+    spaces = {name: space(lab, name) for name in lab.setup.supernets}
     for folder in [output] if docs is None else [output, docs / "_static"]:
         glora_plots.choices(chosen, folder / "glora-choices.svg")
         glora_plots.parameters(chosen, spaces, folder / "glora-parameters.svg")
@@ -163,7 +167,10 @@ def machine(about: Row) -> str:
 
 
 def tune(lab: Lab, only: str) -> list[Row]:
-    """Return validation accuracies at other learning rates, of the first seed."""
+    """Return validation accuracies at other learning rates, of the first seed.
+
+    For a supernet, the rate is a share of all the operations' own.
+    """
     seed = lab.setup.seeds[0]
     rows: list[Row] = []
 
@@ -175,16 +182,16 @@ def tune(lab: Lab, only: str) -> list[Row]:
         for factor in FACTORS:
             other = dataclasses.replace(method, rate=factor * method.rate)
             add(method.name, other.rate, [baseline(lab, other, seed)["validation"]])
-    for ranks, rate in lab.setup.supernet_rates.items():
-        if only not in f"supernet {ranks}":
+    for name, settings in lab.setup.supernets.items():
+        if only not in f"supernet {name}":
             continue
         for factor in FACTORS:
-            rates = {**lab.setup.supernet_rates, ranks: factor * rate}
-            changed = dataclasses.replace(lab.setup, supernet_rates=rates)
-            own = dataclasses.replace(lab, setup=changed)
-            _, trained, _ = supernet(own, ranks, seed)
+            rates = {operation: factor * rate for operation, rate in settings.rates.items()}
+            other = {name: dataclasses.replace(settings, rates=rates)}
+            own = dataclasses.replace(lab, setup=dataclasses.replace(lab.setup, supernets=other))
+            _, trained, _ = supernet(own, name, seed)
             values = random_accuracy(own, trained, seed, RANDOM)
-            add(f"supernet {ranks}, random configurations", rates[ranks], values)
+            add(f"supernet {name}, random configurations", factor, values)
     return rows
 
 
@@ -207,7 +214,7 @@ def main() -> None:
 
     @functools.cache
     def task(seed: int) -> Task:
-        return digits_task(digits, setup.config(next(iter(setup.supernet_rates))), seed)
+        return digits_task(digits, setup.config(next(iter(setup.supernets))), seed)
 
     say = functools.partial(print, flush=True)
     base = load_onnx(fetched(VIT, cache))

@@ -99,11 +99,11 @@ def _widths(space: Space) -> dict[str, int]:
     return found
 
 
-def parameters(rows: Sequence[Row], spaces: dict[tuple[int, ...], Space], path: Path) -> None:
+def parameters(rows: Sequence[Row], spaces: dict[str, Space], path: Path) -> None:
     """Draw where the parameters of each search went, in shares, as means over the seeds."""
     spent: dict[str, list[dict[str, int]]] = {}
     for row in rows:
-        spent.setdefault(row["method"], []).append(where(row, spaces[tuple(row["ranks"])]))
+        spent.setdefault(row["method"], []).append(where(row, spaces[row["space"]]))
     spent["LoRA, for comparison"] = [_widths(next(iter(spaces.values())))]
     figure, axes = pyplot.subplots(figsize=(8, 1.0 + 0.36 * len(spent)))
     for place, own in enumerate(spent.values()):

@@ -24,9 +24,11 @@ from superlora.demo.supernet import TARGETS, Trained, train_supernet
 from superlora.demo.tasks import Task
 from superlora.demo.train import new_head
 from superlora.demo.vit import VisionTransformer
+from superlora.glora import Space
+from superlora.glora.options import KINDS
 from superlora.values import check_count
 
-FORMAT = 2  # raised whenever the code changes what a point would come out as
+FORMAT = 3  # raised whenever the code changes what a point would come out as
 Row = dict[str, Any]
 HEAD = "head only"
 
@@ -38,6 +40,7 @@ class Method:
     name: str
     design: Any  # a Spec, or one for each operation; None for the head alone
     rate: float  # of the head, where it is alone
+    long: bool = False  # as many steps as a supernet
 
 
 @dataclass(frozen=True)
@@ -50,23 +53,22 @@ class Setup:
     supernet_epochs: int
     batch_size: int
     head_rate: float
-    supernet_rates: Mapping[tuple[int, ...], float]  # by the ranks of the space
+    supernets: Mapping[str, SupernetSettings]  # by what the table calls the space
     limits: tuple[int, ...]
     seeds: tuple[int, ...]
     search: SearchSettings
     methods: tuple[Method, ...]
 
-    def config(self, ranks: tuple[int, ...]) -> Config:
+    def config(self, name: str) -> Config:
         """Return the settings of one space as `superlora search` has them."""
         return Config(
             data="digits",
             resolution=self.resolution,
             digits=self.digits,
-            supernet=SupernetSettings(
-                ranks=ranks,
+            supernet=dataclasses.replace(
+                self.supernets[name],
                 epochs=self.supernet_epochs,
                 batch_size=self.batch_size,
-                rate=self.supernet_rates[ranks],
                 head_rate=self.head_rate,
             ),
             search=self.search,
@@ -88,23 +90,51 @@ def methods(layers: int, width: int) -> tuple[Method, ...]:
         Method("BitFit", sl.bitfit(), 2e-3),
         Method("SSF", sl.ssf(), 2e-3),
         Method("FacT-TT r16", sl.fact_tt(rank=16, fold=stack), 2e-3),
-        Method("LoRA r1", sl.lora(rank=1), 3e-3),
+        Method("LoRA r2", sl.lora(rank=2), 3e-3),
         Method("LoRA r4", sl.lora(rank=4), 3e-3),
+        Method("LoRA r4, a supernet's steps", sl.lora(rank=4), 3e-3, long=True),
         Method("RepAdapter r4", sl.repadapter(rank=4), 3e-3),
         Method("GLoRA r4 everywhere, no search", sl.glora(rank=4), 1.5e-3),
         Method("dense", sl.dense(), 3e-5),
     )
 
 
+RESTRICTED = "{4, 2}, B of ranks or none"
+
+
+def supernets(*names: str) -> dict[str, SupernetSettings]:
+    """Return the spaces by name; but for the last, the operations have all their options.
+
+    The rates were chosen as those of the methods, by random configurations.
+    """
+
+    def settings(ranks: tuple[int, ...], rates: tuple[float, ...], **rest: Any) -> SupernetSettings:
+        return SupernetSettings(ranks=ranks, rates=dict(zip(KINDS, rates, strict=True)), **rest)
+
+    # A vector or a constant of B moves whole rows at once: B's rate must be small where they are.
+    all_options = (3e-3, 1e-5, 3e-4, 3e-3, 3e-3)
+    every = {
+        "{2}": settings((2,), all_options),
+        "{4, 2}": settings((4, 2), all_options),
+        "{8, 4}": settings((8, 4), all_options),
+        RESTRICTED: settings(
+            (4, 2),
+            (3e-3, 1e-3, 3e-4, 3e-3, 3e-3),
+            operations={"add_weight": ("rank", "none")},
+        ),
+    }
+    return {name: every[name] for name in names}
+
+
 FULL = Setup(
     digits=DigitSizes(train=400, validation=200, test=1500),
     resolution=42,
     epochs=8,
-    supernet_epochs=30,
     batch_size=32,
     head_rate=5e-3,
-    supernet_rates={(2,): 1e-4, (4, 2): 1e-4, (8, 4): 1e-4},
-    limits=(75_000, 300_000),  # those of LoRA of rank 1 and 4, about
+    supernet_epochs=30,
+    supernets=supernets("{2}", "{4, 2}", "{8, 4}", RESTRICTED),
+    limits=(150_000, 300_000),  # those of LoRA of rank 2 and 4, about
     seeds=(0, 1, 2),
     search=SearchSettings(trials=60, population=15, parents=5, mutations=8, crossovers=7),
     methods=methods(144, 384),
@@ -114,9 +144,9 @@ QUICK = dataclasses.replace(
     digits=DigitSizes(train=200, validation=100, test=500),
     resolution=28,
     epochs=4,
-    supernet_epochs=20,
-    supernet_rates={(4, 2): 1e-4},
-    limits=(75_000,),
+    supernet_epochs=12,
+    supernets=supernets("{4, 2}", RESTRICTED),
+    limits=(300_000,),
     seeds=(0, 1),
     search=SearchSettings(trials=30, population=10, parents=4, mutations=5, crossovers=5),
 )
@@ -158,7 +188,8 @@ def baseline(lab: Lab, method: Method, seed: int) -> Row:
     """Train a method of fixed form, or find it measured."""
     setup, task = lab.setup, lab.task(seed)
     head_rate = method.rate if method.design is None else setup.head_rate
-    schedule = Schedule(setup.epochs, setup.batch_size, method.rate, head_rate, seed=seed)
+    epochs = setup.supernet_epochs if method.long else setup.epochs
+    schedule = Schedule(epochs, setup.batch_size, method.rate, head_rate, seed=seed)
 
     def measure(folder: Path) -> Row:
         model = lab.base.fuse()
@@ -189,10 +220,9 @@ def baseline(lab: Lab, method: Method, seed: int) -> Row:
     return {**found, **lab.point(content, measure)}
 
 
-def supernet(lab: Lab, ranks: tuple[int, ...], seed: int) -> tuple[Row, Trained, Path]:
+def supernet(lab: Lab, name: str, seed: int) -> tuple[Row, Trained, Path]:
     """Train a supernet, or find it trained."""
-    setup, task = lab.setup, lab.task(seed)
-    config = setup.config(ranks)
+    task, config = lab.task(seed), lab.setup.config(name)
     content = {
         "supernet": config.supernet,
         "seed": seed,
@@ -232,11 +262,10 @@ def random_accuracy(lab: Lab, trained: Trained, seed: int, count: int) -> list[f
     return found
 
 
-def searched(lab: Lab, ranks: tuple[int, ...], limit: int, seed: int) -> Row:
+def searched(lab: Lab, name: str, limit: int, seed: int) -> Row:
     """Search a supernet within a limit, or find it searched."""
-    setup, task = lab.setup, lab.task(seed)
-    config = setup.config(ranks)
-    of_supernet, trained, folder = supernet(lab, ranks, seed)
+    task, config = lab.task(seed), lab.setup.config(name)
+    of_supernet, trained, folder = supernet(lab, name, seed)
 
     def measure(own: Path) -> Row:
         start = time.perf_counter()
@@ -263,9 +292,9 @@ def searched(lab: Lab, ranks: tuple[int, ...], limit: int, seed: int) -> Row:
         "limit": limit,
         "search": config.search,
     }
-    name = f"GLoRA {{{', '.join(map(str, ranks))}}}, at most {limit:,}"
-    found = {"method": name, "seed": seed, "rate": setup.supernet_rates[ranks]}
-    return {**found, "ranks": list(ranks), "limit": limit, **lab.point(content, measure)}
+    found = {"method": f"GLoRA {name}, at most {limit:,}", "seed": seed, "space": name}
+    ranks = list(config.supernet.ranks)
+    return {**found, "ranks": ranks, "limit": limit, **lab.point(content, measure)}
 
 
 def all_points(lab: Lab) -> list[Row]:
@@ -286,9 +315,9 @@ def all_points(lab: Lab) -> list[Row]:
     for seed in setup.seeds:
         for method in setup.methods:
             add(baseline(lab, method, seed))
-        for ranks in setup.supernet_rates:
+        for name in setup.supernets:
             for limit in setup.limits:
-                add(searched(lab, ranks, limit, seed))
+                add(searched(lab, name, limit, seed))
     return rows
 
 
@@ -299,7 +328,7 @@ def summary(rows: Iterable[Row]) -> list[Row]:
         by_method.setdefault(row["method"], []).append(row)
     found = []
     for method, own in by_method.items():
-        line: Row = {"method": method, "seeds": len(own), "rate": own[0]["rate"]}
+        line: Row = {"method": method, "seeds": len(own), "rate": own[0].get("rate")}
         for field in ("parameters", "validation", "test", "seconds", "search_seconds"):
             values = [row[field] for row in own if field in row]
             if values:
@@ -309,6 +338,6 @@ def summary(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
-def space(lab: Lab, ranks: tuple[int, ...]) -> Any:
-    """Return the space of a supernet on the lab's model."""
-    return space_of(lab.base.fuse(), ranks)
+def space(lab: Lab, name: str) -> Space:
+    """Return a space on the lab's model."""
+    return space_of(lab.base.fuse(), lab.setup.supernets[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,8 @@ class Fit:
         Images to features; frozen but for the factors.
     head : torch.nn.Linear
         Features to classes; trained.
-    factors : iterable of torch.nn.Parameter
-        Trained; may be none.
+    factors : iterable of torch.nn.Parameter, or mapping of float to such iterables
+        Trained; may be none. Keys are learning rates, in place of the schedule's.
     images : Images
         The training images.
     resolution : int
@@ -77,26 +77,22 @@ class Fit:
         self,
         model: nn.Module,
         head: nn.Linear,
-        factors: Iterable[nn.Parameter],
+        factors: Iterable[nn.Parameter] | Mapping[float, Iterable[nn.Parameter]],
         images: Images,
         resolution: int,
         schedule: Schedule,
         choose: Callable[[int], Any] | None = None,
     ) -> None:
         self.model, self.head, self.images = model, head, images
-        self.factors = list(factors)
+        by_rate = dict(factors) if isinstance(factors, Mapping) else {schedule.rate: factors}
+        groups = {rate: list(own) for rate, own in by_rate.items()}
+        self.factors = [factor for own in groups.values() for factor in own]
         self.resolution, self.schedule, self.choose = resolution, schedule, choose
         self.epoch = 0
-        groups = [
-            {"params": self.factors, "lr": schedule.rate, "largest": schedule.rate},
-            {
-                "params": list(head.parameters()),
-                "lr": schedule.head_rate,
-                "largest": schedule.head_rate,
-            },
-        ]
+        rated = [*groups.items(), (schedule.head_rate, list(head.parameters()))]
         self._optimiser = torch.optim.AdamW(
-            [group for group in groups if group["params"]], weight_decay=schedule.weight_decay
+            [{"params": own, "lr": rate, "largest": rate} for rate, own in rated if own],
+            weight_decay=schedule.weight_decay,
         )
 
     @property

@@ -17,7 +17,7 @@ import superlora.torch as slt
 from superlora.demo import search_report as report
 from superlora.demo.fetch import VIT
 from superlora.demo.fitting import evaluator
-from superlora.demo.search_config import Config, SearchError
+from superlora.demo.search_config import Config, SearchError, SupernetSettings
 from superlora.demo.supernet import Trained, load_supernet, train_supernet
 from superlora.demo.tasks import Task
 from superlora.demo.train import ADAPTER_FILE, HEAD_FILE, count_correct, new_head
@@ -81,15 +81,15 @@ class Found:
     folder: Path
 
 
-def space_of(model: VisionTransformer, ranks: Sequence[int]) -> Space:
+def space_of(model: VisionTransformer, settings: SupernetSettings) -> Space:
     """Return the space of a supernet of the model, which is not changed.
 
     Parameters
     ----------
     model : VisionTransformer
         With one layer for query, key and value.
-    ranks : sequence of int
-        As in `Space`.
+    settings : SupernetSettings
+        Ranks and operations.
 
     Returns
     -------
@@ -101,7 +101,7 @@ def space_of(model: VisionTransformer, ranks: Sequence[int]) -> Space:
         for name, module in model.blocks.named_modules(prefix="blocks")
         if isinstance(module, torch.nn.Linear)
     }
-    return Space(shapes, tuple(ranks))
+    return Space(shapes, settings.ranks, settings.options())
 
 
 def check(space: Space, options: Options) -> None:
@@ -337,7 +337,7 @@ def run(
     console = console or Console()
     model = base.fuse()
     if saved is None:  # before an hour of training
-        check(space_of(model, config.supernet.ranks), options)
+        check(space_of(model, config.supernet), options)
     options.output.mkdir(parents=True, exist_ok=True)
 
     def epoch(done: int, loss: float) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from superlora.glora.evolution import Evolution
+from superlora.glora.options import KINDS, Option, check_known, checked_operations, checked_ranks
 from superlora.values import check_count
 
 DIGITS, VTAB = "digits", "vtab-1k"
@@ -55,6 +56,11 @@ class SupernetSettings:
         Learning rates of the support tensors and of the head.
     weight_decay : float
         Of AdamW.
+    rates : mapping of str to float
+        Learning rates of the operations that have one of their own.
+    operations : mapping of str to sequence of str
+        What the operations named may be, in place of all they can: of ``"rank"``, for every rank,
+        ``"vector"``, ``"constant"`` and ``"none"``.
     """
 
     ranks: tuple[int, ...] = (8, 4)
@@ -63,13 +69,41 @@ class SupernetSettings:
     rate: float = 1e-4
     head_rate: float = 5e-3
     weight_decay: float = 0.0
+    rates: Mapping[str, float] = field(default_factory=dict)
+    operations: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", tuple(self.ranks))
+        for name in ("rates", "operations"):
+            if not isinstance(value := getattr(self, name), Mapping):
+                raise TypeError(f"{name} must be a mapping of operations: got {value!r}")
+        for name, own in self.rates.items():
+            check_known("operations in rates", name, KINDS)
+            _check_number(f"rates.{name}", own, positive=True)
+        checked_operations(self.options(), checked_ranks(self.ranks))
         for name in ("epochs", "batch_size"):
             check_count(name, getattr(self, name))
         for name in ("rate", "head_rate", "weight_decay"):
             _check_number(name, getattr(self, name), positive=name != "weight_decay")
+
+    def options(self) -> dict[str, Sequence[Option]] | None:
+        """Return the operations of the space, as `superlora.glora.Space` takes them.
+
+        Returns
+        -------
+        dict of str to sequence of option, or None
+            None for all of all.
+        """
+        if not self.operations:
+            return None
+        return {name: self._with_ranks(own) for name, own in {**KINDS, **self.operations}.items()}
+
+    def _with_ranks(self, kinds: Any) -> Any:
+        if not isinstance(kinds, list | tuple):
+            return kinds  # which the space refuses
+        return tuple(
+            option for kind in kinds for option in (self.ranks if kind == "rank" else (kind,))
+        )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from superlora.torch.files import write_tensors
 TARGETS = ("qkv", "proj", "fc1", "fc2")
 """The linear layers of a block, as GLoRA's authors adapt them."""
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the code changes what a supernet would come out as."""
 
 SUPERNET_FILE = "supernet.safetensors"
@@ -119,7 +119,9 @@ def train_supernet(
     if file.exists() and head_file(file).exists():
         return load_supernet(model, file, task.classes)
     described.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
-    supernet = Supernet(model, list(TARGETS), settings.ranks, seed=seed)
+    supernet = Supernet(
+        model, list(TARGETS), settings.ranks, operations=settings.options(), seed=seed
+    )
     head = new_head(model, task.classes)
     schedule = Schedule(
         epochs=settings.epochs,
@@ -129,7 +131,7 @@ def train_supernet(
         weight_decay=settings.weight_decay,
         seed=seed,
     )
-    factors = supernet.parameters()
+    factors = _by_rate(supernet, settings)
     fit = Fit(model, head, factors, task.train, task.resolution, schedule, supernet.draw)
     try:
         _restore(fit, state_file)
@@ -185,6 +187,16 @@ def load_supernet(model: VisionTransformer, file: Path, classes: int) -> Trained
     except (OSError, ValueError, TypeError) as error:
         raise SearchError(f"{file} must be a supernet of this model: {error}") from None
     return Trained(model, supernet, head, file)
+
+
+def _by_rate(supernet: Supernet, settings: SupernetSettings) -> dict[float, list[nn.Parameter]]:
+    found: dict[float, list[nn.Parameter]] = {}
+    for layer in supernet.layers():
+        for operation, stored in supernet.stored(layer).items():
+            rate = settings.rates.get(operation, settings.rate)
+            own = [factor for factor in stored if isinstance(factor, nn.Parameter)]
+            found.setdefault(rate, []).extend(own)
+    return found
 
 
 def _identity(

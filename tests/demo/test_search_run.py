@@ -27,7 +27,7 @@ from safetensors.torch import load_file  # noqa: E402
 import superlora.torch as slt  # noqa: E402
 from superlora.demo import search  # noqa: E402
 from superlora.demo.fitting import Fit, Schedule, evaluator  # noqa: E402
-from superlora.demo.search import Options, run  # noqa: E402
+from superlora.demo.search import Options, run, space_of  # noqa: E402
 from superlora.demo.search_config import SearchError  # noqa: E402
 from superlora.demo.supernet import (  # noqa: E402
     STATE_FILE,
@@ -35,7 +35,7 @@ from superlora.demo.supernet import (  # noqa: E402
     load_supernet,
     train_supernet,
 )
-from superlora.demo.train import new_head  # noqa: E402
+from superlora.demo.train import new_head, rate_share  # noqa: E402
 from superlora.glora import Supernet  # noqa: E402
 from tests.demo.search_cases import CONFIG, make_base, make_task  # noqa: E402
 
@@ -85,6 +85,48 @@ def test_a_fit_that_goes_on_gives_the_same_numbers() -> None:
     for one, other in zip(whole.factors, second.factors, strict=True):
         assert torch.equal(one, other)
     assert losses[-1] < losses[0]
+
+
+def test_factors_move_at_their_own_rates() -> None:
+    task = make_task()
+    model = make_base().fuse()
+    supernet = Supernet(model, ["proj"], (2,))
+    supernet.use(supernet.space.fixed(add_weight=2, add_bias="vector"))
+    found = supernet.stored("blocks.0.proj")
+    factors = {1e-2: [found["add_weight"][0]], 1e-4: [found["add_bias"][0]]}
+    schedule = Schedule(1, 60, 1.0, 1e-3)
+    head = new_head(model, 10)
+    torch.nn.init.normal_(head.weight)
+    fit = Fit(model, head, factors, task.train, 28, schedule)
+    fit.run_epoch()  # one step of AdamW, which moves each number by its rate
+    share = rate_share(0, 1)
+    for rate, (factor,) in factors.items():
+        moved = factor.detach().abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, share * rate), rtol=1e-3, atol=0)
+
+
+def test_a_supernet_of_own_operations_and_rates(tmp_path: Path) -> None:
+    settings = dataclasses.replace(
+        CONFIG.supernet,
+        epochs=1,
+        rates={"add_weight": 1e-9},
+        operations={"add_weight": ["rank", "none"], "scale_weight": ["none"]},
+    )
+    model = make_base().fuse()
+    found = train_supernet(model, make_task(), settings, 0, tmp_path, surroundings={})
+    space = found.supernet.space
+    assert space == space_of(make_base().fuse(), settings)
+    assert space.operations["add_weight"] == (4, 2, "none")
+    assert space.operations["scale_weight"] == ("none",)
+    assert space.operations["add_bias"] == ("vector", "constant", "none")
+    largest = {
+        operation: max(
+            float(found.supernet.stored(layer)[operation][0].detach().abs().max())
+            for layer in found.supernet.layers()
+        )
+        for operation in ("add_weight", "add_bias")
+    }
+    assert 0 < largest["add_weight"] < 1e-7 < 1e-3 < largest["add_bias"]
 
 
 def test_the_steps_of_a_fit_draw_one_configuration_each() -> None:

@@ -58,10 +58,10 @@ def lab(script: Any, tmp_path: Path) -> Any:
         digits=CONFIG.digits,
         resolution=28,
         epochs=2,
-        supernet_epochs=2,
+        supernet_epochs=3,
         batch_size=20,
         head_rate=1e-3,
-        supernet_rates={(2,): 1e-2, (4, 2): 1e-2},
+        supernets=points.supernets("{2}", points.RESTRICTED),
         limits=(300, 600),
         seeds=(0, 1),
         search=SearchSettings(trials=6, population=4, parents=2, mutations=2, crossovers=2),
@@ -75,7 +75,7 @@ def test_the_experiment_from_end_to_end(script: Any, lab: Any, tmp_path: Path) -
     rows = points.all_points(lab)
     methods = [method.name for method in lab.setup.methods]
     searches = [
-        f"GLoRA {{{ranks}}}, at most {limit}" for ranks in ("2", "4, 2") for limit in (300, 600)
+        f"GLoRA {name}, at most {limit}" for name in lab.setup.supernets for limit in (300, 600)
     ]
     assert [row["method"] for row in rows] == 2 * [*methods, *searches]
     by_name = {(row["method"], row["seed"]): row for row in rows}
@@ -84,8 +84,9 @@ def test_the_experiment_from_end_to_end(script: Any, lab: Any, tmp_path: Path) -
     sizes = {
         "BitFit": outputs,
         "SSF": 2 * outputs,
-        "LoRA r1": outputs + inputs,
+        "LoRA r2": 2 * (outputs + inputs),
         "LoRA r4": 4 * (outputs + inputs),
+        "LoRA r4, a supernet's steps": 4 * (outputs + inputs),
         "RepAdapter r4": 9 * inputs,
         "dense": 2 * (48 * 16 + 16 * 16 + 24 * 16 + 16 * 24),
         "GLoRA r4 everywhere, no search": 8 * (outputs + inputs) + 4 * (inputs + 8) + 2 * outputs,
@@ -97,6 +98,8 @@ def test_the_experiment_from_end_to_end(script: Any, lab: Any, tmp_path: Path) -
             assert 1 <= row["parameters"] <= row["limit"]
             assert row["evaluated"] == 6
             assert row["first_generation_best"] <= row["validation"]
+            chosen = {options["add_weight"] for options in row["configuration"].values()}
+            assert points.RESTRICTED not in name or chosen <= {4, 2, "none"}
             assert set(row["configuration"]) == {
                 f"blocks.{block}.{layer}"
                 for block in (0, 1)
@@ -112,7 +115,7 @@ def test_the_experiment_from_end_to_end(script: Any, lab: Any, tmp_path: Path) -
     shown = experiment.between(page, "glora-table")
     assert shown == experiment.table(rows)
     assert [line.split("|")[1].strip() for line in shown.splitlines()[2:]] == [*methods, *searches]
-    assert f"| LoRA r1 | {sizes['LoRA r1']:,} |" in shown
+    assert f"| LoRA r2 | {sizes['LoRA r2']:,} |" in shown
     assert "| images | 60 to train, 20 to search and tune, 40 to test, at 28 px |" in page
     for folder in (tmp_path / "out", docs / "_static"):
         for figure in ("glora-choices.svg", "glora-parameters.svg"):
@@ -148,7 +151,8 @@ def test_an_interrupted_experiment_goes_on(
     script: Any, lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = script("glora_points")
-    small = dataclasses.replace(lab.setup, supernet_rates={(2,): 1e-2}, limits=(300,), seeds=(0,))
+    own = points.supernets("{2}")
+    small = dataclasses.replace(lab.setup, supernets=own, limits=(300,), seeds=(0,))
     small = dataclasses.replace(small, methods=small.methods[1:2])
     lab = dataclasses.replace(lab, setup=small)
     keep = points.keep
@@ -189,7 +193,7 @@ def test_the_summary_has_means_and_deviations(script: Any) -> None:
 
 def test_where_the_parameters_went(script: Any, lab: Any) -> None:
     points, plots = script("glora_points"), script("glora_plots")
-    space = points.space(lab, (4, 2))
+    space = points.space(lab, points.RESTRICTED)
     configuration = space.fixed(add_weight=2, add_bias="vector")
     assert plots.where({"configuration": configuration}, space) == {
         "qkv": 2 * (2 * 64 + 48),
@@ -218,7 +222,18 @@ def test_the_quick_form_is_smaller(script: Any) -> None:
     points = script("glora_points")
     assert points.QUICK.digits.train < points.FULL.digits.train
     assert len(points.FULL.seeds) == 3
-    assert set(points.FULL.supernet_rates) == {(2,), (4, 2), (8, 4)}
+    every = ["{2}", "{4, 2}", "{8, 4}", points.RESTRICTED]
+    assert list(points.FULL.supernets) == every
+    assert [list(own.ranks) for own in points.FULL.supernets.values()] == [
+        [2],
+        [4, 2],
+        [8, 4],
+        [4, 2],
+    ]
+    *whole, restricted = points.FULL.supernets.values()
+    assert all(own.options() is None for own in whole)
+    assert restricted.options()["add_weight"] == (4, 2, "none")
+    assert set(restricted.options()["scale_weight"]) == {4, 2, "vector", "constant", "none"}
 
 
 def test_a_merged_adapter_costs_no_flops_and_an_unmerged_one_does(script: Any) -> None:
