@@ -28,7 +28,7 @@ from superlora.glora import Space
 from superlora.glora.options import KINDS
 from superlora.values import check_count
 
-FORMAT = 3  # raised whenever the code changes what a point would come out as
+FORMAT = 4  # raised whenever the code changes what a point would come out as
 Row = dict[str, Any]
 HEAD = "head only"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -135,14 +135,14 @@ class Supports:
         own = next((spec for operations, spec in self.designs if operation in operations), None)
         return None if own is None else own.of(f"{operation}.{name.partition('.')[2]}")
 
-    def without(self, operation: str, layers: Iterable[str], *, all_of: bool = False) -> Supports:
+    def without(self, operation: str, layers: Sequence[str], *, all_of: bool = False) -> Supports:
         """Return the same without one operation's supports of some layers.
 
         Parameters
         ----------
         operation : str
             One that may be among those of the design; what it shares with others stays.
-        layers : iterable of str
+        layers : sequence of str
             Their names.
         all_of : bool
             Whether these are all the layers there are.
@@ -159,14 +159,15 @@ class Supports:
         """
         if any(source == operation for _, source in self.shared):
             return self  # its entries are those of another, which has its effect
-        names = "|".join(re.escape(layer) for layer in layers)
         designs = []
         for operations, spec in self.designs:
             if operation not in operations:
                 designs.append((operations, spec))
             elif not all_of:
-                left_out = {rf"{operation}\.({names})": None}
-                pairs = (*left_out.items(), *spec.overrides)
+                there = [name for name in layers if spec.of(f"{operation}.{name}") is not None]
+                names = "|".join(map(re.escape, there))
+                left_out = [(rf"{operation}\.({names})", None)] if there else []
+                pairs = (*left_out, *spec.overrides)
                 designs.append((operations, spec.replace(overrides=pairs)))
             elif len(operations) > 1:
                 designs.append((tuple(o for o in operations if o != operation), spec))

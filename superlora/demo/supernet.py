@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -31,7 +32,7 @@ from superlora.torch.files import write_tensors
 TARGETS = ("qkv", "proj", "fc1", "fc2")
 """The linear layers of a block, as GLoRA's authors adapt them."""
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the code changes what a supernet would come out as."""
 
 SUPERNET_FILE = "supernet.safetensors"
@@ -231,8 +232,11 @@ def _refuse_another(described: Path, identity: dict[str, Any]) -> None:
 def _restore(fit: Fit, file: Path) -> None:
     # A state that cannot be read is of a machine that crashed; training starts again.
     unreadable = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.PickleError)
-    with contextlib.suppress(*unreadable):
+    start = copy.deepcopy(fit.state())
+    try:
         fit.restore(torch.load(file, weights_only=True))
+    except unreadable:
+        fit.restore(start)  # a part may have been read
 
 
 @contextlib.contextmanager

@@ -121,6 +121,37 @@ def checked_layers(value: Any) -> Ordered[tuple[int, int]]:
     return Ordered(checked)
 
 
+def checked_subset(value: Any, layers: Iterable[str]) -> tuple[str, ...]:
+    """Return names of layers in the layers' order, or say what they must be.
+
+    Parameters
+    ----------
+    value : sequence of str
+        As given by a user.
+    layers : iterable of str
+        All there are.
+
+    Returns
+    -------
+    tuple of str
+        The same names.
+
+    Raises
+    ------
+    TypeError
+        If they are no sequence.
+    ValueError
+        If one is no layer's.
+    """
+    names = hashable(value)
+    if not isinstance(names, tuple):
+        raise TypeError(f"without_bias must be a sequence of names: got {value!r}")
+    every = list(layers)
+    for name in names:
+        check_known("without_bias", name, every)
+    return tuple(name for name in every if name in names)
+
+
 def checked_ranks(value: Any) -> tuple[int, ...]:
     """Return ranks in descending order, or say what they must be.
 

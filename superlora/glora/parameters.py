@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,13 +33,14 @@ class Parameters:
     """
 
     def __init__(self, space: Space) -> None:
-        every = {name: CategoricalDistribution(space.operations[name]) for name in space.operations}
+        # One of each, however many layers have it.
+        every = functools.cache(CategoricalDistribution)
         self._options: dict[str, tuple[Option, ...]] = {}
         self.distributions: dict[str, CategoricalDistribution] = {}
         for layer, operation in space.categoricals:
             name = f"{layer}/{operation}"
-            self._options[name] = space.operations[operation]
-            self.distributions[name] = every[operation]
+            self._options[name] = space.options(layer, operation)
+            self.distributions[name] = every(self._options[name])
 
     def encoded(self, indices: Iterable[int]) -> dict[str, Option]:
         """Return a configuration as values of the parameters.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from superlora.glora.options import (
     checked_layers,
     checked_operations,
     checked_ranks,
+    checked_subset,
     cost_of,
     digest,
     refuse_rank_above,
@@ -40,11 +42,14 @@ class Space:
     operations : mapping of str to sequence, optional
         The options of some operations: ranks of `ranks`, ``"vector"``, ``"constant"``,
         ``"none"``. By default the five of GLoRA, each with all that it may have.
+    without_bias : sequence of str
+        The layers that have no bias, which ``"scale_bias"`` can only be ``"none"`` for.
 
     Raises
     ------
     TypeError, ValueError
-        If a width, a rank, an operation or an option is none.
+        If a width, a rank, an operation or an option is none, or a layer without a bias is none
+        of the layers.
 
     Notes
     -----
@@ -77,12 +82,14 @@ class Space:
     layers: Mapping[str, tuple[int, int]]
     ranks: tuple[int, ...] = (8, 4)
     operations: Any = None
+    without_bias: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", checked_layers(self.layers))
         object.__setattr__(self, "ranks", checked_ranks(self.ranks))
         operations = checked_operations(self.operations, self.ranks)
         object.__setattr__(self, "operations", operations)
+        object.__setattr__(self, "without_bias", checked_subset(self.without_bias, self.layers))
 
     @property
     def largest_rank(self) -> int:
@@ -98,7 +105,9 @@ class Space:
     def costs(self) -> tuple[tuple[int, ...], ...]:
         """The number of parameters of every option of every categorical."""
         return tuple(
-            tuple(cost_of(name, option, *self.layers[layer]) for option in self.operations[name])
+            tuple(
+                cost_of(name, option, *self.layers[layer]) for option in self._options(layer, name)
+            )
             for layer, name in self.categoricals
         )
 
@@ -129,8 +138,14 @@ class Space:
         """
         check_known("layer", layer, self.layers)
         check_known("operation", operation, self.operations)
+        return self._options(layer, operation)
+
+    def _options(self, layer: str, operation: str) -> tuple[Option, ...]:
         options: tuple[Option, ...] = self.operations[operation]
-        return options
+        return ("none",) if self._lacks(layer, operation) else options
+
+    def _lacks(self, layer: str, operation: str) -> bool:
+        return operation == "scale_bias" and layer in self.without_bias
 
     def num_parameters(self, configuration: Configuration) -> int:
         """Count the parameters of a configuration.
@@ -207,7 +222,7 @@ class Space:
     def fixed(
         self, chosen: Mapping[str, Option] | None = None, /, **options: Option
     ) -> dict[str, dict[str, Option]]:
-        """Return the configuration with the same options in every layer.
+        """Return the configuration with the same options in every layer that has them.
 
         Parameters
         ----------
@@ -238,7 +253,10 @@ class Space:
                 f"options must be for the operations {list(self.operations)}: got {unknown}"
             )
         configuration: dict[str, dict[str, Option]] = {
-            layer: {name: every.get(name, "none") for name in self.operations}
+            layer: {
+                name: "none" if self._lacks(layer, name) else every.get(name, "none")
+                for name in self.operations
+            }
             for layer in self.layers
         }
         self.check(configuration)
@@ -272,7 +290,7 @@ class Space:
 
     def _index(self, layer: str, operation: str, option: object) -> int:
         place = f"configuration[{layer!r}][{operation!r}]"
-        options: tuple[Option, ...] = self.operations[operation]
+        options = self._options(layer, operation)
         # True equals 1, and an array is equal to nothing in particular.
         if isinstance(option, bool) or not isinstance(option, int | str):
             raise TypeError(f"{place} must be an integer or a string: got {option!r}")
@@ -296,7 +314,7 @@ class Space:
         """
         found: dict[str, dict[str, Option]] = {layer: {} for layer in self.layers}
         for (layer, name), index in zip(self.categoricals, indices, strict=True):
-            found[layer][name] = self.operations[name][index]
+            found[layer][name] = self._options(layer, name)[index]
         return found
 
     def check(self, configuration: Configuration) -> None:
@@ -338,7 +356,7 @@ class Space:
     def fingerprint(self) -> str:
         """20 hexadecimal digits, the same for equal spaces."""
         # The order of layers decides what a seed draws: it counts.
-        return digest([list(self.layers.items()), self.ranks, list(self.operations.items())])
+        return digest(list(self.to_dict().items()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the space as plain JSON values.
@@ -352,6 +370,7 @@ class Space:
             "layers": {name: list(widths) for name, widths in self.layers.items()},
             "ranks": list(self.ranks),
             "operations": {name: list(options) for name, options in self.operations.items()},
+            "without_bias": list(self.without_bias),
         }
 
     @classmethod
@@ -373,5 +392,5 @@ class Space:
         TypeError, ValueError
             If a field is missing or unknown, or its value is refused.
         """
-        check_names("space", values, ("layers", "ranks", "operations"))
+        check_names("space", values, [field.name for field in dataclasses.fields(cls)])
         return cls(**values)

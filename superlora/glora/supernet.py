@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
 from superlora.glora.extract import supports_of
-from superlora.glora.space import Configuration, Option, Space
-from superlora.glora.supernet_checks import check_alone, dtype_of, fitting
+from superlora.glora.space import Configuration, Option
+from superlora.glora.supernet_checks import check_alone, dtype_of, space_of
 from superlora.glora.supernet_choice import Choice
 from superlora.glora.supernet_site import SupernetSite
 from superlora.glora.supernet_storage import LEFT, RIGHT, Stored, initial, parts
@@ -41,7 +41,7 @@ class Supernet(Choice, nn.Module):
         The ranks of the space; the largest is stored, the others are its leading part.
     operations : mapping of str to sequence of option, optional
         The merge operations and what each may be, as in `Space`; GLoRA's own by default,
-        without ``"scale_bias"`` where a layer has no bias.
+        without ``"scale_bias"`` where no layer has a bias.
     name : str
         The attribute of `model` under which the supernet is registered; of its first adapted
         layer, where `model` is a ``Sequential`` or a ``ModuleList``.
@@ -138,7 +138,7 @@ class Supernet(Choice, nn.Module):
         dtype = dtype_of(modules, dtype)
         shapes = {layer: shape_of(module) for layer, module in modules.items()}
         bare = [layer for layer, module in modules.items() if bias_of(module) is None]
-        self.space = Space(shapes, tuple(ranks), fitting(operations, tuple(ranks), bare))
+        self.space = space_of(shapes, ranks, operations, bare)
         self.name, self.seed = name, seed
         self._layers = {layer: str(index) for index, layer in enumerate(modules)}
         # Whatever contexts we are called in, the tensors hold values and can be trained.

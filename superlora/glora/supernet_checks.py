@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from superlora.errors import AdapterError, some
-from superlora.glora.options import Option, checked_operations
+from superlora.glora.options import Option
+from superlora.glora.space import Space
 from superlora.torch.adapter import adapters_of
 from superlora.torch.layers import computes_plainly, parameter_of
 
@@ -87,38 +89,42 @@ def check_alone(
             )
 
 
-def fitting(
-    operations: Mapping[str, Sequence[Option]] | None, ranks: tuple[int, ...], bare: Sequence[str]
-) -> Mapping[str, Sequence[Option]] | None:
-    """Return the operations that layers can have, some of which have no bias.
+def space_of(
+    shapes: Mapping[str, tuple[int, int]],
+    ranks: Sequence[int],
+    operations: Mapping[str, Sequence[Option]] | None,
+    bare: Sequence[str],
+) -> Space:
+    """Return the space of layers some of which may have no bias.
 
     Parameters
     ----------
-    operations : mapping of str to sequence of option, or None
-        As given by a user.
-    ranks : tuple of int
+    shapes : mapping of str to (int, int)
+        The layers' widths.
+    ranks : sequence of int
         The ranks of the space.
+    operations : mapping of str to sequence of option, or None
+        As given by a user; None for all operations that the layers can have.
     bare : sequence of str
         The layers without a bias.
 
     Returns
     -------
-    mapping of str to sequence of option, or None
-        None for all operations there are.
+    Space
+        The configurations.
 
     Raises
     ------
     ValueError
-        If the user asks for what scales a bias.
+        If something does not fit, or the user asks for what scales a bias and no layer has one.
     """
-    if not bare:
-        return operations
-    if operations is None:
-        every = checked_operations(None, ranks)
-        return {name: options for name, options in every.items() if name != "scale_bias"}
-    if isinstance(operations, Mapping) and "scale_bias" in operations:
+    space = Space(shapes, tuple(ranks), operations, tuple(bare))
+    if len(bare) < len(shapes) or "scale_bias" not in space.operations:
+        return space
+    if operations is not None:
         raise ValueError(
-            f"operations must not have 'scale_bias' where layers have no bias: "
+            f"operations must not have 'scale_bias' where no layer has a bias: "
             f"{some(map(repr, bare))} have none"
         )
-    return operations
+    without = {name: own for name, own in space.operations.items() if name != "scale_bias"}
+    return dataclasses.replace(space, operations=without)

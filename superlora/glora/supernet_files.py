@@ -45,7 +45,6 @@ def save_supernet(supernet: Supernet, path: Path) -> None:
         "format_version": FORMAT_VERSION,
         "seed": supernet.seed,
         "space": supernet.space.to_dict(),
-        "bare": _bare(supernet.layers()),
     }
     metadata = {KEY: json.dumps(header, separators=(",", ":"))}
     write_tensors(path, _tensors(supernet), metadata)
@@ -76,12 +75,13 @@ def load_supernet(model: nn.Module, path: Path, name: str) -> Supernet:
     from superlora.glora.supernet import Supernet
 
     check_model(model)
-    space, seed, bare, tensors = _read(path)
+    space, seed, tensors = _read(path)
     shapes = dict(space.layers)
     modules = find_layers(model, Plan(dense(), shapes), path)
-    found = _bare(modules)
-    if found != bare:
-        expected, got = (some(map(repr, names)) or "none" for names in (bare, found))
+    found = [name for name, module in modules.items() if bias_of(module) is None]
+    if found != list(space.without_bias):
+        both = (space.without_bias, found)
+        expected, got = (some(map(repr, names)) or "none" for names in both)
         raise ValueError(
             f"the model must have the biases of {path}: expected layers without one "
             f"{expected}, got {got}"
@@ -108,11 +108,6 @@ def load_supernet(model: nn.Module, path: Path, name: str) -> Supernet:
     return supernet
 
 
-def _bare(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the layers without a bias."""
-    return [name for name, module in modules.items() if bias_of(module) is None]
-
-
 def _tensors(supernet: Supernet) -> dict[str, Tensor]:
     found = {}
     for layer, operation, side in stored_shapes(supernet.space):
@@ -127,14 +122,14 @@ def _key(layer: str, operation: str, side: str) -> str:
     return f"{layer}.{operation}.{side}"
 
 
-def _read(path: Path) -> tuple[Space, int, list[str], dict[str, Tensor]]:
-    found: list[tuple[Space, int, list[str]]] = []
+def _read(path: Path) -> tuple[Space, int, dict[str, Tensor]]:
+    found: list[tuple[Space, int]] = []
 
     def check(metadata: Mapping[str, str], tensors: Header) -> None:
         header = _header_of(metadata, path)
         with valid_header(path):
             space, seed = Space.from_dict(header["space"]), check_seed(header["seed"])
-            found.append((space, seed, list(header["bare"])))
+            found.append((space, seed))
         _check_tensors(found[0][0], tensors, path)
 
     tensors = read_tensors(path, check)

@@ -269,6 +269,10 @@ class Adapter(Exporting, Blocks):
             self._use_replaced(False)
         self.replaced = None
         for site in self._sites.values():
+            if site.link_of(self).bare:  # the bias stays, as trainable as the weight
+                for each in adapters_of(model):
+                    if (site.module, "weight") in each._frozen:
+                        each._frozen.append((site.module, "bias"))
             site.remove(self)
         del host._modules[self.name]
         others = [part for _, part in registered(model) if isinstance(part, Adapter)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from superlora.costs import check_apply
 from superlora.errors import AdapterError, some
-from superlora.operations import GIVES_BIAS
+from superlora.operations import OF_BIAS
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_free, check_model, frozen_of, host_of, placed, register
@@ -68,8 +68,8 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
     }
     if adapter.scale != adapter.plan.scale:
         header["scale"] = adapter.scale
-    if adapter.gains_bias:
-        header["gains_bias"] = adapter.gains_bias
+    if without := _without_bias(adapter.plan, adapter.layers()):
+        header["without_bias"] = without
     tensors = {name: blocks[name] for name in stored_shapes(adapter.plan)}
     made = {name: block for name, block in blocks.items() if name not in tensors}
     if made:
@@ -159,19 +159,29 @@ def check_biases(
     Raises
     ------
     ValueError
-        If an operation that gives a bias would give another; all layers are listed.
+        If an operation of the bias would find another; all layers are listed.
     """
     with valid_header(path):
-        bare = set(header.get("gains_bias", ()))
-    problems = []
-    for name, own in plan.layout.supports.items():
-        has = Site.bias_below(modules[name]) is not None
-        if not GIVES_BIAS.isdisjoint(own) and has == (name in bare):
-            problems.append(f"{name!r} has {'a' if has else 'no'} bias")
+        expected = set(header.get("without_bias", ()))
+    found = set(_without_bias(plan, modules))
+    problems = [
+        f"{name!r} has {'no' if name in found else 'a'} bias"
+        for name in plan.layout.layers
+        if (name in found) != (name in expected)
+    ]
     if problems:
         raise ValueError(
             f"layers must have a bias where they had one in {path}: {some(problems, 20)}"
         )
+
+
+def _without_bias(plan: Plan, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the layers that have no bias where an operation would change it."""
+    return [
+        name
+        for name, own in plan.layout.supports.items()
+        if not OF_BIAS.isdisjoint(own) and Site.bias_below(modules[name]) is None
+    ]
 
 
 def _make_frozen(

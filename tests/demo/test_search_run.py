@@ -185,6 +185,20 @@ def test_a_state_that_cannot_be_read_starts_again(tmp_path: Path) -> None:
         assert trained(folder).digest() == whole.digest()
 
 
+def test_a_state_that_is_read_in_part_starts_again(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole")
+
+    def stop(epoch: int, loss: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "parts", epoch=stop)
+    state = torch.load(tmp_path / "parts" / STATE_FILE, weights_only=True)
+    state["optimiser"]["param_groups"] = []  # after factors and head
+    torch.save(state, tmp_path / "parts" / STATE_FILE)
+    assert trained(tmp_path / "parts").digest() == whole.digest()
+
+
 def test_a_trained_supernet_is_found(tmp_path: Path) -> None:
     first = trained(tmp_path)
     epochs: list[int] = []

@@ -69,4 +69,5 @@ def spaces(draw):
         operations[name] = draw(
             st.lists(st.sampled_from(allowed), min_size=1, max_size=4, unique=True)
         )
-    return Space(layers, ranks, operations)
+    bare = draw(st.lists(st.sampled_from(list(layers)), unique=True))
+    return Space(layers, ranks, operations, bare)

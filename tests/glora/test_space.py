@@ -74,9 +74,30 @@ def test_fingerprints_differ():
         Space({**layers, "v": (3, 3)}),
         Space(layers, ranks=(8,)),
         Space(layers, operations={"add_bias": ("none",)}),
+        Space(layers, without_bias=("v",)),
     ]
     assert len({space.fingerprint for space in others}) == len(others)
     assert all(space != other for i, space in enumerate(others) for other in others[:i])
+
+
+def test_layers_without_a_bias():
+    layers = {"q": (3, 2), "k": (3, 2), "v": (3, 2)}
+    whole, space = Space(layers, (2,)), Space(layers, (2,), without_bias=["v", "k"])
+    assert space.without_bias == ("k", "v")
+    assert space.options("v", "scale_bias") == ("none",)
+    assert space.options("q", "scale_bias") == whole.options("v", "scale_bias")
+    assert space.options("v", "add_bias") == whole.options("v", "add_bias")
+    assert 9 * space.size == whole.size
+    assert space.most_parameters == whole.most_parameters - 2 * 3
+    found = space.fixed(scale_bias="vector", add_bias="vector")
+    assert [own["scale_bias"] for own in found.values()] == ["vector", "none", "none"]
+    assert all(own["add_bias"] == "vector" for own in found.values())
+    with pytest.raises(ValueError, match=r"\['v'\]\['scale_bias'\] must be one of \['none'\]"):
+        space.check(whole.fixed(scale_bias="vector") | {"k": found["k"]})
+    with pytest.raises(ValueError, match="without_bias must be one of 'q', 'k', 'v': got 'o'"):
+        Space(layers, without_bias=("o",))
+    with pytest.raises(TypeError, match="without_bias must be a sequence of names: got 'q'"):
+        Space(layers, without_bias="q")
 
 
 def test_ranks_and_options_have_one_order():

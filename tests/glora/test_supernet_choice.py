@@ -272,12 +272,35 @@ def test_state_dict_round_trip():
 
 
 def test_what_scales_a_bias_needs_one():
-    bare = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
-    supernet = Supernet(bare, ranks=(2,))
-    assert "scale_bias" not in supernet.space.operations
-    configuration = supernet.space.fixed(add_weight=2, add_bias="vector")
+    mixed = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+    supernet = Supernet(mixed, ranks=(2,))
+    space = supernet.space
+    assert space.without_bias == ("0",)
+    assert space.options("0", "scale_bias") == ("none",)
+    assert space.options("1", "scale_bias") == ("vector", "constant", "none")
+    assert [set(supernet.stored(layer)) - {"scale_bias"} for layer in "01"] == 2 * [
+        {"scale_weight", "add_weight", "weight_to_bias", "add_bias"}
+    ]
+    assert ["scale_bias" in supernet.stored(layer) for layer in "01"] == [False, True]
+    configuration = space.fixed(add_weight=2, add_bias="vector", scale_bias="vector")
+    assert [configuration[layer]["scale_bias"] for layer in "01"] == ["none", "vector"]
+    fill(supernet)
+    x = torch.randn(3, 4)
+    with supernet.using(configuration):
+        expected = mixed(x)
     adapter = supernet.extract(configuration)
-    assert adapter.num_parameters == supernet.space.num_parameters(configuration)
+    assert adapter.num_parameters == space.num_parameters(configuration)
+    torch.testing.assert_close(mixed(x), expected)
     adapter.detach()
+    with pytest.raises(ValueError, match=r"\['0'\]\['scale_bias'\] must be one of \['none'\]"):
+        space.check(
+            {layer: {**own, "scale_bias": "vector"} for layer, own in configuration.items()}
+        )
+
+
+def test_what_scales_a_bias_needs_a_layer_that_has_one():
+    bare = nn.Sequential(nn.Linear(4, 4, bias=False))
+    assert "scale_bias" not in Supernet(bare, ranks=(2,)).space.operations
+    other = nn.Sequential(nn.Linear(4, 4, bias=False))
     with pytest.raises(ValueError, match=r"must not have 'scale_bias'.*'0' have none"):
-        Supernet(bare, ranks=(2,), operations={"scale_bias": ("vector", "none")})
+        Supernet(other, ranks=(2,), operations={"scale_bias": ("vector", "none")})

@@ -289,6 +289,10 @@ def test_without_an_operation():
     assert part.operations == design.operations
     left = {n for n, own in sl.Plan(part, LAYERS).layout.supports.items() if "scale_bias" in own}
     assert left == {"blocks.0.q", "blocks.0.o"}
+    twice = sl.Plan(part.without("scale_bias", ["blocks.0.q", "head"]), LAYERS)
+    left = {n for n, own in twice.layout.supports.items() if "scale_bias" in own}
+    assert left == {"blocks.0.o"}
+    assert part.without("scale_bias", ["head"]) == part
     joint = design_of({("scale_bias", "add_bias"): sl.dense(groups=1)})
     assert joint.without("scale_bias", LAYERS, all_of=True).operations == ("add_bias",)
     assert joint.without("left_weight", LAYERS, all_of=True) == joint

@@ -61,7 +61,7 @@ def test_a_file_gives_the_very_adapter(tmp_path, key, layer):
 
 @pytest.mark.parametrize("layer", ["bias", "no-bias", "conv1d"])
 @pytest.mark.parametrize("merged", [True, False])
-def test_the_header_names_the_layers_that_gain_a_bias(tmp_path, layer, merged):
+def test_the_header_names_the_layers_without_a_bias(tmp_path, layer, merged):
     model = make_net(layer)
     if layer == "bias":
         model.blocks[1].v.bias = None
@@ -71,18 +71,18 @@ def test_the_header_names_the_layers_that_gain_a_bias(tmp_path, layer, merged):
     adapter.save(tmp_path / "a.safetensors")
     _, header = parts_of(tmp_path / "a.safetensors")
     bare = {"bias": ["blocks.1.v"], "no-bias": list(adapter.layers()), "conv1d": []}[layer]
-    assert header.get("gains_bias", []) == bare
+    assert header.get("without_bias", []) == bare
     scaled = {name for name, own in adapter.plan.layout.supports.items() if "scale_bias" in own}
     assert scaled == set(adapter.layers()) - set(bare)
 
 
 def test_a_weight_alone_says_nothing_of_biases(tmp_path):
     path, _ = saved(tmp_path, "scale_weight", "no-bias")
-    assert "gains_bias" not in parts_of(path)[1]
+    assert "without_bias" not in parts_of(path)[1]
     slt.load(make_net("bias"), path)
 
 
-@pytest.mark.parametrize("key", ["glora", "bitfit", "ssf", "prompt_add", "all"])
+@pytest.mark.parametrize("key", ["glora", "bitfit", "ssf", "prompt_add", "ia3", "all"])
 def test_a_model_with_other_biases_is_refused(tmp_path, key):
     for mine, theirs, has in (("bias", "no-bias", "no"), ("no-bias", "bias", "a")):
         path, _ = saved(tmp_path, key, mine)
@@ -92,8 +92,8 @@ def test_a_model_with_other_biases_is_refused(tmp_path, key):
             slt.load(model, path)
     path, _ = saved(tmp_path, key)
     model = make_net()
-    model.blocks[1].o.bias = None
-    with unchanged(model), pytest.raises(ValueError, match=r"'blocks\.1\.o' has no bias") as caught:
+    model.blocks[1].q.bias = None
+    with unchanged(model), pytest.raises(ValueError, match=r"'blocks\.1\.q' has no bias") as caught:
         slt.load(model, path)
     assert "blocks.0" not in str(caught.value)
 
@@ -119,7 +119,7 @@ def test_a_bias_that_another_adapter_has_merged_is_none_of_the_layers_own(tmp_pa
 def test_a_header_with_other_values_is_refused_or_read_as_no_bias(tmp_path, value):
     path, _ = saved(tmp_path, "bitfit")
     tensors, header = parts_of(path)
-    save_file(tensors, path, metadata={"superlora": json.dumps({**header, "gains_bias": value})})
+    save_file(tensors, path, metadata={"superlora": json.dumps({**header, "without_bias": value})})
     model = make_net("no-bias")
     with unchanged(model), pytest.raises(ValueError, match=r"a\.safetensors"):
         slt.load(model, path)

@@ -191,6 +191,22 @@ def test_layers_without_a_bias_have_one_while_merged(key):
     assert not hasattr(model, "superlora")
 
 
+def test_a_bias_that_stays_is_as_trainable_as_the_weight():
+    model = make_model("no-bias")
+    frozen = model.blocks[0].q
+    frozen.weight.requires_grad_(False)
+    first = attach_small(model, sl.ssf(), "first")
+    second = attach_small(model, sl.bitfit(), "second")
+    second.merge()
+    second.detach(keep_merged=True)
+    biases = {name: module.bias for name, module in first.layers().items()}
+    assert not any(bias.requires_grad for bias in biases.values())
+    first.detach()
+    trained = {name for name, bias in biases.items() if bias.requires_grad}
+    assert trained == set(biases) - {"blocks.0.q"}
+    assert not frozen.weight.requires_grad
+
+
 def test_only_operations_of_the_weight_give_no_bias():
     model = make_model("no-bias")
     adapter = attach_small(model, sl.ia3())
