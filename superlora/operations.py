@@ -1,4 +1,4 @@
-"""Merge operations: how a support tensor changes a layer's weight and bias, and the adjoints.
+"""Merge operations: how a support tensor changes a layer's weight, bias and outputs, and adjoints.
 
 The last stage of the equation. Each operation is linear in its support tensor S; its change is
 always that of the base W₀ and b₀, so that several add up in any order.
@@ -80,6 +80,65 @@ def change(operation: str, support: Array, weight: Array, bias: Array | None = N
         return support
     found = library.matmul(weight, support)
     return library.reshape(found, (-1,)) if operation == "weight_to_bias" else found
+
+
+def apply(
+    operation: str, x: Array, support: Array, weight: Array, bias: Array | None = None
+) -> Array:
+    """Return what a support tensor adds to a layer's outputs.
+
+    Parameters
+    ----------
+    operation : str
+        One of `superlora.OPERATIONS`.
+    x : array, (..., input width)
+        The layer's inputs.
+    support : array
+        S, of the shape that `superlora.support_shape` gives.
+    weight : array, (output width, input width)
+        W₀.
+    bias : array, (output width,), optional
+        b₀; zero if there is none.
+
+    Returns
+    -------
+    array
+        ``x changeᵀ``, (..., output width), for an operation of the weight; the change itself,
+        (output width,), which is the same for all inputs, for one of the bias.
+
+    Raises
+    ------
+    TypeError
+        If the arrays are of different libraries.
+    ValueError
+        If there is no such operation, or a shape does not fit.
+
+    Notes
+    -----
+    The product of a matrix operation is not formed: ``x (W₀ S)ᵀ = (x Sᵀ) W₀ᵀ`` and
+    ``x (S W₀)ᵀ = (x W₀ᵀ) Sᵀ``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> weight, support = np.array([[1.0, 2.0]]), np.array([[3.0]])
+    >>> apply("left_weight", np.array([[1.0, 1.0]]), support, weight)
+    array([[9.]])
+    """
+    library = backend_of(x, support, weight)
+    if operation in OF_BIAS:
+        return change(operation, support, weight, bias)
+    _check(operation, support, weight, bias)
+    if x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"x must have {weight.shape[1]} entries in its last axis, the input width: got shape "
+            f"{tuple(x.shape)}"
+        )
+    chains = {"right_weight": (support, weight), "left_weight": (weight, support)}
+    found = x
+    for matrix in chains.get(operation) or (change(operation, support, weight),):
+        found = library.tensordot(found, matrix, axes=([len(x.shape) - 1], [1]))
+    return found
 
 
 def adjoint(operation: str, gradient: Array, weight: Array, bias: Array | None = None) -> Array:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 import superlora as sl
-from superlora.operations import GIVES_BIAS, OF_BIAS, adjoint, change, changes, merge
+from superlora.operations import GIVES_BIAS, OF_BIAS, adjoint, apply, change, changes, merge
 from tests.strategies import draw_factors
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -81,6 +81,44 @@ def test_change_is_the_loop(xp, operation, shape, with_bias):
     expected = by_loops(operation, supports[operation], weight, bias)
     assert found.shape == expected.shape
     assert_allclose(xp.to_numpy(found), expected, **CLOSE)
+
+
+@every_operation
+@every_shape
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+def test_apply_is_the_product_with_the_change(xp, operation, shape, with_bias, leading):
+    weight, bias, supports = draw(shape, 4)
+    bias = bias if with_bias else None
+    x = numpy.random.default_rng(5).standard_normal((*leading, shape[1]))
+    arrays = [xp.array(each) for each in (x, supports[operation], weight)]
+    found = apply(operation, *arrays, None if bias is None else xp.array(bias))
+    assert xp.owns(found)
+    moved = by_loops(operation, supports[operation], weight, bias)
+    expected = moved if operation in OF_BIAS else x @ moved.T
+    assert found.shape == expected.shape
+    assert_allclose(xp.to_numpy(found), expected, **CLOSE)
+
+
+def test_the_outputs_of_all_operations_are_those_of_the_merged_layer():
+    weight, bias, supports = draw((3, 5))
+    x = numpy.random.default_rng(6).standard_normal((4, 5))
+    merged, shifted = merge(weight, bias, supports)
+    parts = [apply(operation, x, own, weight, bias) for operation, own in supports.items()]
+    assert_allclose(x @ weight.T + bias + sum(parts), x @ merged.T + shifted, **CLOSE)
+
+
+@every_operation
+def test_apply_refuses_what_does_not_fit(operation):
+    weight, bias, supports = draw((3, 5))
+    good = supports[operation]
+    with pytest.raises(ValueError, match=f"the support of '{operation}' must have shape"):
+        apply(operation, numpy.ones(5), numpy.ones((7, 7)), weight, bias)
+    if operation not in OF_BIAS:
+        with pytest.raises(ValueError, match="x must have 5 entries in its last axis"):
+            apply(operation, numpy.ones((2, 3)), good, weight, bias)
+    with pytest.raises(TypeError):
+        apply(operation, [1.0], good, weight, bias)
 
 
 @every_operation
