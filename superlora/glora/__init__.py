@@ -66,7 +66,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    def __call__(self, rank: int = 8, **options: Any) -> operations.Supports:
+    def __call__(self, rank: int = 8, **options: Any) -> operations.Designs:
         return operations.glora(rank, **options)
 
     __call__.__doc__ = operations.glora.__doc__

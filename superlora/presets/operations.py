@@ -12,7 +12,7 @@ from superlora.supports import check_operation
 from superlora.values import check_count
 
 Option = int | str
-Supports = dict[str, Any]
+Designs = dict[str, Any]
 
 # What an option can be besides a rank.
 OPTIONS = ("vector", "constant", "none")
@@ -78,7 +78,7 @@ def glora(
     add_bias: Option = "vector",
     product: str = "hadamard",
     alpha: float | None = None,
-) -> Supports:
+) -> Designs:
     """GLoRA (Chavan et al. 2023): ``W = W₀ + W₀ ∘ A + B``, ``b = b₀ + b₀ ∘ D + E + W₀ C``.
 
     Parameters
@@ -129,13 +129,13 @@ def glora(
         op: support(op, option, **({} if isinstance(option, str) else {"alpha": alpha}))
         for op, option in chosen.items()
     }
-    found: Supports = {op: spec for op, spec in own.items() if spec is not None}
+    found: Designs = {op: spec for op, spec in own.items() if spec is not None}
     if not found:
         raise ValueError("one of the options must not be 'none'")
     return found
 
 
-def bitfit() -> Supports:
+def bitfit() -> Designs:
     """BitFit (Ben Zaken et al. 2022): the biases of the adapted layers.
 
     Returns
@@ -152,7 +152,7 @@ def bitfit() -> Supports:
     return {"add_bias": dense()}
 
 
-def ssf() -> Supports:
+def ssf() -> Designs:
     """SSF (Lian et al. 2022): ``y = γ ∘ (W₀ x + b₀) + β`` after each layer.
 
     Returns
@@ -170,7 +170,7 @@ def ssf() -> Supports:
     return {"scale_weight": scale, "scale_bias": "scale_weight", "add_bias": dense()}
 
 
-def ia3(inputs: Sequence[str] = ()) -> Supports:
+def ia3(inputs: Sequence[str] = ()) -> Designs:
     """IA³ (Liu et al. 2022): every output, or every input, times a number.
 
     Parameters
@@ -202,7 +202,7 @@ def ia3(inputs: Sequence[str] = ()) -> Supports:
     return {"scale_weight": scale, "scale_bias": "scale_weight"}
 
 
-def repadapter(rank: int = 8, **changes: Any) -> Supports:
+def repadapter(rank: int = 8, **changes: Any) -> Designs:
     """RepAdapter (Luo et al. 2023) without groups: ``W₀ (x + U (V x + c) + d) + b₀``.
 
     Parameters
@@ -226,7 +226,7 @@ def repadapter(rank: int = 8, **changes: Any) -> Supports:
     return {"right_weight": lora(rank=rank, **changes), "weight_to_bias": dense()}
 
 
-def prompt_add() -> Supports:
+def prompt_add() -> Designs:
     """Add a prompt to every token: ``W₀ (x + p) + b₀``.
 
     Returns

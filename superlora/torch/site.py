@@ -23,7 +23,7 @@ from superlora.torch.layers import (
 )
 from superlora.torch.row_wise import rows_of
 from superlora.torch.sums import add_rounded_once, is_finite
-from superlora.torch.supports import Part, Supported, changes, parts_of
+from superlora.torch.supports import Part, Supported, site_changes, site_parts
 
 if TYPE_CHECKING:
     from superlora.torch.adapter import Adapter
@@ -55,7 +55,7 @@ class Link:
     bare: bool = False
 
     def __post_init__(self) -> None:
-        self.parts = parts_of(self.adapter, self.name)
+        self.parts = site_parts(self.adapter, self.name)
 
 
 class Site:
@@ -341,7 +341,7 @@ class Site:
     @torch.no_grad()
     def _add(self, link: Link) -> None:
         weight, bias = parameter_of(self.module), bias_of(self.module)
-        of_weight, of_bias = changes(self, link.parts)
+        of_weight, of_bias = site_changes(self, link.parts)
         kept = (
             None if of_weight is None else weight.detach().clone(),
             None if of_bias is None or bias is None else bias.detach().clone(),

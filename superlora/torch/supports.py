@@ -74,7 +74,7 @@ class Part:
         return found
 
 
-def parts_of(adapter: Adapter, layer: str) -> tuple[Part, ...]:
+def site_parts(adapter: Adapter, layer: str) -> tuple[Part, ...]:
     """Return an adapter's support tensors in a layer, in the order of the operations.
 
     Parameters
@@ -235,7 +235,7 @@ class Supported:
 
 
 @torch.no_grad()
-def changes(site: Site, parts: Sequence[Part]) -> tuple[Tensor | None, Tensor | None]:
+def site_changes(site: Site, parts: Sequence[Part]) -> tuple[Tensor | None, Tensor | None]:
     """Return what merging support tensors adds to a layer's weight and bias.
 
     Parameters

@@ -110,12 +110,7 @@ def _check_design(adapter: Adapter, header: Mapping[str, Any], path: Path) -> fl
         asked = header.get("scale", plan.scale)
         return plan.scale if asked == plan.scale else scale_of(header, spec_of(header, path))
     spec = spec_of(header, path)
-    if type(spec) is not type(plan.spec):
-        raise ValueError(
-            f"{path} must be of the design of adapter {adapter.name!r}: only one of the two has "
-            "merge operations"
-        )
-    problems = _other_fields(own, spec.to_dict())
+    problems = _other_fields(plan.spec, spec)
     problems += _other_layers(plan.layout.layers, shapes_of(header, path))
     scale = scale_of(header, spec)
     if not problems:
@@ -127,12 +122,29 @@ def _check_design(adapter: Adapter, header: Mapping[str, Any], path: Path) -> fl
     return scale
 
 
-def _other_fields(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def _other_fields(ours: Spec | Supports, theirs: Spec | Supports) -> list[str]:
+    if type(ours) is not type(theirs):
+        return ["only one of the two has merge operations"]
+    if isinstance(ours, Supports) and isinstance(theirs, Supports):
+        parts = [[operations for operations, _ in each.designs] for each in (ours, theirs)]
+        if parts[0] != parts[1] or ours.shared != theirs.shared:
+            return ["other operations, or others together"]
+    own, found = _fields(ours), _fields(theirs)
     return [
         f"{field} {found[field]!r} instead of {value!r}"
         for field, value in own.items()
-        if field not in _SCALES and found[field] != value
+        if found[field] != value
     ]
+
+
+def _fields(design: Spec | Supports) -> dict[str, Any]:
+    if isinstance(design, Spec):
+        return {field: own for field, own in design.to_dict().items() if field not in _SCALES}
+    return {
+        f"{field} of {'/'.join(operations)}": own
+        for operations, spec in design.designs
+        for field, own in spec.to_dict().items()
+    }
 
 
 def _other_layers(

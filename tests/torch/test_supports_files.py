@@ -167,13 +167,17 @@ def test_swap_refuses_another_design(tmp_path):
     model = make_net()
     adapter = attach_small(model, "glora")
     for key, message in {
-        "ssf": "must be of the design",
-        "glora, matrix": "must be of the design",
-        "bitfit": "must be of the design",
+        "ssf": "must be of the design.*: other operations, or others together$",
+        "glora, matrix": "must be of the design.*: other operations, or others together$",
+        "bitfit": "must be of the design.*: other operations, or others together$",
     }.items():
         path, _ = saved(tmp_path, key)
         with unchanged(model), pytest.raises(ValueError, match=message):
             adapter.swap(path)
+    larger = fill(slt.attach(make_net(), sl.glora(3), TARGETS))
+    larger.save(tmp_path / "larger.safetensors")
+    with unchanged(model), pytest.raises(ValueError, match="rank of add_weight 3 instead of 2, "):
+        adapter.swap(tmp_path / "larger.safetensors")
     single = fill(slt.attach(make_net(), sl.lora(2), TARGETS))
     single.save(tmp_path / "lora.safetensors")
     with unchanged(model), pytest.raises(ValueError, match="only one of the two has merge"):
