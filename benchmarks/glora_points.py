@@ -120,7 +120,7 @@ def supernets(*names: str) -> dict[str, SupernetSettings]:
         RESTRICTED: settings(
             (4, 2),
             (3e-3, 1e-3, 3e-4, 3e-3, 3e-3),
-            operations={"add_weight": ("rank", "none")},
+            options={"add_weight": ("rank", "none")},
         ),
     }
     return {name: every[name] for name in names}

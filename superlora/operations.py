@@ -125,15 +125,15 @@ def apply(
     >>> apply("left_weight", np.array([[1.0, 1.0]]), support, weight)
     array([[9.]])
     """
-    library = backend_of(x, support, weight)
-    if operation in OF_BIAS:
-        return change(operation, support, weight, bias)
     _check(operation, support, weight, bias)
+    library = backend_of(x, support, weight, *([] if bias is None else [bias]))
     if x.shape[-1:] != weight.shape[1:]:
         raise ValueError(
             f"x must have {weight.shape[1]} entries in its last axis, the input width: got shape "
             f"{tuple(x.shape)}"
         )
+    if operation in OF_BIAS:
+        return change(operation, support, weight, bias)
     chains = {"right_weight": (support, weight), "left_weight": (weight, support)}
     found = x
     for matrix in chains.get(operation) or (change(operation, support, weight),):

@@ -101,7 +101,7 @@ def space_of(model: VisionTransformer, settings: SupernetSettings) -> Space:
         for name, module in model.blocks.named_modules(prefix="blocks")
         if isinstance(module, torch.nn.Linear)
     }
-    return Space(shapes, settings.ranks, settings.options())
+    return Space(shapes, settings.ranks, settings.operations())
 
 
 def check(space: Space, options: Options) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from superlora.glora.evolution import Evolution
-from superlora.glora.options import KINDS, Option, check_known, checked_operations, checked_ranks
+from superlora.glora.options import KINDS, Option, check_known, checked_ranks
 from superlora.values import check_count
 
 DIGITS, VTAB = "digits", "vtab-1k"
@@ -58,9 +58,9 @@ class SupernetSettings:
         Of AdamW.
     rates : mapping of str to float
         Learning rates of the operations that have one of their own.
-    operations : mapping of str to sequence of str
-        What the operations named may be, in place of all they can: of ``"rank"``, for every rank,
-        ``"vector"``, ``"constant"`` and ``"none"``.
+    options : mapping of str to sequence of str
+        For some operations what they may be, in place of all that they can: of ``"rank"``, every
+        rank, ``"vector"``, ``"constant"`` and ``"none"``. The others keep all.
     """
 
     ranks: tuple[int, ...] = (8, 4)
@@ -70,40 +70,44 @@ class SupernetSettings:
     head_rate: float = 5e-3
     weight_decay: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict)
-    operations: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    options: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ranks", tuple(self.ranks))
-        for name in ("rates", "operations"):
-            if not isinstance(value := getattr(self, name), Mapping):
-                raise TypeError(f"{name} must be a mapping of operations: got {value!r}")
-        for name, own in self.rates.items():
-            check_known("operations in rates", name, KINDS)
-            _check_number(f"rates.{name}", own, positive=True)
-        checked_operations(self.options(), checked_ranks(self.ranks))
+        object.__setattr__(self, "ranks", checked_ranks(self.ranks))
         for name in ("epochs", "batch_size"):
             check_count(name, getattr(self, name))
         for name in ("rate", "head_rate", "weight_decay"):
             _check_number(name, getattr(self, name), positive=name != "weight_decay")
+        for name in ("rates", "options"):
+            _check_section(name, getattr(self, name))
+        for operation, rate in self.rates.items():
+            check_known("operations in rates", operation, KINDS)
+            _check_number(f"rates.{operation}", rate, positive=True)
+        for operation, kinds in self.options.items():
+            check_known("operations in options", operation, KINDS)
+            _check_kinds(f"options.{operation}", kinds, KINDS[operation])
 
-    def options(self) -> dict[str, Sequence[Option]] | None:
+    def operations(self) -> dict[str, tuple[Option, ...]] | None:
         """Return the operations of the space, as `superlora.glora.Space` takes them.
 
         Returns
         -------
-        dict of str to sequence of option, or None
+        dict of str to tuple of option, or None
             None for all of all.
-        """
-        if not self.operations:
-            return None
-        return {name: self._with_ranks(own) for name, own in {**KINDS, **self.operations}.items()}
 
-    def _with_ranks(self, kinds: Any) -> Any:
-        if not isinstance(kinds, list | tuple):
-            return kinds  # which the space refuses
-        return tuple(
-            option for kind in kinds for option in (self.ranks if kind == "rank" else (kind,))
-        )
+        Examples
+        --------
+        >>> SupernetSettings(options={"add_weight": ["rank", "none"]}).operations()["add_weight"]
+        (8, 4, 'none')
+        """
+        if not self.options:
+            return None
+        return {
+            operation: tuple(
+                option for kind in kinds for option in (self.ranks if kind == "rank" else (kind,))
+            )
+            for operation, kinds in {**KINDS, **self.options}.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,9 @@ class Config:
         if self.data not in PACKAGED:
             raise ValueError(f"data must be one of {list(PACKAGED)}: got {self.data!r}")
         check_count("resolution", self.resolution, least=14)
+        _check_section("tasks", self.tasks)
         for group, tasks in self.tasks.items():
+            _check_section(f"tasks.{group}", tasks)
             for name, classes in tasks.items():
                 check_count(f"tasks.{group}.{name}", classes, least=2)
 
@@ -236,6 +242,8 @@ def load_config(name: str, *, quick: bool = False) -> Config:
         raise ConfigError(f"{name} must be a TOML file: {error}") from None
     changes = values.pop("quick", {})
     if quick:
+        if not isinstance(changes, Mapping):
+            raise ConfigError(f"{name}: quick must be a section: got {changes!r}")
         values = _merged(values, changes)
     if "data" not in values:
         raise ConfigError(f"{name} must say which data: expected one of {list(PACKAGED)}, got none")
@@ -250,8 +258,7 @@ _SECTIONS = {"digits": DigitSizes, "supernet": SupernetSettings, "search": Searc
 
 
 def _made(kind: type[Any], values: Any, place: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{place} must be a section: got {values!r}")
+    _check_section(place, values)
     known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
@@ -270,6 +277,21 @@ def _merged(values: Mapping[str, Any], changes: Any) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
         found[key] = _merged(found[key], value) if both else value
     return found
+
+
+def _check_section(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a section: got {value!r}")
+
+
+def _check_kinds(name: str, kinds: object, allowed: Sequence[str]) -> None:
+    if not isinstance(kinds, list | tuple) or not kinds:
+        raise TypeError(f"{name} must be a list, not empty: got {kinds!r}")
+    for kind in kinds:
+        if kind not in allowed:
+            raise ValueError(f"{name} must be of {list(allowed)}: got {kind!r}")
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"{name} must be distinct: got {list(kinds)}")
 
 
 def _check_number(name: str, value: object, *, positive: bool) -> None:

@@ -117,6 +117,8 @@ def write(outcome: Outcome, test_accuracy: float, folder: Path, about: dict[str,
         **about,
         "space": {
             "fingerprint": outcome.space.fingerprint,
+            "ranks": list(outcome.space.ranks),
+            "operations": {name: list(own) for name, own in outcome.space.operations.items()},
             "size": str(outcome.space.size),  # beyond what other readers of JSON can hold
             "least_parameters": outcome.space.least_parameters,
             "most_parameters": outcome.space.most_parameters,

@@ -121,7 +121,7 @@ def train_supernet(
         return load_supernet(model, file, task.classes)
     described.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
     supernet = Supernet(
-        model, list(TARGETS), settings.ranks, operations=settings.options(), seed=seed
+        model, list(TARGETS), settings.ranks, operations=settings.operations(), seed=seed
     )
     head = new_head(model, task.classes)
     schedule = Schedule(
@@ -231,7 +231,8 @@ def _refuse_another(described: Path, identity: dict[str, Any]) -> None:
 
 def _restore(fit: Fit, file: Path) -> None:
     # A state that cannot be read is of a machine that crashed; training starts again.
-    unreadable = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.PickleError)
+    unreadable: tuple[type[Exception], ...] = (OSError, EOFError, pickle.PickleError)
+    unreadable += (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
     start = copy.deepcopy(fit.state())
     try:
         fit.restore(torch.load(file, weights_only=True))

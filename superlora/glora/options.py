@@ -205,7 +205,9 @@ def refuse_rank_above(largest: int, place: str, option: object) -> None:
         )
 
 
-def checked_operations(value: Any, ranks: tuple[int, ...]) -> Ordered[tuple[Option, ...]]:
+def checked_operations(
+    value: Any, ranks: tuple[int, ...], *, biases: bool = True
+) -> Ordered[tuple[Option, ...]]:
     """Return the options of operations in their usual order, or say what they must be.
 
     Parameters
@@ -214,6 +216,8 @@ def checked_operations(value: Any, ranks: tuple[int, ...]) -> Ordered[tuple[Opti
         As given by a user; None for all options of all operations.
     ranks : tuple of int
         The ranks of the space.
+    biases : bool
+        Whether any layer has a bias to be scaled.
 
     Returns
     -------
@@ -230,6 +234,7 @@ def checked_operations(value: Any, ranks: tuple[int, ...]) -> Ordered[tuple[Opti
     every: dict[str, tuple[Option, ...]] = {
         name: (*(ranks if "rank" in kinds else ()), *(kind for kind in kinds if kind != "rank"))
         for name, kinds in KINDS.items()
+        if biases or name != "scale_bias"
     }
     if value is None:
         return Ordered(every)
@@ -238,6 +243,8 @@ def checked_operations(value: Any, ranks: tuple[int, ...]) -> Ordered[tuple[Opti
     unknown = [name for name in value if name not in KINDS]
     if unknown:
         raise ValueError(f"operations must be some of {list(KINDS)}: got also {unknown}")
+    if "scale_bias" in value and not biases:
+        raise ValueError("operations must not have 'scale_bias' where no layer has a bias")
     return Ordered(
         {
             name: _checked_options(f"operations[{name!r}]", value[name], allowed, ranks[0])

@@ -47,7 +47,7 @@ def _space_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) ->
     ]
     texts += [
         f"{name} {found.get(name)} instead of {expected[name]}"
-        for name in ("ranks", "operations")
+        for name in ("ranks", "operations", "without_bias")
         if found.get(name) != expected[name]
     ]
     return texts

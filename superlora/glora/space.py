@@ -40,10 +40,11 @@ class Space:
     ranks : sequence of int
         The ranks that a support tensor may have; kept in descending order.
     operations : mapping of str to sequence, optional
-        The options of some operations: ranks of `ranks`, ``"vector"``, ``"constant"``,
-        ``"none"``. By default the five of GLoRA, each with all that it may have.
+        The operations there are, each with its options: ranks of `ranks`, ``"vector"``,
+        ``"constant"``, ``"none"``. By default the five of GLoRA, each with all that it may have,
+        and without ``"scale_bias"`` where no layer has a bias.
     without_bias : sequence of str
-        The layers that have no bias, which ``"scale_bias"`` can only be ``"none"`` for.
+        The layers that have no bias, where ``"scale_bias"`` can only be ``"none"``.
 
     Raises
     ------
@@ -87,9 +88,11 @@ class Space:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", checked_layers(self.layers))
         object.__setattr__(self, "ranks", checked_ranks(self.ranks))
-        operations = checked_operations(self.operations, self.ranks)
+        bare = checked_subset(self.without_bias, self.layers)
+        biases = len(bare) < len(self.layers)
+        operations = checked_operations(self.operations, self.ranks, biases=biases)
         object.__setattr__(self, "operations", operations)
-        object.__setattr__(self, "without_bias", checked_subset(self.without_bias, self.layers))
+        object.__setattr__(self, "without_bias", bare)
 
     @property
     def largest_rank(self) -> int:

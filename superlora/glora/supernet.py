@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
 from superlora.glora.extract import supports_of
-from superlora.glora.space import Configuration, Option
-from superlora.glora.supernet_checks import check_alone, dtype_of, space_of
+from superlora.glora.space import Configuration, Option, Space
+from superlora.glora.supernet_checks import check_alone, dtype_of
 from superlora.glora.supernet_choice import Choice
 from superlora.glora.supernet_site import SupernetSite
-from superlora.glora.supernet_storage import LEFT, RIGHT, Stored, initial, parts
+from superlora.glora.supernet_storage import LEFT, RIGHT, Stored, initial, parts, stored_shapes
 from superlora.random import check_seed
 from superlora.torch.adapter import Adapter, adapters_of
 from superlora.torch.attach import attach, check_free, check_model, host_of
@@ -40,8 +40,7 @@ class Supernet(Choice, nn.Module):
     ranks : sequence of int
         The ranks of the space; the largest is stored, the others are its leading part.
     operations : mapping of str to sequence of option, optional
-        The merge operations and what each may be, as in `Space`; GLoRA's own by default,
-        without ``"scale_bias"`` where no layer has a bias.
+        The merge operations and what each may be, as in `Space`; all of GLoRA by default.
     name : str
         The attribute of `model` under which the supernet is registered; of its first adapted
         layer, where `model` is a ``Sequential`` or a ``ModuleList``.
@@ -138,7 +137,9 @@ class Supernet(Choice, nn.Module):
         dtype = dtype_of(modules, dtype)
         shapes = {layer: shape_of(module) for layer, module in modules.items()}
         bare = [layer for layer, module in modules.items() if bias_of(module) is None]
-        self.space = space_of(shapes, ranks, operations, bare)
+        self.space = Space(shapes, tuple(ranks), operations, tuple(bare))
+        if not stored_shapes(self.space):
+            raise ValueError("operations must have an option that is not 'none': got no other")
         self.name, self.seed = name, seed
         self._layers = {layer: str(index) for index, layer in enumerate(modules)}
         # Whatever contexts we are called in, the tensors hold values and can be trained.
@@ -221,10 +222,9 @@ class Supernet(Choice, nn.Module):
         dict of str to (torch.nn.Parameter, torch.nn.Parameter or None)
             The parameters themselves by operation, left and right; no right one for a vector.
         """
-        owner = self._modules[self._layers[layer]]
-        assert owner is not None
+        owner = self._modules.get(self._layers[layer])  # none, if all its options are "none"
         found: dict[str, Stored] = {}
-        for operation, support in owner._modules.items():
+        for operation, support in {} if owner is None else owner._modules.items():
             assert support is not None
             left = support._parameters[LEFT]
             assert left is not None

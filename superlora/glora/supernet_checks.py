@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -10,8 +9,6 @@ import torch
 from torch import nn
 
 from superlora.errors import AdapterError, some
-from superlora.glora.options import Option
-from superlora.glora.space import Space
 from superlora.torch.adapter import adapters_of
 from superlora.torch.layers import computes_plainly, parameter_of
 
@@ -87,44 +84,3 @@ def check_alone(
             raise AdapterError(
                 f"weights must be loaded before a supernet: {layer!r} lies on the meta device"
             )
-
-
-def space_of(
-    shapes: Mapping[str, tuple[int, int]],
-    ranks: Sequence[int],
-    operations: Mapping[str, Sequence[Option]] | None,
-    bare: Sequence[str],
-) -> Space:
-    """Return the space of layers some of which may have no bias.
-
-    Parameters
-    ----------
-    shapes : mapping of str to (int, int)
-        The layers' widths.
-    ranks : sequence of int
-        The ranks of the space.
-    operations : mapping of str to sequence of option, or None
-        As given by a user; None for all operations that the layers can have.
-    bare : sequence of str
-        The layers without a bias.
-
-    Returns
-    -------
-    Space
-        The configurations.
-
-    Raises
-    ------
-    ValueError
-        If something does not fit, or the user asks for what scales a bias and no layer has one.
-    """
-    space = Space(shapes, tuple(ranks), operations, tuple(bare))
-    if len(bare) < len(shapes) or "scale_bias" not in space.operations:
-        return space
-    if operations is not None:
-        raise ValueError(
-            f"operations must not have 'scale_bias' where no layer has a bias: "
-            f"{some(map(repr, bare))} have none"
-        )
-    without = {name: own for name, own in space.operations.items() if name != "scale_bias"}
-    return dataclasses.replace(space, operations=without)

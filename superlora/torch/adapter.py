@@ -268,11 +268,11 @@ class Adapter(Exporting, Blocks):
         if not (keep_merged and self.merged):
             self._use_replaced(False)
         self.replaced = None
+        gained = {site.module for site in self._sites.values() if site.link_of(self).bare}
+        for adapter in adapters_of(model) if gained else ():  # as trainable as the weight
+            frozen = [owner for owner, key in adapter._frozen if key == "weight"]
+            adapter._frozen += [(owner, "bias") for owner in frozen if owner in gained]
         for site in self._sites.values():
-            if site.link_of(self).bare:  # the bias stays, as trainable as the weight
-                for each in adapters_of(model):
-                    if (site.module, "weight") in each._frozen:
-                        each._frozen.append((site.module, "bias"))
             site.remove(self)
         del host._modules[self.name]
         others = [part for _, part in registered(model) if isinstance(part, Adapter)]

@@ -110,7 +110,7 @@ def test_a_supernet_of_own_operations_and_rates(tmp_path: Path) -> None:
         CONFIG.supernet,
         epochs=1,
         rates={"add_weight": 1e-9},
-        operations={"add_weight": ["rank", "none"], "scale_weight": ["none"]},
+        options={"add_weight": ["rank", "none"], "scale_weight": ["none"]},
     )
     model = make_base().fuse()
     found = train_supernet(model, make_task(), settings, 0, tmp_path, surroundings={})

@@ -146,19 +146,29 @@ def test_quick_changes_what_its_section_says_alone() -> None:
         ('data = "digits"\n[supernet]\nlr = 1', "supernet must have keys of .*: got 'lr'"),
         ('data = "digits"\n[supernet]\nrate = 0', "rate must be positive: got 0"),
         ('data = "digits"\n[supernet]\nrate = "a"', "rate must be a number: got 'a'"),
-        ('data = "digits"\n[supernet]\nrates = 3', "rates must be a mapping of operations: got 3"),
+        ('data = "digits"\n[supernet]\nranks = []', "ranks must be a sequence of integers"),
+        ('data = "digits"\n[supernet]\nranks = 3', "ranks must be a sequence of integers"),
+        ('data = "digits"\n[supernet]\nrates = 3', "rates must be a section: got 3"),
         ('data = "digits"\n[supernet.rates]\nbias = 3', "operations in rates must be one of"),
         ('data = "digits"\n[supernet.rates]\nadd_bias = -1', "add_bias must be positive: got -1"),
-        ('data = "digits"\n[supernet.operations]\nbias = []', "operations must be some of"),
+        ('data = "digits"\n[supernet.options]\nbias = []', "operations in options must be one of"),
         (
-            'data = "digits"\n[supernet.operations]\nadd_weight = "none"',
-            r"operations\['add_weight'\] must be a sequence of options: got 'none'",
+            'data = "digits"\n[supernet.options]\nadd_weight = "none"',
+            "options.add_weight must be a list, not empty: got 'none'",
         ),
+        ('data = "digits"\n[supernet.options]\nadd_bias = []', "must be a list, not empty"),
         (
-            'data = "digits"\n[supernet.operations]\nadd_bias = ["rank"]',
-            r"operations\['add_bias'\] must be of \['vector', 'constant', 'none'\]: got 8",
+            'data = "digits"\n[supernet.options]\nadd_bias = ["rank"]',
+            r"options.add_bias must be of \['vector', 'constant', 'none'\]: got 'rank'",
         ),
-        ('data = "digits"\n[supernet]\nranks = []', "ranks must be a sequence of integers"),
+        ('data = "digits"\n[supernet.options]\nadd_weight = ["rank", 8]', "must be of .*: got 8"),
+        (
+            'data = "digits"\n[supernet.options]\nadd_weight = ["none", "none"]',
+            "options.add_weight must be distinct",
+        ),
+        ('data = "digits"\ntasks = 3', "tasks must be a section: got 3"),
+        ('data = "digits"\n[tasks]\nnatural = 3', "tasks.natural must be a section: got 3"),
+        ('data = "digits"\nquick = 3', "quick must be a section: got 3"),
         ('data = "digits"\nsearch = 3', "search must be a section: got 3"),
         ('data = "digits"\n[search]\npopulation = 10', "at least mutations"),
         ("resolution = 56", "must say which data: expected one of"),
@@ -169,7 +179,7 @@ def test_a_bad_config_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "own.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
-        load_config(str(path))
+        load_config(str(path), quick=True)
     assert str(path) in str(caught.value)
 
 

@@ -69,5 +69,5 @@ def spaces(draw):
         operations[name] = draw(
             st.lists(st.sampled_from(allowed), min_size=1, max_size=4, unique=True)
         )
-    bare = draw(st.lists(st.sampled_from(list(layers)), unique=True))
+    bare = draw(st.lists(st.sampled_from(list(layers)), unique=True, max_size=len(layers) - 1))
     return Space(layers, ranks, operations, bare)

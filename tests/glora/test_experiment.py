@@ -231,9 +231,9 @@ def test_the_quick_form_is_smaller(script: Any) -> None:
         [4, 2],
     ]
     *whole, restricted = points.FULL.supernets.values()
-    assert all(own.options() is None for own in whole)
-    assert restricted.options()["add_weight"] == (4, 2, "none")
-    assert set(restricted.options()["scale_weight"]) == {4, 2, "vector", "constant", "none"}
+    assert all(own.operations() is None for own in whole)
+    assert restricted.operations()["add_weight"] == (4, 2, "none")
+    assert set(restricted.operations()["scale_weight"]) == {4, 2, "vector", "constant", "none"}
 
 
 def test_a_merged_adapter_costs_no_flops_and_an_unmerged_one_does(script: Any) -> None:

@@ -298,9 +298,37 @@ def test_what_scales_a_bias_needs_one():
         )
 
 
+def test_a_layer_without_any_support_is_as_it_was(tmp_path):
+    def make():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+
+    model, x = make(), torch.randn(3, 4)
+    supernet = Supernet(model, operations={"scale_bias": ("vector", "none")})
+    fill(supernet)
+    assert supernet.stored("0") == {}
+    configuration = supernet.space.fixed(scale_bias="vector")
+    supernet.save(tmp_path / "s.safetensors")
+    with supernet.using(configuration):
+        expected = model(x)
+    adapter = supernet.extract(configuration)
+    assert adapter.num_parameters == 4
+    torch.testing.assert_close(model(x), expected)
+    other = make()
+    with Supernet.load(other, tmp_path / "s.safetensors").using(configuration):
+        assert torch.equal(other(x), expected)
+
+
+def test_a_space_of_nothing_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="must have an option that is not 'none'"):
+        Supernet(model, operations={"add_bias": ("none",)})
+    assert "forward" not in model[0].__dict__
+
+
 def test_what_scales_a_bias_needs_a_layer_that_has_one():
     bare = nn.Sequential(nn.Linear(4, 4, bias=False))
     assert "scale_bias" not in Supernet(bare, ranks=(2,)).space.operations
     other = nn.Sequential(nn.Linear(4, 4, bias=False))
-    with pytest.raises(ValueError, match=r"must not have 'scale_bias'.*'0' have none"):
+    with pytest.raises(ValueError, match="must not have 'scale_bias' where no layer has a bias"):
         Supernet(other, ranks=(2,), operations={"scale_bias": ("vector", "none")})
