@@ -2,7 +2,7 @@
 
 All 48 linear layers of the demo's ViT-S/14 (query, key and value as one) are adapted to a small
 set of MNIST digits. Each seed decides the images of the parts, their order and the start. A
-supernet is trained once for each set of ranks, then searched once for each limit of parameters,
+supernet is trained once for each space, then searched once for each limit of parameters,
 on the validation part alone. Every measured point is kept in the cache, and a search in its
 study, so that an interrupted run goes on.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,18 @@ def test_a_bad_config_is_named(tmp_path: Path, text: str, message: str) -> None:
 def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config must be one of .*'digits'.*: got"):
         load_config(str(tmp_path / "no.toml"))
+
+
+def test_the_config_of_the_docs_is_one(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "glora-experiment.md"
+    if not page.exists():
+        pytest.skip("the documentation is not part of an installed package")
+    (text,) = re.findall(r"^```toml\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    found = load_config(str(path)).supernet
+    assert found.rates == {"scale_weight": 3e-3}
+    operations = found.operations()
+    assert operations is not None
+    assert operations["add_weight"] == (4, 2, "none")
+    assert operations["add_bias"] == ("vector", "constant", "none")

@@ -27,6 +27,7 @@ MARKERS = (
     "glora-table",
     "glora-generations",
     "glora-machine",
+    "glora-figures",
     "glora-inference",
 )
 
@@ -117,6 +118,8 @@ def test_the_experiment_from_end_to_end(script: Any, lab: Any, tmp_path: Path) -
     assert [line.split("|")[1].strip() for line in shown.splitlines()[2:]] == [*methods, *searches]
     assert f"| LoRA r2 | {sizes['LoRA r2']:,} |" in shown
     assert "| images | 60 to train, 20 to search and tune, 40 to test, at 28 px |" in page
+    assert "| supernets | 9 such steps, each with a new random configuration |" in page
+    assert "| rates of {2} | A 0.003, B 1e-05, C 0.0003, D 0.003, E 0.003 |" in page
     for folder in (tmp_path / "out", docs / "_static"):
         for figure in ("glora-choices.svg", "glora-parameters.svg"):
             assert "<svg" in (folder / figure).read_text()
@@ -135,6 +138,21 @@ def test_the_experiment_from_end_to_end(script: Any, lab: Any, tmp_path: Path) -
         assert points.all_points(again) == rows
     finally:
         points.Fit.run_epoch = trained
+
+
+def test_tuning_measures_other_rates(script: Any, lab: Any) -> None:
+    experiment = script("glora_experiment")
+    rows = experiment.tune(lab, "{2}")
+    assert [row["rate"] for row in rows] == list(experiment.FACTORS)
+    assert {row["method"] for row in rows} == {"supernet {2}, random configurations"}
+    folders = {path.parent for path in lab.folder.rglob("supernet.json")}
+    rates = [
+        json.loads((path / "supernet.json").read_text())["settings"]["rates"] for path in folders
+    ]
+    found = sorted(own["add_bias"] for own in rates)
+    assert found == pytest.approx([3e-3 * factor for factor in experiment.FACTORS])
+    rows = experiment.tune(lab, "BitFit")
+    assert [row["rate"] for row in rows] == pytest.approx([6e-4, 2e-3, 6e-3])
 
 
 def test_another_setting_is_another_point(script: Any, lab: Any) -> None:

@@ -1,5 +1,6 @@
 """Many workers and killed ones: one study, nothing lost, nothing twice; others' files are safe."""
 
+import dataclasses
 import itertools
 import logging
 import threading
@@ -285,6 +286,7 @@ def test_it_says_what_it_waits_for(monkeypatch, caplog):
 BASE = {"trials": 3, "evolution": FEW, "limits": (0, 60), "identity": "a.safetensors", "seed": 1}
 WIDER = Space({**MIDDLE.layers, "blocks.3.q": (6, 4)}, ranks=(2,))
 RESIZED = Space({**MIDDLE.layers, "blocks.1.q": (6, 5)}, ranks=(2,))
+BARE = dataclasses.replace(MIDDLE, without_bias=("blocks.1.q",))
 REORDERED = Space(dict(reversed(list(MIDDLE.layers.items()))), ranks=(2,))
 
 
@@ -302,6 +304,7 @@ REORDERED = Space(dict(reversed(list(MIDDLE.layers.items()))), ranks=(2,))
             {"space": RESIZED},
             r"in its space layer 'blocks.1.q' of widths \[6, 4\] instead of \[6, 5\]",
         ),
+        ({"space": BARE}, r"in its space without_bias \[\] instead of \['blocks.1.q'\]"),
         ({"space": REORDERED}, "another order of layers in its space"),
         ({"space": Space(MIDDLE.layers, (2, 1))}, r"in its space ranks \[2\] instead of \[2, 1\]"),
     ],

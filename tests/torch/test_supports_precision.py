@@ -168,7 +168,10 @@ def test_a_meta_model_without_biases_leaves_out_what_scales_them():
     assert not any("scale_bias" in own for own in adapter.plan.layout.supports.values())
 
 
-@pytest.mark.parametrize("key", ["glora", "bitfit", "scale_weight", "all"])
+@pytest.mark.parametrize(
+    "key",
+    ["glora", "bitfit", "scale_weight", "right_weight", "left_weight", "repadapter", "all"],
+)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32], ids=str)
 def test_quantised_weights_are_refused(key, dtype):
     """Their numbers are not those of W0, which most operations take."""
