@@ -136,7 +136,7 @@ FULL = Setup(
     supernets=supernets("{2}", "{4, 2}", "{8, 4}", RESTRICTED),
     limits=(150_000, 300_000),  # those of LoRA of rank 2 and 4, about
     seeds=(0, 1, 2),
-    search=SearchSettings(trials=60, population=15, parents=5, mutations=8, crossovers=7),
+    search=SearchSettings(trials=40, population=10, parents=4, mutations=5, crossovers=5),
     methods=methods(144, 384),
 )
 QUICK = dataclasses.replace(
