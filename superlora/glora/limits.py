@@ -9,13 +9,17 @@ from dataclasses import dataclass
 import numpy
 
 from superlora.glora.space import Space
+from superlora.glora.tilted import Tilted
 from superlora.values import check_count
 
 Indices = tuple[int, ...]
 """A configuration, as `Space.indices` gives it."""
 
 UNIFORM_TRIES = 10
-"""Uniform draws before one is repaired."""
+"""Uniform draws before cheap or dear options are preferred."""
+
+TILTED_TRIES = 20
+"""Such draws before one is repaired."""
 
 UNSEEN_TRIES = 100
 """Draws before the configurations are gone through in order."""
@@ -43,11 +47,13 @@ class Limits:
 
     Notes
     -----
-    A random configuration is drawn uniformly; where ten draws miss the limits, the last is
-    repaired: in a random order, operations of layers are given cheaper options, each uniformly
-    among its cheaper ones, until the number is small enough, and then dearer ones that still
-    fit until it is large enough. So draws within limits that many configurations meet are
-    uniform. Under a limit that few meet they are not: they lie close to it.
+    A random configuration is drawn uniformly. Where ten draws miss the limits, options are made
+    less probable by what they cost, or more, so that the mean number of parameters is the limit
+    that was missed: the distribution is then as close to uniform as that mean permits, and a
+    support that costs little is as free as before. Between limits that even such draws miss, the
+    last is repaired: in a random order, operations of layers are given cheaper options, each
+    uniformly among its cheaper ones, until the number is small enough, and then dearer ones that
+    still fit until it is large enough.
 
     Examples
     --------
@@ -124,7 +130,16 @@ class Limits:
             drawn: list[int] = generator.integers(sizes).tolist()
             if self.hold(drawn):
                 return tuple(drawn)
+        for _ in range(TILTED_TRIES):
+            drawn = self._tilted.draw(generator)
+            if self.hold(drawn):
+                return tuple(drawn)
         return self._repaired(drawn, generator)
+
+    @functools.cached_property
+    def _tilted(self) -> Tilted:
+        uniform = sum(sum(costs) / len(costs) for costs in self.space.costs)
+        return Tilted(self.space.costs, min(max(uniform, self.least), self.high))
 
     def unseen(
         self, generator: numpy.random.Generator, seen: Collection[Indices]

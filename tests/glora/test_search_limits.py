@@ -1,5 +1,7 @@
 """Limits on the number of parameters: refused where none meets them, met by every draw."""
 
+from collections import Counter
+
 import numpy
 import pytest
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from superlora.glora import Space
 from superlora.glora.limits import UNIFORM_TRIES, Limits
+from superlora.glora.tilted import Tilted
 from tests.glora.spaces import SMALL, count, every, spaces
 
 VIT = Space({f"blocks.{i}.qkv": (1152, 384) for i in range(12)}, ranks=(8, 4))
@@ -80,6 +83,48 @@ def test_a_narrow_window_is_met():
     second = limits.unseen(generator, {first})
     assert first != second
     assert all(middle <= VIT.count(indices) <= middle + 2 for indices in (first, second))
+
+
+def test_under_a_budget_what_costs_little_stays_free():
+    mean = sum(sum(costs) / len(costs) for costs in VIT.costs)
+    generator = numpy.random.default_rng(0)
+    for part in (0.25, 1.75):
+        limits = Limits(VIT, 0, int(part * mean)) if part < 1 else Limits(VIT, int(part * mean))
+        drawn = [VIT.configuration(limits.draw(generator)) for _ in range(100)]
+        counts = [VIT.num_parameters(configuration) for configuration in drawn]
+        assert all(limits.least <= count <= limits.high for count in counts)
+        assert abs(sum(counts) / 100 - part * mean) < 0.25 * mean
+        chosen = [own for configuration in drawn for own in configuration.values()]
+        for option in VIT.operations["add_bias"]:
+            share = sum(own["add_bias"] == option for own in chosen) / len(chosen)
+            assert abs(share - 1 / 3) < 0.15
+        ranks = sum(own["add_weight"] == VIT.largest_rank for own in chosen) / len(chosen)
+        assert ranks < 0.1 if part < 1 else ranks > 0.3
+
+
+def test_draws_of_equal_count_are_equally_probable():
+    tilted = Tilted(SMALL.costs, SMALL.least_parameters + 3)
+    generator = numpy.random.default_rng(0)
+    drawn = Counter(tuple(tilted.draw(generator)) for _ in range(30_000))
+    mean = sum(SMALL.count(indices) * times for indices, times in drawn.items()) / 30_000
+    assert mean == pytest.approx(SMALL.least_parameters + 3, rel=0.03)
+    by_count = {}
+    for configuration in every(SMALL):
+        indices = SMALL.indices(configuration)
+        by_count.setdefault(SMALL.count(indices), []).append(drawn[indices])
+    several = [times for times in by_count.values() if len(times) > 1 and sum(times) > 1000]
+    assert several
+    for times in several:
+        expected = sum(times) / len(times)
+        assert all(abs(each - expected) < 5 * expected**0.5 for each in times)
+
+
+@pytest.mark.parametrize(("mean", "found"), [(-1, [0, 1]), (0, [0, 1]), (10**9, [2, 0])])
+def test_a_mean_out_of_reach_is_the_nearest(mean, found):
+    tilted = Tilted([[0, 5, 70], [3, 1]], mean)
+    assert {tuple(tilted.draw(numpy.random.default_rng(seed))) for seed in range(20)} == {
+        tuple(found)
+    }
 
 
 def test_draws_without_limits_are_the_uniform_ones():

@@ -1,0 +1,82 @@
+"""`Tilted`: random configurations of a wanted size, as close to uniform as that permits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy
+
+# Halvings of an interval of slopes; its ends leave every choice its cheapest or dearest option.
+_STEPS = 60
+_STEEPEST = 1e6
+
+
+class Tilted:
+    """Independent draws, each option as probable as exp(-slope · cost), of a given mean count.
+
+    Parameters
+    ----------
+    costs : sequence of sequence of int
+        The number of parameters of every option of every choice.
+    mean : float
+        The mean number of parameters of a draw; the nearest possible, if it is out of reach.
+
+    Notes
+    -----
+    Of all distributions with that mean this is the one of largest entropy ([1]_), and
+    configurations of the same count are equally probable. A choice that costs next to nothing stays
+    nearly uniform, however small the mean is.
+
+    References
+    ----------
+    .. [1] E. T. Jaynes, "Information Theory and Statistical Mechanics", 1957.
+
+    Examples
+    --------
+    >>> tilted = Tilted([[0, 100]] * 50 + [[0, 1]] * 50, mean=1025)
+    >>> drawn = tilted.draw(numpy.random.default_rng(0))
+    >>> sum(drawn[:50]), sum(drawn[50:])
+    (12, 27)
+    """
+
+    def __init__(self, costs: Sequence[Sequence[int]], mean: float) -> None:
+        self._last = numpy.array([len(own) - 1 for own in costs])
+        largest = max(map(max, costs)) or 1
+        values = numpy.zeros((len(costs), int(self._last.max()) + 1))
+        there = numpy.zeros(values.shape, bool)
+        for row, own in enumerate(costs):
+            values[row, : len(own)] = own
+            there[row, : len(own)] = True
+
+        def shares(slope: float) -> numpy.ndarray:
+            exponents = numpy.where(there, -slope * values / largest, -numpy.inf)
+            weights = numpy.exp(exponents - exponents.max(axis=1, keepdims=True))
+            found: numpy.ndarray = weights / weights.sum(axis=1, keepdims=True)
+            return found
+
+        low, high = -_STEEPEST, _STEEPEST
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            if (shares(middle) * values).sum() > mean:
+                low = middle
+            else:
+                high = middle
+        self._ends = shares(high).cumsum(axis=1)
+
+    def draw(self, generator: numpy.random.Generator) -> list[int]:
+        """Draw the index of an option for every choice.
+
+        Parameters
+        ----------
+        generator : numpy.random.Generator
+            Where the numbers come from.
+
+        Returns
+        -------
+        list of int
+            One for each choice.
+        """
+        places = generator.random((len(self._ends), 1))
+        # The last end may be rounded to less than one.
+        found: list[int] = numpy.minimum((places > self._ends).sum(axis=1), self._last).tolist()
+        return found
