@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,6 +235,23 @@ def test_the_page_has_what_the_experiment_fills_in() -> None:
     text = PAGE.read_text()
     for marker in MARKERS:
         assert text.count(f"<!-- {marker} -->") == text.count(f"<!-- /{marker} -->") == 1
+    assert "Not measured" not in text
+    for figure in re.findall(r"\(_static/(\S+)\)", text):
+        assert (PAGE.parent / "_static" / figure).exists()
+
+
+def test_the_table_has_a_row_for_every_method(script: Any) -> None:
+    if not PAGE.exists():
+        pytest.skip("the documentation is not part of an installed package")
+    points, experiment = script("glora_points"), script("glora_experiment")
+    setup = points.FULL
+    lines = experiment.between(PAGE.read_text(), "glora-table").splitlines()[2:]
+    searches = [
+        f"GLoRA {name}, at most {limit:,}" for name in setup.supernets for limit in setup.limits
+    ]
+    names = [line.split(" | ")[0].removeprefix("| ") for line in lines]
+    assert names == [*(method.name for method in setup.methods), *searches]
+    assert experiment.between(PAGE.read_text(), "glora-settings") == experiment.settings(setup)
 
 
 def test_the_quick_form_is_smaller(script: Any) -> None:
