@@ -51,8 +51,9 @@ from tables import between, replaced  # noqa: E402  (lies beside the docs)
 
 PAGE = DOCS / "glora-experiment.md"
 FIGURES = """\
-What the layers chose, a line a seed. Options of the same colour side by side in all lines would be
-a preference of the layers; speckles are chance.
+What the layers chose, a line a seed. A colour that all lines of an operation have in one place
+would be a preference of that layer. All seeds agree in {agreed:,} of {count:,} choices; it would
+be {expected:.0f} if each search had shuffled its own over the layers.
 
 ![For each support tensor and layer, the option of each search](_static/glora-choices.svg)
 
@@ -150,12 +151,18 @@ def write(rows: list[Row], lab: Lab, output: Path, docs: Path | None) -> None:
             "glora-table": table(rows),
             "glora-generations": generations(rows),
             "glora-machine": machine(about),
-            "glora-figures": FIGURES,
+            "glora-figures": figures(chosen),
         }
         for marker, content in parts.items():
             between(text, marker)  # raises where the page lacks the marker
             text = replaced(text, marker, content)
         page.write_text(text, "utf-8")
+
+
+def figures(rows: list[Row]) -> str:
+    """Return the figures with what they show."""
+    count, agreed, expected = glora_plots.agreement(rows)
+    return FIGURES.format(count=count, agreed=agreed, expected=expected)
 
 
 def machine(about: Row) -> str:

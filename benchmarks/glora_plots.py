@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,25 @@ def choices(rows: Sequence[Row], path: Path) -> None:
     figure.legend(handles=handles, ncols=len(KINDS), fontsize=8, loc="lower center", frameon=False)
     figure.tight_layout(rect=(0, 0.25 / figure.get_figheight(), 1, 1))
     _save(figure, path)
+
+
+def agreement(rows: Sequence[Row]) -> tuple[int, int, float]:
+    """Return how many choices there are, in how many all seeds agree, and what chance would give.
+
+    Chance is what each search chose for an operation, shuffled over the layers.
+    """
+    count, agreed, expected = 0, 0, 0.0
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = [row["configuration"] for row in rows if row["method"] == name]
+        layers = list(own[0])
+        for operation in LETTERS:
+            chosen = [[each[layer][operation] for layer in layers] for each in own]
+            count += len(layers)
+            agreed += sum(len(set(options)) == 1 for options in zip(*chosen, strict=True))
+            for option in set(chosen[0]):
+                shares = [each.count(option) / len(layers) for each in chosen]
+                expected += len(layers) * math.prod(shares)
+    return count, agreed, expected
 
 
 def _ends(layers: Sequence[str]) -> dict[str, int]:

@@ -229,6 +229,24 @@ def test_where_the_parameters_went(script: Any, lab: Any) -> None:
     ]
 
 
+def test_agreement_is_counted(script: Any) -> None:
+    plots = script("glora_plots")
+    layers = [f"{index}.qkv" for index in range(4)]
+
+    def row(options: list[Any]) -> dict[str, Any]:
+        others = dict.fromkeys(plots.LETTERS, "none")
+        chosen = {
+            layer: {**others, "add_weight": option}
+            for layer, option in zip(layers, options, strict=True)
+        }
+        return {"method": "GLoRA", "configuration": chosen}
+
+    rows = [row([2, 2, "none", "none"]), row([2, "none", 2, "none"])]
+    # Four operations agree everywhere, by chance too; one in two layers, as it would shuffled.
+    assert plots.agreement(rows) == (20, 18, 18)
+    assert plots.agreement([rows[0], rows[0]]) == (20, 20, 18)
+
+
 def test_the_page_has_what_the_experiment_fills_in() -> None:
     if not PAGE.exists():
         pytest.skip("the documentation is not part of an installed package")
