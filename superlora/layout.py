@@ -19,7 +19,7 @@ from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
 from superlora.inner import Inner, inner_vectors
 from superlora.maps import Identity, Map, Place, Separable
-from superlora.parts import parts_of
+from superlora.parts import named, parts_of
 from superlora.shapes import Shape
 from superlora.slicing import Slice, slice_of
 from superlora.spec import Spec
@@ -77,12 +77,12 @@ class Layout:
         designs: list[Spec] = []
         self._ends: dict[int, int] = {}  # of every part, by its first group
         for own, names in made.designs:
-            part = group_weights({name: self.shapes[name] for name in names}, own.groups, own.cut)
             # Most groups of a large model are alike: solve each distinct one once.
             make = functools.lru_cache(maxsize=None)(functools.partial(make_group, own))
-            groups += [
-                make(size, self._fold_context(part, index)) for index, size in enumerate(part.sizes)
-            ]
+            with named(self.spec, names):
+                part = group_weights({n: self.shapes[n] for n in names}, own.groups, own.cut)
+                sizes = enumerate(part.sizes)
+                groups += [make(size, self._fold_context(part, index)) for index, size in sizes]
             start = len(specs)
             designs.append(own)
             alike[start] = tuple(dict.fromkeys(groups[start:]))

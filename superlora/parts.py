@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from superlora.errors import some
@@ -31,6 +32,36 @@ class Parts:
     supports: dict[str, dict[str, str]]
     designs: list[tuple[Spec, list[str]]]
     shared: dict[str, str]
+
+
+@contextlib.contextmanager
+def named(design: Spec | Supports, names: Sequence[str]) -> Iterator[None]:
+    """Say in an error which operations a spec is for, where a design has several.
+
+    Parameters
+    ----------
+    design : Spec or Supports
+        The whole design.
+    names : sequence of str
+        The supports that the spec is for.
+
+    Yields
+    ------
+    None
+        Nothing.
+
+    Raises
+    ------
+    ValueError
+        What was raised inside, with the operations before its message.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(design, Spec):
+            raise
+        operations = dict.fromkeys(name.partition(".")[0] for name in names)
+        raise ValueError(f"{', '.join(operations)}: {error}") from None
 
 
 def parts_of(design: Spec | Supports, layers: Mapping[str, tuple[int, int]]) -> Parts:

@@ -306,3 +306,22 @@ def test_entries_that_another_operation_takes_stay():
         assert "add_bias" in sl.Plan(kept, LAYERS).layout.supports["head"]
     plan = sl.Plan(design.without("scale_bias", ["head"]), LAYERS)
     assert "add_bias" in plan.layout.supports["head"]
+
+
+@pytest.mark.parametrize(
+    ("design", "message"),
+    [
+        (
+            {"right_weight": sl.Spec(rank=2, fold=(70, 50)), "add_weight": sl.lora(2)},
+            r"^right_weight: fold\[0\] must be at most",
+        ),
+        ({"add_bias": sl.lora(rank=((3, 3),))}, r"^add_bias: rank\[0\]\[1\] must be at most 1"),
+        (
+            {("left_weight", "add_bias"): sl.Spec(rank=2, order=3, groups=1, fold="stack")},
+            "^left_weight, add_bias: fold='stack'",
+        ),
+    ],
+)
+def test_errors_of_sizes_name_the_operation(design, message):
+    with pytest.raises(ValueError, match=message):
+        sl.Plan(design, {"q": (6, 4), "v": (8, 4)})
