@@ -18,7 +18,7 @@ from superlora.demo import search_report as report
 from superlora.demo.fetch import VIT
 from superlora.demo.fitting import evaluator
 from superlora.demo.search_config import Config, SearchError, SupernetSettings
-from superlora.demo.supernet import Trained, load_supernet, train_supernet
+from superlora.demo.supernet import Trained, check_images, load_supernet, train_supernet
 from superlora.demo.tasks import Task
 from superlora.demo.train import ADAPTER_FILE, HEAD_FILE, count_correct, new_head
 from superlora.demo.vit import VisionTransformer
@@ -168,6 +168,7 @@ def obtain(
         The supernet and its head.
     """
     if saved is not None:
+        check_images(saved, task)
         return load_supernet(model, saved, task.classes)
     return train_supernet(
         model,

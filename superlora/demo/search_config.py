@@ -17,6 +17,7 @@ from superlora.values import check_count
 
 DIGITS, VTAB = "digits", "vtab-1k"
 PACKAGED = (DIGITS, VTAB)
+PATCH = 14  # pixels, the side of the transformer's
 
 
 class SearchError(Exception):
@@ -167,7 +168,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.data not in PACKAGED:
             raise ValueError(f"data must be one of {list(PACKAGED)}: got {self.data!r}")
-        check_count("resolution", self.resolution, least=14)
+        if check_count("resolution", self.resolution, least=PATCH) % PATCH:
+            raise ValueError(f"resolution must be a multiple of {PATCH}: got {self.resolution}")
         _check_section("tasks", self.tasks)
         for group, tasks in self.tasks.items():
             _check_section(f"tasks.{group}", tasks)
@@ -244,6 +246,10 @@ def load_config(name: str, *, quick: bool = False) -> Config:
     if quick:
         if not isinstance(changes, Mapping):
             raise ConfigError(f"{name}: quick must be a section: got {changes!r}")
+        if not changes:
+            raise ConfigError(
+                f"{name} must have a section quick: it is asked for its smaller sizes"
+            )
         values = _merged(values, changes)
     if "data" not in values:
         raise ConfigError(f"{name} must say which data: expected one of {list(PACKAGED)}, got none")

@@ -26,6 +26,7 @@ from superlora.demo.search_config import SearchError, SupernetSettings
 from superlora.demo.tasks import Task
 from superlora.demo.train import new_head
 from superlora.demo.vit import VisionTransformer
+from superlora.glora.settings import differences
 from superlora.glora.supernet import Supernet
 from superlora.torch.files import write_tensors
 
@@ -36,6 +37,7 @@ FORMAT = 3
 """Raised whenever the code changes what a supernet would come out as."""
 
 SUPERNET_FILE = "supernet.safetensors"
+SETTINGS_FILE = "supernet.json"
 STATE_FILE = "supernet-training.pt"
 
 
@@ -114,7 +116,7 @@ def train_supernet(
     identity = _identity(task, settings, seed, surroundings)
     file = folder / SUPERNET_FILE
     state_file = folder / STATE_FILE
-    described = folder / "supernet.json"
+    described = folder / SETTINGS_FILE
     if described.exists():
         _refuse_another(described, identity)
     if file.exists() and head_file(file).exists():
@@ -221,11 +223,38 @@ def _refuse_another(described: Path, identity: dict[str, Any]) -> None:
         found = json.loads(described.read_text("utf-8"))
     except (OSError, ValueError):
         found = {}
-    other = {key for key in identity if found.get(key) != identity[key]}
+    other = differences(found, identity)
     if other:
         raise SearchError(
             f"{described.parent} must be a new folder, or one of the same settings: its supernet "
-            f"has another {', '.join(sorted(other))}"
+            f"has {', '.join(other)}"
+        )
+
+
+def check_images(file: Path, task: Task) -> None:
+    """Refuse a supernet that was trained on other images, which may be searched or tested on.
+
+    Parameters
+    ----------
+    file : Path
+        The supernet's. Where its settings do not lie beside it, nothing is known.
+    task : Task
+        What it is to be searched on.
+
+    Raises
+    ------
+    SearchError
+        If the images, or their size, are others.
+    """
+    try:
+        found = json.loads(file.with_name(SETTINGS_FILE).read_text("utf-8"))
+        data = found["data"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if data != task.digest():
+        raise SearchError(
+            f"{file} must be searched on the images that it was trained beside: give it the same "
+            "configuration and seed, or its training images may be among those to search and test"
         )
 
 

@@ -164,6 +164,13 @@ def _pair(limits: Any) -> tuple[Any, Any]:
     return limits[0], limits[1]
 
 
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"evaluate must return a number: got {value!r}") from None
+
+
 def _checked_sampler(sampler: Any, objectives: int) -> str | BaseSampler:
     if sampler is None:
         return SAMPLERS[objectives - 1]
@@ -259,7 +266,7 @@ def _evaluate(
     configuration = shared.configuration(proposal.indices)
     try:
         with shared.watch.evaluating(shared.study, number):
-            value = float(evaluate(configuration))
+            value = _number(evaluate(configuration))
         if not math.isfinite(value):
             raise ValueError(
                 f"evaluate must return a finite number: got {value} for configuration {index}"

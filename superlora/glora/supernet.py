@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
 from superlora.glora.extract import supports_of
+from superlora.glora.options import check_known
 from superlora.glora.space import Configuration, Option, Space
 from superlora.glora.supernet_checks import check_alone, dtype_of
 from superlora.glora.supernet_choice import Choice
@@ -137,7 +138,7 @@ class Supernet(Choice, nn.Module):
         dtype = dtype_of(modules, dtype)
         shapes = {layer: shape_of(module) for layer, module in modules.items()}
         bare = [layer for layer, module in modules.items() if bias_of(module) is None]
-        self.space = Space(shapes, tuple(ranks), operations, tuple(bare))
+        self.space = Space(shapes, ranks, operations, tuple(bare))  # type: ignore[arg-type]
         if not stored_shapes(self.space):
             raise ValueError("operations must have an option that is not 'none': got no other")
         self.name, self.seed = name, seed
@@ -221,7 +222,13 @@ class Supernet(Choice, nn.Module):
         -------
         dict of str to (torch.nn.Parameter, torch.nn.Parameter or None)
             The parameters themselves by operation, left and right; no right one for a vector.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer.
         """
+        check_known("layer", layer, self._layers)
         owner = self._modules.get(self._layers[layer])  # none, if all its options are "none"
         found: dict[str, Stored] = {}
         for operation, support in {} if owner is None else owner._modules.items():

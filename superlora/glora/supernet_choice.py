@@ -74,8 +74,14 @@ class Choice:
         -------
         Configuration
             What `sample` gives.
+
+        Raises
+        ------
+        AdapterError
+            If the supernet is on no model.
         """
         found = self.sample(step)
+        self._check_attached()
         self._choose(found, fixed=False)
         return found
 
@@ -89,11 +95,14 @@ class Choice:
 
         Raises
         ------
-        KeyError, TypeError, ValueError
+        AdapterError
+            If the supernet is on no model.
+        TypeError, ValueError
             If it is none of the space.
         """
         if configuration is not None:
             self.space.check(configuration)
+            self._check_attached()
             # What is done to the caller's own afterwards must not pass unseen.
             configuration = {layer: dict(own) for layer, own in configuration.items()}
         self._choose(configuration, fixed=configuration is not None)
@@ -118,6 +127,13 @@ class Choice:
             yield
         finally:
             self._choose(before, fixed=fixed)
+
+    def _check_attached(self) -> None:
+        if not self._sites:
+            raise AdapterError(
+                f"supernet {self.name!r} must be attached to be given a configuration: it was "
+                "detached, or an adapter was extracted from it"
+            )
 
     def _choose(self, configuration: Configuration | None, *, fixed: bool) -> None:
         self._configuration, self._fixed = configuration, fixed

@@ -214,7 +214,7 @@ def test_a_trained_supernet_is_found(tmp_path: Path) -> None:
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     trained(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(SearchError, match="same settings: its supernet has another seed"):
+    with pytest.raises(SearchError, match="same settings: its supernet has seed 0 instead of 1"):
         trained(tmp_path, seed=1)
     assert contents(tmp_path) == before
 
@@ -334,6 +334,17 @@ def test_a_study_of_another_supernet_is_refused(tmp_path: Path) -> None:
     options = Options(tmp_path / "c", storage=storage)
     with pytest.raises(ValueError, match=r"of this search: .* has identity '[^']*' instead of"):
         run(CONFIG, options, make_task(), make_base(), saved=saved, console=QUIET)
+
+
+def test_a_supernet_is_searched_on_the_images_it_was_trained_beside(tmp_path: Path) -> None:
+    trained(tmp_path)
+    saved = tmp_path / SUPERNET_FILE
+    out = Options(tmp_path / "out")
+    with pytest.raises(SearchError, match="must be searched on the images that it was trained"):
+        run(CONFIG, out, make_task(seed=1), make_base(), saved=saved, console=QUIET)
+    assert not list((tmp_path / "out").glob("*.journal"))
+    (tmp_path / "supernet.json").unlink()  # nothing is known then
+    assert run(CONFIG, out, make_task(seed=1), make_base(), saved=saved, console=QUIET)
 
 
 def test_a_limit_that_nothing_meets_is_refused_before_anything_is_made(tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def test_quick_changes_what_its_section_says_alone() -> None:
     [
         ("data = 1", r"data must be one of \['digits', 'vtab-1k'\]: got 1"),
         ('data = "digits"\nresolution = 7', "resolution must be at least 14: got 7"),
+        ('data = "digits"\nresolution = 40', "resolution must be a multiple of 14: got 40"),
         ('data = "digits"\nsize = 7', "must have keys of .*'resolution'.*: got 'size'"),
         ('data = "digits"\n[supernet]\nlr = 1', "supernet must have keys of .*: got 'lr'"),
         ('data = "digits"\n[supernet]\nrate = 0', "rate must be positive: got 0"),
@@ -170,6 +171,7 @@ def test_quick_changes_what_its_section_says_alone() -> None:
         ('data = "digits"\ntasks = 3', "tasks must be a section: got 3"),
         ('data = "digits"\n[tasks]\nnatural = 3', "tasks.natural must be a section: got 3"),
         ('data = "digits"\nquick = 3', "quick must be a section: got 3"),
+        ('data = "digits" # nothing quick', "must have a section quick"),
         ('data = "digits"\nsearch = 3', "search must be a section: got 3"),
         ('data = "digits"\n[search]\npopulation = 10', "at least mutations"),
         ("resolution = 56", "must say which data: expected one of"),
@@ -180,7 +182,7 @@ def test_a_bad_config_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "own.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
-        load_config(str(path), quick=True)
+        load_config(str(path), quick="quick" in text)
     assert str(path) in str(caught.value)
 
 

@@ -319,6 +319,34 @@ def test_a_layer_without_any_support_is_as_it_was(tmp_path):
         assert torch.equal(other(x), expected)
 
 
+@pytest.mark.parametrize("end", ["extract", "detach"])
+def test_a_supernet_on_no_model_takes_no_configuration(end):
+    _, supernet = make_supernet()
+    configuration = supernet.space.fixed(add_weight=2)
+    with supernet.using(configuration):
+        pass
+    if end == "extract":
+        supernet.extract(configuration)
+    else:
+        supernet.detach()
+    message = "must be attached to be given a configuration"
+    for choose in (lambda: supernet.draw(0), lambda: supernet.use(configuration)):
+        with pytest.raises(AdapterError, match=message):
+            choose()
+    with pytest.raises(AdapterError, match=message), supernet.using(configuration):
+        pass
+    supernet.use(None)
+    assert supernet.sample(0)
+
+
+def test_what_a_supernet_is_asked_for_is_named():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match="ranks must be a sequence of integers"):
+        Supernet(model, ranks=2)
+    with pytest.raises(ValueError, match="layer must be one of '0': got '1'"):
+        Supernet(model, ranks=(2,)).stored("1")
+
+
 def test_a_space_of_nothing_is_refused():
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="must have an option that is not 'none'"):
