@@ -233,12 +233,6 @@ def test_the_file_is_a_plain_study(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["study.log"]
 
 
-@pytest.mark.parametrize("value", [None, "much", [1.0, 2.0]])
-def test_a_value_that_is_no_number_is_refused(value):
-    with pytest.raises(TypeError, match="evaluate must return a number: got"):
-        search(lambda configuration: value, SMALL, trials=1)
-
-
 def test_a_finished_search_is_read_and_extended(tmp_path):
     path = tmp_path / "study.log"
     options = {"evolution": FEW, "seed": 5}

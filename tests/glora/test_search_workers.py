@@ -280,6 +280,12 @@ def test_it_says_what_it_waits_for(monkeypatch, caplog):
     assert caplog.messages == ["waiting for the trials [1] of other workers"]
 
 
+@pytest.mark.parametrize("value", [None, "much", [1.0, 2.0]])
+def test_a_value_that_is_no_number_is_refused(value):
+    with pytest.raises(TypeError, match="evaluate must return a number: got"):
+        search(lambda configuration: value, SMALL, trials=1)
+
+
 # Studies of others.
 
 
