@@ -328,7 +328,7 @@ def summary(rows: Iterable[Row]) -> list[Row]:
         by_method.setdefault(row["method"], []).append(row)
     found = []
     for method, own in by_method.items():
-        line: Row = {"method": method, "seeds": len(own), "rate": own[0].get("rate")}
+        line: Row = {"method": method, "seeds": len(own)}
         for field in ("parameters", "validation", "test", "seconds", "search_seconds"):
             values = [row[field] for row in own if field in row]
             if values:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -15,15 +13,6 @@ from superlora.demo.fitting import Fit, Schedule, evaluator  # noqa: E402
 from superlora.demo.train import new_head, rate_share  # noqa: E402
 from superlora.glora import Supernet  # noqa: E402
 from tests.demo.search_cases import make_base, make_task  # noqa: E402
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Train on one thread: for so small a model, more of them wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_fit_that_goes_on_gives_the_same_numbers() -> None:

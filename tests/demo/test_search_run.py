@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,6 @@ from superlora.glora import Supernet  # noqa: E402
 from tests.demo.search_cases import CONFIG, make_base, make_task  # noqa: E402
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Train on one thread: for so small a model, more of them wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained(folder: Path, seed: int = 0, **options: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,15 +32,6 @@ def make_model() -> VisionTransformer:
     torch.manual_seed(1)
     model = VisionTransformer(width=16, depth=2, heads=2, hidden=16, patch=14, grid=2)
     return model.requires_grad_(False).eval()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Train on one thread: for so small a model, more of them wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
