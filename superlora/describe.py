@@ -10,7 +10,6 @@ from superlora.block_rules import unit_modes_of
 from superlora.layout import Layout
 from superlora.splitting import Group, Members, Split
 from superlora.supports import Supports
-from superlora.uses import map_uses
 
 
 class Kind(NamedTuple):
@@ -129,7 +128,7 @@ def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
             f"{len(layout.groups)} groups; it is {_how_capped(alike)} there"
         )
     notes += _cropped(layout) + _ratios(layout)
-    kept = sum(fixed.nbytes(before, size) for fixed, before, size in map_uses(layout))
+    kept = sum(fixed.nbytes(before, size) for fixed, before, size in layout.map_uses())
     if kept:
         notes.append(f"note: maps keep {kept / 1e6:,.1f} MB in memory, and nothing in a file")
     if layout.inner:
@@ -156,7 +155,7 @@ def _cropped(layout: Layout) -> list[str]:
     covers = [
         (math.prod(group.fold), group.size)
         for index, group in enumerate(layout.groups)
-        if layout.identity(index) or layout.specs[index].map.keeps_size
+        if layout.in_place(index) or layout.specs[index].map.keeps_size
     ]
     before, after = (sum(sizes) for sizes in zip(*covers, strict=True)) if covers else (0, 0)
     if before == after:
@@ -188,6 +187,6 @@ def _asked(layout: Layout, group: int) -> str:
         return ", that of the map"
     if own.size is not None:
         return f", asked {own.size:,} entries"
-    if isinstance(own.fold, tuple) and own.ratio == 1 and not layout.identity(group):
+    if isinstance(own.fold, tuple) and own.ratio == 1 and not layout.in_place(group):
         return ", that of the fold"
     return f", asked {own.ratio:.6g}"

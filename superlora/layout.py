@@ -14,14 +14,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from superlora.block_rules import check_frozen, unit_modes_of
-from superlora.costs import Work, inner_width, kronecker_order, ways_of
+from superlora.design.network import Network, Opened, opened_rows, weight_network
+from superlora.design.ways import Application, application, rows_of
 from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
 from superlora.inner import Inner, inner_vectors
-from superlora.maps import Identity, Map, Place, Separable
+from superlora.maps import Map, Place
 from superlora.parts import named, parts_of
 from superlora.shapes import Shape
-from superlora.slicing import Slice, slice_of
 from superlora.spec import Spec
 from superlora.splitting import Group, Members, Split, make_group
 from superlora.supports import Supports, design_of
@@ -98,11 +98,8 @@ class Layout:
         self._alike = alike
         self._shared = self._find_shared(made.shared)
         self.maps: tuple[Map, ...] = self._bind(designs)
-        # Asked at every forward pass; plain dicts, which torch.compile traces.
-        self._piece_slices: dict[Piece, Slice] = {}
-        self._row_slices: dict[str, Slice | None] = {}
-        self._ways: dict[str, dict[str, Work]] = {}
-        self._orders: dict[int, Shape] = {}
+        self._applications: dict[str, Application] = {}
+        self._whole_rows: dict[int, Opened] = {}
         check_frozen(self)
         if any(own.factor_map is not None for own in designs):
             self.inner  # noqa: B018  (raises where a map does not fit)
@@ -183,9 +180,56 @@ class Layout:
         """Return the number s in front of one weight's update."""
         return self.specs[self.grouping.pieces[name][0].group].scaling
 
-    def identity(self, group: int) -> bool:
+    def in_place(self, group: int) -> bool:
         """Return whether weights are cut from the product itself, whose entries stay in place."""
-        return isinstance(self.specs[group].map, (Identity, Separable))
+        return self.maps[group].in_place
+
+    def joint_sizes(self, group: int) -> tuple[int, int]:
+        """Return how many entries a map takes and makes, of all groups that it takes together."""
+        joint = self.joint(group)
+        size = sum(self.groups[index].size for index in joint)
+        return (self.groups[group].before if len(joint) == 1 else size), size
+
+    def map_uses(self) -> dict[tuple[Map, int, int], str]:
+        """Return every different map with its numbers of entries before and after.
+
+        Returns
+        -------
+        dict of (Map, int, int) to str
+            The first group of each as a number, or the vector that it maps to blocks.
+        """
+        uses: dict[tuple[Map, int, int], str] = {}
+        for group, fixed in enumerate(self.maps):
+            own = self.groups[group].splits[: self.specs[group].splits]
+            fixed = fixed.joined([(split.sizes, split.shape) for split in own])
+            uses.setdefault((fixed, *self.joint_sizes(group)), str(group))
+        for inner in self.inner.values():
+            uses.setdefault((inner.map, inner.before, inner.size), inner.name)
+        return uses
+
+    def multiplies(self, name: str) -> bool:
+        """Return whether a weight's map multiplies inputs by the update without forming it."""
+        pieces = self.grouping.pieces[name]
+        group = pieces[0].group
+        alone = len(pieces) == 1 and len(self.grouping.members[group]) == 1
+        return alone and not self.maps[group].joint and self.maps[group].multiplies(self.shapes[name])
+
+    def network(self, name: str) -> Network:
+        """Return what a weight's update is made of."""
+        return weight_network(self, name)
+
+    def whole_rows(self, group: int) -> Opened:
+        """Return all opened rows of a group that its weights are cut from."""
+        if group not in self._whole_rows:
+            stop = max(rows_of(self, name)[1] for name in self.grouping.members[group])
+            self._whole_rows[group] = opened_rows(self, group, 0, stop)
+        return self._whole_rows[group]
+
+    def application(self, name: str) -> Application:
+        """Return how a weight's update is applied."""
+        if name not in self._applications:
+            self._applications[name] = application(self, name)
+        return self._applications[name]
 
     def radices(self, group: int, modes: int | None = None) -> Shape:
         """Return the digits of the first `modes` modes of a group, all modes if None."""
@@ -196,73 +240,11 @@ class Layout:
         splits = item.splits[: self.specs[group].splits]
         return tuple(split.shape[mode] for mode in range(order) for split in splits)
 
-    def piece_slice(self, piece: Piece) -> Slice:
-        """Return the boxes that hold a piece of a weight (identity map only)."""
-        if piece not in self._piece_slices:
-            radices = self.radices(piece.group)
-            self._piece_slices[piece] = slice_of(radices, piece.start, piece.stop)
-        return self._piece_slices[piece]
-
-    def row_slice(self, name: str) -> Slice | None:
-        """Return the boxes of a weight's block rows, if its fold is aligned.
-
-        Parameters
-        ----------
-        name : str
-            A weight.
-
-        Returns
-        -------
-        Slice or None
-            Ranges of the digits of all modes but the last. None where the last
-            mode does not divide the input width and the weight's position, where
-            a group boundary cuts the weight, or where a map mixes all entries.
-        """
-        if name not in self._row_slices:
-            self._row_slices[name] = self._find_row_slice(name)
-        return self._row_slices[name]
-
-    def _find_row_slice(self, name: str) -> Slice | None:
-        pieces = self.grouping.pieces[name]
-        fold = self.groups[pieces[0].group].fold
-        width = fold[-1]
-        if len(fold) < 2 or len(pieces) > 1 or not self.identity(pieces[0].group):
-            return None
-        piece = pieces[0]
-        if self.shapes[name][1] % width or piece.start % width:
-            return None
-        leading = self.radices(piece.group, len(fold) - 1)
-        return slice_of(leading, piece.start // width, piece.stop // width)
-
-    def ways(self, name: str) -> dict[str, Work]:
-        """Return the ways to apply a weight's update to inputs, and the work of each."""
-        if name not in self._ways:
-            self._ways[name] = ways_of(self, name)
-        return self._ways[name]
-
-    def digit_order(self, group: int) -> Shape:
-        """Return the order in which inputs meet the matrices of a Kronecker product."""
-        if group not in self._orders:
-            self._orders[group] = kronecker_order(self.terms(group)[0])
-        return self._orders[group]
-
-    def inner_width(self, name: str) -> int:
-        """Return q of ``ΔW = left @ rightᵀ`` where a weight's fold is aligned, else its widths'."""
-        return inner_width(self, name)
-
     def terms(self, group: int) -> list[tuple[Split, ...]]:
         """Return the splits of each of a group's products."""
         count = self.specs[group].splits
         splits = self.groups[group].splits
         return [splits[first : first + count] for first in range(0, len(splits), count)]
-
-    def prepare(self, name: str) -> None:
-        """Work out a weight's slices now, so that compiled code only reads them."""
-        for piece in self.grouping.pieces[name]:
-            if self.identity(piece.group):
-                self.piece_slice(piece)
-        if "kronecker" in self.ways(name):
-            self.digit_order(self.grouping.pieces[name][0].group)
 
     def block(self, group: int, index: int, leaf: str) -> str:
         """Return the name of a split's block: that of the part's first group, where tied."""

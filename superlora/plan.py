@@ -9,14 +9,19 @@ from typing import Any
 import numpy
 
 from superlora._backend import Array, backend_of
-from superlora.costs import FORMED, Machine, check_apply, choose
+from superlora.algebra.form import (
+    apply_factored,
+    low_rank_factors,
+    weight_delta,
+    weight_deltas,
+)
+from superlora.design.network import Network
+from superlora.design.ways import check_apply, refuse_factored
 from superlora.errors import some
-from superlora.factored import apply_factored, low_rank_factors
 from superlora.frozen import frozen_blocks
 from superlora.init import init_factors
 from superlora.operations import merge
 from superlora.planned import Planned
-from superlora.reconstruct import weight_delta, weight_deltas
 
 
 class Plan(Planned):
@@ -156,7 +161,7 @@ class Plan(Planned):
         return weight_delta(self.layout, factors, name, self._scaling(name, scale))
 
     def _scaling(self, name: str, scale: float | None) -> float:
-        return self.layout.scaling(name) if scale is None else scale
+        return self.layout.scaling(name) if scale is None else float(scale)
 
     def low_rank(
         self, factors: Mapping[str, Array], name: str, scale: float | None = None
@@ -327,9 +332,11 @@ class Plan(Planned):
                 f"x must have {columns} entries in its last axis, the input width of {name!r}: got "
                 f"shape {tuple(x.shape)}"
             )
-        way = choose(self.layout, name, Machine(), math.prod(x.shape[:-1]), apply)
-        if way != FORMED:
-            return apply_factored(self.layout, factors, name, x, number, way)
+        found = self.layout.application(name)
+        if apply == "factored" and found.factored is None:
+            raise refuse_factored(name)
+        if not found.formed(math.prod(x.shape[:-1]), apply):
+            return apply_factored(self.layout, factors, name, x, number)
         delta = weight_delta(self.layout, factors, name, number)
         return backend_of(x).tensordot(x, delta, axes=([len(x.shape) - 1], [1]))
 
@@ -352,6 +359,37 @@ class Plan(Planned):
             If the plan has no weight of that name.
         """
         return self.layout.inputs_of(name)
+
+    def network(self, name: str, operation: str | None = None) -> Network:
+        """Return the tensor network that a weight's update is.
+
+        Parameters
+        ----------
+        name : str
+            The weight.
+        operation : str, optional
+            The merge operation whose support is asked for, where the plan has several.
+
+        Returns
+        -------
+        Network
+            Integers: which slices of which blocks, under which labels. It prints as an einsum
+            with sizes.
+
+        Raises
+        ------
+        KeyError
+            If the plan has no weight of that name.
+
+        Examples
+        --------
+        >>> import superlora as sl
+        >>> print(sl.Plan(sl.lora(rank=2), {"q": (6, 4)}).network("q"))
+        ac,bc->ab  a=6 c=2 b=4  0.0.factor0, 0.0.factor1
+        """
+        name = name if operation is None else f"{operation}.{name}"
+        self.blocks_of(name)  # names the weights there are, if this is none
+        return self.layout.network(name)
 
     def _check(self, factors: Mapping[str, Array], name: str) -> None:
         blocks = self.blocks_of(name)

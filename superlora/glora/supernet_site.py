@@ -15,8 +15,9 @@ from superlora.glora.space import Option
 from superlora.glora.supernet_storage import formed, parts
 from superlora.operations import OF_BIAS, change, changes
 from superlora.supports import support_shape
-from superlora.torch.formed import FormedLinear, Pull, linearized, run, transforms, without_autocast
+from superlora.torch.autograd import is_traced, without_autocast
 from superlora.torch.layers import bias_of, input_name, parameter_of, shape_of, weight_of
+from superlora.torch.update import FormedWay, apply_way
 
 if TYPE_CHECKING:
     from superlora.glora.supernet import Supernet
@@ -89,7 +90,7 @@ class SupernetSite:
             return y
         if torch.is_grad_enabled():
             self._kept = None
-        elif self.supernet.fixed and not (transforms() or torch.compiler.is_compiling()):
+        elif self.supernet.fixed and not is_traced():
             return torch.nn.functional.linear(x, *self._updated(options))
         return self._trained(x, self._parts(options))
 
@@ -216,46 +217,39 @@ def _formed_linear(
     add: Sequence[Tensor],
 ) -> Tensor:
     """Return ``x @ (weight + base ∘ S_scale + S_add)ᵀ + bias``."""
-    counts = {"scale_weight": len(scale), "add_weight": len(add)}
-    form = _Form(base, {operation: count for operation, count in counts.items() if count})
-    return run(FormedLinear, x, weight, bias, form, *scale, *add)
+    nested = [(_Nested(base, len(own)), own) for own in (scale, add) if own]
+    operands = [each for each, _ in nested]
+    scaling = [own is scale for _, own in nested]
+    rows = max(1, _CHUNK // max(1, base.shape[1]))
+    way = FormedWay(operands, scaling, [1.0] * len(nested), rows)
+    tensors = [*scale, *add, *([base] if scale else [])]
+    return apply_way(way, x, weight, bias, tensors, (), False, 1.0)[0]
 
 
-class _Form:
-    """Form what the supports of one weight add to it; holds no factor.
+class _Nested:
+    """The leading slices of stored factors, as the operands of a support that is formed.
 
     Parameters
     ----------
     weight : torch.Tensor, (output width, input width)
         W₀.
-    counts : mapping of str to int
-        How many factors each operation's support has.
+    count : int
+        How many factors there are.
     """
 
-    def __init__(self, weight: Tensor, counts: Mapping[str, int]) -> None:
-        self.weight, self.counts = weight, counts
-        self.rows = max(1, _CHUNK // max(1, weight.shape[1])) if weight.is_cpu else 0
+    shared = ()
 
-    def __call__(self, factors: Sequence[Tensor], rows: tuple[int, int] | None) -> Tensor:
-        rest = iter(factors)
-        cut = slice(None) if rows is None else slice(*rows)
-        weight = self.weight[cut]
-        total: Tensor | None = None
-        with without_autocast(weight.device):
-            for operation, count in self.counts.items():
-                first, *others = (next(rest) for _ in range(count))
-                # A constant is one row, repeated.
-                own = first if first.shape[0] == 1 else first[cut]
-                support = formed([own, *others], tuple(weight.shape))
-                scaled = operation == "scale_weight"
-                base = weight.to(support.dtype) if scaled else weight
-                part: Tensor = change(operation, support, base)
-                total = part if total is None else total + part
-        assert total is not None
-        return total
+    def __init__(self, weight: Tensor, count: int) -> None:
+        self.height, self.columns = weight.shape
+        self.own = (None,) * count
 
-    def linearized(
-        self, factors: Sequence[Tensor], rows: tuple[int, int] | None, wanted: Sequence[bool]
-    ) -> tuple[Tensor, Pull]:
-        """Return the same, and what takes its gradient back to the factors."""
-        return linearized(lambda *tensors: self(tensors, rows), factors, wanted)
+    def cut(self, *_: Any) -> list[Tensor]:
+        """Return nothing: no tensor is shared."""
+        return []
+
+    def form(self, arrays: Sequence[Tensor], rows: tuple[int, int]) -> Tensor:
+        """Form rows of the support."""
+        first, *others = arrays
+        # A constant is one row, repeated.
+        own = first if first.shape[0] == 1 else first[rows[0] : rows[1]]
+        return formed([own, *others], (rows[1] - rows[0], self.columns))

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import inspect
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,6 +55,12 @@ class Map(abc.ABC):
         Of the class or the map: whether it takes all groups together.
     sliced : bool
         Of the class or the map: whether `apply_slice` costs less than `apply`.
+    reads : bool
+        Of the class: whether each output is one entry, maybe with a sign, of inputs that
+        `normalized` scales; such a map has `gather` and `scatter` too.
+    in_place : bool
+        Of the class: whether the entries of the folded tensor stay where they are, or are mapped
+        mode by mode (`map_mode`), so that one weight is made without the others.
 
     Notes
     -----
@@ -73,6 +79,8 @@ class Map(abc.ABC):
     keeps_fold: ClassVar[bool] = False
     joint: ClassVar[bool] = False
     sliced: ClassVar[bool] = False
+    reads: ClassVar[bool] = False
+    in_place: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -134,6 +142,46 @@ class Map(abc.ABC):
         """
         return self.apply(x, size)[start:stop]
 
+    def mixes(self, before: int, size: int) -> bool:
+        """Return whether a slice costs about as much as all entries.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold, and of the slice.
+
+        Returns
+        -------
+        bool
+            True where as many entries are formed before the map for any slice.
+        """
+        return self.keeps_size or not self.sliced
+
+    def joined(self, splits: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Map:
+        """Return the map of all modes of all splits, where modes are mapped on their own.
+
+        Parameters
+        ----------
+        splits : sequence of (tuple of int, tuple of int)
+            The mode sizes of every split before and after.
+
+        Returns
+        -------
+        Map
+            Itself, where it is no map of single modes.
+        """
+        return self
+
+    def repeated(self) -> str:
+        """Return what a vector is repeated along to make a weight.
+
+        Returns
+        -------
+        str
+            ``"inputs"``, ``"outputs"`` or ``"all"``; empty where the map repeats no vector.
+        """
+        return ""
+
     def bind(self, place: Place) -> Map:
         """Return the map as it is for one group of a plan.
 
@@ -148,6 +196,107 @@ class Map(abc.ABC):
             Itself, unless it depends on the group.
         """
         return self
+
+    def mapped(self, order: int) -> tuple[int, ...]:
+        """Return the modes that are mapped on their own, by `map_mode`.
+
+        Parameters
+        ----------
+        order : int
+            The number of modes of the fold.
+
+        Returns
+        -------
+        tuple of int
+            None, but for a map that is one of single modes.
+        """
+        return ()
+
+    def map_mode(
+        self, tensor: Array, axis: int, index: int, size: int, *, adjoint: bool = False
+    ) -> Array:
+        """Apply the map of one mode, or its adjoint, along an axis.
+
+        Parameters
+        ----------
+        tensor : array
+            Any shape.
+        axis : int
+            The axis.
+        index : int
+            Which map: those of split k of M modes begin at ``k M``.
+        size : int
+            Entries of the axis in the result.
+        adjoint : bool
+            Whether the adjoint is asked for.
+
+        Returns
+        -------
+        array
+            The same shape but for the axis.
+
+        Raises
+        ------
+        NotImplementedError
+            If it is no map of single modes.
+        """
+        raise NotImplementedError(f"{type(self).__name__}() is no map of single modes")
+
+    def multiplies(self, shape: tuple[int, int]) -> bool:
+        """Return whether the map multiplies inputs by a whole weight that it makes.
+
+        Parameters
+        ----------
+        shape : (int, int)
+            Output and input width of the weight.
+
+        Returns
+        -------
+        bool
+            Whether `multiply` is there for it.
+        """
+        return False
+
+    def product_operations(self, before: int, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return what `multiply` costs for each input.
+
+        Parameters
+        ----------
+        before : int
+            Entries of the fold.
+        shape : (int, int)
+            Output and input width of the weight.
+
+        Returns
+        -------
+        int
+            Multiplications.
+        int
+            Entries that are read or written.
+        """
+        return 0, 0
+
+    def multiply(self, values: Array, x: Array) -> Array:
+        """Multiply inputs by the weight that is made of some entries, without forming it.
+
+        Parameters
+        ----------
+        values : array, (before,)
+            The entries.
+        x : array, (n, input width)
+            Inputs.
+
+        Returns
+        -------
+        array, (n, output width)
+            The product.
+
+        Raises
+        ------
+        NotImplementedError
+            If the map cannot.
+        """
+        raise NotImplementedError(f"{type(self).__name__}() multiplies no inputs")
 
     def fixed_entries(self, place: Place) -> int | None:
         """Return how many entries the map takes, where that is not the spec's choice.

@@ -52,6 +52,9 @@ class Broadcast(CheckedMap):
                 f"along must be one of ('all', 'inputs', 'outputs'): got {self.along!r}"
             )
 
+    def repeated(self) -> str:
+        return self.along
+
     def fixed_entries(self, place: Place) -> int:
         """Return how many entries the vector has.
 

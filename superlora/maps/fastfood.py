@@ -106,6 +106,10 @@ class Fastfood(SeededMap):
         "stored": (True, False),
     }
 
+    def mixes(self, before: int, size: int) -> bool:
+        # Of a stack of transforms a slice takes those that it meets, whole.
+        return super().mixes(before, size) or before > size
+
     @property
     def sliced(self) -> bool:  # type: ignore[override]
         """Whether a slice costs less than the whole."""

@@ -214,6 +214,13 @@ class Fourier(SeededMap):
         """
         return 2 * before * position_type(size).itemsize
 
+    def multiplies(self, shape: tuple[int, int]) -> bool:
+        return self.shape == shape
+
+    def product_operations(self, before: int, shape: tuple[int, int]) -> tuple[int, int]:
+        butterflies = sum(size * size.bit_length() for size in shape)
+        return 8 * butterflies, 2 * sum(shape) + 5 * before
+
     def multiply(self, values: Array, x: Array) -> Array:
         """Multiply by the update that the coefficients make, which is never formed.
 

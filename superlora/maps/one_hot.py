@@ -81,6 +81,7 @@ class OneHot(SeededMap):
     stored: bool = True
 
     sliced: ClassVar[bool] = True
+    reads: ClassVar[bool] = True
     choices: ClassVar = {
         "tiled": (True, False),
         "signed": (True, False),

@@ -72,6 +72,7 @@ class Separable(CheckedMap):
     after: tuple[int, ...] | None = None
 
     keeps_fold: ClassVar[bool] = True
+    in_place: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_part("inner", self.inner)

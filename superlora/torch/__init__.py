@@ -5,8 +5,7 @@ from superlora.torch.attach import attach
 from superlora.torch.export import Export
 from superlora.torch.from_peft import from_peft
 from superlora.torch.lycoris import from_lycoris
-from superlora.torch.machine import calibrate
 from superlora.torch.row_wise import rows
 from superlora.torch.state import load
 
-__all__ = ["Adapter", "Export", "attach", "calibrate", "from_lycoris", "from_peft", "load", "rows"]
+__all__ = ["Adapter", "Export", "attach", "from_lycoris", "from_peft", "load", "rows"]

@@ -65,6 +65,7 @@ class Adapter(Exporting, Blocks):
         self._frozen: Frozen = []
         # Before and after the model loads a state dict; its adapters share them.
         self._hooks: tuple[RemovableHandle, ...] = ()
+        self._scope_hooks: tuple[RemovableHandle, ...] = ()  # before and after its forward
         self._order = 0  # of attachment
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,15 +202,14 @@ class Adapter(Exporting, Blocks):
             )
         done: list[Site] = []
         try:
-            for site in self._sites.values():
-                done.append(site)
-                site.merge(self)
+            with self.scope.kept():
+                for site in self._sites.values():
+                    done.append(site)
+                    site.merge(self)
         except BaseException:
             for site in done:
                 site.unmerge(self)
             raise
-        finally:
-            self._sources.shared.clear()
         self.merged = True
 
     def unmerge(self) -> None:
@@ -277,15 +277,15 @@ class Adapter(Exporting, Blocks):
         del host._modules[self.name]
         others = [part for _, part in registered(model) if isinstance(part, Adapter)]
         shared = any(other._homes[:1] == (model,) for other in others)
-        for hook in () if shared else self._hooks:
+        for hook in (*(() if shared else self._hooks), *self._scope_hooks):
             hook.remove()
-        self._hooks = ()
+        self._hooks = self._scope_hooks = ()
         if self._frozen:
             ordered = sorted(adapters_of(model), key=operator.attrgetter("_order"))
             later = [(a._homes[0], a._frozen) for a in ordered if a._order > self._order]
             release(self._frozen, later)
         self._sites, self._homes, self._frozen, self.merged = {}, (), [], False
-        self._sources.shared.clear()
+        self.scope.clear()
         self._merge_again = False
 
     def save(self, path: str | Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from superlora._backend import backend_of
-from superlora.costs import check_apply
+from superlora.design.ways import check_apply
 from superlora.errors import AdapterError, some
 from superlora.frozen import each_frozen
 from superlora.init import each_factor
@@ -155,6 +155,11 @@ def register(
     host.add_module(name, adapter)
     hooks = [other._hooks for other in others if other._homes[:1] == (model,)]
     adapter._hooks = hooks[0] if hooks else _hooks_of(model)
+    if adapter.shares:
+        adapter._scope_hooks = (
+            model.register_forward_pre_hook(adapter.scope.open),
+            model.register_forward_hook(adapter.scope.close, always_call=True),
+        )
     if pending is not None:
         adapter.replaced = pending
         pending.use(True)

@@ -53,7 +53,7 @@ def fill(adapter: Adapter) -> None:
         # Of the dtype that the factors have now, which may have come with the state dict.
         for name, values in each_frozen(layout, singular=False, skipped=skipped):
             _put(adapter, name, torch.from_numpy(values).to(devices[name], adapter.dtype))
-    adapter._sources.shared.clear()
+    adapter.scope.clear()
     adapter._prepare()
 
 

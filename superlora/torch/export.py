@@ -12,7 +12,7 @@ from torch import Tensor
 
 from superlora.errors import AdapterError
 from superlora.supports import Supports
-from superlora.terms import with_blocks
+from superlora.algebra.form import with_blocks
 from superlora.torch.adapter import Adapter
 from superlora.torch.foreign import Matrix
 from superlora.values import check_count
@@ -91,7 +91,7 @@ def exact_layer(adapter: Adapter, name: str) -> Layer | None:
     group = pieces[0].group
     own, item = layout.specs[group], layout.groups[group]
     alone = layout.grouping.members[group] == (name,) and len(pieces) == 1
-    if not alone or own.terms > 1 or not layout.identity(group):
+    if not alone or own.terms > 1 or not layout.in_place(group):
         return None
     scale = adapter.scale_of(name)
     if own.splits == 1 and not any(item.splits[0].factored) and item.splits[0].core == "full":

@@ -19,7 +19,6 @@ from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.supports import Supports, design_from_dict
 from superlora.torch.files import Header, unfit_dtypes
-from superlora.uses import map_uses
 
 FORMAT_VERSION = 1
 # Before the names of the model's own parameters that come with the adapter.
@@ -283,7 +282,7 @@ def checksums_of(plan: Plan) -> dict[str, int]:
         By the map's first group or its vector.
     """
     if plan not in _CHECKSUMS:
-        uses = map_uses(plan.layout)
+        uses = plan.layout.map_uses()
         found = {name: use[0].checksum(*use[1:]) for use, name in uses.items()}
         _CHECKSUMS[plan] = {name: n for name, n in found.items() if n is not None}
     return _CHECKSUMS[plan]

@@ -87,7 +87,7 @@ class Rows:
 
 
 # Of the `with` blocks that are open, the innermost last.
-_OPEN: list[Rows] = []
+OPEN: list[Rows] = []
 
 
 def rows_of(module: nn.Module) -> Rows | None:
@@ -109,7 +109,7 @@ def rows_of(module: nn.Module) -> Rows | None:
     AdapterError
         If it is compiled or computed again while several threads have blocks open.
     """
-    found = [rows for rows in reversed(_OPEN) if id(module) in rows.modules]
+    found = [rows for rows in reversed(OPEN) if id(module) in rows.modules]
     if not found:
         return None
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
@@ -171,11 +171,11 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     True
     """
     found = _rows_of_names(model, names)
-    _OPEN.append(found)
+    OPEN.append(found)
     try:
         yield
     finally:
-        _OPEN.remove(found)
+        OPEN.remove(found)
 
 
 def _rows_of_names(model: nn.Module, names: Sequence[str | None]) -> Rows:

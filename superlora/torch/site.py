@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from superlora.costs import FORMED
-from superlora.supports import ADD
-from superlora.torch.formed import FormedLinear, autocasts, run
-from superlora.torch.forms import Formed
+from superlora.supports import OPERATIONS
+from superlora.torch import row_wise
 from superlora.torch.layers import (
     bias_of,
     computes_plainly,
@@ -21,9 +19,9 @@ from superlora.torch.layers import (
     parameter_of,
     weight_of,
 )
-from superlora.torch.row_wise import rows_of
+from superlora.torch.operations import Operations, merged_changes, sum_output
 from superlora.torch.sums import add_rounded_once, is_finite
-from superlora.torch.supports import Part, Supported, site_changes, site_parts
+from superlora.torch.support import Support
 
 if TYPE_CHECKING:
     from superlora.torch.adapter import Adapter
@@ -39,8 +37,8 @@ class Link:
         The adapter.
     name : str
         The layer's dotted name in the adapter's own model.
-    parts : tuple of Part
-        Its support tensors here.
+    supports : tuple of Support
+        Its support tensors here, in the order of the operations.
     before : tuple of (torch.Tensor or None), or None
         The bits of weight and bias before the adapter was merged into them, while it is; None
         for one that it leaves alone.
@@ -50,16 +48,18 @@ class Link:
 
     adapter: Adapter
     name: str
-    parts: tuple[Part, ...] = field(init=False)
+    supports: tuple[Support, ...] = field(init=False)
     before: tuple[Tensor | None, Tensor | None] | None = None
     bare: bool = False
 
     def __post_init__(self) -> None:
-        self.parts = site_parts(self.adapter, self.name)
+        own = self.adapter.plan.layout.supports[self.name]
+        found = (own[operation] for operation in OPERATIONS if operation in own)
+        self.supports = tuple(self.adapter.supports[name] for name in found)
 
 
 class Site:
-    """A picklable callable that a layer holds as its instance attribute ``forward``.
+    """What a layer's instance attribute ``forward``, a method of this, belongs to.
 
     The layer's class, parameters and state-dict keys stay as they were; taking
     the attribute away gives the layer back.
@@ -83,11 +83,15 @@ class Site:
         self.merged: list[Link] = []
         # Another library's wrapper, put back on removal.
         self._previous: Callable[..., Tensor] | None = module.__dict__.get("forward")
+        self._input = input_name(module)
+        # Whether the sum of weight and updates can be multiplied instead: the layer's forward is
+        # its own, and the sum would not round a small update away in half precision.
+        self._plainly = computes_plainly(module)
 
     @classmethod
     def of(cls, module: nn.Module) -> Site | None:
         """Return the site that `module` has, if any."""
-        found = module.__dict__.get("forward")
+        found = getattr(module.__dict__.get("forward"), "__self__", None)
         return found if isinstance(found, Site) else None
 
     @classmethod
@@ -95,7 +99,7 @@ class Site:
         """Let `adapter`, which calls it `name`, take part in the forward of `module`."""
         site = cls.of(module) or cls(module)
         site.links.append(Link(adapter, name))
-        module.forward = site
+        module.forward = site.forward
         return site
 
     def remove(self, adapter: Adapter) -> None:
@@ -112,67 +116,35 @@ class Site:
         else:
             self.module.forward = self._previous
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output plus the updates of its active adapters."""
-        x = args[0] if args else kwargs.get(input_name(self.module))
+        x = args[0] if args else kwargs.get(self._input)
         if x is None:
             return self._base(*args, **kwargs)  # says what is wrong, in the layer's own words
-        divided = rows_of(self.module)
-        if divided is not None:
-            return divided.output(self, x, *args, **kwargs)
-        parts = [part for link in self.links if link.adapter.active for part in link.parts]
-        alone = len(args) + len(kwargs) == 1 and self._previous is None
-        fused = alone and self._can_fuse(parts)
-        if not all(part.plain for part in parts):
+        if row_wise.OPEN:
+            divided = row_wise.rows_of(self.module)
+            if divided is not None:
+                return divided.output(self, x, *args, **kwargs)
+        supports: list[Support] = []
+        plain = True
+        for link in self.links:
+            if link.adapter.active:
+                for support in link.supports:
+                    supports.append(support)
+                    plain = plain and support.plain
+        if not supports:
+            return self._base(*args, **kwargs)
+        fused = self._plainly and len(args) + len(kwargs) == 1 and self._previous is None
+        fused = fused and self._of_one_dtype(supports)
+        if plain:
+            return sum_output(self, supports, x, lambda: self._base(*args, **kwargs), fused)
 
-            def base(moved: Tensor) -> Tensor:
-                if args:
-                    return self._base(moved, *args[1:], **kwargs)
-                return self._base(**{**kwargs, input_name(self.module): moved})
+        def base(moved: Tensor) -> Tensor:
+            if args:
+                return self._base(moved, *args[1:], **kwargs)
+            return self._base(**{**kwargs, self._input: moved})
 
-            return Supported(self, parts, x).output(fused, base)
-        formed, rest = self.divided(parts, x, fused)
-        weight, bias = weight_of(self.module), bias_of(self.module)
-        if formed and fused:
-            y = self.formed(formed, x, weight, bias)
-        elif rest and fused and rest[0][1] == "low_rank" and not autocasts(x.device):
-            part, way = rest.pop(0)
-            y = part.adapter.update(part.name, x, way, weight, bias)
-        else:
-            y = self._base(*args, **kwargs)
-            if formed:
-                y = y + self.formed(formed, x, None, None).to(y.dtype)
-        for part, way in rest:
-            y = y + part.adapter.update(part.name, x, way).to(y.dtype)
-        return y
-
-    def divided(
-        self, parts: Sequence[Part], x: Tensor, fused: bool
-    ) -> tuple[list[Part], list[tuple[Part, str]]]:
-        """Return the parts that are best formed, and the others with the way to apply them.
-
-        Parameters
-        ----------
-        parts : sequence of Part
-            What is added to the weight, or scales it.
-        x : torch.Tensor, (..., input width)
-            Inputs.
-        fused : bool
-            Whether one product with the sum of weight and updates can take the place of two.
-
-        Returns
-        -------
-        list of Part
-            What scales a weight is among them.
-        list of (Part, str)
-            Parts and ways.
-        """
-        ways = [
-            part.adapter.way(part.name, x, fused) if part.operation == ADD else FORMED
-            for part in parts
-        ]
-        formed = [part for part, way in zip(parts, ways, strict=True) if way == FORMED]
-        return formed, [(p, way) for p, way in zip(parts, ways, strict=True) if way != FORMED]
+        return Operations(self, supports, x).output(fused, base)
 
     def update(self, link: Link, x: Tensor) -> Tensor:
         """Return one adapter's part of the layer's output.
@@ -189,13 +161,7 @@ class Site:
         torch.Tensor, (..., output width)
             ``x @ ΔWᵀ + Δb``.
         """
-        if not all(part.plain for part in link.parts):
-            return Supported(self, link.parts, x).added()
-        (part,) = link.parts
-        way = part.adapter.way(part.name, x, fused=False)
-        if way == FORMED:
-            return self.formed([part], x, None, None)
-        return part.adapter.update(part.name, x, way)
+        return Operations(self, link.supports, x).added()
 
     def _base(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._previous is not None:
@@ -203,48 +169,14 @@ class Site:
         y: Tensor = type(self.module).forward(self.module, *args, **kwargs)
         return y
 
-    def _can_fuse(self, parts: Sequence[Part]) -> bool:
-        # One product with W₀ + ΔW replaces two, unless the sum would round a small
-        # update away in half precision, or the layer's forward is not its own.
-        dtype = weight_of(self.module).dtype
-        return (
-            computes_plainly(self.module)
-            and dtype in (torch.float32, torch.float64)
-            and all(part.adapter.dtype == dtype for part in parts)
-        )
-
-    def formed(
-        self, parts: Sequence[Part], x: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        """Multiply inputs by the sum of formed updates, and of the weight if it is given.
-
-        Parameters
-        ----------
-        parts : sequence of Part
-            At least one.
-        x : torch.Tensor, (..., input width)
-            Inputs.
-        weight : torch.Tensor, (output width, input width), or None
-            What the updates are added to.
-        bias : torch.Tensor, (output width,), or None
-            What is added to the outputs.
-
-        Returns
-        -------
-        torch.Tensor, (..., output width)
-            The outputs.
-        """
-        blocks = [part.adapter.blocks(part.name, x.device) for part in parts]
-        form = Formed(parts, blocks)
-        factors = [factor for found in blocks for factor in found.values()]
-        if form.scales:
-            own = self.own_weight
-            # A view: torch.compile takes no tensor for two operands of a Function.
-            factors.insert(0, own.view(own.shape))
-        # Flat, since what a Function returns must be no view to be changed in place afterwards.
-        flat = x.reshape(-1, x.shape[-1])
-        y = run(FormedLinear, flat, weight, bias, form, *factors)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+    def _of_one_dtype(self, supports: Sequence[Support]) -> bool:
+        dtype = parameter_of(self.module).dtype
+        if dtype not in (torch.float32, torch.float64):
+            return False
+        for support in supports:
+            if support.adapter.dtype != dtype:
+                return False
+        return True
 
     @property
     def wrapped(self) -> bool:
@@ -341,7 +273,7 @@ class Site:
     @torch.no_grad()
     def _add(self, link: Link) -> None:
         weight, bias = parameter_of(self.module), bias_of(self.module)
-        of_weight, of_bias = site_changes(self, link.parts)
+        of_weight, of_bias = merged_changes(self, link.supports)
         kept = (
             None if of_weight is None else weight.detach().clone(),
             None if of_bias is None or bias is None else bias.detach().clone(),

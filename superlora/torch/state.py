@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from superlora.costs import check_apply
+from superlora.design.ways import check_apply
 from superlora.errors import AdapterError, some
 from superlora.operations import OF_BIAS
 from superlora.plan import Plan

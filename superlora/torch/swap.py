@@ -28,7 +28,7 @@ from superlora.torch.headers import (
     spec_of,
     stored_shapes,
 )
-from superlora.torch.sources import scale_in_force
+from superlora.torch.blocks import scale_in_force
 from superlora.torch.state import check_biases
 
 # The fields of a spec that decide its scale alone.
@@ -76,7 +76,7 @@ def swap_adapter(adapter: Adapter, path: Path) -> None:
         for name, tensor in own.items():
             tensor.copy_(fitted[name])
     adapter.scale = scales[0]
-    adapter._sources.shared.clear()
+    adapter.scope.clear()
 
 
 def _own_tensors(adapter: Adapter) -> dict[str, Tensor]:

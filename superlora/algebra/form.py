@@ -1,0 +1,451 @@
+"""The equation on arrays: blocks to the update of a group, of a weight, and to products with it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from superlora._backend import Array, backend_of, eye
+from superlora.algebra.run import run
+from superlora.design.network import (
+    Network,
+    Opened,
+    Operand,
+    Source,
+    Term,
+    group_network,
+    weight_network,
+)
+from superlora.design.ways import Factored, row_pair
+from superlora.folding import ravel
+from superlora.kronecker import kronecker
+from superlora.layout import Layout
+from superlora.maps import Map
+
+# Gives the vector that a group's map makes, or some of its entries.
+Vector = Callable[[int, int, int], Array]
+
+
+def with_blocks(
+    layout: Layout, factors: Mapping[str, Array], blocks: Iterable[str]
+) -> Mapping[str, Array]:
+    """Add the blocks that F_in makes from the vectors among the factors.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    factors : mapping of str to array
+        What is trained, and frozen blocks.
+    blocks : iterable of str
+        The blocks that are wanted.
+
+    Returns
+    -------
+    mapping of str to array
+        `factors` itself where nothing is missing.
+    """
+    inner = layout.inner
+    missing = [block for block in blocks if block in inner and block not in factors]
+    if not missing:
+        return factors
+    found = dict(factors)
+    whole: dict[str, Array] = {}
+    for block in missing:
+        item = inner[block]
+        theta = factors[item.name]
+        if item.map.sliced:
+            part = item.map.apply_slice(theta, item.size, item.start, item.stop)
+        else:
+            if item.name not in whole:
+                whole[item.name] = item.map.apply(theta, item.size)
+            part = whole[item.name][item.start : item.stop]
+        found[block] = backend_of(part).reshape(part, layout.block_shapes[block])
+    return found
+
+
+def source_arrays(
+    layout: Layout, factors: Mapping[str, Array], sources: Sequence[Source]
+) -> list[Array]:
+    """Return what the operands of a network are slices of.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    factors : mapping of str to array
+        What is trained, and frozen blocks.
+    sources : sequence of Source
+        Those of the network.
+
+    Returns
+    -------
+    list of array
+        One for each source.
+    """
+    blocks = with_blocks(layout, factors, [source.block for source in sources])
+    return [source_array(layout, source, blocks[source.block]) for source in sources]
+
+
+def source_array(layout: Layout, source: Source, block: Array) -> Array:
+    """Return the leading slices of a block, its modes mapped."""
+    if tuple(block.shape) != source.shape:
+        block = block[tuple(map(slice, source.shape))]
+    for axis, index, size in source.modes:
+        block = layout.maps[source.group].map_mode(block, axis, index, size)
+    return block
+
+
+def take(library: Any, array: Array, operand: Operand) -> Array:
+    """Return the slice of a source that an operand is."""
+    if operand.digits is not None:
+        array = library.reshape(array, operand.digits)
+    if operand.cut is not None:
+        array = array[operand.cut]
+    return array if operand.shape is None else library.reshape(array, operand.shape)
+
+
+def run_term(term: Term, arrays: Sequence[Array], first: Sequence[Array] = ()) -> Array:
+    """Contract a term's operands, after those that are given."""
+    library = backend_of(*first, *arrays[:1])
+    slices = [take(library, arrays[own.source], own) for own in term.operands]
+    return run(term.contraction, [*first, *slices])
+
+
+def form(network: Network, arrays: Sequence[Array], vector: Vector) -> Array:
+    """Form what a network makes.
+
+    Parameters
+    ----------
+    network : Network
+        Of some rows of a weight, or of a group's tensor.
+    arrays : sequence of array
+        One for each of its sources.
+    vector : callable
+        Takes the first of the groups that a map takes together, and a range, and returns these
+        entries of the mapped vector.
+
+    Returns
+    -------
+    array
+        Of the network's shape.
+    """
+    runs = []
+    for part in network.runs:
+        if part.vector >= 0:
+            runs.append(vector(part.vector, part.skip, part.skip + part.size))
+            continue
+        boxes = (total(run_term(term, arrays) for term in box) for box in part.boxes)
+        runs.append(cut(joined([ravel(box) for box in boxes]), part.skip, part.size))
+    found = joined(runs)
+    return backend_of(found).reshape(found, network.shape)
+
+
+def open_rows(opened: Opened, arrays: Sequence[Array], index: int) -> Array:
+    """Return the opened rows of one term, (rows, *ranks)."""
+    parts = []
+    for box in opened.boxes:
+        part = run_term(box[index], arrays)
+        parts.append(backend_of(part).reshape(part, (-1, *opened.ranks[index])))
+    return cut(joined(parts), opened.skip, opened.rows)
+
+
+def cut(array: Array, skip: int, size: int) -> Array:
+    """Return a range of the first axis; all of it is no slice, which costs a backward pass."""
+    return array if array.shape[0] == size else array[skip : skip + size]
+
+
+def joined(parts: Sequence[Array]) -> Array:
+    """Concatenate arrays along the first axis; one alone is returned as it is."""
+    return parts[0] if len(parts) == 1 else backend_of(*parts).concatenate(list(parts), axis=0)
+
+
+def total(terms: Iterable[Array]) -> Array:
+    """Return the sum of arrays."""
+    return functools.reduce(operator.add, terms)
+
+
+def scaled(x: Array, scale: Any) -> Array:
+    """Return ``scale * x``, and `x` itself where the scale is 1."""
+    return x if isinstance(scale, (int, float)) and scale == 1 else x * scale
+
+
+def group_tensor(layout: Layout, factors: Mapping[str, Array], group: int) -> Array:
+    """Return a group's folded tensor before its map: the products of its splits, summed."""
+    network = group_network(layout, group)
+    return form(network, source_arrays(layout, factors, network.sources), _no_vector)
+
+
+def _no_vector(*_: int) -> Array:
+    raise AssertionError("a folded tensor is not cut from a mapped vector")
+
+
+def joint_entries(layout: Layout, factors: Mapping[str, Array], first: int) -> Array:
+    """Return what a group's map takes: its entries, or those of all groups that it takes at once.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    factors : mapping of str to array
+        The blocks by name, frozen ones too.
+    first : int
+        The group, or the first of them.
+
+    Returns
+    -------
+    array, (before,)
+        The entries before the map.
+    """
+    groups = layout.joint(first)
+    tensors = [ravel(group_tensor(layout, factors, group)) for group in groups]
+    if len(groups) == 1:
+        return tensors[0]
+    return joined([t[: layout.groups[g].size] for g, t in zip(groups, tensors, strict=True)])
+
+
+def map_slice(fixed: Map, x: Array, size: int, start: int, stop: int) -> Array:
+    """Return some entries of a mapped vector, if the map keeps to what it has to be.
+
+    Parameters
+    ----------
+    fixed : Map
+        Maybe of the user's own.
+    x : array, (before,)
+        The entries before it.
+    size : int
+        Entries after it.
+    start, stop : int
+        Which of them.
+
+    Returns
+    -------
+    array, (stop - start,)
+        Library and dtype of `x`.
+
+    Raises
+    ------
+    TypeError
+        If the map returns an array of another library.
+    ValueError
+        If it returns another shape or dtype.
+    """
+    y = fixed.apply_slice(x, size, start, stop)
+    backend_of(x, y)
+    if tuple(y.shape) != (stop - start,) or y.dtype != x.dtype:
+        raise ValueError(
+            f"map={type(fixed).__name__}() must return {stop - start} entries of {x.dtype}: got "
+            f"shape {tuple(y.shape)} of {y.dtype}"
+        )
+    return y
+
+
+class Vectors:
+    """The vectors that maps make of groups, each map's input formed once.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    factors : mapping of str to array
+        The blocks by name, frozen ones too.
+    whole : bool
+        Whether whole vectors are made and kept, of which many slices are asked for.
+    """
+
+    def __init__(self, layout: Layout, factors: Mapping[str, Array], *, whole: bool) -> None:
+        self.layout, self.factors, self.whole = layout, factors, whole
+        self._made: dict[int, Array] = {}
+
+    def __call__(self, first: int, start: int, stop: int) -> Array:
+        fixed = self.layout.maps[first]
+        size = self.layout.joint_sizes(first)[1]
+        if first not in self._made:
+            entries = joint_entries(self.layout, self.factors, first)
+            self._made[first] = fixed.apply(entries, size) if self.whole else entries
+        made = self._made[first]
+        return made[start:stop] if self.whole else map_slice(fixed, made, size, start, stop)
+
+
+def weight_delta(
+    layout: Layout,
+    factors: Mapping[str, Array],
+    name: str,
+    scale: float,
+    vector: Vector | None = None,
+) -> Array:
+    """Form one weight's update, from the slices of the blocks that it needs.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    factors : mapping of str to array
+        The blocks by name, frozen ones too; only those of the weight's groups are read.
+    name : str
+        The weight.
+    scale : float
+        The number s in front of the equation.
+    vector : callable, optional
+        As `form` takes it.
+
+    Returns
+    -------
+    array, (output width, input width)
+        Never the memory of a factor. Only a map that mixes all entries makes the whole group be
+        formed.
+    """
+    network = layout.network(name)
+    arrays = source_arrays(layout, factors, network.sources)
+    found = form(network, arrays, vector or Vectors(layout, factors, whole=False))
+    return found * float(scale)
+
+
+def weight_deltas(
+    layout: Layout, factors: Mapping[str, Array], scales: Mapping[str, float]
+) -> dict[str, Array]:
+    """Form the updates of all weights; a map that mixes a group's entries is applied once.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    factors : mapping of str to array
+        All blocks by name, frozen ones too.
+    scales : mapping of str to float
+        The number s in front of each.
+
+    Returns
+    -------
+    dict of str to array
+        (output width, input width) each.
+    """
+    blocks = with_blocks(layout, factors, layout.block_shapes)
+    vector = Vectors(layout, blocks, whole=True)
+    return {
+        name: weight_delta(layout, blocks, name, scales[name], vector) for name in layout.shapes
+    }
+
+
+def apply_factored(
+    layout: Layout, factors: Mapping[str, Array], name: str, x: Array, scale: float
+) -> Array:
+    """Multiply by one weight's update without forming it.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    factors : mapping of str to array
+        The blocks by name, frozen ones too.
+    name : str
+        The weight, one with a factored way.
+    x : array, (..., input width)
+        Inputs of the layer.
+    scale : float
+        The number s in front of the equation.
+
+    Returns
+    -------
+    array, (..., output width)
+        ``x @ ΔWᵀ``.
+    """
+    factored = layout.application(name).factored
+    assert factored is not None
+    rows, columns = layout.shapes[name]
+    library = backend_of(x)
+    flat = library.reshape(x, (-1, columns))
+    if layout.multiplies(name):
+        group = layout.grouping.pieces[name][0].group
+        entries = joint_entries(layout, factors, group)
+        y = layout.maps[group].multiply(entries, flat)
+    else:
+        arrays = source_arrays(layout, factors, factored.sources)
+        opened: list[Array] = []
+        if factored.opened is not None:
+            leading = source_arrays(layout, factors, factored.opened.sources)
+            count = len(factored.opened.ranks)
+            opened = [open_rows(factored.opened, leading, index) for index in range(count)]
+        y = factored_product(
+            factored, factored.terms(flat.shape[0]), arrays, opened, flat, rows
+        )
+    return library.reshape(y, (*x.shape[:-1], rows)) * float(scale)
+
+
+def factored_product(
+    factored: Factored,
+    terms: Sequence[Term],
+    arrays: Sequence[Array],
+    opened: Sequence[Array],
+    x: Array,
+    rows: int,
+) -> Array:
+    """Return the product of inputs, (n, input width), with the networks of an update."""
+    firsts = first_operands(factored, opened, x, rows)
+    found = total(run_term(term, arrays, own) for term, own in zip(terms, firsts, strict=True))
+    return backend_of(x).reshape(found, (x.shape[0], rows))
+
+
+def first_operands(
+    factored: Factored, opened: Sequence[Array], x: Array, rows: int
+) -> list[list[Array]]:
+    """Return what every term has before its blocks: the inputs' digits, and rows if opened."""
+    library = backend_of(x)
+    inputs = x
+    if len(factored.inputs) != 1:
+        inputs = library.reshape(x, (x.shape[0], *factored.inputs))
+    if factored.opened is None:
+        return [[inputs]] * len(factored.few)
+    blocks = factored.opened.rows // rows
+    lead = (rows, blocks) if blocks > 1 else (rows,)
+    return [[inputs, library.reshape(own, (*lead, *own.shape[1:]))] for own in opened]
+
+
+def low_rank_factors(
+    layout: Layout, factors: Mapping[str, Array], name: str, scale: float
+) -> tuple[Array, Array] | None:
+    """Write one weight's update as a product of two matrices, where its fold is aligned.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    factors : mapping of str to array
+        The blocks by name.
+    name : str
+        The weight.
+    scale : float
+        The number s in front of the equation.
+
+    Returns
+    -------
+    pair of arrays, (output width, q) and (input width, q), or None
+        ``ΔW = left @ rightᵀ`` without ΔW being formed; None where the fold is not aligned
+        or q would not be less than both widths.
+    """
+    found = row_pair(layout, name)
+    if found is None:
+        return None
+    opened, blocks = found
+    height = layout.shapes[name][0]
+    ends = source_arrays(layout, factors, opened.ends)
+    leading = source_arrays(layout, factors, opened.sources)
+    lefts, rights = [], []
+    for index, (ranks, completed) in enumerate(zip(opened.ranks, opened.forms, strict=True)):
+        rows = open_rows(opened, leading, index)
+        library = backend_of(rows)
+        count = math.prod(ranks)
+        lefts.append(library.reshape(rows, (height, blocks * count)))
+        # Where the last factors meet unit rows they make a matrix, (ranks, last mode).
+        unit = library.reshape(eye(count, like=rows), (count, *ranks))
+        last = library.reshape(run_term(completed, ends, [unit]), (count, -1))
+        right = library.transpose(last)
+        rights.append(kronecker([eye(blocks, like=right), right]) if blocks > 1 else right)
+    return _beside(lefts) * float(scale), _beside(rights) * 1.0
+
+
+def _beside(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else backend_of(*parts).concatenate(list(parts), axis=1)

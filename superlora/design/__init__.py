@@ -1,0 +1,1 @@
+"""Integers: what lies where, how it is contracted, and what that costs."""

@@ -1,0 +1,451 @@
+"""In which order the operands of a network are contracted, and what it costs. Integers only.
+
+opt_einsum finds the order from shapes; every step of it is prepared as a transpose, a reshape and
+a matrix product, so that nothing is searched or counted where arrays are at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import opt_einsum
+
+Labels = tuple[int, ...]
+
+# The label of the tokens, whose number is known only where inputs are at hand.
+TOKENS = -1
+# Multiplications that a processor does while it moves one entry: the order of magnitude of CPUs
+# and GPUs alike. It ranks ways to apply an update; no result depends on it.
+BALANCE = 16
+# What every token keeps for the backward pass has so many times fewer entries than an input.
+_KEPT = 2
+# Up to as many operands two searches are made, and the better order is taken.
+_SEARCHED_TWICE = 9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an expression costs, as a number that every token adds to.
+
+    Attributes
+    ----------
+    multiplications, moved : int
+        Multiplications, and entries that are read or written, however many tokens there are.
+    each_multiplications, each_moved : int
+        The same for every token.
+    """
+
+    multiplications: int = 0
+    moved: int = 0
+    each_multiplications: int = 0
+    each_moved: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(self._numbers(), other._numbers(), strict=True)))
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(*(times * number for number in self._numbers()))
+
+    def _numbers(self) -> tuple[int, int, int, int]:
+        return self.multiplications, self.moved, self.each_multiplications, self.each_moved
+
+    def at(self, tokens: int) -> Cost:
+        """Return the cost with so many tokens."""
+        multiplied = self.multiplications + tokens * self.each_multiplications
+        return Cost(multiplied, self.moved + tokens * self.each_moved)
+
+    def of(self, tokens: int) -> int:
+        """Return one number to compare ways by: multiplications, and moves in their terms."""
+        whole = self.at(tokens)
+        return whole.multiplications + BALANCE * whole.moved
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """How an operand becomes a stack of matrices: transpose, reshape, swap the last two axes."""
+
+    axes: Labels | None
+    shape: Labels | None
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One contraction of two operands.
+
+    Attributes
+    ----------
+    left, right : Arranged
+        How the two are arranged.
+    summed : tuple of int, or None
+        None for a matrix product. Else the two are multiplied entry by entry, and the product is
+        summed over these axes.
+    turned : bool
+        Whether the right operand is the first of the matrix product.
+    shape : tuple of int, or None
+        What the result is reshaped to.
+    axes : tuple of int, or None
+        How it is transposed at last.
+    labels : tuple of int
+        Those of the result.
+    """
+
+    left: Arranged
+    right: Arranged
+    summed: Labels | None
+    turned: bool
+    shape: Labels | None
+    axes: Labels | None
+    labels: Labels
+
+    @property
+    def adds(self) -> bool:
+        """Whether it is a product of two plain matrices, which another array can be added to."""
+        rank = 2 if self.left.shape is None else len(self.left.shape)
+        return self.summed is None and self.axes is None and rank == 2
+
+
+def pair(
+    left: Labels,
+    right: Labels,
+    output: Labels,
+    sizes: Mapping[int, int],
+    *,
+    exact: bool = False,
+) -> Pair:
+    """Prepare the contraction of two operands.
+
+    Parameters
+    ----------
+    left, right : tuple of int
+        Their labels; one of only one operand must be in the output.
+    output : tuple of int
+        The labels that are kept.
+    sizes : mapping of int to int
+        Of the labels; -1 for the tokens.
+    exact : bool
+        Whether the result has the labels in the order given; else it is transposed no further.
+
+    Returns
+    -------
+    Pair
+        The prepared contraction.
+    """
+    common = [label for label in left if label in right]
+    batch = [label for label in common if label in output]
+    summed = [label for label in common if label not in output]
+    free = [[label for label in own if label not in common] for own in (left, right)]
+    if not summed:
+        ones = tuple(_spread(own, output, sizes) for own in (left, right))
+        return Pair(*ones, (), False, None, None, tuple(output))
+    if batch and not all(free):
+        # As many matrix products of a single column would cost more than the passes over entries.
+        order = left if len(left) >= len(right) else right
+        ones = tuple(_spread(own, order, sizes) for own in (left, right))
+        places = tuple(order.index(label) for label in summed)
+        kept = tuple(label for label in order if label not in summed)
+        axes = _axes(kept, output) if exact else None
+        return Pair(*ones, places, False, None, axes, tuple(output) if axes else kept)
+    orders = [(*batch, *free[turned], *free[1 - turned]) for turned in (0, 1)]
+    # In the order asked for, or with the tokens in front.
+    turned = orders[0] != tuple(output) and (
+        orders[1] == tuple(output) or (TOKENS in free[1] and TOKENS not in batch)
+    )
+    labels = orders[turned]
+    arranged = (
+        _arrange(left, batch, free[0], summed, sizes, columns=not turned),
+        _arrange(right, batch, free[1], summed, sizes, columns=turned),
+    )
+    plain = len(free[0]) == 1 == len(free[1]) and len(batch) <= 1
+    shape = None if plain else tuple(sizes[label] for label in labels)
+    axes = _axes(labels, output) if exact else None
+    return Pair(*arranged, None, turned, shape, axes, tuple(output) if axes else labels)
+
+
+def _axes(labels: Sequence[int], wanted: Sequence[int]) -> Labels | None:
+    found = tuple(labels.index(label) for label in wanted)
+    return None if found == tuple(range(len(found))) else found
+
+
+def _spread(labels: Labels, order: Sequence[int], sizes: Mapping[int, int]) -> Arranged:
+    """Arrange an operand so that it broadcasts to the labels of `order`."""
+    axes = _axes(labels, [label for label in order if label in labels])
+    shape = tuple(sizes[label] if label in labels else 1 for label in order)
+    return Arranged(axes, None if len(labels) == len(order) else shape)
+
+
+def _arrange(
+    labels: Labels,
+    batch: Sequence[int],
+    free: Sequence[int],
+    summed: Sequence[int],
+    sizes: Mapping[int, int],
+    *,
+    columns: bool,
+) -> Arranged:
+    """Arrange an operand as (batch, free, summed), or (batch, summed, free) if not `columns`."""
+    first, second = (free, summed) if columns else (summed, free)
+    groups = ([batch] if batch else []) + [list(first), list(second)]
+    swapped = bool(first and second) and tuple(labels) == (*batch, *second, *first)
+    if swapped:
+        groups[-2:] = [list(second), list(first)]
+    axes = None if swapped else _axes(labels, [label for group in groups for label in group])
+    shape = tuple(_entries(group, sizes) for group in groups)
+    unchanged = all(len(group) == 1 for group in groups)
+    return Arranged(axes, None if unchanged else shape, swapped)
+
+
+def _entries(labels: Sequence[int], sizes: Mapping[int, int]) -> int:
+    return -1 if TOKENS in labels else math.prod(sizes[label] for label in labels)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One contraction of a path: which values it takes, and how.
+
+    Attributes
+    ----------
+    left, right : int
+        Indices among the operands and the results of earlier steps; `right` is -1 for a sum over
+        axes of one operand.
+    pair : Pair or None
+        The contraction; None for such a sum.
+    summed : tuple of int
+        The axes of such a sum.
+    entries, each : int
+        Entries of the result; of every token.
+    """
+
+    left: int
+    right: int
+    pair: Pair | None
+    summed: Labels
+    entries: int
+    each: int
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A network's contraction, prepared.
+
+    Attributes
+    ----------
+    operands : tuple of tuples of int
+        The labels of every operand.
+    output : tuple of int
+        Those of the result.
+    sizes : dict of int to int
+        Sizes of the labels.
+    steps : tuple of Step
+        In order; the last one gives the result, but for `axes`.
+    labels : tuple of tuples of int
+        Of every value: the operands and the results of the steps.
+    axes : tuple of int, or None
+        How the last value is transposed.
+    cost : Cost
+        Of the forward pass.
+    largest : int
+        Entries of the largest intermediate result, of one token.
+    """
+
+    operands: tuple[Labels, ...]
+    output: Labels
+    sizes: Mapping[int, int]
+    steps: tuple[Step, ...]
+    labels: tuple[Labels, ...]
+    axes: Labels | None
+    cost: Cost
+    largest: int
+
+    def __str__(self) -> str:
+        terms = ",".join(map(letters, self.operands))
+        sizes = {letters((label,)): size for label, size in self.sizes.items() if label != TOKENS}
+        listed = " ".join(f"{letter}={size}" for letter, size in sizes.items())
+        return f"{terms}->{letters(self.output)}" + (f"  {listed}" if listed else "")
+
+    @functools.cached_property
+    def pulls(self) -> tuple[tuple[Pair, Pair] | None, ...]:
+        """For every step the contractions that give the gradients of its two operands."""
+        found: list[tuple[Pair, Pair] | None] = []
+        for index, step in enumerate(self.steps):
+            if step.pair is None:
+                found.append(None)
+                continue
+            left, right = self.labels[step.left], self.labels[step.right]
+            own = self.labels[len(self.operands) + index]
+            found.append(
+                (
+                    pair(own, right, left, self.sizes, exact=True),
+                    pair(own, left, right, self.sizes, exact=True),
+                )
+            )
+        return tuple(found)
+
+    @functools.cached_property
+    def cheap(self) -> frozenset[int]:
+        """The results of steps that a backward pass keeps: small ones, of every token."""
+        count = len(self.operands)
+        most = _split(self.operands[0], self.sizes)[1]
+        return frozenset(
+            count + index
+            for index, step in enumerate(self.steps[:-1])
+            if 0 < _KEPT * step.each <= most
+        )
+
+    @functools.cached_property
+    def last_uses(self) -> tuple[Labels, ...]:
+        """For every step the values that no later step takes."""
+        seen: set[int] = set()
+        found: list[Labels] = []
+        for step in reversed(self.steps):
+            own = {step.left, step.right} - seen - {-1}
+            seen |= own
+            found.append(tuple(own))
+        return tuple(reversed(found))
+
+
+def letters(labels: Sequence[int]) -> str:
+    """Return labels as einsum writes them; the tokens are ``t``."""
+    return "".join("t" if label == TOKENS else _letter(label) for label in labels)
+
+
+def _letter(label: int) -> str:
+    # Every letter but t, which stands for the tokens.
+    symbol: str = opt_einsum.get_symbol(label if label < _T else label + 1)
+    return symbol
+
+
+_T = 19
+
+
+def contract(
+    operands: Sequence[Labels],
+    output: Labels,
+    sizes: Mapping[int, int],
+    tokens: int = 0,
+) -> Contraction:
+    """Find the order of a network's contraction and prepare its steps.
+
+    Parameters
+    ----------
+    operands : sequence of tuple of int
+        The labels of every operand.
+    output : tuple of int
+        Those of the result.
+    sizes : mapping of int to int
+        Sizes of the labels.
+    tokens : int
+        For which number of tokens the order is the best, where there are any.
+
+    Returns
+    -------
+    Contraction
+        Networks of one form have one, so that they cost a search once.
+
+    Raises
+    ------
+    ValueError
+        If a label of the output stands twice, or in no operand.
+    """
+    if len(set(output)) < len(output):
+        raise ValueError(f"output must have every label once: got {letters(output)}")
+    missing = [label for label in output if not any(label in own for own in operands)]
+    if missing:
+        raise ValueError(f"output must have labels of operands: got {letters(missing)}")
+    for index, own in enumerate(operands):
+        if len(set(own)) < len(own):
+            raise ValueError(f"operands[{index}] must have every label once: got {letters(own)}")
+    known = {label: sizes[label] for own in operands for label in own if label != TOKENS}
+    return _contract(tuple(operands), output, tuple(known.items()), tokens)
+
+
+@functools.lru_cache(maxsize=None)
+def _contract(
+    operands: tuple[Labels, ...], output: Labels, known: tuple[tuple[int, int], ...], tokens: int
+) -> Contraction:
+    sizes = {**dict(known), TOKENS: -1}
+    values = list(operands)
+    steps: list[Step] = []
+    current = list(range(len(operands)))
+
+    def add(left: int, right: int, found: Pair | None, summed: Labels, labels: Labels) -> int:
+        steps.append(Step(left, right, found, summed, *_split(labels, sizes)))
+        values.append(labels)
+        return len(values) - 1
+
+    for place, own in enumerate(operands):
+        others = {label for index, term in enumerate(operands) if index != place for label in term}
+        alone = [label for label in own if label not in others and label not in output]
+        if alone:
+            kept = tuple(label for label in own if label not in alone)
+            axes = tuple(own.index(label) for label in alone)
+            current[place] = add(place, -1, None, axes, kept)
+    for chosen in _path([values[index] for index in current], output, sizes, tokens):
+        taken = [current[index] for index in sorted(chosen)]
+        current = [index for place, index in enumerate(current) if place not in chosen]
+        while len(taken) > 1:
+            left, right = taken[:2]
+            rest = [values[index] for index in (*current, *taken[2:])]
+            kept = _kept(values[left], values[right], output, rest)
+            found = pair(values[left], values[right], kept, sizes)
+            taken[:2] = [add(left, right, found, (), found.labels)]
+        current += taken
+    (last,) = current
+    return Contraction(
+        operands,
+        output,
+        sizes,
+        tuple(steps),
+        tuple(values),
+        _axes(values[last], output),
+        _cost(steps, values, sizes),
+        max((step.entries + step.each for step in steps), default=0),
+    )
+
+
+def _kept(left: Labels, right: Labels, output: Labels, rest: Sequence[Labels]) -> Labels:
+    """Return the labels that a contraction of two operands keeps, in the output's order if last."""
+    if not rest:
+        return output
+    needed = {*output, *(label for own in rest for label in own)}
+    return tuple(dict.fromkeys(label for label in (*left, *right) if label in needed))
+
+
+def _path(
+    terms: Sequence[Labels], output: Labels, sizes: Mapping[int, int], tokens: int
+) -> list[tuple[int, ...]]:
+    if len(terms) < 3:
+        return [tuple(range(len(terms)))] if len(terms) == 2 else []
+    equation = ",".join(map(letters, terms)) + "->" + letters(output)
+    real = {**sizes, TOKENS: max(1, tokens)}
+    shapes = [tuple(real[label] for label in own) for own in terms]
+    best: tuple[float, list[tuple[int, ...]]] | None = None
+    # "dp" makes no outer products, as Khatri–Rao products are; "auto" is no search above.
+    for search in ("auto", "dp") if len(terms) <= _SEARCHED_TWICE else ("auto",):
+        path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search)
+        if best is None or info.opt_cost < best[0]:
+            best = float(info.opt_cost), list(path)
+    assert best is not None
+    return best[1]
+
+
+def _split(labels: Labels, sizes: Mapping[int, int]) -> tuple[int, int]:
+    """Return the entries of a value, and those of every token."""
+    count = math.prod(sizes[label] for label in labels if label != TOKENS)
+    return (0, count) if TOKENS in labels else (count, 0)
+
+
+def _cost(steps: Sequence[Step], values: Sequence[Labels], sizes: Mapping[int, int]) -> Cost:
+    total = Cost()
+    first = len(values) - len(steps)
+    for index, step in enumerate(steps):
+        taken = [values[step.left], *([values[step.right]] if step.pair else [])]
+        every = tuple(dict.fromkeys(label for own in taken for label in own))
+        multiplied = _split(every, sizes)
+        moved = [_split(own, sizes) for own in (*taken, values[first + index])]
+        fixed, each = (sum(side) for side in zip(*moved, strict=True))
+        total += Cost(multiplied[0], fixed, multiplied[1], each)
+    return total

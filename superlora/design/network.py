@@ -1,0 +1,687 @@
+"""A weight's update as one tensor network: which slices of which blocks, under which labels.
+
+Integers only. A product of Tucker factorisations, whatever its order, splits, cores, sum of terms
+and fold, is a sum of contractions of slices of blocks; a weight that straddles the fold is several
+boxes of them, read one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from superlora.design.contraction import TOKENS, Contraction, Cost, Labels, contract
+from superlora.grouping import Piece, cut_pieces
+from superlora.shapes import Shape
+from superlora.slicing import Box, slice_of
+
+if TYPE_CHECKING:
+    from superlora.layout import Layout
+    from superlora.splitting import Split
+
+
+# The numbers of tokens that paths are planned for.
+FEW, MANY = 1, 4096
+# Labels of a second network, beyond those of any first one.
+ROWS, BLOCKS = 1_000, 1_001
+
+
+@dataclass(frozen=True)
+class Source:
+    """An array that operands are slices of.
+
+    Attributes
+    ----------
+    block : str
+        The block, a key of ``layout.block_shapes``.
+    shape : tuple of int
+        What is read of it: the leading slices, where groups of other sizes share the block.
+    group : int
+        The group, whose map `modes` are mapped by.
+    modes : tuple of (int, int, int)
+        Axes that a map of single modes is applied to: axis, number of the map, size afterwards.
+    """
+
+    block: str
+    shape: Shape
+    group: int
+    modes: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A slice of a source, and its labels.
+
+    Attributes
+    ----------
+    source : int
+        Index among the network's sources.
+    digits : tuple of int, or None
+        The shape that the source is read as; None for its own.
+    cut : tuple of slice, or None
+        What is taken of that.
+    shape : tuple of int, or None
+        What the slice is reshaped to, without the axes of size 1.
+    labels : tuple of int
+        One an axis.
+    """
+
+    source: int
+    digits: Shape | None
+    cut: tuple[slice, ...] | None
+    shape: Shape | None
+    labels: Labels
+
+
+@dataclass(frozen=True)
+class Term:
+    """One product of a sum: its operands and their contraction."""
+
+    operands: tuple[Operand, ...]
+    contraction: Contraction
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a weight's entries.
+
+    Attributes
+    ----------
+    boxes : tuple of tuples of Term
+        The entries are those of the boxes, one after the other; each is a sum of terms.
+    skip, size : int
+        Where the run begins in them, and how many entries it has.
+    vector : int
+        The first of the groups whose map makes the vector that the run is cut from, where it is
+        no part of a product itself; the boxes are none then. -1 otherwise.
+    """
+
+    boxes: tuple[tuple[Term, ...], ...]
+    skip: int
+    size: int
+    vector: int = -1
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a weight's update, or some rows of it, is made of.
+
+    Attributes
+    ----------
+    sources : tuple of Source
+        The blocks.
+    runs : tuple of Run
+        They follow each other, in row-major order.
+    shape : tuple of int
+        Of the result.
+    """
+
+    sources: tuple[Source, ...]
+    runs: tuple[Run, ...]
+    shape: Shape
+
+    @property
+    def cost(self) -> Cost:
+        """Of forming it once."""
+        return sum((t.contraction.cost for t in self.terms()), Cost(moved=math.prod(self.shape)))
+
+    def terms(self) -> Iterable[Term]:
+        """Yield the terms of all boxes."""
+        return (term for run in self.runs for box in run.boxes for term in box)
+
+    def __str__(self) -> str:
+        lines = []
+        for run in self.runs:
+            if run.vector >= 0:
+                lines.append(f"[{run.skip}:{run.skip + run.size}] of F(group {run.vector})")
+            for box in run.boxes:
+                products = [f"{term.contraction}  {self._named(term)}" for term in box]
+                lines.append(" + ".join(products))
+        return "\n".join(lines)
+
+    def _named(self, term: Term) -> str:
+        return ", ".join(self.sources[own.source].block + _cut_text(own) for own in term.operands)
+
+
+def _cut_text(operand: Operand) -> str:
+    if operand.cut is None:
+        return ""
+    parts = (
+        ":" if cut.start is None else f"{cut.start}:{cut.stop}"
+        for cut in operand.cut
+    )
+    return f"[{', '.join(parts)}]"
+
+
+class Sources:
+    """Collects the sources of a network."""
+
+    def __init__(self) -> None:
+        self._places: dict[Source, int] = {}
+
+    def add(self, source: Source) -> int:
+        """Return the index of a source."""
+        return self._places.setdefault(source, len(self._places))
+
+    @property
+    def all(self) -> tuple[Source, ...]:
+        """Every source, in order."""
+        return tuple(self._places)
+
+
+class Factorisation:
+    """The products of a group on one box of its digits, under labels.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    group : int
+        Index of the group.
+    box : Box
+        A range of every digit.
+    sources : Sources
+        Takes the blocks.
+    ends : Sources, optional
+        Takes those of the last mode apart.
+    parted : tuple of (int, int), optional
+        A digit that is read as two, and the size of the second.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        group: int,
+        box: Box,
+        sources: Sources,
+        ends: Sources | None = None,
+        parted: tuple[int, int] | None = None,
+    ) -> None:
+        self.layout, self.group, self.box = layout, group, box
+        self.sources, self.ends = sources, ends or sources
+        self.sizes: dict[int, int] = {}
+        self.digits: list[Labels] = []
+        for index, (first, last) in enumerate(box):
+            size = last - first
+            parts = [size]
+            if parted is not None and parted[0] == index:
+                parts = [size // parted[1], parted[1]]
+            self.digits.append(tuple(self._label(part) for part in parts if part > 1))
+        self._first = len(self.sizes)  # the ranks come after the digits
+
+    def _label(self, size: int) -> int:
+        label = len(self.sizes)
+        self.sizes[label] = size
+        return label
+
+    def _digit(self, split: int, mode: int) -> int:
+        spec = self.layout.specs[self.group]
+        return mode * spec.splits + split if spec.combine == "kronecker" else mode
+
+    def term(self, index: int) -> tuple[list[Operand], list[tuple[Operand, Labels] | Labels]]:
+        """Return the operands of one product.
+
+        Parameters
+        ----------
+        index : int
+            Which of the group's products.
+
+        Returns
+        -------
+        list of Operand
+            All but those of the last mode.
+        list of (Operand, labels) or labels
+            For every split the factor of its last mode and the labels that join it to the others;
+            the labels of the mode itself where it has none.
+        """
+        for label in [label for label in self.sizes if label >= self._first]:
+            del self.sizes[label]
+        found: list[Operand] = []
+        last: list[tuple[Operand, Labels] | Labels] = []
+        for place, split in enumerate(self.layout.terms(self.group)[index]):
+            own, end = self._split(place, index, split)
+            found += own
+            last.append(end)
+        return found, last
+
+    def _split(
+        self, place: int, term: int, split: Split
+    ) -> tuple[list[Operand], tuple[Operand, Labels] | Labels]:
+        order, modes = len(split.sizes), len(split.shape)
+        least, extra = divmod(modes, order)
+        ends = [mode * least + min(mode, extra) for mode in range(order + 1)]
+        digits = [
+            [self._digit(place, mode) for mode in range(ends[own], ends[own + 1])]
+            for own in range(order)
+        ]
+        sizes = [split.shape[ends[own] : ends[own + 1]] for own in range(order)]
+        ranks = self._ranks(split)
+        index = term * self.layout.specs[self.group].splits + place
+        last = f"core{order - 1}" if split.core == "train" else f"factor{order - 1}"
+        own_labels = self.digits[self._digit(place, modes - 1)]
+        found: list[Operand] = []
+        end: tuple[Operand, Labels] | Labels = own_labels
+        for leaf in split.block_shapes:
+            apart = leaf == last and not split.joined and order > 1
+            to = self.ends if apart else self.sources
+            operand = self._operand(split, place, index, leaf, digits, sizes, ranks, to)
+            if apart:
+                joining = tuple(label for label in operand.labels if label not in own_labels)
+                end = operand, joining
+            else:
+                found.append(operand)
+        return found, end
+
+    def _ranks(self, split: Split) -> list[Labels]:
+        """Return the labels of every rank: of the modes, or between them for a train core."""
+        if split.core in ("identity", "diagonal"):
+            shared = self._rank(split.ranks[0])
+            return [shared] * len(split.sizes)
+        factored = split.factored if split.core == "full" else (True,) * len(split.ranks)
+        return [
+            self._rank(rank) if own else ()
+            for rank, own in zip(split.ranks, factored, strict=True)
+        ]
+
+    def _rank(self, rank: int) -> Labels:
+        return (self._label(rank),) if rank > 1 else ()
+
+    def _operand(
+        self,
+        split: Split,
+        place: int,
+        index: int,
+        leaf: str,
+        digits: list[list[int]],
+        sizes: list[Shape],
+        ranks: list[Labels],
+        sources: Sources,
+    ) -> Operand:
+        shape = split.block_shapes[leaf]
+        # For every axis its digits, or the labels of its rank.
+        axes: list[tuple[list[int] | None, Shape, Labels]] = []
+        mode = int(leaf.lstrip("corefat") or 0)
+        if leaf == "core":
+            for own, size in enumerate(shape):
+                bare = split.core == "full" and not split.factored[own]
+                if bare:
+                    axes.append((digits[own], sizes[own], ()))
+                else:
+                    axes.append((None, (size,), ranks[own]))
+        elif leaf.startswith("core"):
+            before = ranks[mode - 1] if mode else ()
+            after = ranks[mode] if mode < len(ranks) else ()
+            axes = [(None, shape[:1], before), (digits[mode], sizes[mode], ())]
+            axes.append((None, shape[2:], after))
+        else:
+            axes = [(digits[mode], sizes[mode], ()), (None, shape[1:], ranks[mode])]
+        read, cuts, labels = [], [], []
+        for own, wide, joining in axes:
+            read += wide
+            if own is None:
+                cuts += [(0, wide[0])]
+                labels += joining
+            else:
+                cuts += [self.box[digit] for digit in own]
+                labels += [label for digit in own for label in self.digits[digit]]
+        final = tuple(self.sizes[label] for label in labels)
+        mapped = self._mapped(split, place, leaf, mode)
+        after_map = list(shape)
+        for axis, _, size in mapped:
+            after_map[axis] = size
+        taken = tuple(stop - start for start, stop in cuts)
+        whole = taken == tuple(read)
+        block = self.layout.block(self.group, index, leaf)
+        group = self.group if mapped else -1
+        source = sources.add(Source(block, shape, group, mapped))
+        # A slice of a source is a view, so it is cut before axes are dropped.
+        same = tuple(read) == tuple(after_map)
+        if whole:
+            return Operand(source, None, None, None if final == tuple(after_map) else final, tuple(labels))
+        cut = tuple(
+            slice(None) if (start, stop) == (0, size) else slice(start, stop)
+            for (start, stop), size in zip(cuts, read, strict=True)
+        )
+        return Operand(
+            source, None if same else tuple(read), cut, None if final == taken else final, tuple(labels)
+        )
+
+    def _mapped(
+        self, split: Split, place: int, leaf: str, mode: int
+    ) -> tuple[tuple[int, int, int], ...]:
+        """Return the axes of a block that the group's map of single modes is applied to."""
+        modes = len(split.shape)
+        found = []
+        for own in self.layout.maps[self.group].mapped(modes):
+            axis = (f"factor{own}", 0) if split.factored[own] else ("core", own)
+            if axis[0] == leaf:
+                found.append((axis[1], place * modes + own, split.shape[own]))
+        return tuple(found)
+
+    def closed(self) -> tuple[Term, ...]:
+        """Return the terms that make the box's entries, its digits in order."""
+        output = tuple(label for digit in self.digits for label in digit)
+        return tuple(
+            self._join(index, output) for index in range(len(self.layout.terms(self.group)))
+        )
+
+    def _join(self, index: int, output: Labels) -> Term:
+        operands, last = self.term(index)
+        operands += [end[0] for end in last if _is_factor(end)]
+        return Term(
+            tuple(operands), contract([own.labels for own in operands], output, self.sizes)
+        )
+
+    def applied(self, outputs: Labels, inputs: Labels, tokens: int) -> tuple[Term, ...]:
+        """Return the terms that multiply inputs, the first operand of each contraction."""
+        found = []
+        for index in range(len(self.layout.terms(self.group))):
+            operands, last = self.term(index)
+            operands += [end[0] for end in last if _is_factor(end)]
+            terms = [(TOKENS, *inputs), *(own.labels for own in operands)]
+            found.append(
+                Term(tuple(operands), contract(terms, (TOKENS, *outputs), self.sizes, tokens))
+            )
+        return tuple(found)
+
+
+def _is_factor(end: tuple[Operand, Labels] | Labels) -> bool:
+    return bool(end) and isinstance(end[0], Operand)
+
+
+def weight_network(layout: Layout, name: str, rows: tuple[int, int] | None = None) -> Network:
+    """Return what a weight's update is made of.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    name : str
+        The weight.
+    rows : tuple of (int, int), optional
+        The first row, and the one after the last; all by default.
+
+    Returns
+    -------
+    Network
+        Of the rows, as a matrix.
+    """
+    height, width = layout.shapes[name]
+    first, last = rows or (0, height)
+    sources = Sources()
+    runs = []
+    for piece in cut_pieces(layout.grouping.pieces[name], first * width, last * width):
+        if layout.in_place(piece.group):
+            runs.append(_run(layout, piece, sources))
+        else:
+            start, stop = layout.position(piece)
+            runs.append(Run((), start, stop - start, layout.joint(piece.group)[0]))
+    return Network(sources.all, tuple(runs), (last - first, width))
+
+
+def _run(layout: Layout, piece: Piece, sources: Sources) -> Run:
+    part = slice_of(layout.radices(piece.group), piece.start, piece.stop)
+    boxes = tuple(
+        Factorisation(layout, piece.group, box, sources).closed() for box in part.boxes
+    )
+    return Run(boxes, part.skip, part.size)
+
+
+def group_network(layout: Layout, group: int) -> Network:
+    """Return what a group's folded tensor is made of, before its map."""
+    radices = layout.radices(group)
+    sources = Sources()
+    terms = Factorisation(layout, group, tuple((0, size) for size in radices), sources).closed()
+    fold = layout.groups[group].fold
+    return Network(sources.all, (Run((terms,), 0, math.prod(fold)),), fold)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Rows of a fold's leading modes, the ranks of its last mode left open.
+
+    Attributes
+    ----------
+    sources, ends : tuple of Source
+        Of the rows, and of the last factors.
+    boxes : tuple of tuples of Term
+        The rows are those of the boxes, one after the other. Every term makes an array of its
+        own, (rows, *ranks).
+    skip, rows : int
+        Which rows of the boxes.
+    ranks : tuple of tuples of int
+        For every term the sizes of its open labels.
+    forms : tuple of Term
+        For every term the contraction of rows, the first operand, with the last factors.
+    """
+
+    sources: tuple[Source, ...]
+    ends: tuple[Source, ...]
+    boxes: tuple[tuple[Term, ...], ...]
+    skip: int
+    rows: int
+    ranks: tuple[Shape, ...]
+    forms: tuple[Term, ...]
+
+    @property
+    def width(self) -> int:
+        """Open columns of all terms."""
+        return sum(map(math.prod, self.ranks))
+
+    @property
+    def cost(self) -> Cost:
+        """Of making the rows."""
+        return sum((term.contraction.cost for box in self.boxes for term in box), Cost())
+
+
+def opened_rows(layout: Layout, group: int, start: int, stop: int) -> Opened:
+    """Return what rows of all modes but the last are made of.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    group : int
+        A group whose map keeps the entries in place, of order 2 at least.
+    start, stop : int
+        The first row and the one after the last.
+
+    Returns
+    -------
+    Opened
+        The rows, and how they are completed by the last factors.
+    """
+    order = len(layout.groups[group].fold)
+    leading = layout.radices(group, order - 1)
+    trailing = tuple((0, size) for size in layout.radices(group)[len(leading) :])
+    part = slice_of(leading, start, stop)
+    sources, ends = Sources(), Sources()
+    boxes, ranks = [], []
+    for place, box in enumerate(part.boxes):
+        made = Factorisation(layout, group, (*box, *trailing), sources, ends)
+        output = tuple(label for digit in made.digits[: len(leading)] for label in digit)
+        terms = []
+        for index in range(len(layout.terms(group))):
+            operands, last = made.term(index)
+            open_labels = _open_labels(last)
+            own = [operand.labels for operand in operands]
+            present = {label for labels in own for label in labels}
+            kept = tuple(label for label in open_labels if label in present)
+            terms.append(Term(tuple(operands), contract(own, (*output, *kept), made.sizes)))
+            if not place:
+                ranks.append(tuple(made.sizes[label] for label in kept))
+        boxes.append(tuple(terms))
+    made = Factorisation(layout, group, (*part.boxes[0], *trailing), sources, ends)
+    forms = _completed(made, len(leading))
+    return Opened(sources.all, ends.all, tuple(boxes), part.skip, part.size, tuple(ranks), forms)
+
+
+def _open_labels(last: Sequence[tuple[Operand, Labels] | Labels]) -> Labels:
+    labels = []
+    for end in last:
+        labels += end[1] if _is_factor(end) else end  # type: ignore[operator, misc]
+    return tuple(dict.fromkeys(labels))
+
+
+def _completed(made: Factorisation, leading: int) -> tuple[Term, ...]:
+    """Return the contractions of opened rows with the last factors: entries, or products."""
+    digits = tuple(label for digit in made.digits[leading:] for label in digit)
+    found = []
+    for index in range(len(made.layout.terms(made.group))):
+        operands, kept, factors = _ends(made, index)
+        # As many rows as are given, which are formed some at a time.
+        terms = [(TOKENS, *kept), *(factor.labels for factor in factors)]
+        path = contract(terms, (TOKENS, *digits), made.sizes, MANY)
+        found.append(Term(tuple(factors), path))
+    return tuple(found)
+
+
+def _ends(made: Factorisation, index: int) -> tuple[list[Operand], Labels, list[Operand]]:
+    """Return the leading operands of a term, the open labels that they have, the last factors."""
+    operands, last = made.term(index)
+    present = {label for own in operands for label in own.labels}
+    kept = tuple(label for label in _open_labels(last) if label in present)
+    factors = [end[0] for end in last if _is_factor(end)]
+    return operands, kept, factors  # type: ignore[return-value]
+
+
+def opened_products(
+    layout: Layout, group: int, shape: tuple[int, int], tokens: int
+) -> tuple[Term, ...]:
+    """Return the contractions of inputs, opened rows of a weight, and last factors.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    group : int
+        The weight's group.
+    shape : (int, int)
+        Output and input width, of which the last mode's size is a divisor.
+    tokens : int
+        For which number of tokens the order is the best.
+
+    Returns
+    -------
+    tuple of Term
+        For every term; operands are inputs (tokens, blocks, digits of the last mode), rows
+        (outputs, blocks, open labels) and last factors.
+    """
+    order = len(layout.groups[group].fold)
+    count = len(layout.radices(group, order - 1))
+    box = tuple((0, size) for size in layout.radices(group))
+    made = Factorisation(layout, group, box, Sources(), Sources())
+    digits = tuple(label for digit in made.digits[count:] for label in digit)
+    blocks = shape[1] // layout.groups[group].fold[-1]
+    found = []
+    for index in range(len(layout.terms(group))):
+        _, kept, factors = _ends(made, index)
+        sizes = {**made.sizes, ROWS: shape[0], BLOCKS: blocks}
+        cut = (BLOCKS,) if blocks > 1 else ()
+        terms = [(TOKENS, *cut, *digits), (ROWS, *cut, *kept), *(f.labels for f in factors)]
+        found.append(Term(tuple(factors), contract(terms, (TOKENS, ROWS), sizes, tokens)))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A weight's update as one network with its inputs.
+
+    Attributes
+    ----------
+    sources : tuple of Source
+        The blocks.
+    inputs : tuple of int
+        The digits of the input width, which the inputs are read as.
+    few, many : tuple of Term
+        The terms, in the order that is best for few tokens, and for many.
+    """
+
+    sources: tuple[Source, ...]
+    inputs: Shape
+    few: tuple[Term, ...]
+    many: tuple[Term, ...]
+
+
+def direct_network(layout: Layout, name: str) -> Direct | None:
+    """Return a weight's network with its inputs, where the fold tells inputs from outputs.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    name : str
+        The weight.
+
+    Returns
+    -------
+    Direct or None
+        None where a map mixes the entries, the weight is not one box of the fold's digits, or no
+        digit can be cut between its outputs and its inputs.
+    """
+    pieces = layout.grouping.pieces[name]
+    rows, columns = layout.shapes[name]
+    piece = pieces[0]
+    if len(pieces) > 1 or not layout.in_place(piece.group):
+        return None
+    part = slice_of(layout.radices(piece.group), piece.start, piece.stop)
+    if len(part.boxes) > 1 or part.skip:
+        return None
+    (box,) = part.boxes
+    sizes = [last - first for first, last in box]
+    if math.prod(sizes) != rows * columns:
+        return None
+    place = len(sizes)
+    trailing = 1
+    while place and trailing * sizes[place - 1] <= columns:
+        place -= 1
+        trailing *= sizes[place]
+    parted = None
+    if trailing != columns:
+        rest, over = divmod(columns, trailing)
+        if over or not place or sizes[place - 1] % rest:
+            return None
+        place -= 1
+        parted = (place, rest)
+    sources = Sources()
+    made = Factorisation(layout, piece.group, box, sources, parted=parted)
+    labels = [label for digit in made.digits for label in digit]
+    inputs: list[int] = []
+    width = 1
+    while width < columns:
+        label = labels.pop()
+        width *= made.sizes[label]
+        inputs.insert(0, label)
+    few = made.applied(tuple(labels), tuple(inputs), FEW)
+    many = made.applied(tuple(labels), tuple(inputs), MANY)
+    return Direct(sources.all, tuple(made.sizes[label] for label in inputs), few, many)
+
+
+def row_slice(layout: Layout, name: str) -> tuple[int, int] | None:
+    """Return the range of a weight's rows of the leading modes, where its fold is aligned.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    name : str
+        The weight.
+
+    Returns
+    -------
+    (int, int) or None
+        None where the last mode does not divide the input width and the weight's position, where
+        a group boundary cuts the weight, or where a map mixes all entries.
+    """
+    pieces = layout.grouping.pieces[name]
+    fold = layout.groups[pieces[0].group].fold
+    width = fold[-1]
+    if len(fold) < 2 or len(pieces) > 1 or not layout.in_place(pieces[0].group):
+        return None
+    piece = pieces[0]
+    if layout.shapes[name][1] % width or piece.start % width:
+        return None
+    return piece.start // width, piece.stop // width
+

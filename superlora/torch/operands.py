@@ -1,0 +1,372 @@
+"""The tensors that one support of a layer is made of, and which parts of them it reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from superlora.algebra.form import (
+    cut,
+    form,
+    joined,
+    joint_entries,
+    open_rows,
+    run_term,
+    source_array,
+    total,
+)
+from superlora.design.network import Network, Opened, Source, opened_rows, weight_network
+from superlora.design.ways import opens_rows, rows_of
+from superlora.grouping import cut_pieces
+from superlora.layout import Layout
+from superlora.shapes import ceil_divide
+from superlora.torch.autograd import made, moved
+
+if TYPE_CHECKING:
+    from superlora.torch.blocks import Blocks
+
+Rows = tuple[int, int]
+
+
+class Given(NamedTuple):
+    """The tensors of one support.
+
+    Attributes
+    ----------
+    tensors : list of torch.Tensor
+        First those that layers may share, then blocks.
+    starts : tuple of int
+        For each of the first where it begins in the whole that layers share.
+    carried : bool
+        Whether they are such wholes, to be handed on to the next layer.
+    """
+
+    tensors: list[Tensor]
+    starts: tuple[int, ...]
+    carried: bool
+
+
+class Shared:
+    """A tensor that layers may share; this one is a block to which a map of modes was applied.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    source : Source
+        The block.
+
+    Attributes
+    ----------
+    key : tuple
+        What the scope calls it.
+    """
+
+    def __init__(self, layout: Layout, source: Source) -> None:
+        self.layout, self.source = layout, source
+        self.key: tuple[Any, ...] = ("modes", source)
+
+    def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
+        """Return the whole, or what this layer needs of it, and where that begins."""
+        layout, source = self.layout, self.source
+        tensors, blocks = adapter.inputs_of([source.block])
+        return made(lambda *own: source_array(layout, source, blocks(own)[0]), tensors), 0
+
+    def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
+        """Return what some rows of the support need of it."""
+        return value
+
+    def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
+        """Add the adjoint of `cut` to a sum, in place."""
+        sums += gradient
+
+
+class SharedBlock(Shared):
+    """The vector that a mixing F_in makes, of which a block is a part."""
+
+    def __init__(self, layout: Layout, source: Source) -> None:
+        super().__init__(layout, source)
+        self.inner = layout.inner[source.block]
+        self.key = ("inner", self.inner.name)
+
+    def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
+        item = self.inner
+        (theta,) = adapter.tensors([item.name])
+        move, back = item.map.apply, item.map.adjoint
+        return moved(theta, lambda x: move(x, item.size), lambda y: back(y, item.before)), 0
+
+    def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
+        return value[self.inner.start : self.inner.stop].view(self.source.shape)
+
+    def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
+        sums[self.inner.start : self.inner.stop] += gradient.reshape(-1)
+
+
+class SharedRows(Shared):
+    """The opened rows of one term of a group."""
+
+    def __init__(self, layout: Layout, name: str, own: Opened, index: int) -> None:
+        (piece,) = layout.grouping.pieces[name]
+        self.layout, self.own, self.index, self.group = layout, own, index, piece.group
+        self.offset, self.columns = piece.start, layout.shapes[name][1]
+        self.width = layout.groups[piece.group].fold[-1]
+        self.key = ("rows", piece.group, index)
+
+    def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
+        layout, index = self.layout, self.index
+        opened = layout.whole_rows(self.group) if whole else self.own
+        tensors, blocks = adapter.inputs_of([source.block for source in opened.sources])
+
+        def rows(*own: Tensor) -> Tensor:
+            pairs = zip(opened.sources, blocks(own), strict=True)
+            arrays = [source_array(layout, source, block) for source, block in pairs]
+            found: Tensor = open_rows(opened, arrays, index)
+            return found
+
+        return made(rows, tensors), 0 if whole else self.range((0, 1))[0]
+
+    def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
+        first, last = self.range(rows)
+        found: Tensor = cut(value, first - start, last - first)
+        return found
+
+    def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
+        first, last = self.range(rows)
+        sums[first - start : last - start] += gradient
+
+    def range(self, rows: Rows) -> Rows:
+        """Return the opened rows that some rows of the weight lie in."""
+        start, stop = (self.offset + row * self.columns for row in rows)
+        return start // self.width, ceil_divide(stop, self.width)
+
+
+class SharedVector(Shared):
+    """A vector that a map mixes, or the entries before one whose outputs each read one of them."""
+
+    def __init__(self, layout: Layout, name: str, first: int) -> None:
+        self.layout, self.name, self.first = layout, name, first
+        self.map = layout.maps[first]
+        self.before, self.size = layout.joint_sizes(first)
+        self.key = ("vector", first)
+
+    def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
+        layout, first, fixed, size = self.layout, self.first, self.map, self.size
+        names = layout.blocks_of_joint(first)
+        tensors, blocks = adapter.inputs_of(names)
+
+        def entries(*own: Tensor) -> Tensor:
+            given = dict(zip(names, blocks(own), strict=True))
+            found: Tensor = joint_entries(layout, given, first)
+            return found
+
+        x = made(entries, tensors)
+        if fixed.reads:
+            return moved(x, *[lambda y: fixed.normalized(y, size)] * 2), 0
+        start, stop = (0, size) if whole else self.range((0, layout.shapes[self.name][0]))
+        part = fixed.sliced and (start, stop) != (0, size)
+
+        def move(own: Tensor) -> Tensor:
+            return fixed.apply_slice(own, size, start, stop) if part else fixed.apply(own, size)
+
+        def back(own: Tensor) -> Tensor:
+            if part:
+                own = torch.nn.functional.pad(own, (start, size - stop))
+            return fixed.adjoint(own, self.before)
+
+        return moved(x, move, back), start if part else 0
+
+    def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
+        first, last = self.range(rows)
+        if self.map.reads:
+            return self.map.gather(value, self.size, first, last)
+        found: Tensor = cut(value, first - start, last - first)
+        return found
+
+    def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
+        first, last = self.range(rows)
+        if self.map.reads:
+            self.map.scatter(gradient, sums, self.size, first)
+        else:
+            sums[first - start : last - start] += gradient
+
+    def range(self, rows: Rows) -> Rows:
+        """Return the entries of the vector that some rows of the weight are."""
+        layout, columns = self.layout, self.layout.shapes[self.name][1]
+        own = layout.grouping.pieces[self.name]
+        pieces = cut_pieces(own, rows[0] * columns, rows[1] * columns)
+        places = [layout.position(p) for p in pieces if layout.joint(p.group)[0] == self.first]
+        return (places[0][0], places[-1][1]) if places else (0, 0)
+
+
+class Operands:
+    """What one support is made of. Integers and maps: it holds no tensor.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    name : str
+        The support.
+    sources : sequence of Source
+        The blocks that networks take.
+    rows : Opened, optional
+        The rows that are opened before them.
+    vectors : bool
+        Whether what a map mixes is mapped; else its networks are the user's own.
+
+    Attributes
+    ----------
+    shared : tuple of Shared
+        What layers may share; those tensors come first.
+    first : int
+        How many of these are no blocks.
+    own : tuple of Source
+        The blocks whose tensors follow.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        name: str,
+        sources: Sequence[Source],
+        rows: Opened | None = None,
+        *,
+        vectors: bool = True,
+    ) -> None:
+        self.layout, self.name, self.rows = layout, name, rows
+        self.height, self.columns = layout.shapes[name]
+        pieces = layout.grouping.pieces[name]
+        several = len(layout.grouping.members[pieces[0].group]) > 1
+        shared: list[Shared] = []
+        if rows is not None:
+            shared += [SharedRows(layout, name, rows, index) for index in range(len(rows.ranks))]
+        elif vectors and not layout.in_place(pieces[0].group):
+            firsts = dict.fromkeys(layout.joint(piece.group)[0] for piece in pieces)
+            shared += [SharedVector(layout, name, first) for first in firsts]
+        self.first = len(shared)
+        self.shares = several and _shares(layout, name, rows)
+        blocks = [_shared_block(layout, source, several) for source in sources]
+        shared += [each for each in blocks if each is not None]
+        self.shared = tuple(shared)
+        self.own = tuple(s for s, each in zip(sources, blocks, strict=True) if each is None)
+        # Where the array of each source stands among all tensors.
+        made, own = iter(range(self.first, len(shared))), iter(range(len(shared), 1 << 30))
+        self.places = tuple(next(own if each is None else made) for each in blocks)
+        self._sources = {source: place for source, place in zip(sources, self.places, strict=True)}
+        self._networks: dict[Rows, Network] = {}
+        self._owners: list[tuple[nn.Module, str, bool]] | None = None
+
+    def bind(self, adapter: Blocks) -> None:
+        """Find where the adapter has the blocks, if these are its own tensors as they are."""
+        layout = self.layout
+        blocks = [source.block for source in self.own]
+        whole = all(layout.block_shapes[source.block] == source.shape for source in self.own)
+        if whole and not any(source.modes for source in self.own):
+            if not any(block in layout.inner for block in blocks):
+                self._owners = [(*adapter.place(b), b in layout.frozen) for b in blocks]
+
+    def given(self, adapter: Blocks, device: torch.device) -> Given:
+        """Return the tensors."""
+        if self._owners is None:
+            found = adapter.sources(self.own)
+        else:
+            found = []
+            for owner, leaf, frozen in self._owners:
+                tensor = owner._buffers[leaf] if frozen else owner._parameters[leaf]
+                found.append(tensor if tensor.device == device else tensor.to(device))
+        if not self.shared:
+            return Given(found, (), False)
+        carried = self.shares and adapter.scope.is_open()
+        pairs = []
+        for each in self.shared:
+            if carried:
+                make = lambda each=each: each.make(adapter, True)[0]  # noqa: E731
+                pairs.append((adapter.scope.get(each.key, make), 0))
+            else:
+                pairs.append(each.make(adapter, False))
+        tensors = [tensor for tensor, _ in pairs] + [t.to(device) for t in found]
+        return Given(tensors, tuple(start for _, start in pairs), carried)
+
+    def cut(
+        self, tensors: Sequence[Tensor], starts: Sequence[int], rows: Rows, device: torch.device
+    ) -> list[Tensor]:
+        """Return what some rows of the support need of the tensors that layers may share."""
+        return [
+            each.cut(tensor, start, rows).to(device)
+            for each, tensor, start in zip(self.shared, tensors, starts, strict=True)
+        ]
+
+    def form(self, arrays: Sequence[Tensor], rows: Rows) -> Tensor:
+        """Form rows of the support of what `cut` gave and the blocks, differentiably."""
+        count = rows[1] - rows[0]
+        if self.rows is not None:
+            ends = [arrays[place] for place in self.places]
+            terms = zip(self.rows.forms, arrays, strict=False)
+            entries = total(run_term(term, ends, [own]) for term, own in terms).reshape(-1)
+            first = self.shared[0]
+            assert isinstance(first, SharedRows)
+            skip = first.offset + rows[0] * self.columns - first.range(rows)[0] * first.width
+            found: Tensor = cut(entries, skip, count * self.columns)
+            return found.reshape(count, self.columns)
+        if self.first:
+            whole: Tensor = joined(arrays[: self.first])
+            return whole.reshape(count, self.columns)
+        if rows not in self._networks:
+            self._networks[rows] = weight_network(self.layout, self.name, rows)
+        network = self._networks[rows]
+        found = form(network, [arrays[self._sources[s]] for s in network.sources], _no_vector)
+        return found
+
+    def add(
+        self,
+        sums: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        starts: Sequence[int],
+        rows: Rows,
+    ) -> None:
+        """Add the adjoint of `cut` to the gradients of the tensors that layers may share."""
+        for each, own, gradient, start in zip(
+            self.shared, sums, gradients[: len(self.shared)], starts, strict=True
+        ):
+            if gradient is not None:
+                each.add(own, gradient.to(own.device), start, rows)
+
+
+def _shares(layout: Layout, name: str, rows: Opened | None) -> bool:
+    """Return whether it pays to make at once what several weights are made of."""
+    group = layout.grouping.pieces[name][0].group
+    if rows is not None:
+        return opens_rows(layout, group)
+    if layout.in_place(group):
+        return True
+    fixed, (before, _) = layout.maps[group], layout.joint_sizes(group)
+    least = min(math.prod(layout.shapes[each]) for each in layout.grouping.members[group])
+    return fixed.reads or fixed.mixes(before, least)
+
+
+def _no_vector(*_: int) -> Tensor:
+    raise AssertionError("this support is not cut from a mapped vector")
+
+
+def _shared_block(layout: Layout, source: Source, several: bool) -> Shared | None:
+    """Return how layers share what a block is made from, if they do."""
+    if source.modes:
+        return Shared(layout, source) if several else None
+    inner = layout.inner.get(source.block)
+    if inner is None or inner.map.sliced or inner.size == inner.stop - inner.start:
+        return None
+    whole = layout.block_shapes[source.block] == source.shape
+    return SharedBlock(layout, source) if whole else None
+
+
+def formed_operands(layout: Layout, name: str) -> Operands:
+    """Return the operands of a support that is formed."""
+    group = layout.grouping.pieces[name][0].group
+    if opens_rows(layout, group):
+        rows = opened_rows(layout, group, *rows_of(layout, name))
+        return Operands(layout, name, rows.ends, rows)
+    return Operands(layout, name, weight_network(layout, name).sources)

@@ -1,0 +1,259 @@
+"""What the merge operations do to a layer's output, and to its weight and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from superlora import operations
+from superlora.operations import OF_BIAS
+from superlora.supports import ADD
+from superlora.torch.autograd import autocasts, without_autocast
+from superlora.torch.layers import bias_of, weight_of
+from superlora.torch.support import Support, formed_product
+
+if TYPE_CHECKING:
+    from superlora.torch.site import Site
+
+
+def sum_output(
+    site: Site, supports: Sequence[Support], x: Tensor, base: Callable[[], Tensor], fused: bool
+) -> Tensor:
+    """Return a layer's output with updates that are added to its weight, or scale it.
+
+    Parameters
+    ----------
+    site : Site
+        The layer's.
+    supports : sequence of Support
+        The updates.
+    x : torch.Tensor, (..., input width)
+        Inputs.
+    base : callable
+        The layer's own forward.
+    fused : bool
+        Whether one product with the sum of weight and updates can take the place of two.
+
+    Returns
+    -------
+    torch.Tensor, (..., output width)
+        The output.
+    """
+    weight, bias = weight_of(site.module), bias_of(site.module)
+    return _with_sums(site, supports, x, base, weight if fused else None, bias)
+
+
+def _with_sums(
+    site: Site,
+    supports: Sequence[Support],
+    x: Tensor,
+    base: Callable[[], Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    # Flat, since what a Function returns must be no view to be changed in place afterwards.
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    tokens = flat.shape[0]
+    formed: list[Support] = []
+    rest: list[Support] = []
+    for support in supports:
+        scales = support.operation != ADD
+        (formed if scales or support.is_formed(tokens, weight is not None) else rest).append(support)
+    y: Tensor | None = None
+    if weight is not None and formed:
+        y = formed_product(formed, flat, weight, bias, site.own_weight if _scales(formed) else None)
+        formed = []
+    elif weight is not None and rest and not autocasts(x.device):
+        y = rest.pop(0).factored(flat, weight, bias)
+    if y is None:
+        y = base()
+        y = y if y.dim() == 2 else y.reshape(-1, y.shape[-1])
+    if formed:
+        own = site.own_weight if _scales(formed) else None
+        y = y + formed_product(formed, flat, None, None, own).to(y.dtype)
+    for support in rest:
+        y = y + support.factored(flat).to(y.dtype)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _scales(supports: Sequence[Support]) -> bool:
+    return any(support.operation != ADD for support in supports)
+
+
+class Operations:
+    """What support tensors of any operations make of a layer's inputs.
+
+    Parameters
+    ----------
+    site : Site
+        The layer's.
+    supports : sequence of Support
+        The support tensors.
+    x : torch.Tensor, (..., input width)
+        Inputs.
+    """
+
+    def __init__(self, site: Site, supports: Sequence[Support], x: Tensor) -> None:
+        self.site, self.x = site, x
+        self.weight, self.bias = site.own_weight, site.own_bias
+        # By where they act: on the inputs, on the base's outputs, as an update, on the bias.
+        self.inner: list[Support] = []
+        self.outer: list[Support] = []
+        self.sums: list[Support] = []
+        self.repeated: list[Support] = []
+        self.of_bias: list[Support] = []
+        for own in supports:
+            if own.operation in OF_BIAS:
+                if own.operation != "scale_bias" or self.bias is not None:
+                    self.of_bias.append(own)
+            elif own.operation == "right_weight":
+                self.inner.append(own)
+            elif own.operation == "left_weight":
+                self.outer.append(own)
+            elif not own.along:
+                self.sums.append(own)
+            elif own.operation == ADD:
+                self.repeated.append(own)
+            else:
+                (self.inner if own.along == "outputs" else self.outer).append(own)
+
+    def output(self, fused: bool, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the layer's output.
+
+        Parameters
+        ----------
+        fused : bool
+            Whether the layer's own forward is a product with the weight and nothing else, and
+            one product can take the place of several.
+        base : callable
+            That forward.
+
+        Returns
+        -------
+        torch.Tensor, (..., output width)
+            The output.
+        """
+        site, x = self.site, self.x
+        shift, of_bias = self._shift(), self._of_bias()
+        weight: Tensor | None = None
+        bias = bias_of(site.module)
+        if fused and shift is None and not self.outer:
+            weight = weight_of(site.module)
+            if of_bias is not None:
+                bias, of_bias = of_bias if bias is None else bias + of_bias, None
+        y: Tensor | None = None
+        z: Tensor | None = None
+        if weight is None:
+            if shift is None:
+                y = base(x)
+            elif site.merged or site.wrapped:  # which is not to see what is done to the inputs
+                y = base(x) + self._times(shift)
+            else:
+                y = base(x + shift)
+            if fused and self.outer and shift is None and not site.merged:
+                # A product without the bias would cost as much again.
+                own = bias_of(site.module)
+                z = y if own is None else y - own.to(y.dtype)
+        y = _with_sums(site, self.sums, x, lambda: _own(y, x, weight, bias), weight, bias)
+        return self._finished(y, z, of_bias)
+
+    def added(self) -> Tensor:
+        """Return what `output` adds to the layer's own output."""
+        x = self.x
+        shift, of_bias = self._shift(), self._of_bias()
+        y = x.new_zeros(*x.shape[:-1], self.weight.shape[0])
+        y = y if shift is None else self._times(shift)
+        y = _with_sums(self.site, self.sums, x, lambda: y, None, None)
+        return self._finished(y, None, of_bias)
+
+    def _finished(self, y: Tensor, z: Tensor | None, of_bias: Tensor | None) -> Tensor:
+        for own in self.outer:
+            # Made of the base's outputs without its bias, `z` if they are known.
+            z = self._times(self.x) if z is None else z
+            y = y + self._product(own, z).to(y.dtype)
+        for own in self.repeated:
+            vector = own.vector(self.x.device)
+            x = self.x.to(vector.dtype)
+            # A product with v 1ᵀ, 1 vᵀ or v 1 1ᵀ, of which none is formed.
+            if own.along == "outputs":
+                y = y + (x * vector).sum(-1, keepdim=True).to(y.dtype)
+            else:
+                y = y + (x.sum(-1, keepdim=True) * vector).to(y.dtype)
+        return y if of_bias is None else y + of_bias.to(y.dtype)
+
+    def _times(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.to(x.dtype))
+
+    def _shift(self) -> Tensor | None:
+        """Return what is added to the inputs of the base."""
+        total = None
+        for own in self.inner:
+            found = self._product(own, self.x).to(self.x.dtype)
+            total = found if total is None else total + found
+        return total
+
+    def _product(self, own: Support, x: Tensor) -> Tensor:
+        if own.along:
+            return x * own.vector(x.device)
+        flat = x.reshape(-1, x.shape[-1])
+        if own.is_formed(flat.shape[0], False):
+            y = formed_product([own], flat, None, None, None)
+        else:
+            y = own.factored(flat)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _of_bias(self) -> Tensor | None:
+        """Return what is added to the bias."""
+        total: Tensor | None = None
+        with without_autocast(self.x.device):
+            for own in self.of_bias:
+                support = own.form(self.x.device)
+                # A cast weight would be a copy of it, and all that is made of it is a vector.
+                found = operations.change(
+                    own.operation, support.to(self.weight.dtype), self.weight, self.bias
+                ).to(support.dtype)
+                total = found if total is None else total + found
+        return total
+
+
+def _own(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if y is not None:
+        return y
+    assert weight is not None
+    return linear(x, weight, bias)
+
+
+@torch.no_grad()
+def merged_changes(
+    site: Site, supports: Sequence[Support]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what merging support tensors adds to a layer's weight and bias.
+
+    Parameters
+    ----------
+    site : Site
+        The layer's.
+    supports : sequence of Support
+        The support tensors of one adapter.
+
+    Returns
+    -------
+    torch.Tensor, (output width, input width), or None
+        None where no operation changes the weight.
+    torch.Tensor, (output width,), or None
+        None where no operation changes the bias.
+    """
+    weight, bias = site.own_weight, site.own_bias
+    found = {own.operation: own.adapter.delta(own.name).to(weight.device) for own in supports}
+    if found.keys() == {ADD}:
+        return found[ADD], None
+    wide = torch.promote_types(weight.dtype, next(iter(found.values())).dtype)
+    return operations.changes(
+        weight.to(wide),
+        None if bias is None else bias.to(wide),
+        {operation: own.to(wide) for operation, own in found.items()},
+    )

@@ -1,0 +1,613 @@
+"""Ways to change a layer's output by its updates: factored, multiplied by a map, or formed.
+
+Each is written twice: by plain operations, for what sees every operation (compilers, torch.func,
+second derivatives), and as one function whose backward pass makes again what is not cheap to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from superlora._backend import backend_of
+from superlora.algebra.form import factored_product, first_operands, form, scaled, take
+from superlora.algebra.run import contract_pair, matrices, take_step, transposed
+from superlora.design.contraction import Contraction
+from superlora.design.network import Operand, group_network
+from superlora.design.ways import Factored
+from superlora.layout import Layout
+from superlora.torch.autograd import gradients, is_traced, linearized, without_autocast
+from superlora.torch.operands import Operands, Rows
+
+# Entries of an update that are formed at once: few enough for a core's cache.
+_CHUNK = 1 << 18
+# A number, or a tensor of one, which compiled code multiplies by.
+Scale = float | Tensor
+_torch = backend_of(torch.empty(0))
+
+
+class Way:
+    """One way to change a layer's output. Integers and maps: it holds no tensor.
+
+    Parameters
+    ----------
+    operands : sequence of Operands
+        Of each support. The tensors that layers may share come first, those of all supports; then
+        come the blocks.
+
+    Attributes
+    ----------
+    shared : int
+        How many tensors layers may share.
+    """
+
+    def __init__(self, *operands: Operands) -> None:
+        self.operands = operands
+        self.shared = sum(len(own.shared) for own in operands)
+
+    def plain(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        tensors: Sequence[Tensor],
+        starts: Sequence[int],
+        scale: Scale,
+    ) -> Tensor:
+        """Return the output by operations that torch differentiates itself."""
+        update = scaled(self.update(x, tensors, starts), scale)
+        if weight is None:
+            return update
+        return linear(x, weight, bias) + update
+
+    def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+        """Return the update's part of the output, not scaled, by plain operations."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        tensors: Sequence[Tensor],
+        starts: Sequence[int],
+        scale: float,
+        keep: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the output, and what is kept for the backward pass."""
+        return self.plain(x, weight, bias, tensors, starts, scale), []
+
+    def backward(self, back: Backward) -> None:
+        """Gather the gradients that are asked for."""
+        back.of_x = back.through_base()
+        rest = [back.x, *back.tensors]
+        wanted = [back.of_x is not None, *back.wanted]
+
+        def update(x: Tensor, *tensors: Tensor) -> Tensor:
+            return self.update(x, tensors, back.starts)
+
+        _, pull = linearized(update, rest, wanted)
+        of_x, *found = pull(back.gradient * back.scale)
+        if back.of_x is not None and of_x is not None:
+            back.of_x += of_x
+        back.take(found)
+
+
+class Backward:
+    """What a backward pass reads, and the gradients that it gathers.
+
+    Attributes
+    ----------
+    gradient, x : torch.Tensor
+        The output's gradient, (tokens, output width), and the inputs.
+    weight : torch.Tensor or None
+        The layer's.
+    tensors, starts : sequence
+        As `Way.plain` takes them.
+    kept : list of torch.Tensor
+        What the forward pass kept, in order.
+    scale : float
+        What multiplies the update.
+    wanted : sequence of bool
+        Whose gradients of `tensors` are asked for.
+    of_x, of_weight : torch.Tensor or None
+        The inputs' gradient and the weight's, where they are asked for.
+    sums : list of (torch.Tensor or None)
+        Those of `tensors`.
+    """
+
+    def __init__(self, ctx: Any, gradient: Tensor) -> None:
+        self.x, self.weight, *rest = ctx.saved_tensors
+        own = len(rest) - ctx.kept
+        self.tensors = [*ctx.shared, *rest[:own]]
+        self.kept = rest[own:]
+        self.gradient, self.starts, self.scale = gradient, ctx.starts, ctx.scale
+        self.wants_x, self.wants_weight, _, *self.wanted = ctx.needs_input_grad[_FIXED:]
+        self.of_x: Tensor | None = None
+        self.of_weight: Tensor | None = None
+        self.sums: list[Tensor | None] = [None] * len(self.tensors)
+
+    def through_base(self) -> Tensor | None:
+        """Return the inputs' gradient without the update; None where it is not asked for."""
+        if not self.wants_x:
+            return None
+        if self.weight is None:
+            return torch.zeros_like(self.x)
+        return self.gradient @ self.weight
+
+    def take(self, found: Sequence[Tensor | None]) -> None:
+        """Add gradients, one for each of the tensors."""
+        self.sums = list(map(_added, self.sums, found))
+
+    def sums_of(self, first: int, count: int) -> list[Tensor]:
+        """Return sums of shared tensors, which layers add to in place; zero at first."""
+        for index in range(first, first + count):
+            if self.sums[index] is None:
+                self.sums[index] = torch.zeros_like(self.tensors[index])
+        return self.sums[first : first + count]  # type: ignore[return-value]
+
+
+class FactoredWay(Way):
+    """Networks with the inputs as one operand.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    name : str
+        The support.
+    factored : Factored
+        Its networks.
+    """
+
+    def __init__(self, layout: Layout, name: str, factored: Factored) -> None:
+        super().__init__(Operands(layout, name, factored.sources, factored.opened))
+        self.factored = factored
+        self.height = layout.shapes[name][0]
+
+    def _arrays(
+        self, tensors: Sequence[Tensor], starts: Sequence[int], device: torch.device
+    ) -> Sequence[Tensor]:
+        if not self.shared:
+            return tensors
+        (own,) = self.operands
+        cuts = own.cut(tensors[: self.shared], starts, (0, self.height), device)
+        return [*cuts, *tensors[self.shared :]]
+
+    def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+        (own,) = self.operands
+        arrays = self._arrays(tensors, starts, x.device)
+        opened, blocks = arrays[: own.first], [arrays[place] for place in own.places]
+        # No compiler is to see a number of tokens compared.
+        terms = self.factored.many if is_traced() else self.factored.terms(x.shape[0])
+        found: Tensor = factored_product(self.factored, terms, blocks, opened, x, self.height)
+        return found
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        tensors: Sequence[Tensor],
+        starts: Sequence[int],
+        scale: float,
+        keep: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        (own,) = self.operands
+        arrays = self._arrays(tensors, starts, x.device)
+        firsts = first_operands(self.factored, arrays[: own.first], x, self.height)
+        y = None if weight is None else linear(x, weight, bias)
+        kept: list[Tensor] = []
+        for term, first in zip(self.factored.terms(x.shape[0]), firsts, strict=True):
+            path = term.contraction
+            values = list(first)
+            for operand in term.operands:
+                values.append(take(_torch, arrays[own.places[operand.source]], operand))
+            for step in path.steps[:-1]:
+                values.append(take_step(_torch, step, values))
+            if keep:
+                kept += [values[index] for index in path.cheap]
+            y = self._add(path, values, y, scale)
+        assert y is not None
+        return y, kept
+
+    def _add(
+        self, path: Contraction, values: Sequence[Tensor], y: Tensor | None, scale: float
+    ) -> Tensor:
+        """Add the last contraction to the output, in the same pass where it can be."""
+        step = path.steps[-1]
+        assert step.pair is not None
+        left, right = values[step.left], values[step.right]
+        if y is not None and step.pair.adds and path.axes is None:
+            one, other = matrices(_torch, step.pair, left, right)
+            y.view(one.shape[0], other.shape[1]).addmm_(one, other, alpha=scale)
+            return y
+        found = transposed(_torch, contract_pair(_torch, step.pair, left, right), path.axes)
+        found = found.reshape(-1, self.height)
+        if y is not None:
+            return y.add_(found, alpha=scale)
+        return found if scale == 1 else found * scale
+
+    def backward(self, back: Backward) -> None:
+        back.of_x = back.through_base()
+        (own,) = self.operands
+        arrays = self._arrays(back.tensors, back.starts, back.x.device)
+        firsts = first_operands(self.factored, arrays[: own.first], back.x, self.height)
+        found: list[Tensor | None] = [None] * len(arrays)
+        kept = iter(back.kept)
+        for index, (term, first) in enumerate(
+            zip(self.factored.terms(back.x.shape[0]), firsts, strict=True)
+        ):
+            path = term.contraction
+            # Where each operand stands among the arrays; the inputs stand nowhere.
+            places = [-1, *([index] if own.first else [])]
+            places += [own.places[operand.source] for operand in term.operands]
+            values = list(first)
+            for operand in term.operands:
+                values.append(take(_torch, arrays[own.places[operand.source]], operand))
+            count = len(values)
+            kept_values = {place: next(kept) for place in path.cheap}
+            for number, step in enumerate(path.steps[:-1]):
+                value = kept_values.get(count + number)
+                values.append(take_step(_torch, step, values) if value is None else value)
+            wanted = [back.of_x is not None if p < 0 else back.wanted[p] for p in places]
+            pulled = _pull(path, values, wanted, back)
+            if pulled[0] is not None:
+                assert back.of_x is not None
+                back.of_x += pulled[0].reshape(back.x.shape)
+            if own.first and pulled[1] is not None:
+                found[index] = pulled[1].reshape(arrays[index].shape)
+            for operand, gradient in zip(term.operands, pulled[len(first) :], strict=True):
+                if gradient is not None:
+                    place = own.places[operand.source]
+                    found[place] = _untaken(gradient, operand, arrays[place], found[place])
+        if self.shared:
+            sums = back.sums_of(0, self.shared)
+            own.add(sums, found[: self.shared], back.starts, (0, self.height))
+        back.take([*[None] * self.shared, *found[self.shared :]])
+
+
+def _pull(
+    path: Contraction, values: Sequence[Tensor], wanted: Sequence[bool], back: Backward
+) -> list[Tensor | None]:
+    """Take the output's gradient back along a path; the inputs' is added in place if it can be."""
+    count = len(wanted)
+    needed = list(wanted)
+    for step in path.steps:
+        needed.append(needed[step.left] or (step.right >= 0 and needed[step.right]))
+    found: list[Tensor | None] = [None] * len(needed)
+    last = back.gradient
+    if len(path.output) != 2:
+        last = last.reshape(-1, *(path.sizes[label] for label in path.output[1:]))
+    if path.axes is not None:
+        last = last.permute(sorted(range(last.dim()), key=path.axes.__getitem__))
+    found[-1] = last
+    scale = back.scale
+    for number in range(len(path.steps) - 1, -1, -1):
+        step, pulls = path.steps[number], path.pulls[number]
+        gradient = found[count + number]
+        found[count + number] = None
+        if gradient is None:
+            continue
+        if pulls is None:  # a sum over axes
+            for axis in sorted(step.summed):
+                gradient = gradient.unsqueeze(axis)
+            found[step.left] = gradient.expand(values[step.left].shape)
+            continue
+        sides = ((step.left, step.right), (step.right, step.left))
+        for (place, other), pair in zip(sides, pulls, strict=True):
+            if not needed[place]:
+                continue
+            if place == 0 and pair.adds and back.of_x is not None:
+                one, two = matrices(_torch, pair, gradient, values[other])
+                back.of_x.view(one.shape[0], two.shape[1]).addmm_(one, two, alpha=scale)
+                continue
+            own = contract_pair(_torch, pair, gradient, values[other])
+            found[place] = own if scale == 1 else own * scale
+        scale = 1.0  # everything before the last step has it by now
+    return found[:count]
+
+
+def _untaken(
+    gradient: Tensor, operand: Operand, array: Tensor, so_far: Tensor | None
+) -> Tensor:
+    """Add the adjoint of a slice to the gradient of what it was taken of."""
+    if operand.cut is None:
+        return _added(so_far, gradient.reshape(array.shape))  # type: ignore[return-value]
+    if so_far is None:
+        so_far = array.new_zeros(array.shape)
+    digits = so_far if operand.digits is None else so_far.view(operand.digits)
+    part = digits[operand.cut]
+    part += gradient.reshape(part.shape)
+    return so_far
+
+
+class MultipliedWay(Way):
+    """A map that multiplies inputs itself.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    name : str
+        The support.
+    """
+
+    def __init__(self, layout: Layout, name: str) -> None:
+        group = layout.grouping.pieces[name][0].group
+        self.network = group_network(layout, group)
+        self.map = layout.maps[group]
+        super().__init__(Operands(layout, name, self.network.sources, vectors=False))
+
+    def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+        (own,) = self.operands
+        entries = form(self.network, [tensors[place] for place in own.places], _none)
+        found: Tensor = self.map.multiply(entries.reshape(-1), x)
+        return found
+
+
+def _none(*_: int) -> Tensor:
+    raise AssertionError("a folded tensor is not cut from a mapped vector")
+
+
+class FormedWay(Way):
+    """``W₀ + ΔW``, formed some rows at a time, dropped, and formed again in the backward pass.
+
+    Parameters
+    ----------
+    operands : sequence of Operands
+        Of every support.
+    scaling : sequence of bool
+        Which of them scale the base weight, instead of being added to it; with any, the base
+        weight is the last of the tensors.
+    scale : sequence of (float or torch.Tensor)
+        What multiplies each.
+    rows : int
+        How many rows are best formed at once; 0 for all of them.
+    """
+
+    def __init__(
+        self,
+        operands: Sequence[Operands],
+        scaling: Sequence[bool],
+        scale: Sequence[Scale],
+        rows: int,
+    ) -> None:
+        super().__init__(*operands)
+        self.scale = tuple(scale)
+        self.scaling, self.scales, self.rows = tuple(scaling), any(scaling), rows
+        self.height, self.columns = operands[0].height, operands[0].columns
+
+    def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+        return linear(x, self.delta(tensors, starts, x.device).to(x.dtype))
+
+    def plain(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        tensors: Sequence[Tensor],
+        starts: Sequence[int],
+        scale: Scale,
+    ) -> Tensor:
+        delta = self.delta(tensors, starts, x.device)
+        total = delta.to(x.dtype) if weight is None else weight + delta
+        return linear(x, total, bias)
+
+    def delta(
+        self, tensors: Sequence[Tensor], starts: Sequence[int], device: torch.device
+    ) -> Tensor:
+        """Return the sum of all changes of the weight, not scaled."""
+        rows = (0, self.height)
+        return self._sum(self._leaves(tensors, starts, rows, device), rows)
+
+    def _leaves(
+        self, tensors: Sequence[Tensor], starts: Sequence[int], rows: Rows, device: torch.device
+    ) -> list[Tensor]:
+        """Return what some rows are formed of: parts of what is shared, blocks, the base's rows."""
+        found: list[Tensor] = []
+        first = 0
+        for own in self.operands:
+            last = first + len(own.shared)
+            found += own.cut(tensors[first:last], starts[first:last], rows, device)
+            first = last
+        found += tensors[first:]
+        if self.scales:
+            found[-1] = found[-1][rows[0] : rows[1]]
+        return found
+
+    def _sum(self, leaves: Sequence[Tensor], rows: Rows) -> Tensor:
+        total: Tensor | None = None
+        first, block = 0, self.shared
+        for own, scales, scale in zip(self.operands, self.scaling, self.scale, strict=True):
+            last, end = first + len(own.shared), block + len(own.own)
+            delta = scaled(own.form([*leaves[first:last], *leaves[block:end]], rows), scale)
+            if scales:
+                delta = leaves[-1].to(delta.dtype) * delta
+            total = delta if total is None else total + delta
+            first, block = last, end
+        assert total is not None
+        return total
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        tensors: Sequence[Tensor],
+        starts: Sequence[int],
+        scale: float,
+        keep: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        if weight is None or not self._in_chunks(x):
+            return self.plain(x, weight, bias, tensors, starts, 1.0), []
+        total = torch.empty_like(weight)  # laid out as it is, so that sums round alike
+        for rows in self._chunks():
+            cut = slice(*rows)
+            delta = self._sum(self._leaves(tensors, starts, rows, x.device), rows)
+            torch.add(weight[cut], delta, out=total[cut])
+        return linear(x, total, bias), []
+
+    def _in_chunks(self, x: Tensor) -> bool:
+        # Elsewhere a kernel's launch costs more than what a cache saves.
+        return bool(self.rows) and x.device.type == "cpu"
+
+    def _chunks(self) -> Iterator[Rows]:
+        count = max(1, round(self.height / self.rows)) if self.rows else 1
+        for index in range(count):
+            yield index * self.height // count, (index + 1) * self.height // count
+
+    def backward(self, back: Backward) -> None:
+        weight, gradient, x = back.weight, back.gradient, back.x
+        whole = weight is None or back.wants_weight or not self._in_chunks(x)
+        for rows in [(0, self.height)] if whole else self._chunks():
+            cut = slice(*rows)
+            leaves = self._leaves(back.tensors, back.starts, rows, x.device)
+            delta, pull = linearized(
+                lambda *own, rows=rows: self._sum(own, rows), leaves, back.wanted
+            )
+            part = gradient[:, cut]
+            if back.wants_x:
+                total = (delta if weight is None else weight[cut] + delta).to(part.dtype)
+                back.of_x = part @ total if back.of_x is None else back.of_x.addmm_(part, total)
+            if any(back.wanted):
+                of_delta = part.t().to(delta.dtype) @ x.to(delta.dtype)
+                self._give(back, pull(of_delta), rows)
+        if back.wants_weight:
+            back.of_weight = gradient.t() @ x
+
+    def _give(self, back: Backward, found: Sequence[Tensor | None], rows: Rows) -> None:
+        first = 0
+        for own in self.operands:
+            count = len(own.shared)
+            if count:
+                sums = back.sums_of(first, count)
+                own.add(sums, found[first : first + count], back.starts[first:], rows)
+            first += count
+        rest = list(found[first:])
+        if self.scales:
+            if rest[-1] is not None:
+                (of_base,) = back.sums_of(len(back.tensors) - 1, 1)
+                of_base[rows[0] : rows[1]] += rest[-1]
+            rest[-1] = None
+        back.take([*[None] * first, *rest])
+
+
+def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other
+
+
+# What `Applied` takes before the inputs.
+_FIXED = 4
+
+
+class Applied(torch.autograd.Function):
+    """A layer's output by one way, with a backward pass that keeps little.
+
+    What layers share is kept out of saved tensors, whose hooks a checkpointed layer replays; a
+    layer that was handed it hands it on, and adds its gradient to the sum on the way back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        way: Way,
+        starts: Sequence[int],
+        carried: bool,
+        scale: float,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *tensors: Tensor,
+    ) -> Any:
+        y, kept = way.forward(x, weight, bias, tensors, starts, scale, True)
+        ctx.way, ctx.starts, ctx.scale, ctx.has_bias = way, starts, scale, bias is not None
+        ctx.shared, ctx.kept = tensors[: way.shared], len(kept)
+        ctx.save_for_backward(x, weight, *tensors[way.shared :], *kept)
+        ctx.set_materialize_grads(False)
+        if not carried:
+            return y
+        return (y, *(tensor.view_as(tensor) for tensor in ctx.shared))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *handed: Tensor | None) -> Any:
+        before = [*handed, *[None] * (ctx.way.shared - len(handed))]
+        none: list[Tensor | None] = [None] * _FIXED
+        if gradient is None:
+            rest = len(ctx.needs_input_grad) - _FIXED - 3 - len(before)
+            return (*none, None, None, None, *before, *[None] * rest)
+        with without_autocast(gradient.device):
+            if torch.is_grad_enabled():
+                return (*none, *_differentiable(ctx, gradient, before))
+            back = Backward(ctx, gradient)
+            back.sums[: len(before)] = before
+            ctx.way.backward(back)
+            of_bias = gradient.sum(0) if ctx.needs_input_grad[_FIXED + 2] else None
+            if back.of_x is not None:
+                back.of_x = back.of_x.to(back.x.dtype)
+            return (*none, back.of_x, back.of_weight, of_bias, *back.sums)
+
+
+def _differentiable(
+    ctx: Any, gradient: Tensor, before: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradients by operations that are differentiated themselves."""
+    way: Way = ctx.way
+    x, weight, *rest = ctx.saved_tensors
+    tensors = [*ctx.shared, *rest[: len(rest) - ctx.kept]]
+    y = way.plain(x, weight, None, tensors, ctx.starts, ctx.scale)
+    of_x, of_weight, *found = gradients(y, [x, weight, *tensors], gradient, again=True)
+    found[: len(before)] = map(_added, before, found)
+    wants_bias = ctx.needs_input_grad[_FIXED + 2]
+    return [of_x, of_weight, gradient.sum(0) if wants_bias else None, *found]
+
+
+def apply_way(
+    way: Way,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tensors: Sequence[Tensor],
+    starts: Sequence[int],
+    carried: bool,
+    scale: Scale,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return a layer's output, and what is handed on to the next layer.
+
+    Parameters
+    ----------
+    way : Way
+        How the update is applied.
+    x : torch.Tensor, (tokens, input width)
+        Inputs.
+    weight : torch.Tensor, (output width, input width), or None
+        The layer's; None for the update alone.
+    bias : torch.Tensor, (output width,), or None
+        The layer's.
+    tensors, starts : sequence
+        As the operands give them.
+    carried : bool
+        Whether the tensors that layers share are handed on.
+    scale : float or torch.Tensor
+        What multiplies the update.
+
+    Returns
+    -------
+    torch.Tensor, (tokens, output width)
+        The output.
+    sequence of torch.Tensor
+        The shared tensors.
+    """
+    if is_traced():
+        return way.plain(x, weight, bias, tensors, starts, scale), ()
+    assert isinstance(scale, float)
+    if not torch.is_grad_enabled():
+        return way.forward(x, weight, bias, tensors, starts, scale, False)[0], ()
+    found = Applied.apply(way, starts, carried, scale, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
+    if carried:
+        return found[0], found[1:]
+    return found, ()
