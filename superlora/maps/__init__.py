@@ -7,6 +7,7 @@ from `Map`; its fields are what a file stores.
 
 from superlora.maps._base import Map, Place, map_from_dict
 from superlora.maps.broadcast import Broadcast, Selection
+from superlora.maps.circulant import Circulant
 from superlora.maps.composed import BlockDiagonal, Composed
 from superlora.maps.fastfood import Fastfood
 from superlora.maps.fourier import Fourier
@@ -15,10 +16,12 @@ from superlora.maps.identity import Identity
 from superlora.maps.one_hot import OneHot
 from superlora.maps.separable import Separable
 from superlora.maps.shuffle import Shuffle
+from superlora.maps.wavelet import Wavelet
 
 __all__ = [
     "BlockDiagonal",
     "Broadcast",
+    "Circulant",
     "Composed",
     "Fastfood",
     "Fourier",
@@ -30,5 +33,6 @@ __all__ = [
     "Selection",
     "Separable",
     "Shuffle",
+    "Wavelet",
     "map_from_dict",
 ]
