@@ -27,6 +27,7 @@ from superlora import maps
 MAPS: dict[str, maps.Map] = {
     "Shuffle": maps.Shuffle(),
     "OneHot": maps.OneHot(),
+    "OneHot, window": maps.OneHot(window=4096),
     "OneHot, not kept": maps.OneHot(stored=False),
     "Fastfood single": maps.Fastfood(),
     "Fastfood stacked": maps.Fastfood(blocks="stacked"),

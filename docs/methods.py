@@ -16,15 +16,14 @@ from tables import between, replaced  # noqa: F401  (the page's test reads betwe
 
 PAGE = Path(__file__).parent / "methods.md"
 # What the symbols of the table stand for where it shows numbers: L weights of do x di.
-EXAMPLE = {"L": 4, "do": 24, "di": 36, "r": 2, "a": 8, "u": 5, "n": 10, "K": 3, "H": 3}
+EXAMPLE = {"L": 4, "do": 24, "di": 36, "r": 2, "a": 8, "u": 5, "n": 10, "K": 3, "H": 3, "b": 6}
 
 
 def map_text(fixed: sl.maps.Map) -> str:
     """Return a map with the fields that differ from their defaults."""
-    plain = type(fixed)()
-    names = [item.name for item in dataclasses.fields(fixed)]
-    changed = [name for name in names if getattr(fixed, name) != getattr(plain, name)]
-    return f"{type(fixed).__name__}({', '.join(f'{n}={getattr(fixed, n)!r}' for n in changed)})"
+    values = [(item, getattr(fixed, item.name)) for item in dataclasses.fields(fixed)]
+    changed = [f"{item.name}={value!r}" for item, value in values if value != item.default]
+    return f"{type(fixed).__name__}({', '.join(changed)})"
 
 
 def fields_text(spec: sl.Spec) -> str:
@@ -243,6 +242,22 @@ ADDED = (
         "PEFT FourierFT",
         "equal with PEFT's frequencies, in single precision, which PEFT transforms in; our own "
         "draws differ",
+    ),
+    Method(
+        "sl.waveft(size=n)",
+        "WaveFT, Bilican et al. 2025",
+        "s idwt2(S), n entries of S trained",
+        "L*n",
+        "PEFT WaveFT",
+        "equal with PEFT's positions and its default wavelet, odd widths too; our own draws differ",
+    ),
+    Method(
+        "sl.c3a(block=b)",
+        "C3A, Chen et al. 2024",
+        "s/di of circulant blocks",
+        "L*do*di//b",
+        "PEFT C3A",
+        "equal, in single precision, which PEFT transforms in; PEFT starts at random, ours at zero",
     ),
     Method(
         "sl.did(size=n)",

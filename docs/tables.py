@@ -24,6 +24,8 @@ PRESETS = (
     ("sl.fact_tk(rank=16)", "FacT-TK", "G = 1, stack of weights, M = 3"),
     ("sl.vera(rank=256)", "VeRA", "Hadamard product, all but two vectors a weight frozen"),
     ("sl.fourierft(size=1000)", "FourierFT", "M = 1, F a sparse Fourier transform"),
+    ("sl.waveft(size=1000)", "WaveFT", "M = 1, F a sparse wavelet transform"),
+    ("sl.c3a(block=256)", "C3A", "M = 1, F of circulant blocks"),
     ("sl.unilora(size=256)", "Uni-LoRA", "LoRA whose factors are a map of one vector"),
     ("sl.nola(size=64)", "NOLA", "LoRA whose factors are sums of random ones"),
     ("sl.lora_xs(rank=8)", "LoRA-XS", "singular vectors frozen, core trained"),

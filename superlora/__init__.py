@@ -9,6 +9,7 @@ from superlora.kronecker import kronecker
 from superlora.plan import Plan
 from superlora.presets import (
     bitfit,
+    c3a,
     dense,
     did,
     fact_tk,
@@ -33,6 +34,7 @@ from superlora.presets import (
     tinylora,
     unilora,
     vera,
+    waveft,
 )
 from superlora.spec import Spec
 from superlora.supports import OPERATIONS, support_shape
@@ -52,6 +54,7 @@ __all__ = [
     "Plan",
     "Spec",
     "bitfit",
+    "c3a",
     "dense",
     "did",
     "fact_tk",
@@ -86,4 +89,5 @@ __all__ = [
     "unfold_group",
     "unilora",
     "vera",
+    "waveft",
 ]

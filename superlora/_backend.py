@@ -213,7 +213,21 @@ def constant(values: numpy.ndarray, like: Array) -> Array:
 
 
 def take(array: Array, positions: Array) -> Array:
-    """Return the entries at some positions along the first axis."""
+    """Return the entries at some positions along the first axis.
+
+    Parameters
+    ----------
+    array : array, (n, ...)
+        Of any library.
+    positions : array of int, (m,)
+        Below n, on the device of `array`; `Map.kept` gives it, and for numpy and jax any array of
+        numpy serves.
+
+    Returns
+    -------
+    array, (m, ...)
+        Same library, dtype and device as `array`.
+    """
     # torch's own indexing scatters one by one on the way back.
     return array.index_select(0, positions) if hasattr(array, "index_select") else array[positions]
 
@@ -227,7 +241,27 @@ def move_axis(array: Array, source: int, target: int) -> Array:
 
 
 def scatter_add(values: Array, positions: Array, size: int) -> Array:
-    """Add up `values` at some positions along the first axis: the adjoint of `take`."""
+    """Add up values at some positions along the first axis: the adjoint of `take`.
+
+    Parameters
+    ----------
+    values : array, (m, ...)
+        Of numpy, torch or jax.
+    positions : array of int, (m,)
+        Below `size`, as for `take`.
+    size : int
+        Entries of the result.
+
+    Returns
+    -------
+    array, (size, ...)
+        Same library, dtype and device as `values`.
+
+    Raises
+    ------
+    TypeError
+        If `values` is of another library.
+    """
     library = backend_of(values)
     if library.backend_name == "numpy" and len(values.shape) == 1:
         return numpy.bincount(positions, values, minlength=size).astype(values.dtype)

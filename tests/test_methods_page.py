@@ -57,6 +57,6 @@ def test_the_presets_that_the_page_says_are_written_exactly_have_two_thin_factor
     thin = plan.low_rank(blocks, "0.weight")
     if f"`{method.preset}`" in named:
         assert thin is not None
-    if method.preset in ("dense", "fourierft", "did", "said"):
+    if method.preset in ("dense", "fourierft", "waveft", "c3a", "did", "said"):
         assert thin is None
         assert method.preset not in named

@@ -2,11 +2,15 @@
 
 A map takes a vector of the fold's entries to one of the group's entries; it has
 no trainable parameters. A map of your own is a frozen dataclass that derives
-from `Map`; its fields are what a file stores.
+from `Map`; its fields are what a file stores. `take` and `scatter_add` are for
+such maps, and `check` tests them.
 """
 
+from superlora._backend import scatter_add, take
 from superlora.maps._base import Map, Place, map_from_dict
+from superlora.maps._check import check
 from superlora.maps.broadcast import Broadcast, Selection
+from superlora.maps.circulant import Circulant
 from superlora.maps.composed import BlockDiagonal, Composed
 from superlora.maps.fastfood import Fastfood
 from superlora.maps.fourier import Fourier
@@ -15,10 +19,12 @@ from superlora.maps.identity import Identity
 from superlora.maps.one_hot import OneHot
 from superlora.maps.separable import Separable
 from superlora.maps.shuffle import Shuffle
+from superlora.maps.wavelet import Wavelet
 
 __all__ = [
     "BlockDiagonal",
     "Broadcast",
+    "Circulant",
     "Composed",
     "Fastfood",
     "Fourier",
@@ -30,5 +36,9 @@ __all__ = [
     "Selection",
     "Separable",
     "Shuffle",
+    "Wavelet",
+    "check",
     "map_from_dict",
+    "scatter_add",
+    "take",
 ]

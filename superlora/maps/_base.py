@@ -419,12 +419,30 @@ class Map(abc.ABC):
         fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         return {"name": type(self).__name__, **{key: _plain(v) for key, v in fields.items()}}
 
-    def _among(self, count: int, index: int) -> Map:
-        """Return the map with streams of its own, as one of so many."""
-        return self
+    def kept(self, like: Array, draw: str, *args: int, keep: bool = True) -> Array:
+        """Return what a method of the map gives, for arithmetic with an array.
 
-    def _kept(self, like: Array, draw: str, *args: int, keep: bool = True) -> Array:
-        """Return what a method draws on the device of `like`; kept from the first call on."""
+        Parameters
+        ----------
+        like : array
+            Of any library.
+        draw : str
+            Name of the method, which returns a `numpy.ndarray`.
+        *args : int
+            What it takes: all that its result depends on, besides the map's fields.
+        keep : bool
+            Whether the result is kept for the next call.
+
+        Returns
+        -------
+        array
+            On the device of `like`, of the method's dtype.
+
+        Notes
+        -----
+        For a map of your own: constants kept here are no part of its value, and are
+        there once for each library and device.
+        """
         # Those of torch that have no values must not be kept for those that have.
         if not keep or hasattr(like, "fake_mode"):
             return constant(getattr(self, draw)(*map(int, args)), like)
@@ -440,6 +458,10 @@ class Map(abc.ABC):
             if not hasattr(found, "fake_mode"):
                 kept[key] = found
         return found
+
+    def _among(self, count: int, index: int) -> Map:
+        """Return the map with streams of its own, as one of so many."""
+        return self
 
     # What is kept is no part of the value.
     def __getstate__(self) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class SeededMap(CheckedMap):
         return self.part(self.substream * count + index)
 
     def _fixed(self, like: Array, draw: str, *args: int) -> Array:
-        return self._kept(like, draw, *args, keep=getattr(self, "stored", True))
+        return self.kept(like, draw, *args, keep=getattr(self, "stored", True))
 
     def _stream(self, kind: int) -> int:
         return kind << 56 | self.substream << 32

@@ -10,6 +10,7 @@ import numpy
 from superlora._backend import Array, backend_of, ones, scatter_add, take
 from superlora.maps._base import Place
 from superlora.maps._seeded import CheckedMap
+from superlora.maps._shaped import weight_shape
 from superlora.values import check_count, hashable
 
 
@@ -73,12 +74,7 @@ class Broadcast(CheckedMap):
         ValueError
             If the group is not one whole weight.
         """
-        if len(place.shapes) != 1 or not place.whole:
-            raise ValueError(
-                "map=Broadcast() must have one whole weight a group, groups='weight': got "
-                f"{len(place.shapes)} weights in group {place.group}"
-            )
-        rows, columns = place.shapes[0]
+        rows, columns = weight_shape(self, place)
         return {"all": 1, "inputs": rows, "outputs": columns}[self.along]
 
     def check(self, before: int, size: int) -> None:
@@ -219,7 +215,7 @@ class Selection(CheckedMap):
         return scatter_add(y, self._where(y), before)
 
     def _where(self, like: Array) -> Array:
-        return self._kept(like, "_draw_positions")
+        return self.kept(like, "_draw_positions")
 
     def _draw_positions(self) -> numpy.ndarray:
         return numpy.array(self.positions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,15 +18,12 @@ from superlora._backend import (
     widened,
     zeros,
 )
-from superlora.maps._base import Map, Place
-from superlora.maps._seeded import CHECKED, ORDERS, SeededMap, check_enough
+from superlora.maps._shaped import PlacedMap
 from superlora.maps.shuffle import position_type
-from superlora.permutations import Permutation
-from superlora.values import check_count, hashable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fourier(SeededMap):
+class Fourier(PlacedMap):
     """The real part of the inverse Fourier transform of a sparse spectrum (FourierFT [1]_).
 
     Parameters
@@ -70,87 +66,11 @@ class Fourier(SeededMap):
     array([ 1., -1.,  1., -1.])
     """
 
-    shape: tuple[int, ...] | None = None
     frequencies: tuple[int, ...] | None = None
     normalize: str | None = None
 
+    given: ClassVar = "frequencies"
     choices: ClassVar = {"normalize": ("isometric", None)}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("shape", "frequencies"):
-            values = getattr(self, name)
-            if values is None:
-                continue
-            object.__setattr__(self, name, hashable(values))
-            values = getattr(self, name)
-            if not isinstance(values, tuple) or not values:
-                raise TypeError(f"{name} must be a tuple of integers: got {values!r}")
-            for index, value in enumerate(values):
-                check_count(f"{name}[{index}]", value, least=1 if name == "shape" else 0)
-        if self.shape is not None and len(self.shape) != 2:
-            raise ValueError(f"shape must have two axes: got {self.shape}")
-        if self.frequencies is not None and len(set(self.frequencies)) < len(self.frequencies):
-            raise ValueError(f"frequencies must all be different: got {self.frequencies}")
-
-    def bind(self, place: Place) -> Map:
-        """Return the map with the shape of the group's weight.
-
-        Parameters
-        ----------
-        place : Place
-            The group and the weights in it.
-
-        Returns
-        -------
-        Map
-            With a shape.
-
-        Raises
-        ------
-        ValueError
-            If the group is not one whole weight, and no shape is given.
-        """
-        bound = super().bind(place)
-        if self.shape is not None or not place.shapes:
-            return bound
-        if len(place.shapes) != 1 or not place.whole:
-            raise ValueError(
-                "map=Fourier() must have one whole weight a group, groups='weight', or a shape: "
-                f"got {len(place.shapes)} weights in group {place.group}"
-            )
-        assert isinstance(bound, Fourier)
-        return dataclasses.replace(bound, shape=place.shapes[0])
-
-    def check(self, before: int, size: int) -> None:
-        """Refuse a shape of another size, and more coefficients than frequencies.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Raises
-        ------
-        ValueError
-            If it is so.
-        """
-        check_enough(before, size, "Fourier")
-        if math.prod(self._axes(size)) != size:
-            raise ValueError(
-                f"shape must have {size} entries, those of the group: got {self.shape}"
-            )
-        if self.frequencies is not None:
-            if len(self.frequencies) != before:
-                raise ValueError(
-                    f"frequencies must be {before}, one for each entry of the fold: got "
-                    f"{len(self.frequencies)}"
-                )
-            if max(self.frequencies) >= size:
-                raise ValueError(
-                    f"frequencies must be below {size}, the group's size: got "
-                    f"{max(self.frequencies)}"
-                )
 
     def gain(self, before: int, size: int) -> float:
         """Return the mean square of an output for inputs of mean square 1.
@@ -166,23 +86,6 @@ class Fourier(SeededMap):
             ``before / size`` if isometric.
         """
         return before / size if self.normalize else before / (2 * size**2)
-
-    def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
-        """Return the frequencies.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            At most 4096 of them; empty where they are given.
-        """
-        if self.frequencies is not None:
-            return {}
-        return {"frequencies": self._chosen(min(before, CHECKED), size)}
 
     def operations(self, before: int, size: int) -> int:
         """Return about how many additions and multiplications `apply` takes.
@@ -250,7 +153,7 @@ class Fourier(SeededMap):
         transforms = fourier_transforms(x)
         library = backend_of(values, x)
         sources, targets, weights = (
-            self._kept(x, name, values.shape[0]) for name in ("_sources", "_targets", "_weights")
+            self.kept(x, name, values.shape[0]) for name in ("_sources", "_targets", "_weights")
         )
         spectrum = transforms.rfft(widened(x))
         parts = [library.transpose(spectrum.real), library.transpose(spectrum.imag)]
@@ -293,16 +196,8 @@ class Fourier(SeededMap):
         both = numpy.concatenate([numpy.where(own, 1.0, 0.5), numpy.where(own, 0.0, signs)])
         return both * (self._factor(rows * columns) / columns)
 
-    def _axes(self, size: int) -> tuple[int, ...]:
-        return (1, size) if self.shape is None else self.shape
-
     def _factor(self, size: int) -> float:
         return float(2 * size) ** 0.5 if self.normalize else 1.0
-
-    def _chosen(self, before: int, size: int) -> numpy.ndarray:
-        if self.frequencies is not None:
-            return numpy.array(self.frequencies)
-        return Permutation(self.seed, self._stream(ORDERS), size).forward(0, before)
 
     def _half(self, before: int, size: int, mirrored: bool) -> numpy.ndarray:
         """Return where a real transform's half spectrum has each coefficient, or its mirror."""
@@ -314,7 +209,7 @@ class Fourier(SeededMap):
         return numpy.where(v < kept, u * kept + v, rows * kept).astype(position_type(size))
 
     def _places(self, before: int, size: int, like: Array) -> tuple[Array, Array]:
-        first, second = (self._kept(like, "_half", before, size, side) for side in (False, True))
+        first, second = (self.kept(like, "_half", before, size, side) for side in (False, True))
         return first, second
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:

@@ -207,12 +207,12 @@ class Gaussian(SeededMap):
     ) -> Iterator[tuple[int, Array]]:
         """Yield the rows of a slice, few enough at a time, and where they begin."""
         if self.stored and before * size <= _KEPT:
-            yield start, self._kept(like, "_rows", before, 0, size)[start:stop]
+            yield start, self.kept(like, "_rows", before, 0, size)[start:stop]
             return
         step = max(1, _CHUNK // before)
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            yield first, self._kept(like, "_rows", before, first, last, keep=False)
+            yield first, self.kept(like, "_rows", before, first, last, keep=False)
 
     def _rows(self, before: int, first: int, last: int) -> numpy.ndarray:
         stream = self._stream(NORMALS)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy
 
-from superlora._backend import Array, backend_of, cast, take
+from superlora._backend import Array, backend_of, cast, scatter_add, take
 from superlora.maps._seeded import (
     CHECKED,
     NORMALIZE,
@@ -21,6 +21,7 @@ from superlora.maps.identity import padded
 from superlora.maps.shuffle import position_type
 from superlora.permutations import Permutation, permutation_rows
 from superlora.random import signs
+from superlora.values import check_count
 
 _CHUNK = 1 << 19  # entries whose constants are made at once
 
@@ -47,6 +48,9 @@ class OneHot(SeededMap):
     stored : bool
         Whether positions and signs are kept in memory, 9 bytes an output, or drawn anew each
         time.
+    window : int, optional
+        Deal about so many inputs at a time out to as many outputs as take them, so that near
+        outputs read near inputs, which a cache holds; `tiled` says nothing then.
     version, substream : int
         As in every map with a seed.
 
@@ -59,7 +63,9 @@ class OneHot(SeededMap):
     -----
     ``y_i = s_i x_j(i) / sqrt(n_j(i))``, where input j is taken n_j times, which is
     ``size // before`` or one more. Forward and adjoint are gathers, and a slice of the outputs
-    needs only its own.
+    needs only its own. With a window the inputs lie one after the other, each n_j times, and
+    every run of ``window (size // before)`` of these outputs is permuted in itself: it reads
+    at most ``window + 1`` consecutive inputs. The adjoint adds them up one by one.
 
     References
     ----------
@@ -79,6 +85,7 @@ class OneHot(SeededMap):
     signed: bool = True
     normalize: str | None = "isometric"
     stored: bool = True
+    window: int | None = None
 
     sliced: ClassVar[bool] = True
     reads: ClassVar[bool] = True
@@ -88,6 +95,24 @@ class OneHot(SeededMap):
         "normalize": NORMALIZE,
         "stored": (True, False),
     }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None:
+            check_count("window", self.window)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the map's name and fields as plain JSON values.
+
+        Returns
+        -------
+        dict
+            Where there is no window, the file of before there was such a field.
+        """
+        fields = super().to_dict()
+        if self.window is None:
+            del fields["window"]
+        return fields
 
     def check(self, before: int, size: int) -> None:
         """Refuse fewer outputs than inputs.
@@ -133,8 +158,10 @@ class OneHot(SeededMap):
             At most 4096 of each.
         """
         most = min(size, CHECKED)
-        if self.tiled and before > most:
-            sources = Permutation(self.seed, self._stream(ROWS), before).forward(0, most)
+        tile = self._tile(before, size)
+        if (self.tiled or self.window) and tile > most:
+            sources = Permutation(self.seed, self._stream(ROWS), tile).forward(0, most)
+            sources = self._dealt(sources, before, size) if self.window else sources
         else:
             sources = self._sources(before, size, 0, most)
         found = {"sources": sources}
@@ -170,7 +197,8 @@ class OneHot(SeededMap):
         int
             0 where they are not kept.
         """
-        each = 2 * position_type(size + before).itemsize + self.signed
+        ways = 2 if self.window is None else 1
+        each = ways * position_type(size + before).itemsize + self.signed
         return self.stored * (each * size + 8 * before)
 
     def gather(self, x: Array, size: int, start: int, stop: int) -> Array:
@@ -192,7 +220,7 @@ class OneHot(SeededMap):
         """
         before = x.shape[0]
         parts = []
-        for first, last in _chunks(before, size, start, stop):
+        for first, last in _chunks(self._tile(before, size), size, start, stop):
             inside = slice(max(start - first, 0), min(stop, last) - first)
             part = take(x, self._fixed(x, "_sources", before, size, first, last)[inside])
             if self.signed:
@@ -215,7 +243,7 @@ class OneHot(SeededMap):
             The first of them.
         """
         before, stop = into.shape[0], start + y.shape[0]
-        for first, last in _chunks(before, size, start, stop):
+        for first, last in _chunks(self._tile(before, size), size, start, stop):
             inside = slice(max(start - first, 0), min(stop, last) - first)
             part = y[max(first - start, 0) : last - start]
             if self.signed:
@@ -228,10 +256,14 @@ class OneHot(SeededMap):
     def _backward(self, y: Array, before: int) -> Array:
         size = y.shape[0]
         library = backend_of(y)
+        bounds = _chunks(self._tile(before, size), size, 0, size)
         if self.signed:
-            bounds = _chunks(before, size, 0, size)
             runs = [y[a:b] * self._fixed(y, "_signs", a, b) for a, b in bounds]
             y = runs[0] if len(runs) == 1 else library.concatenate(runs, axis=0)
+        if self.window is not None:
+            sources = [self._fixed(y, "_sources", before, size, a, b) for a, b in bounds]
+            total = scatter_add(y, library.concatenate(sources, axis=0), before)
+            return self.normalized(total, size)
         y = padded(y, -(-size // before) * before)
         total = None
         for first, last in _chunks(before, y.shape[0], 0, y.shape[0]):
@@ -266,7 +298,14 @@ class OneHot(SeededMap):
 
     def _sources(self, before: int, size: int, first: int, last: int) -> numpy.ndarray:
         """Return which inputs are taken by outputs `first`, where a tile begins, to `last`."""
-        if self.tiled:
+        if self.window is not None:
+            tile = self._tile(before, size)
+            tiles = first // tile, -(-last // tile)
+            found = permutation_rows(self.seed, self._stream(ROWS), tile, *tiles)
+            found = (found + numpy.arange(*tiles)[:, None] * tile).reshape(-1)
+            # The last tile is cut: what is left of a permutation is one of the rest.
+            found = self._dealt(found[found < size][: last - first], before, size)
+        elif self.tiled:
             tiles = first // before, -(-last // before)
             found = permutation_rows(self.seed, self._stream(ROWS), before, *tiles)
             found = found.reshape(-1)[: last - first]
@@ -287,13 +326,24 @@ class OneHot(SeededMap):
             found[: max(size - first, 0)] = self._deal(size).inverse(first, min(last, size))
         return found.astype(position_type(size + before))
 
+    def _tile(self, before: int, size: int) -> int:
+        """Return how many outputs are permuted together."""
+        return before if self.window is None else min(self.window, before) * (size // before)
+
+    def _dealt(self, places: numpy.ndarray, before: int, size: int) -> numpy.ndarray:
+        """Return the inputs at some places of all in order, each as often as it is taken."""
+        whole, rest = divmod(size, before)
+        longer = rest * (whole + 1)  # places of the first inputs, which are taken once more
+        later = rest + (places - longer) // whole
+        return numpy.where(places < longer, places // (whole + 1), later)
+
     def _deal(self, size: int) -> Permutation:
         return Permutation(self.seed, self._stream(ORDERS), size)
 
     def _weights(self, before: int, size: int) -> numpy.ndarray:
         whole, rest = divmod(size, before)
         place = numpy.arange(before)
-        if self.tiled and rest:
+        if self.tiled and self.window is None and rest:
             place = permutation_rows(
                 self.seed, self._stream(ROWS), before, whole, whole + 1, inverse=True
             )[0]

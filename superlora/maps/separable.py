@@ -14,10 +14,10 @@ import numpy
 from superlora._backend import Array, backend_of, cast, move_axis, widened
 from superlora.maps._base import Map, Place
 from superlora.maps._seeded import CheckedMap
+from superlora.maps._shaped import freeze_counts
 from superlora.maps.composed import check_part, part_of
 from superlora.maps.fastfood import Fastfood
 from superlora.maps.identity import Identity, padded
-from superlora.values import check_count, hashable
 
 _DENSE = 1 << 24  # entries of a mode's matrix that is kept, so that a product takes its place
 _MODES = 4096  # that can have streams of their own
@@ -79,14 +79,7 @@ class Separable(CheckedMap):
         if isinstance(self.inner, (Separable, Identity)):
             raise ValueError(f"inner must be a map of one mode: got {self.inner!r}")
         for name, least in (("modes", 0), ("before", 1), ("after", 1)):
-            values = hashable(getattr(self, name))
-            object.__setattr__(self, name, values)
-            if values is None:
-                continue
-            if not isinstance(values, tuple) or not values:
-                raise TypeError(f"{name} must be a tuple of integers: got {values!r}")
-            for index, value in enumerate(values):
-                check_count(f"{name}[{index}]", value, least=least)
+            freeze_counts(self, name, least)
         if self.modes is not None and len(set(self.modes)) < len(self.modes):
             raise ValueError(f"modes must all be different: got {self.modes}")
         if (self.before is None) != (self.after is None):
@@ -258,7 +251,7 @@ class Separable(CheckedMap):
             before, after = (size, width) if adjoint else (width, size)
             wide = widened(tensor)
             double = "float64" in str(wide.dtype)
-            matrix = cast(self._kept(wide, "_matrix", index, before, after, double), like=wide)
+            matrix = cast(self.kept(wide, "_matrix", index, before, after, double), like=wide)
             product = library.tensordot(matrix, wide, axes=([0 if adjoint else 1], [axis]))
             product = cast(product, like=tensor)
         else:

@@ -127,11 +127,11 @@ class Shuffle(SeededMap):
     def _taken(self, x: Array, start: int, stop: int, inverse: bool) -> Array:
         size = x.shape[0]
         if self.stored:
-            return take(x, self._kept(x, "_draw", size, 0, size, inverse)[start:stop])
+            return take(x, self.kept(x, "_draw", size, 0, size, inverse)[start:stop])
         parts = []
         for first in range(start, stop, CHUNK):
             last = min(first + CHUNK, stop)
-            parts.append(take(x, self._kept(x, "_draw", size, first, last, inverse, keep=False)))
+            parts.append(take(x, self.kept(x, "_draw", size, first, last, inverse, keep=False)))
         return backend_of(x).concatenate(parts, axis=0)
 
     def _draw(self, size: int, first: int, last: int, inverse: bool) -> numpy.ndarray:

@@ -1,6 +1,6 @@
 """Named methods as points of the design space: each returns a `Spec`, or one an operation."""
 
-from superlora.presets.mapped import did, fourierft, nola, said, unilora
+from superlora.presets.mapped import c3a, did, fourierft, nola, said, unilora, waveft
 from superlora.presets.operations import bitfit, glora, ia3, prompt_add, repadapter, ssf
 from superlora.presets.partly_frozen import lora_fa, lora_xs, tinylora, vera
 from superlora.presets.shared import fact_tk, fact_tt, lorta, lorta_cp, lotr
@@ -9,6 +9,7 @@ from superlora.presets.weightwise import dense, krona, loha, lokr, lonkr, lora
 # The package names them too.  pylint: disable=duplicate-code
 __all__ = [
     "bitfit",
+    "c3a",
     "dense",
     "did",
     "fact_tk",
@@ -34,4 +35,5 @@ __all__ = [
     "tinylora",
     "unilora",
     "vera",
+    "waveft",
 ]

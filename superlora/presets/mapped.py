@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from superlora.maps import Fastfood, Fourier, Gaussian, OneHot
+from superlora.maps import Circulant, Fastfood, Fourier, Gaussian, OneHot, Wavelet
 from superlora.presets._make import make, refuse_rank
 from superlora.spec import Spec
 
@@ -37,6 +37,61 @@ def fourierft(size: int = 1000, scale: float = 150.0, seed: int = 0, **changes: 
     refuse_rank("fourierft", changes)
     fields = {"order": 1, "map": Fourier(seed=seed), "size": size, "scale": scale}
     return make(changes, rank="full", **fields)
+
+
+def waveft(size: int = 2592, scale: float = 25.0, seed: int = 0, **changes: Any) -> Spec:
+    """WaveFT (Bilican et al. 2025): coefficients at random places of each update's wavelets.
+
+    Parameters
+    ----------
+    size : int
+        Coefficients a weight.
+    scale : float
+        The method's own scale.
+    seed : int
+        Of the places, which all weights of one shape share.
+    **changes : Any
+        Other fields of the spec.
+
+    Returns
+    -------
+    Spec
+        ``size`` parameters a weight: ``ΔW = s idwt2(S)`` with one level of Haar's wavelets.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> sl.Plan(sl.waveft(size=5), {"q": (6, 4)}).num_parameters
+    5
+    """
+    refuse_rank("waveft", changes)
+    fields = {"order": 1, "map": Wavelet(seed=seed), "size": size, "scale": scale}
+    return make(changes, rank="full", **fields)
+
+
+def c3a(block: int = 256, **changes: Any) -> Spec:
+    """C3A (Chen et al. 2024): every update is made of circulant blocks.
+
+    Parameters
+    ----------
+    block : int
+        The blocks' width b, which divides all widths of the weights.
+    **changes : Any
+        Other fields of the spec.
+
+    Returns
+    -------
+    Spec
+        ``do di / b`` parameters a weight: ``ΔW[p b + i, q b + k] = s x[p, q, (k - i) mod b] / di``.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> sl.Plan(sl.c3a(block=2), {"q": (6, 4)}).num_parameters
+    12
+    """
+    refuse_rank("c3a", changes)
+    return make(changes, rank="full", order=1, map=Circulant(block=block))
 
 
 def did(size: int = 1000, seed: int = 0, **changes: Any) -> Spec:

@@ -8,6 +8,7 @@ import math
 
 import numpy
 import pytest
+import scipy.linalg
 from scipy.linalg import block_diag, hadamard
 
 from superlora import maps
@@ -53,10 +54,21 @@ def fastfood(fixed, before, size):
     return whole[:size, :before] * first * scale_of(fixed, before, size)
 
 
+def windowed(fixed, before, size):
+    """Return the input of every output: all in order, in runs that are permuted in themselves."""
+    whole, rest = divmod(size, before)
+    placed = [j for j in range(before) for _ in range(whole + (j < rest))]
+    run = min(fixed.window, before) * whole
+    moves = [order(fixed, ROWS, run, k) for k in range(math.ceil(size / run))]
+    return [placed[k * run + i] for k, move in enumerate(moves) for i in move if k * run + i < size]
+
+
 def one_hot(fixed, before, size):
     matrix = numpy.zeros((size, before))
     for i in range(size):
-        if fixed.tiled:
+        if fixed.window is not None:
+            source = windowed(fixed, before, size)[i]
+        elif fixed.tiled:
             source = order(fixed, ROWS, before, i // before)[i % before]
         else:
             source = order(fixed, ORDERS, size)[i] % before
@@ -94,6 +106,43 @@ def fourier(fixed, before, size):
             angle = 2 * math.pi * (a * u / shape[0] + b * v / shape[1])
             matrix[a * shape[1] + b, i] = scale / size * math.cos(angle)
     return matrix
+
+
+def wavelet(fixed, before, size):
+    """Return products of Haar's averages and differences; a half of rows is of those of columns."""
+    rows, columns = fixed.shape
+    sides = [haar(width + width % 2) for width in (rows, columns)]
+    matrix = numpy.empty((size, before))
+    for index, position in enumerate(fixed.positions or order(fixed, ORDERS, size)[:before]):
+        row, column = divmod(position, columns)
+        (low_row, high_row), (low_column, high_column) = (
+            (side[at % half], side[at % half + half])
+            for side, at, half in zip(
+                sides, (row, column), (len(side) // 2 for side in sides), strict=True
+            )
+        )
+        by_columns, by_rows = column >= len(sides[1]) // 2, row >= len(sides[0]) // 2
+        patch = numpy.outer(
+            high_row if by_columns else low_row, high_column if by_rows else low_column
+        )
+        matrix[:, index] = patch[:rows, :columns].ravel()
+    return matrix
+
+
+def haar(size):
+    """Return the averages of neighbours and then their differences, orthonormal."""
+    pairs = numpy.eye(size // 2)
+    return numpy.vstack([numpy.kron(pairs, [1, 1]), numpy.kron(pairs, [1, -1])]) / math.sqrt(2)
+
+
+def circulant(fixed, before, size):
+    (rows, columns), width = fixed.shape, fixed.block
+    kernels = numpy.arange(before).reshape(rows // width, columns // width, width)
+    blocks = [
+        [scipy.linalg.circulant(kernel).T for kernel in line]  # the first row is the kernel
+        for line in kernels
+    ]
+    return numpy.eye(before)[numpy.block(blocks).ravel()] / columns
 
 
 def broadcast(fixed, before, size):
@@ -150,6 +199,8 @@ ORACLES = {
     maps.Gaussian: gaussian,
     maps.Fourier: fourier,
     maps.Broadcast: broadcast,
+    maps.Circulant: circulant,
+    maps.Wavelet: wavelet,
     maps.Shuffle: shuffle,
     maps.Composed: composed,
     maps.BlockDiagonal: block_diagonal,
@@ -174,6 +225,11 @@ ONE_HOTS = [
     for tiled, (signed, n, stored) in itertools.product(
         (True, False), ((True, "isometric", True), (False, "variance", False), (True, None, True))
     )
+]
+ONE_HOTS += [
+    maps.OneHot(seed=3, window=2, tiled=False, normalize="variance"),
+    maps.OneHot(seed=3, window=3, stored=False),
+    maps.OneHot(seed=3, window=99, signed=False),
 ]
 GAUSSIANS = [
     maps.Gaussian(seed=3),
@@ -200,6 +256,13 @@ CASES = [
     (maps.Fourier(seed=3, shape=(4, 6), normalize="isometric"), 24, 24),
     (maps.Fourier(seed=3, shape=(5, 3)), 7, 15),
     (maps.Fourier(shape=(3, 4), frequencies=(0, 11, 1, 6)), 4, 12),
+    (maps.Wavelet(seed=3, shape=(4, 6)), 24, 24),
+    (maps.Wavelet(seed=3, shape=(5, 3)), 15, 15),
+    (maps.Wavelet(shape=(2, 5), positions=(9, 0, 4, 6)), 4, 10),
+    (maps.Wavelet(shape=(1, 3)), 3, 3),
+    (maps.Circulant(block=3, shape=(6, 9)), 18, 54),
+    (maps.Circulant(block=4, shape=(4, 4)), 4, 16),
+    (maps.Circulant(block=1, shape=(2, 3)), 6, 6),
     (maps.Broadcast(), 1, 6),
     (maps.Broadcast(along="inputs"), 3, 12),
     (maps.Broadcast(along="outputs"), 3, 12),
@@ -246,6 +309,9 @@ KINDS = [
     (maps.Shuffle(seed=1), 5, 5),
     (NESTED, 5, 13),
     (maps.Separable(before=(2, 3), after=(3, 5)), 6, 15),
+    (maps.OneHot(seed=1, window=2), 5, 13),
+    (maps.Wavelet(seed=1, shape=(3, 4)), 5, 12),
+    (maps.Circulant(block=2, shape=(4, 2)), 4, 8),
 ]
 every_kind = pytest.mark.parametrize(("fixed", "before", "size"), rows(KINDS))
 

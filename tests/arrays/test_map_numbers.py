@@ -59,7 +59,10 @@ EXACT = [
     (maps.OneHot(seed=4, signed=False), 5, 5),
     (maps.OneHot(seed=4, tiled=False), 7, 23),
     (maps.OneHot(seed=4, tiled=False, signed=False), 1, 9),
+    (maps.OneHot(seed=4, window=3), 7, 23),
+    (maps.OneHot(seed=4, window=4), 9, 9),
     (maps.Shuffle(seed=4), 23, 23),
+    (maps.Wavelet(seed=4, shape=(4, 6)), 7, 24),
     (maps.Fourier(seed=4, shape=(5, 7), frequencies=(1, 9, 13), normalize="isometric"), 3, 35),
     (maps.Separable(inner=maps.Fastfood(values="sign"), before=(3, 5), after=(4, 8)), 15, 32),
     (maps.Separable(inner=maps.OneHot(), before=(3, 2), after=(5, 3)), 6, 15),
@@ -76,10 +79,22 @@ def test_the_columns_are_orthonormal(fixed, before, size):
 
 
 def test_every_input_is_taken_as_often_as_any_other_but_for_one():
-    for tiled in (True, False):
-        fixed = maps.OneHot(seed=1, tiled=tiled, signed=False, normalize=None)
+    for dealt in ({"tiled": True}, {"tiled": False}, {"window": 3}):
+        fixed = maps.OneHot(seed=1, **dealt, signed=False, normalize=None)
         counts = fixed.adjoint(numpy.ones(103), 10)
         assert sorted(counts.tolist()) == [10.0] * 7 + [11.0] * 3
+
+
+@pytest.mark.parametrize(("before", "size"), [(1000, 5321), (700, 701), (64, 6400)])
+@pytest.mark.parametrize("window", [1, 10, 64, 5000])
+def test_near_outputs_of_a_window_read_near_inputs(before, size, window):
+    fixed = maps.OneHot(seed=1, window=window, signed=False, normalize=None)
+    read = fixed.apply(numpy.arange(float(before)), size)
+    run = min(window, before) * (size // before)
+    for start in range(0, size, run):
+        assert numpy.ptp(read[start : start + run]) <= window
+    if window > 1:  # and are not in order
+        assert (numpy.diff(read[:run]) < 0).any()
 
 
 def squares(make, before, size, seeds):
@@ -174,6 +189,9 @@ MEMORY = [
     *((fixed, 500, 3001) for fixed, *_ in KINDS[:6]),
     (maps.Fastfood(stored=False), 500, 3001),
     (maps.OneHot(stored=False, signed=False), 500, 3001),
+    (maps.OneHot(window=100), 500, 3001),
+    (maps.Wavelet(shape=(3, 1001)), 500, 3003),
+    (maps.Circulant(block=10, shape=(30, 100)), 300, 3000),
     (maps.Shuffle(stored=False), 3001, 3001),
     (maps.Gaussian(), 10_000, 2000),
     (maps.Fourier(), 500, 3001),
@@ -203,6 +221,7 @@ def test_a_map_keeps_as_many_bytes_as_it_says(fixed, before, size):
     "fixed",
     [
         maps.OneHot(),
+        maps.OneHot(window=2),
         maps.Fastfood(blocks="stacked"),
         maps.Fastfood(blocks="stacked", order="le"),
         maps.Gaussian(structured=True),
@@ -251,6 +270,9 @@ VALUES = [
     (4.0, 33.0, 3792134487),
     (1.4142135623730951, 108.56788491819711, 3549954378),
     (-0.2639992024290029, -75.44615762442511, 3431024461),
+    (-0.5773502691896257, -34.868421093355536, 1848586676),
+    (1.5, 104.5, 444922471),
+    (0.5, 43.0, None),
 ]
 
 
@@ -281,6 +303,27 @@ def test_what_a_seed_stands_for_is_a_format(xp, index):
             -0.7068552259904459,
             136.76800072682332,
             2639114036,
+        ),
+        (
+            maps.OneHot(seed=9, window=4096),
+            70_000,
+            0.20940508408297268,
+            94.0377032425562,
+            477519671,
+        ),
+        (
+            maps.OneHot(seed=9, window=50_000),
+            70_000,
+            -0.23933446135662473,
+            -33.89521990365417,
+            2622425887,
+        ),
+        (
+            maps.Wavelet(seed=9, shape=(3, 46_667)),
+            70_000,
+            0.3285144351010708,
+            11.56929577477365,
+            3874320900,
         ),
         (maps.Fourier(seed=9), 70_000, 0.0005796441674681476, 0.10101359660408495, 4214003933),
         (maps.Shuffle(seed=9), 140_001, -0.9996442472299877, -19.57457304739532, 3874320900),
@@ -340,6 +383,7 @@ def test_a_checksum_is_of_bytes_in_one_order(fixed, before, size):
         (maps.Fastfood(), (5, 16), (5, 17)),
         (maps.OneHot(), (5, 16), (6, 16)),
         (maps.OneHot(tiled=False), (5, 16), (5, 17)),
+        (maps.OneHot(window=2), (5, 16), (6, 16)),
         (maps.Gaussian(), (5, 16), (5, 17)),
         (maps.Gaussian(structured=True), (4, 16), (5, 16)),
         (maps.Fourier(), (5, 16), (6, 16)),
@@ -354,7 +398,8 @@ def test_a_checksum_is_of_one_size(fixed, sizes, others):
 def test_a_checksum_of_a_large_map_takes_no_memory_of_its_size():
     tracemalloc.start()
     try:
-        for fixed in [maps.Fastfood(), maps.OneHot(), maps.OneHot(tiled=False), maps.Shuffle()]:
+        one_hots = [maps.OneHot(), maps.OneHot(tiled=False), maps.OneHot(window=10**7)]
+        for fixed in [maps.Fastfood(), *one_hots, maps.Shuffle()]:
             assert fixed.checksum(10**8, 10**8) is not None
         assert maps.Gaussian(structured=True).checksum(10**8, 10**8) is not None
         assert tracemalloc.get_traced_memory()[1] < 1 << 24

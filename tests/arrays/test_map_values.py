@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import tracemalloc
@@ -26,6 +27,11 @@ def test_a_map_survives_json(fixed, before, size):
     assert repr(again) == repr(fixed)
     assert again.checksum(before, size) == fixed.checksum(before, size)
     assert_array_equal(again.apply(draw(before), size), fixed.apply(draw(before), size))
+
+
+def test_a_one_hot_map_without_a_window_has_the_file_of_before_there_was_one():
+    assert "window" not in maps.OneHot().to_dict()
+    assert maps.OneHot(window=5).to_dict()["window"] == 5
 
 
 def test_maps_of_other_fields_are_other_values():
@@ -87,6 +93,12 @@ def test_a_wrong_file_is_refused(values, error, match):
         ("Shuffle", {"shared": 1}, ValueError, "shared must be one of (True, False): got 1"),
         ("OneHot", {"signed": 1.0}, ValueError, "signed must be one of (True, False): got 1.0"),
         ("OneHot", {"tiled": None}, ValueError, "tiled must be one of (True, False): got None"),
+        ("OneHot", {"window": 0}, ValueError, "window must be at least 1: got 0"),
+        ("OneHot", {"window": 2.0}, TypeError, "window must be an integer: got 2.0"),
+        ("Circulant", {"block": 0}, ValueError, "block must be at least 1: got 0"),
+        ("Circulant", {"block": 2, "shape": 4}, TypeError, "shape must be a tuple of integers"),
+        ("Wavelet", {"shape": (4,)}, ValueError, "shape must have two axes: got (4,)"),
+        ("Wavelet", {"positions": (1, 1)}, ValueError, "positions must all be different"),
         ("OneHot", {"stored": numpy.ones(2)}, ValueError, "stored must be one of (True, False)"),
         ("Fastfood", {"order": "lefty"}, ValueError, "order must be one of ('paper', 'le')"),
         ("Fastfood", {"blocks": 2}, ValueError, "blocks must be one of ('single', 'stacked')"),
@@ -137,6 +149,20 @@ def test_wrong_fields_are_refused(make, fields, error, match):
         (maps.Shuffle(), 3, 4, "size must be at most 3, the entries of x: got 4"),
         (maps.OneHot(), 4, 3, "size must be at least 4, the entries before OneHot: got 3"),
         (maps.Fourier(), 4, 3, "size must be at least 4, the entries before Fourier: got 3"),
+        (maps.OneHot(window=2), 4, 3, "size must be at least 4, the entries before OneHot: got 3"),
+        (maps.Wavelet(shape=(1, 3)), 4, 3, "at least 4, the entries before Wavelet: got 3"),
+        (maps.Wavelet(), 2, 4, "shape must be given for a map outside a plan: got None"),
+        (maps.Wavelet(shape=(2, 3)), 2, 5, "shape must have 5 entries, those of the group"),
+        (maps.Wavelet(shape=(1, 5), positions=(5,)), 1, 5, "positions must be below 5"),
+        (maps.Circulant(block=2), 2, 4, "shape must be given for a map outside a plan: got None"),
+        (maps.Circulant(block=2, shape=(2, 2)), 2, 5, "shape must have 5 entries, those of"),
+        (maps.Circulant(block=2, shape=(2, 2)), 3, 4, "x must have 2 entries, those of the ker"),
+        (
+            maps.Circulant(block=4, shape=(4, 6)),
+            6,
+            24,
+            "block must divide both widths of the weight: got 4 and (4, 6)",
+        ),
         (maps.Fourier(shape=(2, 3)), 2, 5, "shape must have 5 entries, those of the group"),
         (maps.Fourier(frequencies=(0, 1)), 3, 5, "frequencies must be 3, one for each entry"),
         (maps.Fourier(frequencies=(0, 5)), 2, 5, "frequencies must be below 5"),
@@ -241,8 +267,15 @@ def test_parts_are_bound_without_the_groups_shape():
     halves = maps.BlockDiagonal(parts=(fourier, fourier)).bind(place)
     assert [part.shape for part in halves.parts] == [None, None]
     assert halves.apply(draw(6), 24).shape == (24,)
-    with pytest.raises(ValueError, match="must have one whole weight a group"):
-        fourier.bind(maps.Place(0, ((4, 6), (4, 6)), True))
+    two = maps.Place(0, ((4, 6), (4, 6)), True)
+    for fixed in (fourier, maps.Wavelet(), maps.Circulant(block=2)):
+        assert fixed.bind(place).shape == (4, 6)
+        assert dataclasses.replace(fixed, shape=(2, 12)).bind(place).shape == (2, 12)
+        with pytest.raises(ValueError, match="must have one whole weight a group"):
+            fixed.bind(two)
+    assert maps.Circulant(block=2).fixed_entries(place) == 12
+    with pytest.raises(ValueError, match="block must divide both widths"):
+        maps.Circulant(block=4).fixed_entries(place)
 
 
 def test_a_composition_takes_as_many_entries_as_its_broadcast():

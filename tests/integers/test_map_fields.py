@@ -105,6 +105,23 @@ PLANS = {
         r"map=Fourier\(\) must serve 3 entries to 24: shape must have 24",
     ),
     "Fourier of two weights": (sl.fourierft(3, groups=1), TWO, r"map=Fourier\(\) must have one"),
+    "wavelets of two weights": (sl.waveft(3, groups=1), TWO, r"map=Wavelet\(\) must have one"),
+    "wavelets too many": (sl.waveft(25), ONE, r"map=Wavelet\(\) must serve 25 entries to 24: "),
+    "circulants of two weights": (
+        sl.c3a(2, groups=1),
+        TWO,
+        r"map=Circulant\(\) must have one whole weight",
+    ),
+    "circulants of a ratio": (
+        sl.c3a(2, ratio=0.5),
+        ONE,
+        r"ratio and size must be left to map=Circulant\(\), which takes 12 entries: got 0.5",
+    ),
+    "circulants that do not fit": (
+        sl.c3a(4),
+        ONE,
+        r"block must divide both widths of the weight: got 4 and \(6, 4\)",
+    ),
     "broadcast over two weights": (
         sl.Spec(map=maps.Broadcast(), groups=1, **VECTOR),
         TWO,
@@ -202,6 +219,8 @@ def mapped(fixed, groups, ratio=0.1, **changes):
 
 LARGE = {
     "fourierft": sl.fourierft(),
+    "waveft": sl.waveft(),
+    "c3a": sl.c3a(),
     "did": sl.did(),
     "said": sl.said(),
     "unilora": sl.unilora(10_000),

@@ -20,6 +20,7 @@ pytestmark = quiet
 
 # With and without bias, of unequal shapes; stacks take one shape.
 SPECS = {
+    "c3a": sl.c3a(4, scale=7.0),
     "dense": sl.dense(scale=0.7),
     "did": sl.did(7, scale=0.7),
     "fact_tk": sl.fact_tk(2, scale=0.7),
@@ -40,6 +41,7 @@ SPECS = {
     "tinylora": sl.tinylora(2, 5, scale=0.7),
     "unilora": sl.unilora(7, 3, scale=0.7),
     "vera": sl.vera(3, scale=0.7),
+    "waveft": sl.waveft(7),
 }
 TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 4e-2}
 

@@ -49,15 +49,27 @@ def fourier_config(drawn: Options, **fields: Any) -> peft.FourierFTConfig:
     )
 
 
-def with_frequencies(spec: sl.Spec, model: Any, drawn: Options) -> sl.Spec:
-    """Give every weight the frequencies that PEFT drew for its shape."""
+def wavelet_config(drawn: Options, **fields: Any) -> peft.WaveFTConfig:
+    return peft.WaveFTConfig(
+        n_frequency=drawn.extra,
+        scaling=drawn.alpha,
+        random_loc_seed=drawn.seed,
+        fan_in_fan_out=drawn.layer == "conv1d",
+        **fields,
+    )
+
+
+def with_places(spec: sl.Spec, model: Any, drawn: Options) -> sl.Spec:
+    """Give every weight the places that PEFT drew for its shape."""
+    kind = type(spec.map)
     changes: dict[str, Any] = {}
     for name, layer in layers_of(model, drawn).items():
-        rows, columns = layer.indices[NAME].tolist()
+        indices = layer.waveft_indices if kind is maps.Wavelet else layer.indices
+        rows, columns = indices[NAME].tolist()
         width = drawn.widths[name][1]
         places = tuple(u * width + v for u, v in zip(rows, columns, strict=True))
         changes[name.removeprefix("layers.")] = {
-            "map": maps.Fourier(frequencies=places),
+            "map": kind(**{kind.given: places}),
             "size": len(places),
         }
     return spec.replace(overrides=changes)
@@ -65,6 +77,14 @@ def with_frequencies(spec: sl.Spec, model: Any, drawn: Options) -> sl.Spec:
 
 def fourier_leaves(layer: Any, model: Any, index: int) -> Leaves:
     return {"0.core": Take(layer.fourierft_spectrum[NAME])}
+
+
+def wavelet_leaves(layer: Any, model: Any, index: int) -> Leaves:
+    return {"0.core": Take(layer.waveft_spectrum[NAME])}
+
+
+def circulant_leaves(layer: Any, model: Any, index: int) -> Leaves:
+    return {"0.core": Take(layer.c3a_kernel[NAME], lambda kernels: kernels.reshape(-1))}
 
 
 def not_transposed(layer: Any, drawn: Options) -> Tensor:
@@ -102,13 +122,50 @@ def fourier_row(name: str, layers: tuple[str, ...], **fields: Any) -> Row:
         fourier_leaves,
         options(sizes=st.integers(2, 9), layers=layers, extra=st.integers(1, 4)),
         Options(UNEQUAL, seed=3, layer=layers[0], extra=7),
-        refine=with_frequencies,
+        refine=with_places,
         formed=not_transposed,
         tolerance=2e-5,  # PEFT transforms in single precision, and the gradients' sums cancel
     )
 
 
+def wavelet_row(name: str, layers: tuple[str, ...], **fields: Any) -> Row:
+    return peft_row(
+        name,
+        lambda drawn: wavelet_config(drawn, **fields),
+        lambda drawn: sl.waveft(drawn.extra, drawn.alpha),
+        wavelet_leaves,
+        options(sizes=st.integers(2, 9), layers=layers, extra=st.integers(1, 4)),
+        Options(UNEQUAL, seed=3, layer=layers[0], extra=7),
+        refine=with_places,
+        formed=not_transposed,
+    )
+
+
+def circulant_row(name: str, block: int | None = None) -> Row:
+    """A row of C3A; `block` is that of the second weight, if it has one of its own."""
+    pattern = {} if block is None else {"b": block}
+    own = {key: {"map": maps.Circulant(block=value)} for key, value in pattern.items()}
+    return peft_row(
+        name,
+        lambda drawn: peft.C3AConfig(block_size=drawn.extra, block_size_pattern=pattern),
+        lambda drawn: sl.c3a(drawn.extra, overrides=own),
+        circulant_leaves,
+        options(
+            sizes=st.sampled_from([4, 8, 12]),
+            count=st.just(3),
+            extra=st.sampled_from([1, 2, 4]),
+        ),
+        Options(((8, 4), (4, 12), (12, 8)), extra=4),
+        tolerance=2e-5,  # PEFT transforms in single precision
+    )
+
+
 ROWS = [
+    circulant_row("c3a-peft"),
+    circulant_row("c3a-peft-patterns", block=2),
+    wavelet_row("waveft-peft", LINEAR),
+    wavelet_row("waveft-peft-conv1d", CONV1D),
+    wavelet_row("waveft-peft-patterns", LINEAR, n_frequency_pattern={"b": 2}),
     fourier_row("fourierft-peft", LINEAR),
     fourier_row("fourierft-peft-conv1d", CONV1D),
     fourier_row("fourierft-peft-patterns", LINEAR, n_frequency_pattern={"b": 2}),

@@ -46,6 +46,8 @@ def test_a_fold_before_the_map_is_a_cover_and_nothing_is_cropped():
     ("spec", "expected"),
     [
         (sl.fourierft(), 24 * 1000),
+        (sl.waveft(), 24 * 2592),
+        (sl.c3a(), 24 * 768 * 3),
         (sl.did(), 1000),
         (sl.said(), 1000 + 24),
         (sl.unilora(), 256),
@@ -66,13 +68,14 @@ def test_counts_of_vit(spec, expected):
 SMALL = {"0.q": (9, 6), "1.q": (5, 8)}
 ZERO = {
     "fourierft": "0.0.core",
+    "waveft": "0.0.core",
     "did": "0.0.core",
     "said": "0.0.factor0",
     "nola": "0.0.factor0_theta",
 }
 
 
-@pytest.mark.parametrize("name", ["fourierft", "did", "said", "unilora", "nola"])
+@pytest.mark.parametrize("name", ["fourierft", "waveft", "did", "said", "unilora", "nola"])
 def test_where_a_preset_starts(name):
     plan = sl.Plan(getattr(sl, name)(size=5), SMALL)
     factors = plan.init(seed=1)
@@ -84,7 +87,7 @@ def test_where_a_preset_starts(name):
         return
     assert ZERO[name] in zero
     assert not any(delta.any() for delta in deltas)
-    assert (zero == factors.keys()) == (name in ("fourierft", "did"))
+    assert (zero == factors.keys()) == (name in ("fourierft", "waveft", "did"))
     for block in zero:  # whose change alone changes an update
         moved = {**factors, block: numpy.ones_like(factors[block])}
         assert any(delta.any() for delta in plan.deltas(moved).values())

@@ -146,7 +146,7 @@ def test_two_blocks_changed_for_each_other_are_noticed(row):
     ours = case.ours()
     blocks = [block for block in ours.plan.blocks_of("layers.a") if block in ours.takes]
     if len(blocks) == 1:
-        trained = ("dense", "lora_xs", "fourierft", "did", "unilora")
+        trained = ("dense", "lora_xs", "fourierft", "waveft", "c3a", "did", "unilora")
         assert row.preset in trained or is_even(case.spec)
     for one, other in itertools.pairwise(blocks):
         first, second = (ours.takes[block].values() for block in (one, other))
@@ -278,12 +278,16 @@ CHANGES: dict[str, Change] = {
     "order of parts": reordered,
     "modes": first_mode_alone,
 }
-GIVEN = ("fourierft-peft", "fourierft-peft-conv1d", "fourierft-peft-patterns")
+GIVEN = [
+    f"{method}-peft{kind}"
+    for method in ("fourierft", "waveft")
+    for kind in ("", "-conv1d", "-patterns")
+]
 # Rows in whose example a change has no effect, or cannot be made, and why.
 EXEMPT = {
-    "seed": dict.fromkeys(GIVEN, "its frequencies are given"),
+    "seed": dict.fromkeys(GIVEN, "its places are given"),
     "shared": {
-        **dict.fromkeys(GIVEN, "its frequencies are given"),
+        **dict.fromkeys(GIVEN, "its places are given"),
         "lora-paper-shuffle-all": "one permutation for all groups at once",
         "lorta-paper-fastfood": "one group",
         "lokr-paper-fastfood": "one group",

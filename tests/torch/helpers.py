@@ -54,6 +54,8 @@ SPECS = {
     "splits-2": sl.Spec(rank=2, order=3, splits=2, groups=1, fold="balanced", scale=0.7),
     "splits-3": sl.Spec(rank=2, order=3, splits=3, groups=1, fold="balanced", scale=0.7),
     "fourierft": sl.fourierft(7, scale=20.0),
+    "waveft": sl.waveft(7, scale=2.0),
+    "c3a": sl.c3a(4, scale=7.0),
     "did": sl.did(9, scale=0.7),
     "said": sl.said(9, scale=0.7),
     "unilora": sl.unilora(9, 2, scale=7.0),
@@ -71,6 +73,7 @@ SPECS = {
     ),
     "fastfood-cut": sl.lorta(2, groups=3, map=maps.Fastfood(values="sign"), ratio=0.3, scale=0.7),
     "one-hot": sl.dense(groups=2, map=maps.OneHot(), size=30, scale=0.7),
+    "one-hot-window": sl.dense(groups=2, map=maps.OneHot(window=7), size=30, scale=0.7),
     "shuffle-all": sl.Spec(
         rank=2, groups=3, fold="balanced", map=maps.Shuffle(scope="all"), scale=0.7
     ),

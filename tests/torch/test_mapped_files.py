@@ -24,10 +24,11 @@ from tests.torch.helpers import (
     unchanged,
 )
 
+# Those that draw something: what their files hold of it is the seed and a checksum.
 MAPPED = [
     key
     for key, spec in SPECS.items()
-    if not isinstance(spec.map, maps.Identity) or spec.factor_map is not None
+    if not isinstance(spec.map, (maps.Identity, maps.Circulant)) or spec.factor_map is not None
 ]
 every_mapped = pytest.mark.parametrize("key", MAPPED)
 TARGETS = ["q", "v", "o"]
@@ -165,7 +166,16 @@ def test_absurd_sizes(spec, tmp_path):
     assert_refused(path, "must have a valid superlora header: .*must (take|make)")
 
 
-@pytest.mark.parametrize("fixed", [maps.OneHot(), maps.Fourier(), maps.Gaussian(structured=True)])
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        maps.OneHot(),
+        maps.OneHot(window=3),
+        maps.Fourier(),
+        maps.Wavelet(),
+        maps.Gaussian(structured=True),
+    ],
+)
 def test_absurd_weights(fixed, tmp_path):
     """Five numbers may stand for any weight: it is the model's that counts."""
     spec = sl.Spec(map=fixed, size=5, **ONE_VECTOR).to_dict()
