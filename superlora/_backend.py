@@ -102,7 +102,7 @@ def backend_of(*arrays: Array) -> Any:
             raise TypeError(f"arrays must be of one library: got {found} and {name}")
     if found is None:
         raise TypeError("arrays must not be empty: got none")
-    return _library(found)
+    return _loaded[found] if found in _loaded else _library(found)
 
 
 def _context(like: Array) -> tuple[Any, dict[str, Any]]:

@@ -66,7 +66,13 @@ def change(operation: str, support: Array, weight: Array, bias: Array | None = N
            [0. , 0.5]])
     """
     _check(operation, support, weight, bias)
-    library = backend_of(support, weight, *([] if bias is None else [bias]))
+    backend_of(support, weight, *([] if bias is None else [bias]))
+    return changed(operation, support, weight, bias)
+
+
+def changed(operation: str, support: Array, weight: Array, bias: Array | None) -> Array:
+    """Return the same of operands that are known to fit; maybe the support itself."""
+    library = backend_of(support)
     if operation in ("scale_bias", "add_bias"):
         column = library.reshape(support, (-1,))
         if operation == "add_bias":

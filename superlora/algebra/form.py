@@ -111,8 +111,10 @@ def take(library: Any, array: Array, operand: Operand) -> Array:
 def run_term(term: Term, arrays: Sequence[Array], first: Sequence[Array] = ()) -> Array:
     """Contract a term's operands, after those that are given."""
     library = backend_of(*first, *arrays[:1])
-    slices = [take(library, arrays[own.source], own) for own in term.operands]
-    return run(term.contraction, [*first, *slices])
+    values = list(first)
+    for own in term.operands:
+        values.append(take(library, arrays[own.source], own))
+    return run(term.contraction, values, library)
 
 
 def form(network: Network, arrays: Sequence[Array], vector: Vector) -> Array:

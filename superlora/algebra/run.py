@@ -9,7 +9,7 @@ from superlora._backend import Array, backend_of
 from superlora.design.contraction import Arranged, Contraction, Pair, Step
 
 
-def run(contraction: Contraction, operands: Sequence[Array]) -> Array:
+def run(contraction: Contraction, operands: Sequence[Array], library: Any = None) -> Array:
     """Contract a network.
 
     Parameters
@@ -18,6 +18,8 @@ def run(contraction: Contraction, operands: Sequence[Array]) -> Array:
         The path.
     operands : sequence of array
         Of one library, with the labels and sizes of the path's operands.
+    library : object, optional
+        TensorLy's backend of it, where that is known.
 
     Returns
     -------
@@ -33,14 +35,12 @@ def run(contraction: Contraction, operands: Sequence[Array]) -> Array:
     array([[3., 3.],
            [3., 3.]])
     """
-    library = backend_of(operands[0])
-    values: list[Any] = list(operands)
-    for step, done in zip(contraction.steps, contraction.last_uses, strict=True):
-        value = take_step(library, step, values)
-        for index in done:
-            values[index] = None
-        values.append(value)
-    return transposed(library, values[-1], contraction.axes)
+    library = library or backend_of(operands[0])
+    values = list(operands)
+    for step in contraction.steps:
+        values.append(take_step(library, step, values))
+    axes = contraction.axes
+    return values[-1] if axes is None else library.transpose(values[-1], axes)
 
 
 def take_step(library: Any, step: Step, values: Sequence[Array]) -> Array:
@@ -52,29 +52,23 @@ def take_step(library: Any, step: Step, values: Sequence[Array]) -> Array:
 
 def contract_pair(library: Any, pair: Pair, left: Array, right: Array) -> Array:
     """Contract two arrays."""
-    one = _arranged(library, left, pair.left)
-    other = _arranged(library, right, pair.right)
-    if pair.summed is not None:
+    one, other = matrices(library, pair, left, right)
+    if pair.summed is None:
+        found = library.matmul(one, other)
+        if pair.shape is not None:
+            found = library.reshape(found, pair.shape)
+    else:
         found = one * other
         if pair.summed:
             found = library.sum(found, axis=pair.summed)
-    else:
-        found = library.matmul(other, one) if pair.turned else library.matmul(one, other)
-        if pair.shape is not None:
-            found = library.reshape(found, pair.shape)
-    return transposed(library, found, pair.axes)
+    return found if pair.axes is None else library.transpose(found, pair.axes)
 
 
 def matrices(library: Any, pair: Pair, left: Array, right: Array) -> tuple[Array, Array]:
-    """Return the two matrices whose product a contraction is."""
-    one = _arranged(library, left, pair.left)
-    other = _arranged(library, right, pair.right)
+    """Return the two stacks of matrices whose product, by entry or by matrix, is summed."""
+    one = left if pair.left.nothing else _arranged(library, left, pair.left)
+    other = right if pair.right.nothing else _arranged(library, right, pair.right)
     return (other, one) if pair.turned else (one, other)
-
-
-def transposed(library: Any, array: Array, axes: tuple[int, ...] | None) -> Array:
-    """Return an array with its axes in another order, itself for None."""
-    return array if axes is None else library.transpose(array, axes)
 
 
 def _arranged(library: Any, array: Array, how: Arranged) -> Array:
@@ -82,6 +76,4 @@ def _arranged(library: Any, array: Array, how: Arranged) -> Array:
         array = library.transpose(array, how.axes)
     if how.shape is not None:
         array = library.reshape(array, how.shape)
-    if how.swapped:
-        array = library.transpose(array, (1, 0) if len(array.shape) == 2 else (0, 2, 1))
-    return array
+    return array if how.swapped is None else library.transpose(array, how.swapped)

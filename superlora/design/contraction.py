@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import opt_einsum
 
@@ -65,11 +65,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Arranged:
-    """How an operand becomes a stack of matrices: transpose, reshape, swap the last two axes."""
+    """How an operand becomes a stack of matrices: transposed, reshaped, its last axes swapped."""
 
     axes: Labels | None
     shape: Labels | None
-    swapped: bool = False
+    swapped: Labels | None = None
+    nothing: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Asked at every step.
+        nothing = self.axes is None and self.shape is None and self.swapped is None
+        object.__setattr__(self, "nothing", nothing)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,8 @@ class Pair:
         How it is transposed at last.
     labels : tuple of int
         Those of the result.
+    adds : bool
+        Whether it is a product of two plain matrices, which another array can be added to.
     """
 
     left: Arranged
@@ -100,12 +108,7 @@ class Pair:
     shape: Labels | None
     axes: Labels | None
     labels: Labels
-
-    @property
-    def adds(self) -> bool:
-        """Whether it is a product of two plain matrices, which another array can be added to."""
-        rank = 2 if self.left.shape is None else len(self.left.shape)
-        return self.summed is None and self.axes is None and rank == 2
+    adds: bool
 
 
 def pair(
@@ -140,7 +143,7 @@ def pair(
     free = [[label for label in own if label not in common] for own in (left, right)]
     if not summed:
         ones = tuple(_spread(own, output, sizes) for own in (left, right))
-        return Pair(*ones, (), False, None, None, tuple(output))
+        return Pair(*ones, (), False, None, None, tuple(output), False)
     if batch and not all(free):
         # As many matrix products of a single column would cost more than the passes over entries.
         order = left if len(left) >= len(right) else right
@@ -148,7 +151,7 @@ def pair(
         places = tuple(order.index(label) for label in summed)
         kept = tuple(label for label in order if label not in summed)
         axes = _axes(kept, output) if exact else None
-        return Pair(*ones, places, False, None, axes, tuple(output) if axes else kept)
+        return Pair(*ones, places, False, None, axes, tuple(output) if axes else kept, False)
     orders = [(*batch, *free[turned], *free[1 - turned]) for turned in (0, 1)]
     # In the order asked for, or with the tokens in front.
     turned = orders[0] != tuple(output) and (
@@ -162,7 +165,9 @@ def pair(
     plain = len(free[0]) == 1 == len(free[1]) and len(batch) <= 1
     shape = None if plain else tuple(sizes[label] for label in labels)
     axes = _axes(labels, output) if exact else None
-    return Pair(*arranged, None, turned, shape, axes, tuple(output) if axes else labels)
+    labels = tuple(output) if axes else labels
+    adds = not batch and axes is None
+    return Pair(*arranged, None, turned, shape, axes, labels, adds)
 
 
 def _axes(labels: Sequence[int], wanted: Sequence[int]) -> Labels | None:
@@ -195,7 +200,8 @@ def _arrange(
     axes = None if swapped else _axes(labels, [label for group in groups for label in group])
     shape = tuple(_entries(group, sizes) for group in groups)
     unchanged = all(len(group) == 1 for group in groups)
-    return Arranged(axes, None if unchanged else shape, swapped)
+    last = ((0, 2, 1) if batch else (1, 0)) if swapped else None
+    return Arranged(axes, None if unchanged else shape, last)
 
 
 def _entries(labels: Sequence[int], sizes: Mapping[int, int]) -> int:
@@ -285,26 +291,15 @@ class Contraction:
         return tuple(found)
 
     @functools.cached_property
-    def cheap(self) -> frozenset[int]:
+    def cheap(self) -> Labels:
         """The results of steps that a backward pass keeps: small ones, of every token."""
         count = len(self.operands)
         most = _split(self.operands[0], self.sizes)[1]
-        return frozenset(
+        return tuple(
             count + index
             for index, step in enumerate(self.steps[:-1])
             if 0 < _KEPT * step.each <= most
         )
-
-    @functools.cached_property
-    def last_uses(self) -> tuple[Labels, ...]:
-        """For every step the values that no later step takes."""
-        seen: set[int] = set()
-        found: list[Labels] = []
-        for step in reversed(self.steps):
-            own = {step.left, step.right} - seen - {-1}
-            seen |= own
-            found.append(tuple(own))
-        return tuple(reversed(found))
 
 
 def letters(labels: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from superlora.design.contraction import TOKENS, Contraction, Cost, Labels, contract
@@ -73,6 +73,11 @@ class Operand:
     cut: tuple[slice, ...] | None
     shape: Shape | None
     labels: Labels
+    whole: bool = field(init=False)  # whether it is the source as it is
+
+    def __post_init__(self) -> None:
+        whole = self.digits is None and self.cut is None and self.shape is None
+        object.__setattr__(self, "whole", whole)
 
 
 @dataclass(frozen=True)
@@ -374,13 +379,16 @@ class Factorisation:
             tuple(operands), contract([own.labels for own in operands], output, self.sizes)
         )
 
-    def applied(self, outputs: Labels, inputs: Labels, tokens: int) -> tuple[Term, ...]:
+    def applied(
+        self, outputs: Labels, inputs: Labels, tokens: int, scales: bool
+    ) -> tuple[Term, ...]:
         """Return the terms that multiply inputs, the first operand of each contraction."""
         found = []
         for index in range(len(self.layout.terms(self.group))):
             operands, last = self.term(index)
             operands += [end[0] for end in last if _is_factor(end)]
-            terms = [(TOKENS, *inputs), *(own.labels for own in operands)]
+            weight = [(*outputs, *inputs)] if scales else []
+            terms = [(TOKENS, *inputs), *weight, *(own.labels for own in operands)]
             found.append(
                 Term(tuple(operands), contract(terms, (TOKENS, *outputs), self.sizes, tokens))
             )
@@ -593,19 +601,20 @@ class Direct:
     ----------
     sources : tuple of Source
         The blocks.
-    inputs : tuple of int
-        The digits of the input width, which the inputs are read as.
+    outputs, inputs : tuple of int
+        The digits of the output and the input width.
     few, many : tuple of Term
         The terms, in the order that is best for few tokens, and for many.
     """
 
     sources: tuple[Source, ...]
+    outputs: Shape
     inputs: Shape
     few: tuple[Term, ...]
     many: tuple[Term, ...]
 
 
-def direct_network(layout: Layout, name: str) -> Direct | None:
+def direct_network(layout: Layout, name: str, *, scales: bool = False) -> Direct | None:
     """Return a weight's network with its inputs, where the fold tells inputs from outputs.
 
     Parameters
@@ -614,6 +623,8 @@ def direct_network(layout: Layout, name: str) -> Direct | None:
         What lies where.
     name : str
         The weight.
+    scales : bool
+        Whether the weight itself, whose entries it scales, is an operand after the inputs.
 
     Returns
     -------
@@ -654,9 +665,11 @@ def direct_network(layout: Layout, name: str) -> Direct | None:
         label = labels.pop()
         width *= made.sizes[label]
         inputs.insert(0, label)
-    few = made.applied(tuple(labels), tuple(inputs), FEW)
-    many = made.applied(tuple(labels), tuple(inputs), MANY)
-    return Direct(sources.all, tuple(made.sizes[label] for label in inputs), few, many)
+    few, many = (
+        made.applied(tuple(labels), tuple(inputs), tokens, scales) for tokens in (FEW, MANY)
+    )
+    shapes = [tuple(made.sizes[label] for label in own) for own in (labels, inputs)]
+    return Direct(sources.all, shapes[0], shapes[1], few, many)
 
 
 def row_slice(layout: Layout, name: str) -> tuple[int, int] | None:

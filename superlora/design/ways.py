@@ -57,6 +57,10 @@ class Factored:
     few, many : tuple of Term
         The terms in the order that is best for few tokens, and for many; none where a map
         multiplies inputs itself.
+    lead : tuple of int
+        What the rows are read as before their ranks, (outputs, blocks), where they are opened.
+    base : tuple of int, or None
+        What the layer's weight is read as, the operand after the inputs, where it is one.
     switch : int
         From how many tokens on the order for many is taken.
     costs : (Cost, Cost)
@@ -70,6 +74,8 @@ class Factored:
     many: tuple[Term, ...]
     switch: int
     costs: tuple[Cost, Cost]
+    lead: Shape = ()
+    base: Shape | None = None
 
     def terms(self, tokens: int) -> tuple[Term, ...]:
         """Return the terms in the better order for so many tokens."""
@@ -205,6 +211,13 @@ def application(layout: Layout, name: str) -> Application:
 def _factored(layout: Layout, name: str) -> Factored | None:
     group = layout.grouping.pieces[name][0].group
     rows, columns = layout.shapes[name]
+    if name.startswith("scale_weight."):  # W₀ is an operand too
+        direct = direct_network(layout, name, scales=True)
+        if direct is None or not _fits(layout, name, direct.few):
+            return None
+        terms = (direct.few, direct.few)
+        shape = (*direct.outputs, *direct.inputs)
+        return _with_switch(direct.sources, None, direct.inputs, *terms, Cost(), base=shape)
     if layout.multiplies(name):
         item = layout.groups[group]
         cost = Cost(0, 0, *layout.maps[group].product_operations(item.before, (rows, columns)))
@@ -226,7 +239,8 @@ def _factored(layout: Layout, name: str) -> Factored | None:
     few, many = (
         opened_products(layout, group, (rows, columns), tokens) for tokens in (FEW, MANY)
     )
-    return _with_switch(opened.ends, opened, inputs, few, many, opened.cost)
+    lead = (rows, blocks) if blocks > 1 else (rows,)
+    return _with_switch(opened.ends, opened, inputs, few, many, opened.cost, lead)
 
 
 def _fits(layout: Layout, name: str, *orders: tuple[Term, ...]) -> bool:
@@ -242,12 +256,14 @@ def _with_switch(
     few: tuple[Term, ...],
     many: tuple[Term, ...],
     before: Cost,
+    lead: Shape = (),
+    base: Shape | None = None,
 ) -> Factored:
     costs = tuple(sum((t.contraction.cost for t in terms), before) for terms in (few, many))
     switch = _first(lambda tokens: costs[1].of(tokens) < costs[0].of(tokens))
+    switch = _MOST_TOKENS if switch is None else switch
     return Factored(
-        sources, opened, inputs, few, many, _MOST_TOKENS if switch is None else switch,
-        (costs[0], costs[1]),
+        sources, opened, inputs, few, many, switch, (costs[0], costs[1]), lead, base
     )
 
 
@@ -271,8 +287,8 @@ def _bound(
     layout: Layout, name: str, found: Factored, forming: Cost, trained: bool, fused: bool
 ) -> int | None:
     """Return from how many tokens on forming costs less."""
-    entries = math.prod(layout.shapes[name])
     rows, columns = layout.shapes[name]
+    entries = rows * columns
     # W₀ + ΔW is written and read. In the backward pass it is formed again, and so are the
     # gradients of what it is formed from; that of the weight itself is a product of its own.
     once = (Cost(moved=3 * entries) + forming) * (4 if trained else 1)

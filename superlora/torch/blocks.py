@@ -176,8 +176,8 @@ class Blocks(nn.Module):
             If the adapter has no layer of that name.
         """
         device = self._device(name)
-        support = self.supports[name]
-        found = support.form(device)
+        with without_autocast(device):
+            found = self.supports[name].form(device)
         # What the caller changes must be no factor: a support of one block alone may be one.
         return found * 1.0
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from superlora._backend import backend_of
 from superlora.algebra.form import (
     cut,
     form,
@@ -17,9 +18,18 @@ from superlora.algebra.form import (
     open_rows,
     run_term,
     source_array,
+    take,
     total,
 )
-from superlora.design.network import Network, Opened, Source, opened_rows, weight_network
+from superlora.algebra.run import run
+from superlora.design.network import (
+    Network,
+    Opened,
+    Source,
+    Term,
+    opened_rows,
+    weight_network,
+)
 from superlora.design.ways import opens_rows, rows_of
 from superlora.grouping import cut_pieces
 from superlora.layout import Layout
@@ -30,24 +40,7 @@ if TYPE_CHECKING:
     from superlora.torch.blocks import Blocks
 
 Rows = tuple[int, int]
-
-
-class Given(NamedTuple):
-    """The tensors of one support.
-
-    Attributes
-    ----------
-    tensors : list of torch.Tensor
-        First those that layers may share, then blocks.
-    starts : tuple of int
-        For each of the first where it begins in the whole that layers share.
-    carried : bool
-        Whether they are such wholes, to be handed on to the next layer.
-    """
-
-    tensors: list[Tensor]
-    starts: tuple[int, ...]
-    carried: bool
+_torch = backend_of(torch.empty(0))
 
 
 class Shared:
@@ -203,7 +196,7 @@ class SharedVector(Shared):
 
 
 class Operands:
-    """What one support is made of. Integers and maps: it holds no tensor.
+    """What one support is made of. Integers, maps and modules: it holds no tensor.
 
     Parameters
     ----------
@@ -226,6 +219,9 @@ class Operands:
         How many of these are no blocks.
     own : tuple of Source
         The blocks whose tensors follow.
+    owners : list, or None
+        Which modules register them, under which names, and whether they are frozen; None where a
+        tensor is made of a block.
     """
 
     def __init__(
@@ -258,38 +254,16 @@ class Operands:
         self.places = tuple(next(own if each is None else made) for each in blocks)
         self._sources = {source: place for source, place in zip(sources, self.places, strict=True)}
         self._networks: dict[Rows, Network] = {}
-        self._owners: list[tuple[nn.Module, str, bool]] | None = None
-
-    def bind(self, adapter: Blocks) -> None:
-        """Find where the adapter has the blocks, if these are its own tensors as they are."""
-        layout = self.layout
-        blocks = [source.block for source in self.own]
-        whole = all(layout.block_shapes[source.block] == source.shape for source in self.own)
-        if whole and not any(source.modes for source in self.own):
-            if not any(block in layout.inner for block in blocks):
-                self._owners = [(*adapter.place(b), b in layout.frozen) for b in blocks]
-
-    def given(self, adapter: Blocks, device: torch.device) -> Given:
-        """Return the tensors."""
-        if self._owners is None:
-            found = adapter.sources(self.own)
-        else:
-            found = []
-            for owner, leaf, frozen in self._owners:
-                tensor = owner._buffers[leaf] if frozen else owner._parameters[leaf]
-                found.append(tensor if tensor.device == device else tensor.to(device))
-        if not self.shared:
-            return Given(found, (), False)
-        carried = self.shares and adapter.scope.is_open()
-        pairs = []
-        for each in self.shared:
-            if carried:
-                make = lambda each=each: each.make(adapter, True)[0]  # noqa: E731
-                pairs.append((adapter.scope.get(each.key, make), 0))
-            else:
-                pairs.append(each.make(adapter, False))
-        tensors = [tensor for tensor, _ in pairs] + [t.to(device) for t in found]
-        return Given(tensors, tuple(start for _, start in pairs), carried)
+        self.owners: list[tuple[nn.Module, str, bool]] | None = None
+        # What all of it is where that is one term, as of a weight of its own.
+        self.term: Term | None = None
+        if not self.shared and vectors:
+            whole = weight_network(layout, name)
+            terms = list(whole.terms())
+            entries = whole.runs[0].size if len(whole.runs) == 1 == len(terms) else 0
+            order = tuple(range(len(self.own)))
+            if entries == _entries(terms[0]) and order == tuple(o.source for o in terms[0].operands) and whole.sources == self.own:
+                self.term = terms[0]
 
     def cut(
         self, tensors: Sequence[Tensor], starts: Sequence[int], rows: Rows, device: torch.device
@@ -313,7 +287,13 @@ class Operands:
             found: Tensor = cut(entries, skip, count * self.columns)
             return found.reshape(count, self.columns)
         if self.first:
-            whole: Tensor = joined(arrays[: self.first])
+            vector: Tensor = joined(arrays[: self.first])
+            return vector.reshape(count, self.columns)
+        if self.term is not None and count == self.height:
+            values = []
+            for array, operand in zip(arrays, self.term.operands, strict=True):
+                values.append(array if operand.whole else take(_torch, array, operand))
+            whole: Tensor = run(self.term.contraction, values, _torch)
             return whole.reshape(count, self.columns)
         if rows not in self._networks:
             self._networks[rows] = weight_network(self.layout, self.name, rows)
@@ -334,6 +314,11 @@ class Operands:
         ):
             if gradient is not None:
                 each.add(own, gradient.to(own.device), start, rows)
+
+
+def _entries(term: Term) -> int:
+    path = term.contraction
+    return math.prod(path.sizes[label] for label in path.output)
 
 
 def _shares(layout: Layout, name: str, rows: Opened | None) -> bool:

@@ -12,76 +12,11 @@ from torch.nn.functional import linear
 from superlora import operations
 from superlora.operations import OF_BIAS
 from superlora.supports import ADD
-from superlora.torch.autograd import autocasts, without_autocast
-from superlora.torch.layers import bias_of, weight_of
-from superlora.torch.support import Support, formed_product
+from superlora.torch.autograd import without_autocast
+from superlora.torch.support import Support, product, sum_output
 
 if TYPE_CHECKING:
     from superlora.torch.site import Site
-
-
-def sum_output(
-    site: Site, supports: Sequence[Support], x: Tensor, base: Callable[[], Tensor], fused: bool
-) -> Tensor:
-    """Return a layer's output with updates that are added to its weight, or scale it.
-
-    Parameters
-    ----------
-    site : Site
-        The layer's.
-    supports : sequence of Support
-        The updates.
-    x : torch.Tensor, (..., input width)
-        Inputs.
-    base : callable
-        The layer's own forward.
-    fused : bool
-        Whether one product with the sum of weight and updates can take the place of two.
-
-    Returns
-    -------
-    torch.Tensor, (..., output width)
-        The output.
-    """
-    weight, bias = weight_of(site.module), bias_of(site.module)
-    return _with_sums(site, supports, x, base, weight if fused else None, bias)
-
-
-def _with_sums(
-    site: Site,
-    supports: Sequence[Support],
-    x: Tensor,
-    base: Callable[[], Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    # Flat, since what a Function returns must be no view to be changed in place afterwards.
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    tokens = flat.shape[0]
-    formed: list[Support] = []
-    rest: list[Support] = []
-    for support in supports:
-        scales = support.operation != ADD
-        (formed if scales or support.is_formed(tokens, weight is not None) else rest).append(support)
-    y: Tensor | None = None
-    if weight is not None and formed:
-        y = formed_product(formed, flat, weight, bias, site.own_weight if _scales(formed) else None)
-        formed = []
-    elif weight is not None and rest and not autocasts(x.device):
-        y = rest.pop(0).factored(flat, weight, bias)
-    if y is None:
-        y = base()
-        y = y if y.dim() == 2 else y.reshape(-1, y.shape[-1])
-    if formed:
-        own = site.own_weight if _scales(formed) else None
-        y = y + formed_product(formed, flat, None, None, own).to(y.dtype)
-    for support in rest:
-        y = y + support.factored(flat).to(y.dtype)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _scales(supports: Sequence[Support]) -> bool:
-    return any(support.operation != ADD for support in supports)
 
 
 class Operations:
@@ -140,9 +75,9 @@ class Operations:
         site, x = self.site, self.x
         shift, of_bias = self._shift(), self._of_bias()
         weight: Tensor | None = None
-        bias = bias_of(site.module)
+        bias = site.module.bias
         if fused and shift is None and not self.outer:
-            weight = weight_of(site.module)
+            weight = site.weight
             if of_bias is not None:
                 bias, of_bias = of_bias if bias is None else bias + of_bias, None
         y: Tensor | None = None
@@ -156,9 +91,12 @@ class Operations:
                 y = base(x + shift)
             if fused and self.outer and shift is None and not site.merged:
                 # A product without the bias would cost as much again.
-                own = bias_of(site.module)
+                own = site.module.bias
                 z = y if own is None else y - own.to(y.dtype)
-        y = _with_sums(site, self.sums, x, lambda: _own(y, x, weight, bias), weight, bias)
+        own_weight = self.weight
+        y = sum_output(
+            self.sums, x, weight, bias, lambda: _own(y, x, weight, bias), own_weight
+        )
         return self._finished(y, z, of_bias)
 
     def added(self) -> Tensor:
@@ -167,7 +105,7 @@ class Operations:
         shift, of_bias = self._shift(), self._of_bias()
         y = x.new_zeros(*x.shape[:-1], self.weight.shape[0])
         y = y if shift is None else self._times(shift)
-        y = _with_sums(self.site, self.sums, x, lambda: y, None, None)
+        y = sum_output(self.sums, x, None, None, lambda: y, self.weight)
         return self._finished(y, None, of_bias)
 
     def _finished(self, y: Tensor, z: Tensor | None, of_bias: Tensor | None) -> Tensor:
@@ -197,14 +135,7 @@ class Operations:
         return total
 
     def _product(self, own: Support, x: Tensor) -> Tensor:
-        if own.along:
-            return x * own.vector(x.device)
-        flat = x.reshape(-1, x.shape[-1])
-        if own.is_formed(flat.shape[0], False):
-            y = formed_product([own], flat, None, None, None)
-        else:
-            y = own.factored(flat)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return x * own.vector(x.device) if own.along else product(own, x)
 
     def _of_bias(self) -> Tensor | None:
         """Return what is added to the bias."""
@@ -213,9 +144,9 @@ class Operations:
             for own in self.of_bias:
                 support = own.form(self.x.device)
                 # A cast weight would be a copy of it, and all that is made of it is a vector.
-                found = operations.change(
-                    own.operation, support.to(self.weight.dtype), self.weight, self.bias
-                ).to(support.dtype)
+                cast = support.to(self.weight.dtype)
+                found = operations.changed(own.operation, cast, self.weight, self.bias)
+                found = found.to(support.dtype)
                 total = found if total is None else total + found
         return total
 

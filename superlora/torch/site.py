@@ -17,11 +17,10 @@ from superlora.torch.layers import (
     input_name,
     is_transposed,
     parameter_of,
-    weight_of,
 )
-from superlora.torch.operations import Operations, merged_changes, sum_output
+from superlora.torch.operations import Operations, merged_changes
 from superlora.torch.sums import add_rounded_once, is_finite
-from superlora.torch.support import Support
+from superlora.torch.support import Support, sum_output
 
 if TYPE_CHECKING:
     from superlora.torch.adapter import Adapter
@@ -84,8 +83,8 @@ class Site:
         # Another library's wrapper, put back on removal.
         self._previous: Callable[..., Tensor] | None = module.__dict__.get("forward")
         self._input = input_name(module)
-        # Whether the sum of weight and updates can be multiplied instead: the layer's forward is
-        # its own, and the sum would not round a small update away in half precision.
+        self._transposed = is_transposed(module)
+        # Whether the sum of weight and updates can be multiplied instead.
         self._plainly = computes_plainly(module)
 
     @classmethod
@@ -128,16 +127,22 @@ class Site:
         supports: list[Support] = []
         plain = True
         for link in self.links:
-            if link.adapter.active:
-                for support in link.supports:
-                    supports.append(support)
-                    plain = plain and support.plain
+            if link.adapter.merged or link.adapter._disabled:
+                continue
+            for support in link.supports:
+                supports.append(support)
+                plain = plain and support.plain
         if not supports:
             return self._base(*args, **kwargs)
+        module = self.module
         fused = self._plainly and len(args) + len(kwargs) == 1 and self._previous is None
-        fused = fused and self._of_one_dtype(supports)
+        # In half precision the sum with the weight would round a small update away.
+        fused = fused and module.weight.dtype in (torch.float32, torch.float64)
         if plain:
-            return sum_output(self, supports, x, lambda: self._base(*args, **kwargs), fused)
+            weight = self.weight if fused else None
+            return sum_output(
+                supports, x, weight, module.bias, lambda: self._base(*args, **kwargs)
+            )
 
         def base(moved: Tensor) -> Tensor:
             if args:
@@ -169,14 +174,11 @@ class Site:
         y: Tensor = type(self.module).forward(self.module, *args, **kwargs)
         return y
 
-    def _of_one_dtype(self, supports: Sequence[Support]) -> bool:
-        dtype = parameter_of(self.module).dtype
-        if dtype not in (torch.float32, torch.float64):
-            return False
-        for support in supports:
-            if support.adapter.dtype != dtype:
-                return False
-        return True
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight, (output width, input width)."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.t() if self._transposed else weight
 
     @property
     def wrapped(self) -> bool:
@@ -188,8 +190,8 @@ class Site:
         """The weight without any adapter, (output width, input width)."""
         for link in self.merged:
             if link.before is not None and link.before[0] is not None:
-                return link.before[0].t() if is_transposed(self.module) else link.before[0]
-        return weight_of(self.module)
+                return link.before[0].t() if self._transposed else link.before[0]
+        return self.weight
 
     @property
     def own_bias(self) -> Tensor | None:
@@ -197,7 +199,8 @@ class Site:
         for link in self.merged:
             if link.bare or (link.before is not None and link.before[1] is not None):
                 return None if link.before is None else link.before[1]
-        return bias_of(self.module)
+        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
+        return bias
 
     @classmethod
     def bias_below(cls, module: nn.Module) -> Tensor | None:
@@ -281,7 +284,7 @@ class Site:
         link.before, link.bare = kept, bias is None and of_bias is not None
         self.merged.append(link)
         if of_weight is not None:
-            turned = of_weight.t() if is_transposed(self.module) else of_weight
+            turned = of_weight.t() if self._transposed else of_weight
             add_rounded_once(weight, turned)
         if of_bias is not None and bias is None:
             gained = nn.Parameter(of_bias.to(weight), requires_grad=False)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from superlora.algebra.form import joint_entries
 from superlora.design.ways import FORMED
 from superlora.supports import ADD
 from superlora.torch.autograd import autocasts, is_traced, without_autocast
-from superlora.torch.operands import Given, Operands, formed_operands
+from superlora.torch.operands import Operands, Shared, formed_operands
 from superlora.torch.update import (
     FactoredWay,
     FormedWay,
     MultipliedWay,
-    Scale,
     Way,
     apply_way,
 )
@@ -68,30 +67,74 @@ class Support:
             self.way = MultipliedWay(layout, name)
         elif self.application.factored is not None:
             self.way = FactoredWay(layout, name, self.application.factored)
-        for operands in (self.formed, *(self.way.operands if self.way else ())):
-            operands.bind(adapter)
+        for own in (self.formed, *(self.way.operands if self.way else ())):
+            own.owners = _owners(adapter, own)
         copied = self.application.forming.multiplications <= math.prod(self.shape)
         mixed = self.formed.first and self.formed.rows is None
         # How many rows are best formed at once; 0 for all of them.
         self.rows = 0 if copied or mixed else max(1, _CHUNK // self.shape[1])
 
-    @property
-    def plain(self) -> bool:
-        """Whether it is an update of the weight, and no repeated vector."""
-        return self.operation == ADD and not self.along
+        # Whether it is an update of the weight, and no repeated vector.
+        self.plain = self.operation == ADD and not self.along
+        self.scales = self.operation == "scale_weight"
+
+    def given(
+        self, operands: Operands, device: torch.device
+    ) -> tuple[list[Tensor], tuple[int, ...], bool]:
+        """Return the tensors that operands are made of.
+
+        Parameters
+        ----------
+        operands : Operands
+            Of the support, factored or formed.
+        device : torch.device
+            Where the blocks are needed.
+
+        Returns
+        -------
+        list of torch.Tensor
+            First those that layers may share, then blocks.
+        tuple of int
+            For each of the first where it begins in the whole that layers share.
+        bool
+            Whether they are such wholes, to be handed on to the next layer.
+        """
+        adapter = self.adapter
+        owners = operands.owners
+        if owners is None:
+            blocks = [block.to(device) for block in adapter.sources(operands.own)]
+        else:
+            blocks = []
+            for owner, leaf, frozen in owners:
+                block = owner._buffers[leaf] if frozen else owner._parameters[leaf]
+                assert block is not None
+                blocks.append(block if block.device == device else block.to(device))
+        if not operands.shared:
+            return blocks, (), False
+        if operands.shares and adapter.scope.is_open():
+            wholes = [_whole(adapter, each) for each in operands.shared]
+            return [*wholes, *blocks], (0,) * len(wholes), True
+        pairs = [each.make(adapter, False) for each in operands.shared]
+        starts = tuple(start for _, start in pairs)
+        return [*(tensor for tensor, _ in pairs), *blocks], starts, False
 
     def is_formed(self, tokens: int, fused: bool) -> bool:
         """Return whether the support is best formed for so many inputs."""
-        applied = self.adapter.applied
+        applied = self.adapter._applied
         if self.way is None or applied == FORMED:
             return True
         if applied != "auto" or is_traced():  # no compiler is to see a number of tokens compared
-            return False
+            # One product with each rank would cost more, but for few tokens.
+            return self.scales
         bound = self.application.bounds[torch.is_grad_enabled(), fused]
         return bound is not None and tokens >= bound
 
     def factored(
-        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        base: Tensor | None = None,
     ) -> Tensor:
         """Return the product with the support, not formed, and with the layer's weight if given.
 
@@ -101,41 +144,48 @@ class Support:
             Inputs.
         weight, bias : torch.Tensor, optional
             The layer's own, of the support's dtype.
+        base : torch.Tensor, optional
+            The weight whose entries the support scales.
 
         Returns
         -------
         torch.Tensor, (tokens, output width)
             Of the factors' dtype, or that of automatic mixed precision.
         """
-        assert self.way is not None
-        (operands,) = self.way.operands
-        given = operands.given(self.adapter, x.device)
-        tensors: Sequence[Tensor] = given.tensors
+        way = self.way
+        assert way is not None
+        operands = way.operands[0]
+        tensors, starts, carried = self.given(operands, x.device)
+        if base is not None:
+            tensors = [*tensors, base]
         if weight is None:
             dtype = tensors[0].dtype
             if autocasts(x.device):
-                dtype = torch.get_autocast_dtype(x.device.type)
-                tensors = [tensor.to(dtype) for tensor in tensors]
-                given = given._replace(carried=False)
+                dtype, carried = torch.get_autocast_dtype(x.device.type), False
+            tensors = [tensor.to(dtype) for tensor in tensors]
             x = x.to(dtype)
         scale = self.number if torch.compiler.is_compiling() else self.scale
-        y, handed = apply_way(
-            self.way, x, weight, bias, tensors, given.starts, given.carried, scale
-        )
-        self._hand_on(operands, handed)
+        y, handed = apply_way(way, x, weight, bias, tensors, starts, carried, scale)
+        if carried:
+            self.hand_on(operands, handed)
         return y
 
-    def _hand_on(self, operands: Operands, handed: Sequence[Tensor]) -> None:
+    def hand_on(self, operands: Operands, handed: Sequence[Tensor]) -> None:
+        """Give the scope what the layer has read of it, for the next layer."""
         for each, tensor in zip(operands.shared, handed, strict=False):
             self.adapter.scope.put(each.key, tensor)
 
     def form(self, device: torch.device) -> Tensor:
-        """Return the support tensor itself, the scale multiplied in."""
-        given = self.formed.given(self.adapter, device)
-        scale = self.number if torch.compiler.is_compiling() else self.scale
-        way = FormedWay([self.formed], [False], [scale], 0)
-        with without_autocast(device):
-            return way.delta(given.tensors, given.starts, device)
+        """Return the support tensor itself, the scale multiplied in; autocasting must be off."""
+        own = self.formed
+        tensors, starts, _ = self.given(own, device)
+        rows = (0, self.shape[0])
+        if own.shared:
+            tensors = [*own.cut(tensors, starts, rows, device), *tensors[len(own.shared) :]]
+        found = own.form(tensors, rows)
+        if torch.compiler.is_compiling():
+            return found * self.number
+        return found if self.scale == 1 else found * self.scale
 
     def vector(self, device: torch.device) -> Tensor:
         """Return the vector that is repeated, the scale multiplied in."""
@@ -150,57 +200,124 @@ class Support:
             return (entries * scale).to(device)
 
 
-def formed_product(
+def _owners(adapter: Blocks, operands: Operands) -> list[tuple[nn.Module, str, bool]] | None:
+    """Return where blocks are registered, if operands are these as they are."""
+    layout = adapter.plan.layout
+    blocks = [source.block for source in operands.own]
+    whole = all(layout.block_shapes[source.block] == source.shape for source in operands.own)
+    if not whole or any(source.modes for source in operands.own):
+        return None
+    if any(block in layout.inner for block in blocks):
+        return None
+    return [(*adapter.place(block), block in layout.frozen) for block in blocks]
+
+
+def _whole(adapter: Blocks, each: Shared) -> Tensor:
+    return adapter.scope.get(each.key, lambda: each.make(adapter, True)[0])
+
+
+def sum_output(
     supports: Sequence[Support],
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    base: Tensor | None,
+    base: Callable[[], Tensor],
+    own_weight: Tensor | None = None,
 ) -> Tensor:
-    """Multiply inputs by the sum of formed supports, and of the weight if it is given.
+    """Return a layer's output with updates that are added to its weight, or scale it.
 
     Parameters
     ----------
     supports : sequence of Support
-        At least one; some may scale the weight.
-    x : torch.Tensor, (tokens, input width)
+        The updates.
+    x : torch.Tensor, (..., input width)
         Inputs.
     weight : torch.Tensor, (output width, input width), or None
-        What the supports are added to.
+        The layer's, if one product with the sum of it and updates can take the place of two.
     bias : torch.Tensor, (output width,), or None
-        What is added to the outputs.
-    base : torch.Tensor, (output width, input width), or None
-        The weight that is scaled.
+        The layer's.
+    base : callable
+        The layer's own forward.
+    own_weight : torch.Tensor, (output width, input width), optional
+        The weight without any adapter, which some of the updates scale.
 
     Returns
     -------
-    torch.Tensor, (tokens, output width)
-        The outputs.
+    torch.Tensor, (..., output width)
+        The output.
     """
-    givens = [support.formed.given(support.adapter, x.device) for support in supports]
-    scaling = [support.operation == "scale_weight" for support in supports]
+    # Flat, since what a Function returns must be no view to be changed in place afterwards.
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    formed: list[Support] = []
+    rest: list[Support] = []
+    for support in supports:
+        owner, leaf = support.adapter._first
+        if weight is not None and owner._parameters[leaf].dtype != weight.dtype:
+            weight = None
+    for support in supports:
+        alike = support.is_formed(flat.shape[0], weight is not None)
+        (formed if alike else rest).append(support)
+    y: Tensor | None = None
+    if weight is not None and formed:
+        y = _formed_product(formed, flat, weight, bias, own_weight)
+        formed = []
+    elif weight is not None and rest and not autocasts(x.device):
+        first = rest.pop(0)
+        y = first.factored(flat, weight, bias, own_weight if first.scales else None)
+    if y is None:
+        y = base()
+        y = y if y.dim() == 2 else y.reshape(-1, y.shape[-1])
+    if formed:
+        y = y + _formed_product(formed, flat, None, None, own_weight).to(y.dtype)
+    for support in rest:
+        own = own_weight if support.scales else None
+        y = y + support.factored(flat, base=own).to(y.dtype)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def product(support: Support, x: Tensor) -> Tensor:
+    """Return the product of inputs, (..., width), with a support tensor's transpose."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if support.is_formed(flat.shape[0], False):
+        y = _formed_product([support], flat, None, None, None)
+    else:
+        y = support.factored(flat)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _formed_product(
+    supports: Sequence[Support],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    own_weight: Tensor | None,
+) -> Tensor:
+    """Multiply inputs by the sum of formed supports, and of the weight if it is given."""
     compiled = torch.compiler.is_compiling()
-    scales: list[Scale] = [s.number if compiled else s.scale for s in supports]
-    rows = min(support.rows for support in supports)
-    way = FormedWay([support.formed for support in supports], scaling, scales, rows)
-    tensors = joined_tensors(supports, givens)
+    shared: list[Tensor] = []
+    blocks: list[Tensor] = []
+    starts: tuple[int, ...] = ()
+    carried = False
+    for support in supports:
+        tensors, own_starts, own_carried = support.given(support.formed, x.device)
+        count = len(own_starts)
+        shared += tensors[:count]
+        blocks += tensors[count:]
+        starts += own_starts
+        carried = carried or own_carried
+    scaling = [support.scales for support in supports]
     if any(scaling):
-        assert base is not None
-        tensors.append(base)
-    starts = tuple(start for given in givens for start in given.starts)
-    carried = all(given.carried for given in givens if given.starts) and bool(starts)
-    y, handed = apply_way(way, x, weight, bias, tensors, starts, carried, 1.0)
-    first = 0
-    for support in supports if handed else ():
+        assert own_weight is not None
+        blocks.append(own_weight)
+    way = FormedWay(
+        [support.formed for support in supports],
+        scaling,
+        [support.number if compiled else support.scale for support in supports],
+        min([support.rows for support in supports]),
+    )
+    y, handed = apply_way(way, x, weight, bias, [*shared, *blocks], starts, carried, 1.0)
+    for support in supports if carried else ():
         count = len(support.formed.shared)
-        support._hand_on(support.formed, handed[first : first + count])
-        first += count
+        support.hand_on(support.formed, handed[:count])
+        handed = handed[count:]
     return y
-
-
-def joined_tensors(supports: Sequence[Support], givens: Sequence[Given]) -> list[Tensor]:
-    """Return the tensors of several supports: what layers share of all of them, then blocks."""
-    counts = [len(support.formed.shared) for support in supports]
-    pairs = list(zip(givens, counts, strict=True))
-    shared = [tensor for given, count in pairs for tensor in given.tensors[:count]]
-    return shared + [tensor for given, count in pairs for tensor in given.tensors[count:]]

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from superlora._backend import backend_of
-from superlora.algebra.form import factored_product, first_operands, form, scaled, take
-from superlora.algebra.run import contract_pair, matrices, take_step, transposed
+from superlora.algebra.form import form, scaled, take, total
+from superlora.algebra.run import contract_pair, matrices, run, take_step
 from superlora.design.contraction import Contraction
 from superlora.design.network import Operand, group_network
 from superlora.design.ways import Factored
@@ -23,8 +23,6 @@ from superlora.layout import Layout
 from superlora.torch.autograd import gradients, is_traced, linearized, without_autocast
 from superlora.torch.operands import Operands, Rows
 
-# Entries of an update that are formed at once: few enough for a core's cache.
-_CHUNK = 1 << 18
 # A number, or a tensor of one, which compiled code multiplies by.
 Scale = float | Tensor
 _torch = backend_of(torch.empty(0))
@@ -161,31 +159,56 @@ class FactoredWay(Way):
     name : str
         The support.
     factored : Factored
-        Its networks.
+        Its networks. Where they have the layer's weight as an operand it is the last tensor.
     """
 
     def __init__(self, layout: Layout, name: str, factored: Factored) -> None:
-        super().__init__(Operands(layout, name, factored.sources, factored.opened))
+        own = Operands(layout, name, factored.sources, factored.opened)
+        super().__init__(own)
         self.factored = factored
         self.height = layout.shapes[name][0]
+        # For every term its path, and where each operand stands, with its slice if it is one.
+        self.few, self.many = (
+            tuple((term.contraction, _places(own, term.operands)) for term in terms)
+            for terms in (factored.few, factored.many)
+        )
+
+    def _terms(self, tokens: int) -> Sequence[tuple[Contraction, Sequence[Place]]]:
+        return self.many if tokens >= self.factored.switch else self.few
 
     def _arrays(
         self, tensors: Sequence[Tensor], starts: Sequence[int], device: torch.device
     ) -> Sequence[Tensor]:
-        if not self.shared:
-            return tensors
         (own,) = self.operands
         cuts = own.cut(tensors[: self.shared], starts, (0, self.height), device)
         return [*cuts, *tensors[self.shared :]]
 
+    def _values(
+        self, x: Tensor, arrays: Sequence[Tensor], places: Sequence[Place], index: int
+    ) -> list[Tensor]:
+        """Return the operands of a term."""
+        factored = self.factored
+        values = [x if len(factored.inputs) == 1 else x.reshape(-1, *factored.inputs)]
+        if factored.opened is not None:
+            rows = arrays[index]
+            values.append(rows.reshape(*factored.lead, *rows.shape[1:]))
+        elif factored.base is not None:
+            values.append(arrays[-1].reshape(factored.base))
+        for place, operand in places:
+            array = arrays[place]
+            values.append(array if operand is None else take(_torch, array, operand))
+        return values
+
     def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
-        (own,) = self.operands
-        arrays = self._arrays(tensors, starts, x.device)
-        opened, blocks = arrays[: own.first], [arrays[place] for place in own.places]
+        arrays = self._arrays(tensors, starts, x.device) if self.shared else tensors
         # No compiler is to see a number of tokens compared.
-        terms = self.factored.many if is_traced() else self.factored.terms(x.shape[0])
-        found: Tensor = factored_product(self.factored, terms, blocks, opened, x, self.height)
-        return found
+        terms = self.many if is_traced() else self._terms(x.shape[0])
+        found = total(
+            run(path, self._values(x, arrays, places, index), _torch)
+            for index, (path, places) in enumerate(terms)
+        )
+        y: Tensor = found.reshape(x.shape[0], self.height)
+        return y
 
     def forward(
         self,
@@ -197,20 +220,16 @@ class FactoredWay(Way):
         scale: float,
         keep: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        (own,) = self.operands
-        arrays = self._arrays(tensors, starts, x.device)
-        firsts = first_operands(self.factored, arrays[: own.first], x, self.height)
+        arrays = self._arrays(tensors, starts, x.device) if self.shared else tensors
         y = None if weight is None else linear(x, weight, bias)
         kept: list[Tensor] = []
-        for term, first in zip(self.factored.terms(x.shape[0]), firsts, strict=True):
-            path = term.contraction
-            values = list(first)
-            for operand in term.operands:
-                values.append(take(_torch, arrays[own.places[operand.source]], operand))
+        for index, (path, places) in enumerate(self._terms(x.shape[0])):
+            values = self._values(x, arrays, places, index)
             for step in path.steps[:-1]:
                 values.append(take_step(_torch, step, values))
             if keep:
-                kept += [values[index] for index in path.cheap]
+                for place in path.cheap:
+                    kept.append(values[place])
             y = self._add(path, values, y, scale)
         assert y is not None
         return y, kept
@@ -226,7 +245,9 @@ class FactoredWay(Way):
             one, other = matrices(_torch, step.pair, left, right)
             y.view(one.shape[0], other.shape[1]).addmm_(one, other, alpha=scale)
             return y
-        found = transposed(_torch, contract_pair(_torch, step.pair, left, right), path.axes)
+        found = contract_pair(_torch, step.pair, left, right)
+        if path.axes is not None:
+            found = found.permute(path.axes)
         found = found.reshape(-1, self.height)
         if y is not None:
             return y.add_(found, alpha=scale)
@@ -235,40 +256,43 @@ class FactoredWay(Way):
     def backward(self, back: Backward) -> None:
         back.of_x = back.through_base()
         (own,) = self.operands
-        arrays = self._arrays(back.tensors, back.starts, back.x.device)
-        firsts = first_operands(self.factored, arrays[: own.first], back.x, self.height)
+        arrays: Sequence[Tensor] = back.tensors
+        if self.shared:
+            arrays = self._arrays(back.tensors, back.starts, back.x.device)
         found: list[Tensor | None] = [None] * len(arrays)
         kept = iter(back.kept)
-        for index, (term, first) in enumerate(
-            zip(self.factored.terms(back.x.shape[0]), firsts, strict=True)
-        ):
-            path = term.contraction
-            # Where each operand stands among the arrays; the inputs stand nowhere.
-            places = [-1, *([index] if own.first else [])]
-            places += [own.places[operand.source] for operand in term.operands]
-            values = list(first)
-            for operand in term.operands:
-                values.append(take(_torch, arrays[own.places[operand.source]], operand))
+        for index, (path, places) in enumerate(self._terms(back.x.shape[0])):
+            values = self._values(back.x, arrays, places, index)
             count = len(values)
-            kept_values = {place: next(kept) for place in path.cheap}
             for number, step in enumerate(path.steps[:-1]):
-                value = kept_values.get(count + number)
-                values.append(take_step(_torch, step, values) if value is None else value)
-            wanted = [back.of_x is not None if p < 0 else back.wanted[p] for p in places]
-            pulled = _pull(path, values, wanted, back)
-            if pulled[0] is not None:
+                cheap = count + number in path.cheap
+                values.append(next(kept) if cheap else take_step(_torch, step, values))
+            # Where each operand stands among the arrays; the inputs stand nowhere.
+            stand = [place for place, _ in places]
+            if count > 1 + len(places):
+                stand.insert(0, index if own.first else len(arrays) - 1)
+            wanted = [back.of_x is not None, *(back.wanted[place] for place in stand)]
+            of_inputs, *pulled = _pull(path, values, wanted, back)
+            if of_inputs is not None:
                 assert back.of_x is not None
-                back.of_x += pulled[0].reshape(back.x.shape)
-            if own.first and pulled[1] is not None:
-                found[index] = pulled[1].reshape(arrays[index].shape)
-            for operand, gradient in zip(term.operands, pulled[len(first) :], strict=True):
+                back.of_x += of_inputs.reshape(back.x.shape)
+            slices = [None] * (len(pulled) - len(places)) + [operand for _, operand in places]
+            for place, operand, gradient in zip(stand, slices, pulled, strict=True):
                 if gradient is not None:
-                    place = own.places[operand.source]
                     found[place] = _untaken(gradient, operand, arrays[place], found[place])
         if self.shared:
             sums = back.sums_of(0, self.shared)
             own.add(sums, found[: self.shared], back.starts, (0, self.height))
-        back.take([*[None] * self.shared, *found[self.shared :]])
+            found[: self.shared] = [None] * self.shared
+        back.take(found)
+
+
+# Where an operand stands among the arrays, and its slice if it is not the whole array.
+Place = tuple[int, Operand | None]
+
+
+def _places(own: Operands, operands: Sequence[Operand]) -> tuple[Place, ...]:
+    return tuple((own.places[each.source], None if each.whole else each) for each in operands)
 
 
 def _pull(
@@ -313,10 +337,10 @@ def _pull(
 
 
 def _untaken(
-    gradient: Tensor, operand: Operand, array: Tensor, so_far: Tensor | None
+    gradient: Tensor, operand: Operand | None, array: Tensor, so_far: Tensor | None
 ) -> Tensor:
     """Add the adjoint of a slice to the gradient of what it was taken of."""
-    if operand.cut is None:
+    if operand is None or operand.cut is None:
         return _added(so_far, gradient.reshape(array.shape))  # type: ignore[return-value]
     if so_far is None:
         so_far = array.new_zeros(array.shape)
