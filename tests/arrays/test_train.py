@@ -36,6 +36,7 @@ ROWS = {
     "by layer, padded": (train(order=4, groups=2, fold="balanced", cut="pad"), PRIME),
     "mixed by a map": (train(order=3, groups=1, fold="balanced", map=Mixing(4), ratio=0.5), MIXED),
     "a Kronecker product of trains": (train(order=2, splits=2, groups=1, fold="stack"), SAME),
+    "a Kronecker product of matrices": (train(splits=2), SAME),
     "train and Tucker": (
         train(order=3, splits=2, core=("train", "full"), groups=1, fold="balanced"),
         MIXED,
