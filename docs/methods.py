@@ -16,7 +16,8 @@ from tables import between, replaced  # noqa: F401  (the page's test reads betwe
 
 PAGE = Path(__file__).parent / "methods.md"
 # What the symbols of the table stand for where it shows numbers: L weights of do x di.
-EXAMPLE = {"L": 4, "do": 24, "di": 36, "r": 2, "a": 8, "u": 5, "n": 10, "K": 3, "H": 3, "b": 6}
+EXAMPLE = {"L": 4, "do": 24, "di": 36, "r": 2, "a": 8, "u": 5, "n": 10, "K": 3, "H": 3}
+EXAMPLE |= {"b": 6, "k": 2}
 
 
 def map_text(fixed: sl.maps.Map) -> str:
@@ -209,6 +210,87 @@ ADDED = (
         "r*(D1 + D2 + D3 + D4 + D5)",
         "published formula",
         "equal for this order of axes",
+    ),
+    Method(
+        "sl.tenslora(rank=(2, 2, r, r), fold=(2, L // 2, do, di))",
+        "TensLoRA, Marmoret et al. 2025",
+        "Tucker of (layers, matrices, do, di)",
+        "4*r**2 + 2*(D1 + D2) + r*(D3 + D4)",
+        "published formula",
+        "equal for this order of axes",
+    ),
+    Method(
+        "sl.metatt(rank=r)",
+        "after MetaTT, Lopez-Piqueres et al. 2025",
+        "s Σₐ G₀[l, a] G₁[a] G₂, a train of (L, do, di)",
+        "r*L + r**2*do + r*di",
+        "NumPy",
+        "another family than the paper's, whose train has the layers between inputs and outputs; "
+        "`lotr` has them there",
+    ),
+    Method(
+        "sl.metatt(rank=(2, r, r), fold=(2, L // 2, do, di))",
+        "the same by layers and matrices",
+        "a train of (layers, matrices, do, di)",
+        "2*D1 + 2*r*D2 + r**2*D3 + r*D4",
+        "NumPy",
+        "another family, likewise",
+    ),
+    Method(
+        "sl.tt_lora(rank=r)",
+        "TT-LoRA, Anjum et al. 2024",
+        "a train of the digits of outputs and inputs",
+        "L*(r*D1 + r**2*(D2 + D3) + r*D4)",
+        "TensorLy's `tt_to_tensor`",
+        "equal",
+    ),
+    Method(
+        "sl.share_lora(rank=r)",
+        'ShareLoRA, Song et al. 2024; `which="B"`, `which="AB"`',
+        "s A₁A₂ᵀ, one A₂ for all l",
+        "r*(L*do + di)",
+        "published formula",
+        "equal",
+    ),
+    Method(
+        "sl.tied_lora(rank=r)",
+        "Tied-LoRA, Renduchintala et al. 2024",
+        "s diag(v) B diag(u) A, one B and one A for all l",
+        "r*(do + di) + L*(do + r)",
+        "published formula",
+        "equal; here v starts at zero",
+    ),
+    Method(
+        "sl.gralora(rank=2*r, blocks=k, alpha=a)",
+        "GraLoRA, Jung et al. 2025",
+        "k × k blocks, each s B_jnA_jn of rank 2r/k",
+        "L*2*r*(do + di)",
+        "PEFT GraLoRA",
+        "equal, without the LoRA that `hybrid_r` adds; up to rank 16 k",
+    ),
+    Method(
+        "sl.monarch(blocks=k)",
+        "Monarch, Dao et al. 2022; `terms=c`: MoRe, Tan et al. 2024",
+        "s P₁L P₂R, L and R of k blocks",
+        "L*k*(do + di)",
+        "published formula",
+        "equal where the blocks' inner width is a multiple of k",
+    ),
+    Method(
+        "sl.miss(rank=r)",
+        "MiSS, Kang and Yin 2024; `mini=m`: its mini form",
+        "1ᵀ ⊗ D",
+        "L*r*do",
+        "PEFT MiSS",
+        "equal where r divides the inputs; the form `bat` multiplies W₀",
+    ),
+    Method(
+        "sl.cdka(rows=2, columns=k, terms=3)",
+        "CDKA, 2026",
+        "s Σₜ Bₜ ⊗ Aₜ",
+        "L*3*(do*k//2 + 2*di//k)",
+        "published formula",
+        "equal",
     ),
     Method(
         "sl.vera(rank=r)",

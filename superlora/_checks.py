@@ -22,11 +22,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "dense_from": ("rank", "half", "never"),
     "cut": ("even", "pad"),
 }
-_CORES = ("identity", "diagonal", "full", None)
+_CORES = ("identity", "diagonal", "full", "train", None)
 _GROUPS = ("weight", "layer")
 _FOLDS = ("natural", "stack", "balanced", "aligned")
 # Array libraries bound the number of axes; a Kronecker product takes two a mode.
 _MOST = 16
+_BLOCK = re.compile(r"(0|[1-9][0-9]*)\.(?:core|(core|factor)(0|[1-9][0-9]*))")
 
 
 def pairs(name: str, value: object) -> tuple[Any, ...]:
@@ -156,6 +157,7 @@ def check_fold(spec: Spec) -> None:
         raise TypeError(f"fold must be one of {_FOLDS} or a tuple of mode sizes: got {fold!r}")
     if not any(isinstance(item, tuple) for item in fold):
         _check_sizes("fold", fold, spec.modes)
+        _check_open(spec, (fold,))
         return
     if spec.combine != "kronecker" or len(fold) != spec.splits:
         raise ValueError(
@@ -166,13 +168,31 @@ def check_fold(spec: Spec) -> None:
         if not isinstance(sizes, tuple):
             raise TypeError(f"fold[{split}] must be a tuple of mode sizes: got {sizes!r}")
         _check_sizes(f"fold[{split}]", sizes, spec.modes)
+    _check_open(spec, fold)
 
 
 def _check_sizes(name: str, sizes: tuple[Any, ...], modes: int) -> None:
     if len(sizes) != modes:
         raise ValueError(f"{name} must have {modes} modes, the order: got {sizes}")
     for mode, size in enumerate(sizes):
-        check_count(f"{name}[{mode}]", size)
+        if size is not None:
+            check_count(f"{name}[{mode}]", size)
+
+
+def _check_open(spec: Spec, splits: tuple[tuple[int | None, ...], ...]) -> None:
+    """Refuse sizes None, what is left of a weight's outputs or inputs, where they say nothing."""
+    outputs = -(-spec.modes // 2)
+    for side, modes in (("outputs", slice(outputs)), ("inputs", slice(outputs, None))):
+        left = sum(sizes[modes].count(None) for sizes in splits)
+        if left > 1:
+            raise ValueError(
+                f"fold must have None once at most for the {side}: got {left} in {spec.fold}"
+            )
+        if left and not (isinstance(spec.map, Map) and spec.map.keeps_fold):
+            raise ValueError(
+                f"fold must have no None with map={type(spec.map).__name__}, whose fold is not the "
+                f"weights' own: got {spec.fold}"
+            )
 
 
 def _check_one_rank(name: str, rank: object) -> None:
@@ -182,7 +202,9 @@ def _check_one_rank(name: str, rank: object) -> None:
         check_count(name, rank)
 
 
-def split_ranks(rank: Rank, orders: tuple[int, ...]) -> tuple[Any, ...]:
+def split_ranks(
+    rank: Rank, orders: tuple[int, ...], cores: tuple[str | None, ...]
+) -> tuple[Any, ...]:
     """Return one entry a split of a rank that may be nested.
 
     Parameters
@@ -191,11 +213,14 @@ def split_ranks(rank: Rank, orders: tuple[int, ...]) -> tuple[Any, ...]:
         As in `Spec`.
     orders : tuple of K int
         The order of every split.
+    cores : tuple of K str or None
+        The core of every split.
 
     Returns
     -------
     tuple of K
-        Each an int, ``"full"``, or a tuple with one entry a mode.
+        Each an int, ``"full"``, or a tuple with one entry a mode; of a train with one entry
+        between two modes.
 
     Raises
     ------
@@ -207,8 +232,8 @@ def split_ranks(rank: Rank, orders: tuple[int, ...]) -> tuple[Any, ...]:
         _check_one_rank("rank", rank)
         return (rank,) * splits
     # One split's modes, without the outer tuple; (r,) is that split's rank.
-    bare = not any(isinstance(item, tuple) for item in rank)
-    if splits == 1 and bare and (len(rank) != 1 or orders == (1,)):
+    bare = splits == 1 and not any(isinstance(item, tuple) for item in rank)
+    if bare and (len(rank) != 1 or orders == (1,)):
         rank = (rank,)
     if len(rank) != splits:
         raise ValueError(f"rank must have one entry for each of {splits} splits: got {rank}")
@@ -216,9 +241,16 @@ def split_ranks(rank: Rank, orders: tuple[int, ...]) -> tuple[Any, ...]:
         if not isinstance(item, tuple):
             _check_one_rank(f"rank[{split}]", item)
             continue
-        if len(item) != orders[split]:
+        order = orders[split]
+        if cores[split] == "train" and order > 1:
+            if len(item) != order - 1:
+                raise ValueError(
+                    f"rank{'' if bare else f'[{split}]'} must have {order - 1} entries, the ranks "
+                    f"between {order} neighbouring modes: got {item}"
+                )
+        elif len(item) != order:
             raise ValueError(
-                f"rank[{split}] must have one entry for each of {orders[split]} modes: got {item}"
+                f"rank[{split}] must have one entry for each of {order} modes: got {item}"
             )
         for mode, value in enumerate(item):
             _check_one_rank(f"rank[{split}][{mode}]", value)
@@ -244,6 +276,11 @@ def check_map(spec: Spec) -> None:
             raise ValueError(
                 "map=Separable() must leave before and after to the fold and the ratio: got "
                 f"before={fixed.before}"
+            )
+        if "train" in spec.cores:
+            raise ValueError(
+                "core must not be 'train' with map=Separable(), which maps single factors: got "
+                f"{spec.core!r}"
             )
         if spec.combine != "kronecker":
             raise ValueError(
@@ -319,9 +356,14 @@ def check_blocks(spec: Spec) -> None:
         raise TypeError(f"tied must be a list of blocks, as in ['0.factor1']: got {spec.tied!r}")
     for name, blocks in (("frozen", [key for key, _ in spec.frozen]), ("tied", spec.tied)):
         for block in blocks:
-            found = re.fullmatch(r"(0|[1-9][0-9]*)\.(?:core|factor(0|[1-9][0-9]*))", str(block))
+            found = _BLOCK.fullmatch(str(block))
             split = int(found[1]) if found else spec.splits
-            if found is None or split >= spec.splits or int(found[2] or 0) >= spec.orders[split]:
+            if (
+                found is None
+                or split >= spec.splits
+                or int(found[3] or 0) >= spec.orders[split]
+                or (found[3] and found[2] == "core" and spec.cores[split] != "train")
+            ):
                 raise ValueError(
                     f"{name} must name a core or a factor of one of {spec.splits} splits, as in "
                     f"'0.core' or '0.factor1': got {block!r}"

@@ -102,6 +102,9 @@ def _splits_text(kind: Kind) -> str:
 
 
 def _split_text(split: Split) -> str:
+    if split.core == "train":
+        ranks = ", ".join(map(str, split.ranks))
+        return f"{' x '.join(map(str, split.sizes))}, train of rank {ranks}"
     modes = " x ".join(
         f"{size}:{rank}" if factored else f"{size}"
         for size, rank, factored in zip(split.sizes, split.ranks, split.factored, strict=True)
@@ -111,7 +114,7 @@ def _split_text(split: Split) -> str:
 
 def _how_capped(alike: Counter[Group]) -> str:
     capped = [split for group in alike for split in group.splits if split.capped]
-    whole = {all(split.factored) for split in capped}
+    whole = {split.core == "train" or all(split.factored) for split in capped}
     return " or ".join(
         word for word, found in (("lowered", True), ("un-factored", False)) if found in whole
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 
 from superlora._backend import Array, at_least_single, backend_of, from_numpy
-from superlora.init import frozen_variance
+from superlora.init import frozen_variance, is_last
 from superlora.layout import Layout
 from superlora.random import normal
 
@@ -95,7 +95,7 @@ def each_frozen(
         shape = layout.block_shapes[name]
         group, index, leaf = name.split(".")
         split = layout.groups[int(group)].splits[int(index)]
-        last = leaf == f"factor{len(split.sizes) - 1}"
+        last = is_last(split, leaf)
         if source == "stored" or name in skipped:
             continue
         if source == "ones":

@@ -33,9 +33,10 @@ def zero_block(layout: Layout, group: int, term: int = 0) -> str:
     Returns
     -------
     str
-        The last split's core where that is trainable, else its first trainable factor,
-        which is LoRA's B; of an earlier split where none is. Where groups share blocks it is
-        one that all of them have of their own, else one that they share.
+        The last split's core where that is trainable, of a train the last one that is, else
+        its first trainable factor, which is LoRA's B; of an earlier split where none is. Where
+        groups share blocks it is one that all of them have of their own, else one that they
+        share.
 
     Notes
     -----
@@ -46,7 +47,7 @@ def zero_block(layout: Layout, group: int, term: int = 0) -> str:
     candidates = [
         (index, leaf)
         for index, split in reversed([*enumerate(layout.terms(group)[term])])
-        for leaf in split.block_shapes
+        for leaf in (reversed(split.block_shapes) if split.core == "train" else split.block_shapes)
         if layout.block(group, term * count + index, leaf) in layout.trainable
     ]
     tied = layout.specs[group].tied
@@ -164,7 +165,7 @@ def frozen_variance(source: str, shape: tuple[int, ...], last: bool) -> float:
     shape : tuple of int
         Shape of the block.
     last : bool
-        Whether it is the factor of the last mode, that of the inputs.
+        Whether it is of the last mode, that of the inputs: its factor, or a train's core.
 
     Returns
     -------
@@ -173,8 +174,13 @@ def frozen_variance(source: str, shape: tuple[int, ...], last: bool) -> float:
         random blocks; that of unit columns for singular vectors.
     """
     if source == "random":
-        return 1 / (shape[0] if last else shape[-1])
+        return 1 / shape[-2 if last else -1]
     return 1 / shape[0] if source.startswith("singular") else 1.0
+
+
+def is_last(split: Split, leaf: str) -> bool:
+    """Return whether a block is of a split's last mode, a train's core or a factor."""
+    return leaf.removeprefix("core").removeprefix("factor") == str(len(split.sizes) - 1)
 
 
 def _variance(layout: Layout, group: int, term: int) -> float:
@@ -189,11 +195,10 @@ def _variance(layout: Layout, group: int, term: int) -> float:
         terms *= _summed(split)
         for leaf, shape in split.block_shapes.items():
             source = layout.frozen.get(layout.block(group, term * count + index, leaf))
-            last = leaf == f"factor{len(split.sizes) - 1}"
             if source is not None:
-                known *= frozen_variance(source, shape, last)
-            elif leaf != "core":
-                largest = max(largest, shape[1])
+                known *= frozen_variance(source, shape, is_last(split, leaf))
+            elif leaf != "core":  # of a factor its rank, of a train's core those on both sides
+                largest = max(largest, *(shape[::2] if split.core == "train" else shape[1:]))
     return largest / (width * terms * known)
 
 
@@ -213,6 +218,8 @@ def _gain(layout: Layout, group: int) -> float:
 
 def _summed(split: Split) -> int:
     """Return the number of products that sum to one entry of a split."""
+    if split.core == "train":
+        return math.prod(split.ranks)
     ranks = [rank for rank, factored in zip(split.ranks, split.factored, strict=True) if factored]
     if not ranks:
         return 1

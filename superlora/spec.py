@@ -30,7 +30,9 @@ class Spec:
         ``"full"`` leaves every split un-factored: dense. A tuple has one entry
         a split, each an integer, ``"full"``, or a tuple with one entry a mode;
         with ``splits=1`` the outer tuple may be left out. Where factors are frozen, an
-        integer is lowered to what they can have instead.
+        integer is lowered to what they can have instead. A train has M - 1 ranks, each
+        between two neighbouring modes: an integer is lowered, and an entry ``"full"``
+        is set, to the largest that modes of these sizes can have there.
     order : int or tuple of int
         Number of modes M of the fold, 1 to 16. A tuple gives every split its own
         order, and the fold the largest of them: a split of lower order has
@@ -46,12 +48,16 @@ class Spec:
         ``"balanced"`` makes the modes nearly equal; ``"aligned"`` does so with a
         last mode that divides every input width, so that whole weights can be
         applied as factors. A tuple of integers says the mode sizes, a tuple of
-        tuples the mode sizes of every split. A fold of order 1 is the vector itself.
-    core : {"identity", "diagonal", "full"}, None, or a tuple with one of these a split
+        tuples the mode sizes of every split; None there, once for the outputs and once
+        for the inputs, is what is left of one weight's own, whose outputs have the
+        first half of the modes. A fold of order 1 is the vector itself.
+    core : {"identity", "diagonal", "full", "train"}, None, or a tuple with one of these a split
         ``"identity"`` is the fixed superdiagonal core of ones: LoRA for M = 2, CP
-        above; ``"diagonal"`` has trainable numbers there. None takes the paper's
-        choice, identity up to M = 2 and full above, and full wherever the ranks of
-        a split differ between its modes.
+        above; ``"diagonal"`` has trainable numbers there. ``"train"`` is a tensor
+        train: a core ``(r_{m-1}, d_m, r_m)`` for every mode in the order of the fold
+        and no factors; for M = 1 a vector is dense, as with any core. None takes the
+        paper's choice, identity up to M = 2 and full above, and full wherever the
+        ranks of a split differ between its modes.
     combine : {"kronecker", "hadamard"}
         How the splits are multiplied; for ``"hadamard"`` each has the whole fold.
     terms : int
@@ -198,8 +204,8 @@ class Spec:
 
     @property
     def split_ranks(self) -> tuple[Any, ...]:
-        """One entry for each split: an int, ``"full"``, or a tuple with one entry a mode."""
-        return checks.split_ranks(self.rank, self.orders)
+        """One entry for each split: an int, ``"full"``, or a tuple, as `rank` has them."""
+        return checks.split_ranks(self.rank, self.orders, self.cores)
 
     @property
     def scaling(self) -> float:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 from superlora.maps import Composed, Identity, Map, Place, Separable
 from superlora.shapes import (
@@ -26,7 +27,7 @@ _MOST_BEFORE = 1 << 24
 
 @dataclass(frozen=True)
 class Split:
-    """One Tucker factorisation of the product.
+    """One Tucker or tensor-train factorisation of the product.
 
     Attributes
     ----------
@@ -36,11 +37,13 @@ class Split:
         Mode sizes ``d_km`` that are factored: `shape`, fewer modes where its own order is
         lower, or those before a map of single modes.
     ranks : tuple of M int
-        Core sizes ``r_km``; equal to the mode's size where it is un-factored.
+        Core sizes ``r_km``; equal to the mode's size where it is un-factored. Of a train
+        the M - 1 ranks between neighbouring modes.
     factored : tuple of M bool
-        Whether mode m has a factor ``A_km``; else it is the identity.
+        Whether mode m has a factor ``A_km``; else it is the identity. A train has none.
     core : str
-        ``"full"``; ``"diagonal"``, stored as a vector; or ``"identity"``, not stored.
+        ``"full"``; ``"diagonal"``, stored as a vector; ``"identity"``, not stored; or
+        ``"train"``, stored as one core a mode.
     capped : bool
         Whether an integer rank exceeded a mode's size here.
     """
@@ -54,7 +57,13 @@ class Split:
 
     @functools.cached_property
     def block_shapes(self) -> dict[str, Shape]:
-        """Shapes of the blocks: ``core`` (r_1, …, r_M), ``factorM`` (d_m, r_m)."""
+        """Shapes of ``core`` (r_1, …), ``factorM`` (d_m, r_m), a train's ``coreM`` (r, d_m, s)."""
+        if self.core == "train":
+            ranks = (1, *self.ranks, 1)
+            return {
+                f"core{mode}": (ranks[mode], size, ranks[mode + 1])
+                for mode, size in enumerate(self.sizes)
+            }
         blocks: dict[str, Shape] = {}
         if self.core != "identity":
             blocks["core"] = self.ranks if self.core == "full" else self.ranks[:1]
@@ -232,7 +241,7 @@ def _entries(spec: Spec, held: int, members: Members) -> int:
 def _split_sizes(spec: Spec, splits: int, before: int, members: Members) -> tuple[Shape, ...]:
     fold: Shape
     if isinstance(spec.fold, tuple):
-        return _check_explicit(spec, splits, before, members)
+        return _check_explicit(spec, _filled(spec, members), splits, before, members)
     if spec.fold == "balanced" and spec.first_split is None:
         return balanced_splits(before, spec.modes, splits)
     if spec.fold == "balanced":
@@ -253,13 +262,35 @@ def _split_sizes(spec: Spec, splits: int, before: int, members: Members) -> tupl
     return bounded_splits(fold, splits, spec.first_split)
 
 
-def _check_explicit(spec: Spec, splits: int, before: int, members: Members) -> tuple[Shape, ...]:
-    assert isinstance(spec.fold, tuple)
+def _filled(spec: Spec, members: Members) -> tuple[Any, ...]:
+    """Return a fold of sizes with what is left of one weight's sides in the place of None."""
+    given: Any = spec.fold if spec.has_sizes else (spec.fold,)
+    if not any(None in sizes for sizes in given):
+        return tuple(spec.fold)
+    outputs = ceil_divide(spec.modes, 2)
+    filled = [list(sizes) for sizes in given]
+    sides = zip(_one_weight(spec, members), ("outputs", "inputs"), strict=True)
+    for (width, side), modes in zip(
+        sides, (range(outputs), range(outputs, spec.modes)), strict=True
+    ):
+        places = [(sizes, mode) for sizes in filled for mode in modes]
+        known = math.prod(sizes[mode] or 1 for sizes, mode in places)
+        opened = [(sizes, mode) for sizes, mode in places if sizes[mode] is None]
+        if width % known or (known != width and not opened):
+            raise ValueError(f"fold must divide the {width} {side} of a weight: got {spec.fold}")
+        for sizes, mode in opened:
+            sizes[mode] = width // known
+    return tuple(map(tuple, filled)) if spec.has_sizes else tuple(filled[0])
+
+
+def _check_explicit(
+    spec: Spec, given: tuple[Any, ...], splits: int, before: int, members: Members
+) -> tuple[Shape, ...]:
     if spec.has_sizes:
-        sizes: tuple[Shape, ...] = spec.fold
+        sizes: tuple[Shape, ...] = given
         fold = tuple(map(math.prod, zip(*sizes, strict=True)))
     else:
-        fold = spec.fold
+        fold = given
         sizes = bounded_splits(fold, splits, spec.first_split)
     says_it = not spec.map.keeps_fold and spec.ratio == 1
     if says_it and spec.size is None and spec.map.fixed_entries(members.place) is None:
@@ -285,13 +316,18 @@ def _scaled(ratio: float, entries: int) -> int:
     return math.ceil(Fraction(repr(float(ratio))) * entries)
 
 
-def _natural(spec: Spec, members: Members) -> Shape:
+def _one_weight(spec: Spec, members: Members) -> tuple[int, int]:
+    """Return the shape of the one whole weight of a group."""
     if len(members.shapes) != 1 or not members.whole:
         raise ValueError(
-            "fold='natural' must have one whole weight a group: got "
+            f"fold={spec.fold!r} must have one whole weight a group: got "
             f"groups={spec.groups!r}; use fold='balanced', 'aligned' or 'stack'"
         )
-    rows, columns = members.shapes[0]
+    return members.shapes[0]
+
+
+def _natural(spec: Spec, members: Members) -> Shape:
+    rows, columns = _one_weight(spec, members)
     output_modes = ceil_divide(spec.modes, 2)
     return balanced(rows, output_modes) + balanced(columns, spec.modes - output_modes)
 
@@ -331,6 +367,8 @@ def _make_split(spec: Spec, index: int, shape: Shape, before: Shape, rank: objec
                 f"rank[{index}][0] must be 1 or 'full' with order=1, a dense vector: got {explicit}"
             )
         return Split(shape, sizes, sizes, everything, "full")
+    if core == "train":
+        return _make_train(spec, index, shape, sizes, rank)
     if isinstance(rank, int):
         kept = [source for key, source in spec.frozen if key.partition(".")[0] == str(index)]
         if core in ("identity", "diagonal") or (core is None and order <= 2):
@@ -351,6 +389,34 @@ def _make_split(spec: Spec, index: int, shape: Shape, before: Shape, rank: objec
         return Split(shape, sizes, ranks, factored, "full", capped=any(r < rank for r in ranks))
     assert isinstance(rank, tuple)
     return _make_nested(spec, index, shape, sizes, rank)
+
+
+def _make_train(spec: Spec, index: int, shape: Shape, sizes: Shape, rank: Any) -> Split:
+    """Make a split of one core a mode; beyond the sizes on one side a rank is redundant."""
+    bounds = [
+        min(math.prod(sizes[:mode]), math.prod(sizes[mode:])) for mode in range(1, len(sizes))
+    ]
+    if isinstance(rank, int):
+        ranks = tuple(min(rank, bound) for bound in bounds)
+        capped = min(ranks) < rank
+        return Split(shape, sizes, ranks, (False,) * len(sizes), "train", capped=capped)
+    for place, (value, bound) in enumerate(zip(rank, bounds, strict=True)):
+        if isinstance(value, int) and value > bound:
+            raise ValueError(
+                f"{_place(spec, index)}[{place}] must be at most {bound}, the largest rank between "
+                f"modes {place} and {place + 1} of split {index}: got {value}"
+            )
+    ranks = tuple(
+        value if isinstance(value, int) else bound
+        for value, bound in zip(rank, bounds, strict=True)
+    )
+    return Split(shape, sizes, ranks, (False,) * len(sizes), "train")
+
+
+def _place(spec: Spec, index: int) -> str:
+    """Return what error messages call the rank of a split."""
+    nested = isinstance(spec.rank, tuple) and isinstance(spec.rank[index], tuple)
+    return f"rank[{index}]" if nested else "rank"
 
 
 def _neighbours(shape: Shape, order: int) -> Shape:
@@ -375,8 +441,7 @@ def _make_nested(
         core = "identity" if order <= 2 and uniform else "full"
     frozen = {block for block, _ in spec.frozen}
     kept = any(block.partition(".")[0] == str(index) for block in frozen)
-    nested = isinstance(spec.rank, tuple) and isinstance(spec.rank[index], tuple)
-    place = f"rank[{index}]" if nested else "rank"
+    place = _place(spec, index)
     # A core beyond a mode's size is redundant, and so is a matrix of such a rank; where
     # blocks are fixed it is not.
     bounded = core == "full" and f"{index}.core" not in frozen

@@ -57,6 +57,23 @@ def canonical(factors: Sequence[numpy.ndarray]) -> numpy.ndarray:
     return tensor
 
 
+def train(cores: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    """Return ``X[i] = sum_{a, b, …} G_0[0, i_0, a] G_1[a, i_1, b] … G_{M-1}[y, i_{M-1}, 0]``."""
+    sizes = [core.shape[1] for core in cores]
+    ranks = [core.shape[2] for core in cores[:-1]]
+    assert [core.shape[0] for core in cores] == [1, *ranks]
+    assert cores[-1].shape[2] == 1
+    tensor = numpy.zeros(sizes)
+    for index in indices(sizes):
+        for inner in indices(ranks):
+            ends = [0, *inner, 0]
+            tensor[index] += math.prod(
+                float(core[ends[mode], index[mode], ends[mode + 1]])
+                for mode, core in enumerate(cores)
+            )
+    return tensor
+
+
 def digits_of(index: int, radices: Sequence[int]) -> list[int]:
     """Return the digits of a number, the first most significant."""
     digits = []
@@ -246,7 +263,10 @@ def split_tensor(
         numbers, core = core, numpy.zeros((len(core),) * len(sizes))
         for place, number in enumerate(numbers):
             core[(place,) * len(sizes)] = number
-    tensor = canonical(planes) if core is None else tucker(core, planes)  # type: ignore[arg-type]
+    if "core0" in blocks:
+        tensor = train([blocks[f"core{mode}"] for mode in range(len(sizes))])
+    else:
+        tensor = canonical(planes) if core is None else tucker(core, planes)  # type: ignore[arg-type]
     assert tensor.shape == sizes
     if separable:
         for mode in fixed.mapped(len(shape)):  # type: ignore[attr-defined]

@@ -168,3 +168,30 @@ def lonkr(rank: int = 2, splits: int = 3, **changes: Any) -> Spec:
     12
     """
     return make(changes, rank=rank, splits=splits)
+
+
+def tt_lora(rank: Rank = 8, order: int = 4, **changes: Any) -> Spec:
+    """TT-LoRA (Anjum et al. 2024): a tensor train of each weight's outputs and inputs in digits.
+
+    Parameters
+    ----------
+    rank : int or tuple of int
+        The ranks between the modes, one number or one each.
+    order : int
+        The number M of modes: the outputs have the first half of them, the inputs the others.
+    **changes : Any
+        Other fields of the spec, such as the sizes of the modes: ``fold=(12, 64, 64, 12)``.
+
+    Returns
+    -------
+    Spec
+        ``r D_1 + r**2 (D_2 + … + D_{M-1}) + r D_M`` parameters a weight, where the sizes
+        allow r on either side.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> sl.Plan(sl.tt_lora(rank=2), {"q": (6, 4)}).num_parameters
+    28
+    """
+    return make(changes, rank=rank, order=order, core="train")

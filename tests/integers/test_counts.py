@@ -89,6 +89,19 @@ ROWS = [
     ("KronA ViT-B", sl.krona(), VIT, 24 * (24 * 24 + 32 * 32)),
     # 768 = 8 * 8 * 12
     ("LoNKr ViT-B", sl.lonkr(rank=2, splits=3), VIT, 24 * 2 * (16 + 16 + 24)),
+    ("GraLoRA ViT-B is LoRA's", sl.gralora(rank=8, blocks=4), VIT, 294_912),
+    ("Monarch ViT-B", sl.monarch(blocks=4), VIT, 24 * 4 * 2 * 768),
+    ("MiSS ViT-B", sl.miss(rank=64), VIT, 24 * 64 * 768),
+    ("MiSS ViT-B, mini", sl.miss(rank=64, mini=1), VIT, 24 * 64),
+    ("CDKA ViT-B", sl.cdka(rows=2, columns=8, terms=4), VIT, 24 * 4 * (384 * 8 + 2 * 96)),
+    ("CDKA of numbers is LoRA", sl.cdka(rows=1, columns=1, terms=8), VIT, 294_912),
+    ("ShareLoRA ViT-B", sl.share_lora(rank=8), VIT, 8 * 768 * (24 + 1)),
+    ("ShareLoRA ViT-B, both", sl.share_lora(rank=8, which="AB"), VIT, 8 * 2 * 768),
+    ("Tied-LoRA ViT-B", sl.tied_lora(rank=8), VIT, 8 * 2 * 768 + 24 * (768 + 8)),
+    ("TensLoRA ViT-B", sl.tenslora((4, 2, 8, 8), fold=(12, 2, 768, 768)), VIT, 64 * 200 + 52),
+    # 768 = 24 * 32
+    ("TT-LoRA ViT-B", sl.tt_lora(rank=8), VIT, 24 * (8 * 24 + 64 * (32 + 24) + 8 * 32)),
+    ("a train of ViT-B", sl.metatt(rank=8), VIT, 8 * 24 + 64 * 768 + 8 * 768),
 ]
 
 

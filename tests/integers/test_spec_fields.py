@@ -69,7 +69,7 @@ VALUES = {
     "a core": (
         {"core": ("full", "half"), "splits": 2},
         ValueError,
-        r"core\[1\] must be one of 'identity', 'diagonal', 'full', None: got 'half'",
+        r"core\[1\] must be one of 'identity', 'diagonal', 'full', 'train', None: got 'half'",
     ),
     "folds, hadamard": (
         {"fold": ((2, 3), (2, 3)), **HADAMARD},

@@ -104,6 +104,21 @@ def lorta_cp_fold(drawn: Options) -> tuple[int, int, int, int, int]:
     return len(drawn.shapes) // 2, 2, 2, rows // 2, columns
 
 
+def tenslora_fold(drawn: Options) -> tuple[int, int, int, int]:
+    return len(drawn.shapes) // 2, 2, *drawn.shapes[0]
+
+
+def tenslora_update(drawn: Options, net: Net, arrays: Arrays) -> dict[str, numpy.ndarray]:
+    found = {}
+    for index, name in enumerate(drawn.widths):
+        layer, matrix = divmod(index, 2)
+        middle = numpy.einsum(
+            "lmoi,l,m->oi", arrays["G"], arrays["depth"][layer], arrays["kind"][matrix]
+        )
+        found[name] = drawn.scale * arrays["outputs"] @ middle @ arrays["inputs"].T
+    return found
+
+
 stacked = options(one_shape=True, count=st.integers(1, 4))
 STACK = Options(((6, 4),) * 4, 2)
 
@@ -153,6 +168,37 @@ ROWS = [
         },
         options(one_shape=True, count=st.just(4)),
         STACK,
+    ),
+    paper_row(
+        "tenslora-paper",
+        lambda o: sl.tenslora((1, 2, o.rank, o.extra), fold=tenslora_fold(o), scale=o.scale),
+        lambda o: {
+            "G": (1, 2, o.rank, o.extra),
+            **{
+                key: (size, rank)
+                for key, size, rank in zip(
+                    ("depth", "kind", "outputs", "inputs"),
+                    tenslora_fold(o),
+                    (1, 2, o.rank, o.extra),
+                    strict=True,
+                )
+            },
+        },
+        tenslora_update,
+        lambda *_: (
+            {"0.core": ("G", same)}
+            | {
+                f"0.factor{mode}": (key, same)
+                for mode, key in enumerate(("depth", "kind", "outputs", "inputs"))
+            }
+        ),
+        options(
+            sizes=st.integers(3, 6),
+            one_shape=True,
+            count=st.sampled_from([2, 4, 6]),
+            extra=st.integers(1, 3),
+        ),
+        Options(((6, 4),) * 6, 3, extra=2),
     ),
     paper_row(
         "lonkr-paper-grouped",

@@ -97,6 +97,21 @@ def vera_delta(shape: tuple[int, int], weight: object, own: Arrays) -> numpy.nda
     return numpy.diag(own["b"]) @ wide
 
 
+def shared_delta(shape: tuple[int, int], weight: object, own: Arrays) -> numpy.ndarray:
+    rows, columns = shape
+    return own["B"][:rows] @ own["A"][:, :columns]
+
+
+def share_lora_sizes(which: str, drawn: Options) -> Sizes:
+    widths = {"B": [do for do, _ in drawn.shapes], "A": [di for _, di in drawn.shapes]}
+    found: Sizes = {}
+    for key, each in widths.items():
+        own = {key: max(each)} if key in which else {f"{key}:{i}": s for i, s in enumerate(each)}
+        shapes = {k: (size, drawn.rank) for k, size in own.items()}
+        found |= {k: shape[:: 1 if key == "B" else -1] for k, shape in shapes.items()}
+    return found
+
+
 def compacter_delta(_: object, weight: object, own: Arrays) -> numpy.ndarray:
     terms = sum(key.startswith("A") for key in own)
     return sum(
@@ -228,6 +243,27 @@ ROWS = [
         fixed=("B", "A"),
     ),
     paper_row(
+        "tied_lora-paper",
+        scaled(sl.tied_lora, "rank"),
+        lambda o: (
+            {"B": (max(do for do, _ in o.shapes), o.rank)}
+            | {"A": (o.rank, max(di for _, di in o.shapes))}
+            | numbered(o, lambda do, di: {"b": (do,), "d": (o.rank,)})
+        ),
+        per_weight(vera_delta),
+        numbered_views(
+            {
+                "0.factor0": ("B", same),
+                "0.factor1": ("A", transposed),
+                "0.core": ("d", same),
+                "1.factor0": ("b", column),
+            },
+            shared=("A", "B"),
+        ),
+        options(),
+        Options(UNEQUAL, 3),
+    ),
+    paper_row(
         "dense-paper",
         scaled(sl.dense),
         lambda o: numbered(o, lambda do, di: {"delta": (do, di)}),
@@ -247,4 +283,18 @@ ROWS = [
         options(sizes=st.sampled_from([4, 6, 10]), extra=st.integers(1, 3)),
         Options(((6, 4), (10, 6)), extra=3),
     ),
+]
+ROWS += [
+    paper_row(
+        f"share_lora-paper-{which}",
+        scaled(sl.share_lora, "rank", which=which),
+        functools.partial(share_lora_sizes, which),
+        per_weight(shared_delta),
+        numbered_views(
+            {"0.factor0": ("B", same), "0.factor1": ("A", transposed)}, shared=tuple(which)
+        ),
+        options(),
+        Options(UNEQUAL, 3),
+    )
+    for which in ("A", "B", "AB")
 ]

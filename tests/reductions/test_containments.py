@@ -52,6 +52,23 @@ def test_fact_is_a_lora_of_each_layer_whose_factors_are_tied(layers, rows, colum
     assert lora.num_parameters == 2 * layers * (rows + columns)
 
 
+@given(st.integers(1, 3), sizes, sizes, seeds)
+def test_metatt_in_its_papers_order_is_a_lotr_whose_matrices_are_products(
+    layers, rows, columns, seed
+):
+    """ΔW = G_1 G_2[layer] G_3[matrix] G_4, inputs first: the factors are tied further."""
+    first, second, third, last = (
+        generator(seed + place).standard_normal(shape)
+        for place, shape in enumerate([(columns, 2), (2, layers, 2), (2, 2, 2), (2, rows)])
+    )
+    plan = sl.Plan(sl.lotr(2), stack(2 * layers, rows, columns))
+    cores = [(second[:, n // 2] @ third[:, n % 2]).T for n in range(2 * layers)]
+    factors = {"0.0.core": numpy.array(cores), "0.0.factor1": last.T, "0.0.factor2": first}
+    whole = numpy.einsum("ia,alb,bmc,co->lmoi", first, second, third, last)
+    deltas = numpy.array([*plan.deltas(factors).values()]).reshape(whole.shape)
+    numpy.testing.assert_allclose(deltas, whole, atol=1e-11 * abs(whole).max())
+
+
 @given(st.integers(2, 4), sizes, sizes, seeds)
 def test_lotr_is_the_looser_row_of_table_1_and_the_layer_factor_is_redundant(
     layers, rows, columns, seed

@@ -146,7 +146,7 @@ def test_two_blocks_changed_for_each_other_are_noticed(row):
     ours = case.ours()
     blocks = [block for block in ours.plan.blocks_of("layers.a") if block in ours.takes]
     if len(blocks) == 1:
-        trained = ("dense", "lora_xs", "fourierft", "waveft", "c3a", "did", "unilora")
+        trained = ("dense", "lora_xs", "fourierft", "waveft", "c3a", "did", "unilora", "miss")
         assert row.preset in trained or is_even(case.spec)
     for one, other in itertools.pairwise(blocks):
         first, second = (ours.takes[block].values() for block in (one, other))
