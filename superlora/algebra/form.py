@@ -371,9 +371,7 @@ def apply_factored(
             leading = source_arrays(layout, factors, factored.opened.sources)
             count = len(factored.opened.ranks)
             opened = [open_rows(factored.opened, leading, index) for index in range(count)]
-        y = factored_product(
-            factored, factored.terms(flat.shape[0]), arrays, opened, flat, rows
-        )
+        y = factored_product(factored, factored.terms(flat.shape[0]), arrays, opened, flat, rows)
     return library.reshape(y, (*x.shape[:-1], rows)) * float(scale)
 
 

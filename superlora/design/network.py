@@ -153,10 +153,7 @@ class Network:
 def _cut_text(operand: Operand) -> str:
     if operand.cut is None:
         return ""
-    parts = (
-        ":" if cut.start is None else f"{cut.start}:{cut.stop}"
-        for cut in operand.cut
-    )
+    parts = (":" if cut.start is None else f"{cut.start}:{cut.stop}" for cut in operand.cut)
     return f"[{', '.join(parts)}]"
 
 
@@ -286,8 +283,7 @@ class Factorisation:
             return [shared] * len(split.sizes)
         factored = split.factored if split.core == "full" else (True,) * len(split.ranks)
         return [
-            self._rank(rank) if own else ()
-            for rank, own in zip(split.ranks, factored, strict=True)
+            self._rank(rank) if own else () for rank, own in zip(split.ranks, factored, strict=True)
         ]
 
     def _rank(self, rank: int) -> Labels:
@@ -344,13 +340,19 @@ class Factorisation:
         # A slice of a source is a view, so it is cut before axes are dropped.
         same = tuple(read) == tuple(after_map)
         if whole:
-            return Operand(source, None, None, None if final == tuple(after_map) else final, tuple(labels))
+            return Operand(
+                source, None, None, None if final == tuple(after_map) else final, tuple(labels)
+            )
         cut = tuple(
             slice(None) if (start, stop) == (0, size) else slice(start, stop)
             for (start, stop), size in zip(cuts, read, strict=True)
         )
         return Operand(
-            source, None if same else tuple(read), cut, None if final == taken else final, tuple(labels)
+            source,
+            None if same else tuple(read),
+            cut,
+            None if final == taken else final,
+            tuple(labels),
         )
 
     def _mapped(
@@ -375,9 +377,7 @@ class Factorisation:
     def _join(self, index: int, output: Labels) -> Term:
         operands, last = self.term(index)
         operands += [end[0] for end in last if _is_factor(end)]
-        return Term(
-            tuple(operands), contract([own.labels for own in operands], output, self.sizes)
-        )
+        return Term(tuple(operands), contract([own.labels for own in operands], output, self.sizes))
 
     def applied(
         self, outputs: Labels, inputs: Labels, tokens: int, scales: bool
@@ -431,9 +431,7 @@ def weight_network(layout: Layout, name: str, rows: tuple[int, int] | None = Non
 
 def _run(layout: Layout, piece: Piece, sources: Sources) -> Run:
     part = slice_of(layout.radices(piece.group), piece.start, piece.stop)
-    boxes = tuple(
-        Factorisation(layout, piece.group, box, sources).closed() for box in part.boxes
-    )
+    boxes = tuple(Factorisation(layout, piece.group, box, sources).closed() for box in part.boxes)
     return Run(boxes, part.skip, part.size)
 
 
@@ -697,4 +695,3 @@ def row_slice(layout: Layout, name: str) -> tuple[int, int] | None:
     if layout.shapes[name][1] % width or piece.start % width:
         return None
     return piece.start // width, piece.stop // width
-

@@ -236,9 +236,7 @@ def _factored(layout: Layout, name: str) -> Factored | None:
     if opened.width * blocks >= 4 * columns:
         return None
     inputs = tuple(size for size in (blocks, *digits) if size > 1)
-    few, many = (
-        opened_products(layout, group, (rows, columns), tokens) for tokens in (FEW, MANY)
-    )
+    few, many = (opened_products(layout, group, (rows, columns), tokens) for tokens in (FEW, MANY))
     lead = (rows, blocks) if blocks > 1 else (rows,)
     return _with_switch(opened.ends, opened, inputs, few, many, opened.cost, lead)
 
@@ -262,9 +260,7 @@ def _with_switch(
     costs = tuple(sum((t.contraction.cost for t in terms), before) for terms in (few, many))
     switch = _first(lambda tokens: costs[1].of(tokens) < costs[0].of(tokens))
     switch = _MOST_TOKENS if switch is None else switch
-    return Factored(
-        sources, opened, inputs, few, many, switch, (costs[0], costs[1]), lead, base
-    )
+    return Factored(sources, opened, inputs, few, many, switch, (costs[0], costs[1]), lead, base)
 
 
 def _forming(layout: Layout, name: str) -> Cost:
@@ -344,4 +340,3 @@ def check_apply(apply: object, layout: Layout | None = None) -> None:
 def refuse_factored(name: str) -> ValueError:
     """Return the error for one weight that has no factored way."""
     return ValueError(_NO_PRODUCT.format(repr(name)))
-

@@ -87,12 +87,8 @@ def gradients(
     asked = [each for each in operands if each is not None and each.requires_grad]
     if not asked or not value.requires_grad:
         return [None] * len(operands)
-    found = iter(
-        torch.autograd.grad(value, asked, gradient, allow_unused=True, create_graph=again)
-    )
-    return [
-        next(found) if each is not None and each.requires_grad else None for each in operands
-    ]
+    found = iter(torch.autograd.grad(value, asked, gradient, allow_unused=True, create_graph=again))
+    return [next(found) if each is not None and each.requires_grad else None for each in operands]
 
 
 class Made(torch.autograd.Function):
@@ -153,9 +149,7 @@ def made(make: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
         return make(*tensors)
 
 
-def moved(
-    x: Tensor, move: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
-) -> Tensor:
+def moved(x: Tensor, move: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
     """Return a fixed linear map's value, differentiated by the adjoint where that is seen."""
     with without_autocast(x.device):
         if torch.is_grad_enabled() and not is_traced():

@@ -262,7 +262,11 @@ class Operands:
             terms = list(whole.terms())
             entries = whole.runs[0].size if len(whole.runs) == 1 == len(terms) else 0
             order = tuple(range(len(self.own)))
-            if entries == _entries(terms[0]) and order == tuple(o.source for o in terms[0].operands) and whole.sources == self.own:
+            if (
+                entries == _entries(terms[0])
+                and order == tuple(o.source for o in terms[0].operands)
+                and whole.sources == self.own
+            ):
                 self.term = terms[0]
 
     def cut(

@@ -94,9 +94,7 @@ class Operations:
                 own = site.module.bias
                 z = y if own is None else y - own.to(y.dtype)
         own_weight = self.weight
-        y = sum_output(
-            self.sums, x, weight, bias, lambda: _own(y, x, weight, bias), own_weight
-        )
+        y = sum_output(self.sums, x, weight, bias, lambda: _own(y, x, weight, bias), own_weight)
         return self._finished(y, z, of_bias)
 
     def added(self) -> Tensor:
@@ -159,9 +157,7 @@ def _own(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
 
 
 @torch.no_grad()
-def merged_changes(
-    site: Site, supports: Sequence[Support]
-) -> tuple[Tensor | None, Tensor | None]:
+def merged_changes(site: Site, supports: Sequence[Support]) -> tuple[Tensor | None, Tensor | None]:
     """Return what merging support tensors adds to a layer's weight and bias.
 
     Parameters

@@ -140,9 +140,7 @@ class Site:
         fused = fused and module.weight.dtype in (torch.float32, torch.float64)
         if plain:
             weight = self.weight if fused else None
-            return sum_output(
-                supports, x, weight, module.bias, lambda: self._base(*args, **kwargs)
-            )
+            return sum_output(supports, x, weight, module.bias, lambda: self._base(*args, **kwargs))
 
         def base(moved: Tensor) -> Tensor:
             if args:

@@ -181,7 +181,8 @@ class Support:
         tensors, starts, _ = self.given(own, device)
         rows = (0, self.shape[0])
         if own.shared:
-            tensors = [*own.cut(tensors, starts, rows, device), *tensors[len(own.shared) :]]
+            count = len(own.shared)
+            tensors = [*own.cut(tensors[:count], starts, rows, device), *tensors[count:]]
         found = own.form(tensors, rows)
         if torch.compiler.is_compiling():
             return found * self.number

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor
 
 import superlora as sl
-from superlora import maps, permutations, reconstruct
-from superlora.kronecker import kronecker
+from superlora import maps, permutations
+from superlora.algebra import form
+from superlora.algebra.form import run_term
+from superlora.design.network import Factorisation, Term
 from tests.reductions.cases import (
     Case,
     Ours,
@@ -58,16 +59,20 @@ def changed_scale(spec: sl.Spec, factor: float) -> sl.Spec:
     return spec.replace(scale=spec.scaling * factor)
 
 
-def reversed_kronecker(tensors: Sequence[Tensor]) -> Tensor:
-    return kronecker(list(tensors)[::-1])
+def reversed_kronecker(product: Factorisation) -> tuple[Term, ...]:
+    """The last split's digit of every mode is the most significant one."""
+    splits = product.layout.specs[product.group].splits
+    modes = [
+        product.digits[first : first + splits] for first in range(0, len(product.digits), splits)
+    ]
+    output = tuple(label for mode in modes for digit in reversed(mode) for label in digit)
+    terms = range(len(product.layout.terms(product.group)))
+    return tuple(product._join(index, output) for index in terms)
 
 
-def squared_kronecker(tensors: Sequence[Tensor]) -> Tensor:
-    return kronecker([tensors[0]] * len(tensors))
-
-
-def added(tensors: Sequence[Tensor]) -> Tensor:
-    return functools.reduce(operator.add, tensors)
+def squared(term: Term, arrays: Sequence[Any], first: Sequence[Any] = ()) -> Any:
+    """Every entry of a product is multiplied by itself."""
+    return run_term(term, arrays, first) ** 2
 
 
 def is_even(spec: sl.Spec) -> bool:
@@ -166,12 +171,11 @@ def test_another_product_is_noticed(row):
     if case.spec.splits == 1:
         assert row.preset not in ("loha", "lokr", "krona", "lonkr", "vera")
         return
-    target, wrong = "kronecker", reversed_kronecker
-    if isinstance(case.spec.map, maps.Selection):  # of which it takes a product that commutes
-        wrong = squared_kronecker
-    if case.spec.combine == "hadamard":
-        target, wrong = "hadamard", added
-    with mock.patch.object(reconstruct, target, wrong), failing(f"{wrong.__name__}"):
+    patched = mock.patch.object(Factorisation, "closed", reversed_kronecker)
+    # Hadamard products commute, and so do those that a selection takes.
+    if case.spec.combine == "hadamard" or isinstance(case.spec.map, maps.Selection):
+        patched = mock.patch.object(form, "run_term", squared)
+    with patched, failing("another product"):
         check_updates(case, case.ours())
 
 
