@@ -144,6 +144,8 @@ class SharedVector(Shared):
         self.layout, self.name, self.first = layout, name, first
         self.map = layout.maps[first]
         self.before, self.size = layout.joint_sizes(first)
+        for group in layout.joint(first):
+            layout.group_network(group)  # compiled code only reads it
         self.key = ("vector", first)
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
@@ -257,8 +259,10 @@ class Operands:
         self.owners: list[tuple[nn.Module, str, bool]] | None = None
         # What all of it is where that is one term, as of a weight of its own.
         self.term: Term | None = None
-        if not self.shared and vectors:
+        if rows is None and vectors:
             whole = weight_network(layout, name)
+            self._networks[0, self.height] = whole  # compiled code only reads it
+        if not self.shared and vectors:
             terms = list(whole.terms())
             entries = whole.runs[0].size if len(whole.runs) == 1 == len(terms) else 0
             order = tuple(range(len(self.own)))
