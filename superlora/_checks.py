@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from superlora.maps import Identity, Map, Separable
+from superlora.maps import Map
 from superlora.values import check_count
 
 if TYPE_CHECKING:
@@ -270,26 +270,21 @@ def check_map(spec: Spec) -> None:
             f"ratio must be 1 with map={kind}(), which has as many entries after as before: "
             f"got {ratio}"
         )
-    if isinstance(fixed, Separable):
-        fixed.check_modes(spec.modes)
-        if fixed.before is not None:
-            raise ValueError(
-                "map=Separable() must leave before and after to the fold and the ratio: got "
-                f"before={fixed.before}"
-            )
+    fixed.check_fold(spec.modes)
+    if fixed.mapped(spec.modes):
         if "train" in spec.cores:
             raise ValueError(
-                "core must not be 'train' with map=Separable(), which maps single factors: got "
+                f"core must not be 'train' with map={kind}(), which maps single factors: got "
                 f"{spec.core!r}"
             )
         if spec.combine != "kronecker":
             raise ValueError(
-                "combine must be 'kronecker' with map=Separable(), whose modes are mapped before "
+                f"combine must be 'kronecker' with map={kind}(), whose modes are mapped before "
                 f"the product: got {spec.combine!r}"
             )
         if set(spec.orders) != {spec.modes}:
             raise ValueError(
-                f"order must be one number with map=Separable(): got order={spec.order}"
+                f"order must be one number with map={kind}(): got order={spec.order}"
             )
     if spec.size is None:
         return
@@ -314,7 +309,7 @@ def check_factor_map(spec: Spec) -> None:
         return
     if not isinstance(fixed, Map):
         raise TypeError(f"factor_map must be a superlora.maps.Map or None: got {fixed!r}")
-    if isinstance(fixed, Separable) or fixed.joint:
+    if fixed.mapped(1) or fixed.joint:
         raise ValueError(f"factor_map must be a map of one vector: got {fixed!r}")
     if spec.factor_size is None:
         raise ValueError("factor_size must be given with a factor_map: the entries of its vector")
@@ -380,7 +375,7 @@ def _check_singular(spec: Spec, block: str) -> None:
     sides = (f"factor{order - 2}", f"factor{order - 1}")
     whole = spec.groups == "weight" and (spec.splits == 1 or spec.combine == "hadamard")
     natural = (spec.fold, order) in (("natural", 2), ("stack", 3)) and order == spec.modes
-    natural &= isinstance(spec.map, Identity)
+    natural &= spec.map.is_identity
     if leaf not in sides or not whole or not natural or block in spec.tied:
         raise ValueError(
             f"frozen[{block!r}] must be the factor of one weight's outputs or inputs to hold its "

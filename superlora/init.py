@@ -10,7 +10,6 @@ import numpy
 
 from superlora._backend import Array, from_numpy
 from superlora.layout import Layout
-from superlora.maps import Separable
 from superlora.random import check_seed, normal
 from superlora.splitting import Split
 
@@ -205,15 +204,9 @@ def _variance(layout: Layout, group: int, term: int) -> float:
 def _gain(layout: Layout, group: int) -> float:
     """Return the mean square of an entry of the update for an entry 1 of the product."""
     item, own = layout.groups[group], layout.specs[group]
-    fixed = own.map
-    if not isinstance(fixed, Separable):
-        return layout.maps[group].gain(item.before, item.size)
-    # Every split has maps of its own.
-    return math.prod(
-        fixed.mode(index * own.modes + mode).gain(split.sizes[mode], split.shape[mode])
-        for index, split in enumerate(item.splits[: own.splits])
-        for mode in fixed.mapped(own.modes)
-    )
+    # Where modes are mapped on their own, every split has maps of its own.
+    splits = [(split.sizes, split.shape) for split in item.splits[: own.splits]]
+    return layout.maps[group].joined(splits).gain(item.before, item.size)
 
 
 def _summed(split: Split) -> int:

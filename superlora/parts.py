@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from superlora.errors import some
-from superlora.maps import Identity
 from superlora.spec import Spec
 from superlora.supports import ADD, Supports, support_shape
 
@@ -107,7 +106,7 @@ def parts_of(design: Spec | Supports, layers: Mapping[str, tuple[int, int]]) -> 
                 designs.append((vector, [own[name] for name in taken]))
                 shared |= {own[name]: name for name in taken}
         # What scales the inputs of a layer leaves its bias alone.
-        if not all(_is_vector(spec) or _along(spec) == "outputs" for spec in sources):
+        if not all(_is_vector(spec) or spec.map.repeated() == "outputs" for spec in sources):
             raise ValueError(
                 f"spec[{operation!r}] must share a vector, of order 1 and a group a weight: the "
                 f"design of {source!r} is another"
@@ -126,15 +125,11 @@ def parts_of(design: Spec | Supports, layers: Mapping[str, tuple[int, int]]) -> 
     return Parts(found, supports, designs, shared)
 
 
-def _along(spec: Spec) -> str:
-    return getattr(spec.map, "along", "")
-
-
 def _is_vector(spec: Spec) -> bool:
     """Return whether a design's trained entries are a vector of one entry an output."""
     if spec.modes > 1 or spec.frozen or spec.factor_map is not None or spec.groups != "weight":
         return False
-    return isinstance(spec.map, Identity) or _along(spec) == "inputs"
+    return spec.map.is_identity or spec.map.repeated() == "inputs"
 
 
 def _designs(spec: Spec, names: list[str]) -> list[tuple[Spec, list[str]]]:

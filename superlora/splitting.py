@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from superlora.maps import Composed, Identity, Map, Place, Separable
+from superlora.maps import Map, Place
 from superlora.shapes import (
     Shape,
     aligned_splits,
@@ -161,7 +159,8 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
             )
     own, before = sizes, math.prod(fold)
     fixed = spec.map.bind(members.place)
-    if isinstance(fixed, Separable):
+    name = f"map={type(fixed).__name__}()"
+    if fixed.mapped(spec.modes):
         count = len(fixed.mapped(spec.modes))
         share = spec.ratio ** (1 / (count * (len(sizes) if spec.combine == "kronecker" else 1)))
         own = tuple(fixed.sizes_before(split, share) for split in sizes)
@@ -169,9 +168,9 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
         for index, (after, smaller) in enumerate(zip(sizes, own, strict=True)):
             for mode in fixed.mapped(spec.modes):
                 of_mode = fixed.mode(index * spec.modes + mode)
-                check_serves(of_mode, smaller[mode], after[mode], f"mode {mode} of map=Separable()")
-    elif not isinstance(fixed, Identity):
-        check_serves(fixed, before, size, f"map={type(fixed).__name__}()")
+                check_serves(of_mode, smaller[mode], after[mode], f"mode {mode} of {name}")
+    elif not fixed.in_place:
+        check_serves(fixed, before, size, name)
     splits = tuple(
         _make_split(spec, index, split_sizes, before_sizes, rank)
         for index, (split_sizes, before_sizes, rank) in enumerate(
@@ -199,7 +198,7 @@ def check_serves(fixed: Map, before: int, size: int, name: str) -> None:
         If it is so.
     """
     # A fold costs nothing to write down, and a file may hold a few numbers for it.
-    most, largest = _MOST_BEFORE + 16 * size, max(before, *_between(fixed))
+    most, largest = _MOST_BEFORE + 16 * size, max(before, fixed.most_between())
     if largest > most:
         raise ValueError(
             f"{name} must take at most {most:,} entries to {size:,}: got {largest:,}; take a "
@@ -209,18 +208,6 @@ def check_serves(fixed: Map, before: int, size: int, name: str) -> None:
         fixed.check(before, size)
     except ValueError as error:
         raise ValueError(f"{name} must serve {before:,} entries to {size:,}: {error}") from None
-
-
-def _between(fixed: Map) -> Iterator[int]:
-    """Yield the numbers of entries that a map made of maps has between them, and 0."""
-    yield 0
-    if isinstance(fixed, Composed) and isinstance(fixed.between, int):
-        yield fixed.between
-    for item in dataclasses.fields(fixed):
-        value = getattr(fixed, item.name)
-        for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, Map):
-                yield from _between(part)
 
 
 def _entries(spec: Spec, held: int, members: Members) -> int:

@@ -16,7 +16,6 @@ from superlora.design.network import (
     Operand,
     Source,
     Term,
-    weight_network,
 )
 from superlora.design.ways import Factored, row_pair
 from superlora.folding import ravel

@@ -81,6 +81,7 @@ class Map(abc.ABC):
     sliced: ClassVar[bool] = False
     reads: ClassVar[bool] = False
     in_place: ClassVar[bool] = False
+    is_identity: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -211,6 +212,64 @@ class Map(abc.ABC):
             None, but for a map that is one of single modes.
         """
         return ()
+
+    def mode(self, index: int) -> Map:
+        """Return the map of one mode, where they are mapped on their own.
+
+        Parameters
+        ----------
+        index : int
+            Which: those of split k of M modes begin at ``k M``.
+
+        Returns
+        -------
+        Map
+            Itself, where it is no map of single modes.
+        """
+        return self
+
+    def sizes_before(self, after: tuple[int, ...], share: float) -> tuple[int, ...]:
+        """Return the mode sizes before the maps of single modes.
+
+        Parameters
+        ----------
+        after : tuple of int
+            The mode sizes after them.
+        share : float
+            What every mapped mode has of its entries.
+
+        Returns
+        -------
+        tuple of int
+            As many.
+        """
+        return after
+
+    def check_fold(self, order: int) -> None:  # noqa: B027
+        """Refuse a fold of an order that the map cannot serve.
+
+        Parameters
+        ----------
+        order : int
+            The number of modes.
+
+        Raises
+        ------
+        ValueError
+            If it cannot.
+        """
+
+    def most_between(self) -> int:
+        """Return the largest number of entries that lie between maps that this one is made of.
+
+        Returns
+        -------
+        int
+            0 where it is made of no others.
+        """
+        fields = (getattr(self, item.name) for item in dataclasses.fields(self))
+        parts = (part for own in fields for part in (own if isinstance(own, tuple) else (own,)))
+        return max((part.most_between() for part in parts if isinstance(part, Map)), default=0)
 
     def map_mode(
         self, tensor: Array, axis: int, index: int, size: int, *, adjoint: bool = False

@@ -70,6 +70,10 @@ class Composed(CheckedMap):
         inside = place if self.between == "after" else part_of(place)
         return self._of(self.first.bind(inside), self.second.bind(place))
 
+    def most_between(self) -> int:
+        own = self.between if isinstance(self.between, int) else 0
+        return max(own, super().most_between())
+
     def fixed_entries(self, place: Place) -> int | None:
         """Return how many entries the map takes, where that is not the spec's choice.
 

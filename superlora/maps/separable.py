@@ -123,6 +123,14 @@ class Separable(CheckedMap):
             )
         return self if inner is self.inner else dataclasses.replace(self, inner=inner)
 
+    def check_fold(self, order: int) -> None:
+        self.check_modes(order)
+        if self.before is not None:
+            raise ValueError(
+                "map=Separable() must leave before and after to the fold and the ratio: got "
+                f"before={self.before}"
+            )
+
     def _among(self, count: int, index: int) -> Map:
         inner = self.inner._among(count, index)
         return self if inner is self.inner else dataclasses.replace(self, inner=inner)
