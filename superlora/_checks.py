@@ -283,9 +283,7 @@ def check_map(spec: Spec) -> None:
                 f"the product: got {spec.combine!r}"
             )
         if set(spec.orders) != {spec.modes}:
-            raise ValueError(
-                f"order must be one number with map={kind}(): got order={spec.order}"
-            )
+            raise ValueError(f"order must be one number with map={kind}(): got order={spec.order}")
     if spec.size is None:
         return
     check_count("size", spec.size)

@@ -219,7 +219,9 @@ class Layout:
         pieces = self.grouping.pieces[name]
         group = pieces[0].group
         alone = len(pieces) == 1 and len(self.grouping.members[group]) == 1
-        return alone and not self.maps[group].joint and self.maps[group].multiplies(self.shapes[name])
+        return (
+            alone and not self.maps[group].joint and self.maps[group].multiplies(self.shapes[name])
+        )
 
     def network(self, name: str) -> Network:
         """Return what a weight's update is made of."""

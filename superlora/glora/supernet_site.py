@@ -17,7 +17,7 @@ from superlora.operations import OF_BIAS, change, changes
 from superlora.supports import support_shape
 from superlora.torch.autograd import is_traced, without_autocast
 from superlora.torch.layers import bias_of, input_name, parameter_of, shape_of, weight_of
-from superlora.torch.update import FormedWay, apply_way
+from superlora.torch.update import Call, FormedWay, apply_way
 
 if TYPE_CHECKING:
     from superlora.glora.supernet import Supernet
@@ -223,7 +223,7 @@ def _formed_linear(
     rows = max(1, _CHUNK // max(1, base.shape[1]))
     way = FormedWay(operands, scaling, [1.0] * len(nested), rows)
     tensors = [*scale, *add, *([base] if scale else [])]
-    return apply_way(way, x, weight, bias, tensors, (), False, 1.0)[0]
+    return apply_way(way, Call(x, weight, bias, tensors, (), 1.0), False)[0]
 
 
 class _Nested:

@@ -15,6 +15,7 @@ from superlora.supports import ADD
 from superlora.torch.autograd import autocasts, is_traced, without_autocast
 from superlora.torch.operands import Operands, Shared, formed_operands
 from superlora.torch.update import (
+    Call,
     FactoredWay,
     FormedWay,
     MultipliedWay,
@@ -165,7 +166,7 @@ class Support:
             tensors = [tensor.to(dtype) for tensor in tensors]
             x = x.to(dtype)
         scale = self.number if torch.compiler.is_compiling() else self.scale
-        y, handed = apply_way(way, x, weight, bias, tensors, starts, carried, scale)
+        y, handed = apply_way(way, Call(x, weight, bias, tensors, starts, scale), carried)
         if carried:
             self.hand_on(operands, handed)
         return y
@@ -316,7 +317,8 @@ def _formed_product(
         [support.number if compiled else support.scale for support in supports],
         min([support.rows for support in supports]),
     )
-    y, handed = apply_way(way, x, weight, bias, [*shared, *blocks], starts, carried, 1.0)
+    call = Call(x, weight, bias, [*shared, *blocks], starts, 1.0)
+    y, handed = apply_way(way, call, carried)
     for support in supports if carried else ():
         count = len(support.formed.shared)
         support.hand_on(support.formed, handed[:count])

@@ -7,7 +7,7 @@ second derivatives), and as one function whose backward pass makes again what is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,14 +28,38 @@ Scale = float | Tensor
 _torch = backend_of(torch.empty(0))
 
 
+class Call(NamedTuple):
+    """What a way to change a layer's output is applied to.
+
+    Attributes
+    ----------
+    x : torch.Tensor, (tokens, input width)
+        Inputs.
+    weight, bias : torch.Tensor or None
+        The layer's; without a weight the update alone is asked for.
+    tensors : sequence of torch.Tensor
+        First those that layers may share, of all supports; then the blocks.
+    starts : sequence of int
+        Where each of the first begins in the whole that layers share.
+    scale : float or torch.Tensor
+        What multiplies the update.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    tensors: Sequence[Tensor]
+    starts: Sequence[int]
+    scale: Scale
+
+
 class Way:
     """One way to change a layer's output. Integers and maps: it holds no tensor.
 
     Parameters
     ----------
     operands : sequence of Operands
-        Of each support. The tensors that layers may share come first, those of all supports; then
-        come the blocks.
+        Of each support.
 
     Attributes
     ----------
@@ -47,37 +71,20 @@ class Way:
         self.operands = operands
         self.shared = sum(len(own.shared) for own in operands)
 
-    def plain(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        tensors: Sequence[Tensor],
-        starts: Sequence[int],
-        scale: Scale,
-    ) -> Tensor:
+    def plain(self, call: Call) -> Tensor:
         """Return the output by operations that torch differentiates itself."""
-        update = scaled(self.update(x, tensors, starts), scale)
-        if weight is None:
+        update: Tensor = scaled(self.update(call.x, call.tensors, call.starts), call.scale)
+        if call.weight is None:
             return update
-        return linear(x, weight, bias) + update
+        return linear(call.x, call.weight, call.bias) + update
 
     def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
         """Return the update's part of the output, not scaled, by plain operations."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        tensors: Sequence[Tensor],
-        starts: Sequence[int],
-        scale: float,
-        keep: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """Return the output, and what is kept for the backward pass."""
-        return self.plain(x, weight, bias, tensors, starts, scale), []
+        return self.plain(call), []
 
     def backward(self, back: Backward) -> None:
         """Gather the gradients that are asked for."""
@@ -105,7 +112,7 @@ class Backward:
     weight : torch.Tensor or None
         The layer's.
     tensors, starts : sequence
-        As `Way.plain` takes them.
+        As a `Call` has them.
     kept : list of torch.Tensor
         What the forward pass kept, in order.
     scale : float
@@ -210,17 +217,10 @@ class FactoredWay(Way):
         y: Tensor = found.reshape(x.shape[0], self.height)
         return y
 
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        tensors: Sequence[Tensor],
-        starts: Sequence[int],
-        scale: float,
-        keep: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        arrays = self._arrays(tensors, starts, x.device) if self.shared else tensors
+    def forward(self, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
+        x, weight, bias, arrays, starts, scale = call
+        if self.shared:
+            arrays = self._arrays(arrays, starts, x.device)
         y = None if weight is None else linear(x, weight, bias)
         kept: list[Tensor] = []
         for index, (path, places) in enumerate(self._terms(x.shape[0])):
@@ -409,18 +409,10 @@ class FormedWay(Way):
     def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
         return linear(x, self.delta(tensors, starts, x.device).to(x.dtype))
 
-    def plain(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        tensors: Sequence[Tensor],
-        starts: Sequence[int],
-        scale: Scale,
-    ) -> Tensor:
-        delta = self.delta(tensors, starts, x.device)
-        total = delta.to(x.dtype) if weight is None else weight + delta
-        return linear(x, total, bias)
+    def plain(self, call: Call) -> Tensor:
+        delta = self.delta(call.tensors, call.starts, call.x.device)
+        total = delta.to(call.x.dtype) if call.weight is None else call.weight + delta
+        return linear(call.x, total, call.bias)
 
     def delta(
         self, tensors: Sequence[Tensor], starts: Sequence[int], device: torch.device
@@ -457,18 +449,10 @@ class FormedWay(Way):
         assert total is not None
         return total
 
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        tensors: Sequence[Tensor],
-        starts: Sequence[int],
-        scale: float,
-        keep: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
+        x, weight, bias, tensors, starts, _ = call
         if weight is None or not self._in_chunks(x):
-            return self.plain(x, weight, bias, tensors, starts, 1.0), []
+            return self.plain(call), []
         total = torch.empty_like(weight)  # laid out as it is, so that sums round alike
         for rows in self._chunks():
             cut = slice(*rows)
@@ -548,7 +532,7 @@ class Applied(torch.autograd.Function):
         bias: Tensor | None,
         *tensors: Tensor,
     ) -> Any:
-        y, kept = way.forward(x, weight, bias, tensors, starts, scale, True)
+        y, kept = way.forward(Call(x, weight, bias, tensors, starts, scale), True)
         ctx.way, ctx.starts, ctx.scale, ctx.has_bias = way, starts, scale, bias is not None
         ctx.shared, ctx.kept = tensors[: way.shared], len(kept)
         ctx.save_for_backward(x, weight, *tensors[way.shared :], *kept)
@@ -583,41 +567,24 @@ def _differentiable(
     way: Way = ctx.way
     x, weight, *rest = ctx.saved_tensors
     tensors = [*ctx.shared, *rest[: len(rest) - ctx.kept]]
-    y = way.plain(x, weight, None, tensors, ctx.starts, ctx.scale)
+    y = way.plain(Call(x, weight, None, tensors, ctx.starts, ctx.scale))
     of_x, of_weight, *found = gradients(y, [x, weight, *tensors], gradient, again=True)
     found[: len(before)] = map(_added, before, found)
     wants_bias = ctx.needs_input_grad[_FIXED + 2]
     return [of_x, of_weight, gradient.sum(0) if wants_bias else None, *found]
 
 
-def apply_way(
-    way: Way,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    tensors: Sequence[Tensor],
-    starts: Sequence[int],
-    carried: bool,
-    scale: Scale,
-) -> tuple[Tensor, Sequence[Tensor]]:
+def apply_way(way: Way, call: Call, carried: bool) -> tuple[Tensor, Sequence[Tensor]]:
     """Return a layer's output, and what is handed on to the next layer.
 
     Parameters
     ----------
     way : Way
         How the update is applied.
-    x : torch.Tensor, (tokens, input width)
-        Inputs.
-    weight : torch.Tensor, (output width, input width), or None
-        The layer's; None for the update alone.
-    bias : torch.Tensor, (output width,), or None
-        The layer's.
-    tensors, starts : sequence
-        As the operands give them.
+    call : Call
+        To what.
     carried : bool
         Whether the tensors that layers share are handed on.
-    scale : float or torch.Tensor
-        What multiplies the update.
 
     Returns
     -------
@@ -627,11 +594,9 @@ def apply_way(
         The shared tensors.
     """
     if is_traced():
-        return way.plain(x, weight, bias, tensors, starts, scale), ()
-    assert isinstance(scale, float)
+        return way.plain(call), ()
     if not torch.is_grad_enabled():
-        return way.forward(x, weight, bias, tensors, starts, scale, False)[0], ()
+        return way.forward(call, False)[0], ()
+    x, weight, bias, tensors, starts, scale = call
     found = Applied.apply(way, starts, carried, scale, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
-    if carried:
-        return found[0], found[1:]
-    return found, ()
+    return (found[0], found[1:]) if carried else (found, ())
