@@ -48,7 +48,8 @@ def fold_group(vector: Array, fold: Sequence[int]) -> Array:
             f"fold must cover the vector: expected at least {vector.shape[0]} entries, got "
             f"{tuple(fold)} with {covered}"
         )
-    return library.reshape(Identity().adjoint(vector, covered), tuple(fold))
+    folded = library.reshape(Identity().adjoint(vector, covered), tuple(fold))
+    return library.copy(folded) if covered == vector.shape[0] else folded
 
 
 def unfold_group(tensor: Array, size: int) -> Array:
@@ -77,7 +78,9 @@ def unfold_group(tensor: Array, size: int) -> Array:
     >>> unfold_group(np.arange(6.0).reshape(2, 3), 5)
     array([0., 1., 2., 3., 4.])
     """
-    return Identity().apply(ravel(tensor), check_count("size", size, least=0))
+    return backend_of(tensor).copy(
+        Identity().apply(ravel(tensor), check_count("size", size, least=0))
+    )
 
 
 def ravel(tensor: Array) -> Array:

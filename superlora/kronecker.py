@@ -1,10 +1,13 @@
-"""The products of splits: Kronecker, mode by mode, and Hadamard."""
+"""The Kronecker product of tensors, mode by mode."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from superlora._backend import Array, backend_of
+from superlora.algebra.run import run
+from superlora.design.contraction import contract
 
 
 def kronecker(tensors: Sequence[Array]) -> Array:
@@ -48,55 +51,22 @@ def kronecker(tensors: Sequence[Array]) -> Array:
                 f"tensors[{index}] must have {order} modes like tensors[0]: got shape "
                 f"{tuple(tensor.shape)}"
             )
-    product = tensors[0]
-    for tensor in tensors[1:]:
-        left, right, shape = [], [], []
-        for rows, columns in zip(product.shape, tensor.shape, strict=True):
-            left += [rows, 1]
-            right += [1, columns]
-            shape.append(rows * columns)
-        product = library.reshape(product, tuple(left)) * library.reshape(tensor, tuple(right))
-        product = library.reshape(product, tuple(shape))
-    return product
-
-
-def hadamard(tensors: Sequence[Array]) -> Array:
-    """Multiply tensors of one shape, entry by entry.
-
-    Parameters
-    ----------
-    tensors : sequence of arrays
-        At least one.
-
-    Returns
-    -------
-    array
-        Of the same shape: ``X_1 ∘ X_2 ∘ … ∘ X_K``, as in LoHa (Hyeon-Woo et al. 2022,
-        FedPara).
-    """
-    product = tensors[0]
-    for tensor in tensors[1:]:
-        product = product * tensor
-    return product
-
-
-def khatri_rao_columns(tensors: Sequence[Array]) -> Array:
-    """Multiply every combination of the last indices of tensors of equal leading modes.
-
-    Parameters
-    ----------
-    tensors : sequence of arrays (d_1, …, d_M, r_k)
-        At least one.
-
-    Returns
-    -------
-    array, (d_1, …, d_M, prod_k r_k)
-        ``prod_k X_k[i, j_k]`` at ``[i, (j_1 … j_K)]``, the last index fastest: the face-splitting
-        product, which turns a Hadamard product of low-rank matrices into one of their factors.
-    """
-    product = tensors[0]
-    for tensor in tensors[1:]:
-        both = product[..., :, None] * tensor[..., None, :]
-        shape = (*both.shape[:-2], both.shape[-2] * both.shape[-1])
-        product = backend_of(both).reshape(both, shape)
-    return product
+    count = len(tensors)
+    if count == 1:
+        return library.copy(tensors[0])
+    # The digit of tensor k in mode m has the label m K + k; those of size 1 are left out, of which
+    # there can be more than an array has axes.
+    sizes = {
+        mode * count + index: size
+        for index, tensor in enumerate(tensors)
+        for mode, size in enumerate(tensor.shape)
+        if size > 1
+    }
+    operands = [tuple(m for m in sorted(sizes) if m % count == index) for index in range(count)]
+    arrays = [
+        library.reshape(tensor, tuple(sizes[label] for label in labels))
+        for tensor, labels in zip(tensors, operands, strict=True)
+    ]
+    product = run(contract(operands, tuple(sorted(sizes)), sizes), arrays)
+    shapes = zip(*(tensor.shape for tensor in tensors), strict=True)
+    return library.reshape(product, tuple(map(math.prod, shapes)))

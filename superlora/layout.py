@@ -169,10 +169,6 @@ class Layout:
         terms = (blocks for index in self.joint(group) for blocks in self.term_blocks(index))
         return tuple(dict.fromkeys(block for blocks in terms for block in blocks))
 
-    def inputs_of_joint(self, group: int) -> tuple[str, ...]:
-        """Return the names of what those blocks are made from."""
-        return self._sources(self.blocks_of_joint(group))
-
     def _sources(self, blocks: Iterable[str]) -> tuple[str, ...]:
         inner = self.inner
         found = (inner[block].name if block in inner else block for block in blocks)
@@ -334,30 +330,6 @@ class Layout:
     def inputs_of(self, name: str) -> tuple[str, ...]:
         """Return the names of what a weight's update is made from, keys of `input_shapes`."""
         return self._sources(self.blocks_of(name))
-
-    def smallest_blocks(self, name: str) -> tuple[str, ...]:
-        """Return one block of each of a weight's products, of which the update is a multiple.
-
-        Returns
-        -------
-        tuple of str
-            The smallest; where a weight is cut over groups that share blocks the smallest
-            shared one, so that each product has just one of those returned.
-        """
-        groups = self.groups_of(name)
-        shared = len(groups) > 1 and self.specs[groups[0]].tied
-        found: dict[str, None] = {}
-        for group in groups:
-            own = self.specs[group]
-            tied = {
-                self.block(group, index, leaf)
-                for key in (own.tied if shared else ())
-                for index, leaf in _of_terms(own.splits, own.terms, key)
-            }
-            for blocks in self.term_blocks(group):
-                among = [block for block in blocks if not tied or block in tied]
-                found[min(among, key=lambda block: math.prod(self.block_shapes[block]))] = None
-        return tuple(found)
 
     def first_group(self, group: int) -> int:
         """Return the first of the groups that a group can share blocks with."""

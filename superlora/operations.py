@@ -66,8 +66,9 @@ def change(operation: str, support: Array, weight: Array, bias: Array | None = N
            [0. , 0.5]])
     """
     _check(operation, support, weight, bias)
-    backend_of(support, weight, *([] if bias is None else [bias]))
-    return changed(operation, support, weight, bias)
+    library = backend_of(support, weight, *([] if bias is None else [bias]))
+    found = changed(operation, support, weight, bias)
+    return library.copy(found) if operation in ("add_weight", "add_bias") else found
 
 
 def changed(operation: str, support: Array, weight: Array, bias: Array | None) -> Array:
@@ -194,12 +195,12 @@ def adjoint(operation: str, gradient: Array, weight: Array, bias: Array | None =
     if operation == "left_weight":
         return library.matmul(gradient, library.transpose(weight))
     if operation == "add_weight":
-        return gradient
+        return library.copy(gradient)
     column = library.reshape(gradient, (-1, 1))
     if operation == "weight_to_bias":
         return library.matmul(library.transpose(weight), column)
     if operation == "add_bias":
-        return column
+        return library.copy(column)
     return 0 * column if bias is None else library.reshape(bias, (-1, 1)) * column
 
 
@@ -240,9 +241,10 @@ def merge(
            [0., 1.]]), array([1., 1.]))
     """
     of_weight, of_bias = changes(weight, bias, supports)
-    merged = weight if of_weight is None else weight + of_weight
+    copy = backend_of(weight).copy
+    merged = copy(weight) if of_weight is None else weight + of_weight
     if of_bias is None:
-        return merged, bias
+        return merged, None if bias is None else copy(bias)
     return merged, of_bias if bias is None else bias + of_bias
 
 
@@ -280,7 +282,7 @@ def changes(
     for operation in OPERATIONS:  # one order of the sum, whatever that of the mapping
         if operation not in supports or (operation == "scale_bias" and bias is None):
             continue
-        found = change(operation, supports[operation], weight, bias)
+        found = changed(operation, supports[operation], weight, bias)
         kind = operation in OF_BIAS
         total[kind] = total[kind] + found if kind in total else found
     return total.get(False), total.get(True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from superlora._backend import Array, backend_of
+from superlora.algebra.run import run
+from superlora.design.contraction import contract
 
 
 def tucker(core: Array | None, factors: Sequence[Array | None]) -> Array:
@@ -56,75 +57,21 @@ def tucker(core: Array | None, factors: Sequence[Array | None]) -> Array:
     arrays = [array for array in (core, *factors) if array is not None]
     library = backend_of(*arrays)
     _check(core, factors)
-    if core is None:
-        return _canonical(library, arrays)
-    if _is_diagonal(core, factors):
-        return _canonical(library, [arrays[1] * core, *arrays[2:]])
-    return _multiply_modes(library, core, factors)
-
-
-def _multiply_modes(
-    library: Any, tensor: Array, factors: Sequence[Array | None], after: int = 0
-) -> Array:
-    # From the last mode on, each put in front, so that the last and largest product is in order;
-    # the axes `after` those of the factors stay behind.
-    axis = len(factors) - 1
-    front = (axis, *range(axis), *range(axis + 1, axis + 1 + after))
-    for factor in reversed(factors):
-        if factor is None:
-            tensor = library.transpose(tensor, front)
-        else:
-            tensor = library.tensordot(factor, tensor, axes=([1], [axis]))
-    return tensor
-
-
-def _canonical(library: Any, factors: list[Array]) -> Array:
-    *leading, last = factors
-    if not leading:
-        return library.sum(last, axis=1)
-    return library.tensordot(khatri_rao(leading), last, axes=([len(leading)], [1]))
-
-
-def khatri_rao(factors: Sequence[Array]) -> Array:
-    """Return the rank-one terms of a CP tensor, not yet summed.
-
-    Parameters
-    ----------
-    factors : sequence of arrays (d_m, r)
-        At least one.
-
-    Returns
-    -------
-    array, (d_1, …, d_M, r)
-        ``prod_m A_m[i_m, j]`` at ``[i_1, …, i_M, j]``.
-    """
-    terms = factors[0]
-    for factor in factors[1:]:
-        terms = terms[..., None, :] * factor
-    return terms
-
-
-def open_last_mode(core: Array | None, factors: Sequence[Array | None]) -> Array:
-    """Reconstruct all modes but the last, whose rank index stays open.
-
-    Parameters
-    ----------
-    core : array, (r_1, …, r_M), or None
-        As in `tucker`.
-    factors : sequence of M - 1 arrays (d_m, r_m), or None
-        The factors of all modes but the last.
-
-    Returns
-    -------
-    array, (d_1, …, d_{M-1}, r_M)
-        Multiplied by the last factor in its last mode this is `tucker`.
-    """
-    if core is None:
-        return khatri_rao([factor for factor in factors if factor is not None])
-    if len(core.shape) == 1 and factors:
-        return khatri_rao([factor for factor in factors if factor is not None]) * core
-    library = backend_of(core, *(factor for factor in factors if factor is not None))
-    return _multiply_modes(library, core, factors, after=1)
+    order = len(factors)
+    shared = core is None or _is_diagonal(core, factors)
+    # Labels of modes come first; those of ranks follow, one for all where the core is diagonal.
+    ranks = [order if shared else mode if own is None else order + mode
+             for mode, own in enumerate(factors)]  # fmt: skip
+    operands = [] if core is None else [tuple(ranks[:1] if shared else ranks)]
+    operands += [(mode, ranks[mode]) for mode, own in enumerate(factors) if own is not None]
+    sizes = {
+        label: size
+        for labels, array in zip(operands, arrays, strict=True)
+        for label, size in zip(labels, array.shape, strict=True)
+    }
+    if len(arrays) == 1 and len(operands[0]) == order:  # all modes un-factored
+        return library.copy(arrays[0])
+    return run(contract(operands, tuple(range(order)), sizes), arrays)
 
 
 def _is_diagonal(core: Array, factors: Sequence[Array | None]) -> bool:

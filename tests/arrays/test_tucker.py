@@ -10,7 +10,6 @@ import tensorly
 from numpy.testing import assert_allclose
 
 import superlora as sl
-from superlora.tucker import khatri_rao, open_last_mode
 from tests import oracles
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -98,28 +97,6 @@ def test_no_core_is_a_sum_of_rank_one_terms(xp, sizes, rank):
 def test_no_core_and_two_modes_is_loras_product(xp):
     _, (b, a) = draw((5, 4), (2, 2))
     assert_allclose(reconstruct(xp, None, [b, a]), b @ a.T, **CLOSE)
-
-
-@pytest.mark.parametrize(
-    ("cored", "bare"), [(False, ()), (True, ()), (True, (0,)), (True, (1,)), (True, (0, 1))]
-)
-def test_the_last_mode_left_open_is_closed_by_its_factor(xp, cored, bare):
-    sizes, ranks = (2, 3, 4), (3, 3, 3)
-    core, factors = draw(sizes, ranks)
-    some = [None if mode in bare else factor for mode, factor in enumerate(factors)]
-    opened = open_last_mode(
-        xp.array(core) if cored else None,
-        [None if factor is None else xp.array(factor) for factor in some[:-1]],
-    )
-    assert xp.owns(opened)
-    whole = reconstruct(xp, core if cored else None, some)
-    assert_allclose(xp.to_numpy(opened) @ factors[-1].T, whole, **CLOSE)
-
-
-def test_khatri_rao_holds_every_rank_one_term(xp):
-    _, factors = draw((2, 3, 4), (5, 5, 5))
-    terms = xp.to_numpy(khatri_rao([xp.array(factor) for factor in factors]))
-    assert_allclose(terms, numpy.einsum("ar,br,cr->abcr", *factors), **CLOSE)
 
 
 @pytest.mark.parametrize(
