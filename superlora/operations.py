@@ -278,6 +278,7 @@ def changes(
     """
     for operation, support in supports.items():
         _check(operation, support, weight, bias)
+    backend_of(weight, *supports.values(), *([] if bias is None else [bias]))
     total: dict[bool, Array] = {}
     for operation in OPERATIONS:  # one order of the sum, whatever that of the mapping
         if operation not in supports or (operation == "scale_bias" and bias is None):

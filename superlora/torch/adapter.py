@@ -68,6 +68,13 @@ class Adapter(Exporting, Blocks):
         self._scope_hooks: tuple[RemovableHandle, ...] = ()  # before and after its forward
         self._order = 0  # of attachment
 
+    def __prepare_scriptable__(self) -> Adapter:
+        raise AdapterError(
+            f"adapter {self.name!r} must be merged and detached, merge() and "
+            "detach(keep_merged=True), before torch.jit.script; torch.jit.trace, torch.export and "
+            "torch.compile take an adapted model as it is"
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """Return `x`, for a model that calls all its children: the layers do the work."""
         return x

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from superlora._backend import backend_of
 from superlora.design.ways import check_apply
 from superlora.errors import AdapterError, some
+from superlora.maps._check import check, is_own
 from superlora.frozen import each_frozen
 from superlora.init import each_factor
 from superlora.plan import Plan
@@ -95,6 +96,9 @@ def attach(
     check_free(model, host_of(model, modules), name)
     _refuse_stored(plan)
     check_apply(apply, plan.layout)
+    for fixed, before, size in plan.layout.map_uses():
+        if is_own(fixed):  # the library's are tested
+            check(fixed, before, size, like=torch.empty(0, dtype=torch.float64))
     adapter = register(model, plan, modules, _initial(plan, modules, seed, dtype), name)
     adapter._seed = seed
     adapter.applied = apply

@@ -244,7 +244,8 @@ def test_plan_merge_of_a_single_spec_adds_its_update():
     weight, bias, _ = draw((4, 3))
     merged, same = plan.merge(factors, "q", weight, bias)
     assert_allclose(merged, weight + plan.delta(factors, "q"), **CLOSE)
-    assert same is bias
+    assert_allclose(same, bias)
+    assert same is not bias
 
 
 def test_jax_traces_and_differentiates_a_merge():
