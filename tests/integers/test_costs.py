@@ -1,72 +1,100 @@
 """Which way of applying an update is cheapest, by counts of operations."""
 
+import functools
+import itertools
+import math
+
+import numpy
 import pytest
 
 import superlora as sl
 from superlora import maps
-from superlora.costs import APPLY, FORMED, Machine, check_apply, choose, kronecker_order
+from superlora.design.contraction import BALANCE, TOKENS, Cost, contract
+from superlora.design.network import FEW, MANY
+from superlora.design.ways import APPLY, check_apply
 from tests.strategies import make_plan
 
 SQUARE = {"q": (768, 768)}
-TOKENS = 256
+COUNT = 256
 
 
-def chosen(spec, shapes=SQUARE, tokens=TOKENS, **options):
-    layout = make_plan(spec, shapes).layout
-    return choose(layout, next(iter(shapes)), Machine(), tokens, trained=True, **options)
+def application(spec, shapes=SQUARE):
+    return make_plan(spec, shapes).layout.application(next(iter(shapes)))
+
+
+def is_formed(spec, tokens=COUNT, **options):
+    return application(spec).formed(tokens, trained=True, **options)
 
 
 @pytest.mark.parametrize(
-    ("spec", "way"),
+    ("spec", "formed"),
     [
-        (sl.lora(rank=8), "low_rank"),
-        (sl.loha(rank=8), "low_rank"),
-        (sl.loha(rank=32), FORMED),
-        (sl.lokr(rank=8), "kronecker"),
-        (sl.lonkr(rank=8, splits=3), "kronecker"),
-        (sl.krona(), "kronecker"),
-        (sl.fourierft(), "fourier"),
-        (sl.dense(), FORMED),
-        (sl.Spec(rank="full"), FORMED),
-        (sl.Spec(rank=8, order=3, fold=(94, 97, 65)), FORMED),
-        (sl.Spec(rank=8, fold="aligned", order=3), "low_rank"),
-        (sl.Spec(rank=8, fold="aligned", map=maps.Separable(), ratio=0.1), "low_rank"),
-        (sl.Spec(rank=8, fold="balanced", map=maps.Fastfood(), ratio=0.1), FORMED),
+        (sl.lora(rank=8), False),
+        (sl.loha(rank=8), False),
+        (sl.loha(rank=32), True),
+        (sl.lokr(rank=8), False),
+        (sl.lonkr(rank=8, splits=3), False),
+        (sl.krona(), False),
+        (sl.fourierft(), False),
+        (sl.dense(), True),
+        (sl.Spec(rank="full"), True),
+        (sl.Spec(rank=8, order=3, fold=(94, 97, 65)), True),
+        (sl.Spec(rank=8, fold="aligned", order=3), False),
+        (sl.Spec(rank=8, fold="aligned", map=maps.Separable(), ratio=0.1), False),
+        (sl.Spec(rank=8, fold="balanced", map=maps.Fastfood(), ratio=0.1), True),
     ],
 )
-def test_the_cheapest_way_is_taken(spec, way):
-    assert chosen(spec, fused=True) == way
+def test_the_cheapest_way_is_taken(spec, formed):
+    assert is_formed(spec, fused=True) == formed
+
+
+NEVER = {
+    "misfit": sl.Spec(rank=8, order=3, fold=(94, 97, 65)),
+    "mixed": sl.Spec(rank=8, fold="balanced", map=maps.Fastfood(), ratio=0.1),
+    "one-hot": sl.dense(map=maps.OneHot(), ratio=0.1),
+}
+
+
+@pytest.mark.parametrize("spec", NEVER.values(), ids=NEVER)
+def test_what_can_only_be_formed_has_no_network_with_inputs(spec):
+    found = application(spec)
+    assert found.factored is None
+    assert found.formed(1)
+    assert str(found) == "formed"
 
 
 def test_the_number_of_tokens_decides():
     """Forming costs once what each token saves."""
     spec = sl.lora(rank=256)
-    ways = [chosen(spec, tokens=tokens, fused=True) for tokens in (1, 16, 1 << 20)]
-    assert ways == ["low_rank", "low_rank", FORMED]
+    assert [is_formed(spec, tokens, fused=True) for tokens in (1, 16, 1 << 20)] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_forming_pays_later_where_it_cannot_replace_the_layers_own_product():
     spec = sl.lora(rank=300)
-    assert chosen(spec, tokens=1 << 16, fused=True) == FORMED
-    assert chosen(spec, tokens=1 << 16, fused=False) == "low_rank"
+    assert is_formed(spec, 1 << 16, fused=True)
+    assert not is_formed(spec, 1 << 16, fused=False)
 
 
 @pytest.mark.parametrize("spec", [sl.lora(), sl.lokr(), sl.fourierft(), sl.loha(32)])
 def test_a_way_can_be_forced(spec):
-    for tokens in (1, TOKENS, 1 << 20):
-        assert chosen(spec, tokens=tokens, apply=FORMED) == FORMED
-        assert chosen(spec, tokens=tokens, apply="factored") != FORMED
+    for tokens in (1, COUNT, 1 << 20):
+        assert is_formed(spec, tokens, apply="formed", fused=True)
+        assert not is_formed(spec, tokens, apply="factored", fused=True)
 
 
 def test_weights_without_a_factored_way_are_named():
     spec = sl.Spec(rank=2, groups=1, fold="balanced")
-    layout = make_plan(spec, {"a.q": (6, 5), "a.v": (7, 5)}).layout
+    plan = make_plan(spec, {"a.q": (6, 5), "a.v": (7, 5)})
     with pytest.raises(ValueError, match=r"apply must be 'auto' or 'formed' for 'a.q', 'a.v'"):
-        check_apply("factored", layout)
+        check_apply("factored", plan.layout)
     with pytest.raises(ValueError, match=r"apply must be 'auto' or 'formed' for 'a.q', whose"):
-        choose(layout, "a.q", Machine(), 1, "factored")
+        plan.apply(plan.init(like=float), "a.q", numpy.zeros(5), apply="factored")
     for apply in ("auto", "formed"):
-        check_apply(apply, layout)
+        check_apply(apply, plan.layout)
 
 
 @pytest.mark.parametrize("apply", ["fast", "", None, 3, ["auto"]])
@@ -75,32 +103,158 @@ def test_other_words_are_refused(apply):
         check_apply(apply)
 
 
-@pytest.mark.parametrize("spec", [sl.lokr(rank=8), sl.lonkr(rank=8, splits=3), sl.krona()])
-def test_the_order_of_digits_costs_least(spec):
-    """Each digit costs its matrix times all other digits; every order is tried by hand."""
-    import itertools
-    import math
+# Each of them a single network with its inputs.
+NETWORKS = {
+    "lora": (sl.lora(rank=8), (24, 96)),
+    "loha": (sl.loha(rank=3), (24, 96)),
+    "lokr": (sl.lokr(rank=8), (24, 96)),
+    "lokr of two": (sl.lokr(rank=2, decompose_both=True), (24, 96)),
+    "lonkr": (sl.lonkr(rank=2, splits=3), (24, 96)),
+    "krona": (sl.krona(), (24, 96)),
+    "vera": (sl.vera(rank=4), (24, 96)),
+    "aligned": (sl.Spec(rank=4, fold="aligned", order=3), (24, 96)),
+    "balanced, a digit in two": (sl.Spec(rank=2, order=3, fold=(12, 16, 12)), (24, 96)),
+}
 
-    splits = make_plan(spec, {"q": (24, 96)}).layout.terms(0)[0]
 
-    def cost(order):
-        sizes = [split.shape[1] for split in splits]
-        total = 0
-        for index in order:
-            rows, columns = splits[index].shape
-            low = 2 * splits[index].ranks[1] * (rows + columns) < rows * columns
-            low = low and splits[index].factored[1]
-            each = splits[index].ranks[1] * (rows + columns) if low else rows * columns
-            total += math.prod(sizes) // columns * each
-            sizes[index] = rows
-        return total
+def least(operands, output, sizes):
+    """Return the fewest multiplications of all orders of pairwise contractions, by every subset."""
+    terms = [frozenset(own) for own in operands]
+    everything = frozenset(range(len(terms)))
 
-    best = min(map(cost, itertools.permutations(range(len(splits)))))
-    assert cost(kronecker_order(splits)) == best
+    def labels(subset):
+        inside = frozenset().union(*(terms[index] for index in subset))
+        outside = frozenset(output).union(*(terms[index] for index in everything - subset))
+        return inside & outside
+
+    @functools.cache
+    def work(subset):
+        if len(subset) == 1:
+            return 0
+        first, *rest = sorted(subset)
+        found = []
+        for count in range(len(rest)):
+            for others in itertools.combinations(rest, count):
+                one = frozenset({first, *others})
+                two = subset - one
+                every = labels(one) | labels(two)
+                here = math.prod(sizes[label] for label in every)
+                found.append(here + work(one) + work(two))
+        return min(found)
+
+    return work(everything)
+
+
+@pytest.mark.parametrize("which", ["few", "many"])
+@pytest.mark.parametrize("key", NETWORKS)
+def test_the_order_of_contractions_costs_least(key, which):
+    """Of every network with its inputs, and of the one that forms: all orders are tried."""
+    spec, shape = NETWORKS[key]
+    layout = make_plan(spec, {"q": shape}).layout
+    found = layout.application("q").factored
+    assert found.opened is None
+    tokens = FEW if which == "few" else MANY
+    for term in getattr(found, which):
+        path = term.contraction
+        best = least(path.operands, path.output, {**path.sizes, TOKENS: tokens})
+        assert path.cost.at(tokens).multiplications == best
+    for term in layout.network("q").terms():
+        path = term.contraction
+        assert path.cost.multiplications == least(path.operands, path.output, path.sizes)
+
+
+def test_the_search_over_all_orders_knows_a_worse_one():
+    """Two thin products against the product of the factors first."""
+    operands, output, sizes = [(TOKENS, 1), (0, 2), (1, 2)], (TOKENS, 0), {0: 9, 1: 7, 2: 2}
+    assert least(operands, output, {**sizes, TOKENS: 1}) == 2 * (9 + 7)
+    assert least(operands[1:], (0, 1), sizes) == 9 * 7 * 2
+    thin, formed = (contract(operands, output, sizes, tokens).cost for tokens in (1, 10**6))
+    assert thin == formed == Cost(0, 2 * (9 + 7), 2 * (9 + 7), 7 + 2 + 2 + 9)
 
 
 def test_counts_of_lora():
     """A token of LoRA: r (do + di) multiplications, and nothing else grows with the weight."""
-    work = make_plan(sl.lora(rank=8), {"q": (640, 512)}).layout.ways("q")["low_rank"]
-    assert work.multiplied == 8 * (640 + 512)
-    assert work.moved < 3 * (640 + 512)
+    found = application(sl.lora(rank=8), {"q": (640, 512)})
+    for cost in found.factored.costs:
+        assert cost.each_multiplications == 8 * (640 + 512)
+        assert cost.each_moved < 3 * (640 + 512)
+        assert cost.multiplications == 0
+        assert cost.moved == 8 * (640 + 512)
+    assert found.forming.multiplications == 8 * 640 * 512
+    assert found.forming.each_multiplications == found.forming.each_moved == 0
+    # Read, written by the product, and once more as the update.
+    assert found.forming.moved == 8 * (640 + 512) + 2 * 640 * 512
+
+
+SWITCHED = {
+    "loha": sl.loha(rank=8),
+    "loha, large": sl.loha(rank=32),
+    "aligned": sl.Spec(rank=8, fold="aligned", order=3),
+}
+
+
+@pytest.mark.parametrize("spec", SWITCHED.values(), ids=SWITCHED)
+def test_another_order_is_taken_from_the_number_of_tokens_on_at_which_it_costs_less(spec):
+    found = application(spec).factored
+    few, many = found.costs
+    assert 1 < found.switch < MANY
+    assert many.of(found.switch) < few.of(found.switch)
+    assert many.of(found.switch - 1) >= few.of(found.switch - 1)
+    assert found.terms(found.switch) is found.many
+    assert found.terms(found.switch - 1) is found.few
+    assert found.cost(found.switch) == many.of(found.switch)
+
+
+def formed_cost(shape, forming, tokens, trained, fused):
+    """Return what a formed update costs, by the text: W₀ + ΔW is formed, written and read.
+
+    With a backward pass it is formed again, and two products as large give the gradients of what
+    it is made of; that of the sum is one more product. Where it is no part of the layer's own
+    product there is one more, and two in the backward pass.
+    """
+    entries = math.prod(shape)
+    once = forming.multiplications + BALANCE * (forming.moved + 3 * entries)
+    each = entries * trained
+    if not fused:
+        each += entries * (2 if trained else 1) + BALANCE * sum(shape)
+    return once * (4 if trained else 1) + tokens * each
+
+
+BOUNDED = {
+    "lora": sl.lora(rank=256),
+    "loha": sl.loha(rank=32),
+    "lokr": sl.lokr(rank=8),
+    "fourierft": sl.fourierft(),
+    "dense": sl.dense(),
+    "opened": sl.Spec(rank=8, fold="aligned", order=3),
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("spec", BOUNDED.values(), ids=BOUNDED)
+def test_an_update_is_formed_from_the_number_of_tokens_on_at_which_that_costs_less(
+    spec, trained, fused
+):
+    shape = (768, 512)
+    found = application(spec, {"q": shape})
+    bound = found.bounds[trained, fused]
+
+    def gain(tokens):
+        factored = (3 if trained else 1) * found.factored.cost(tokens)
+        return factored - formed_cost(shape, found.forming, tokens, trained, fused)
+
+    options = {"trained": trained, "fused": fused}
+    if bound is None:
+        assert gain(1 << 40) <= 0
+        assert not found.formed(1 << 40, **options)
+        return
+    assert gain(bound) > 0 >= gain(bound - 1)
+    assert found.formed(bound, **options)
+    assert not found.formed(bound - 1, **options)
+
+
+def test_some_updates_are_formed_from_some_number_of_tokens_on_and_some_never():
+    every = [bound for spec in BOUNDED.values() for bound in application(spec).bounds.values()]
+    assert None in every
+    assert len({bound for bound in every if bound is not None}) > len(BOUNDED)
