@@ -249,6 +249,8 @@ class Contraction:
         Of the forward pass.
     largest : int
         Entries of the largest intermediate result, of one token.
+    last_uses : tuple of tuples of int
+        For every step the values that no later step takes.
     """
 
     operands: tuple[Labels, ...]
@@ -259,6 +261,7 @@ class Contraction:
     axes: Labels | None
     cost: Cost
     largest: int
+    last_uses: tuple[Labels, ...]
 
     def __str__(self) -> str:
         terms = ",".join(map(letters, self.operands))
@@ -294,17 +297,6 @@ class Contraction:
             for index, step in enumerate(self.steps[:-1])
             if 0 < _KEPT * step.each <= most
         )
-
-    @functools.cached_property
-    def last_uses(self) -> tuple[Labels, ...]:
-        """For every step the values that no later step takes."""
-        seen: set[int] = set()
-        found: list[Labels] = []
-        for step in reversed(self.steps):
-            own = {step.left, step.right} - seen - {-1}
-            seen |= own
-            found.append(tuple(own))
-        return tuple(reversed(found))
 
 
 def letters(labels: Sequence[int]) -> str:
@@ -403,7 +395,18 @@ def _contract(
         _axes(values[last], output),
         _cost(steps, values, sizes),
         max((step.entries + step.each for step in steps), default=0),
+        _last_uses(steps),
     )
+
+
+def _last_uses(steps: Sequence[Step]) -> tuple[Labels, ...]:
+    seen: set[int] = set()
+    found: list[Labels] = []
+    for step in reversed(steps):
+        own = {step.left, step.right} - seen - {-1}
+        seen |= own
+        found.append(tuple(own))
+    return tuple(reversed(found))
 
 
 def _kept(left: Labels, right: Labels, output: Labels, rest: Sequence[Labels]) -> Labels:
