@@ -14,7 +14,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from superlora.block_rules import check_frozen, unit_modes_of
-from superlora.design.network import Network, Opened, opened_rows, weight_network
+from superlora.design.network import (
+    Network,
+    Opened,
+    group_network,
+    opened_rows,
+    weight_network,
+)
 from superlora.design.ways import Application, application, rows_of
 from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
@@ -100,6 +106,7 @@ class Layout:
         self.maps: tuple[Map, ...] = self._bind(designs)
         self._applications: dict[str, Application] = {}
         self._whole_rows: dict[int, Opened] = {}
+        self._group_networks: dict[int, Network] = {}
         check_frozen(self)
         if any(own.factor_map is not None for own in designs):
             self.inner  # noqa: B018  (raises where a map does not fit)
@@ -217,6 +224,12 @@ class Layout:
     def network(self, name: str) -> Network:
         """Return what a weight's update is made of."""
         return weight_network(self, name)
+
+    def group_network(self, group: int) -> Network:
+        """Return what a group's folded tensor is made of, before its map."""
+        if group not in self._group_networks:
+            self._group_networks[group] = group_network(self, group)
+        return self._group_networks[group]
 
     def whole_rows(self, group: int) -> Opened:
         """Return all opened rows of a group that its weights are cut from."""

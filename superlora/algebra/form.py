@@ -16,8 +16,6 @@ from superlora.design.network import (
     Operand,
     Source,
     Term,
-    group_network,
-    weight_network,
 )
 from superlora.design.ways import Factored, row_pair
 from superlora.folding import ravel
@@ -175,7 +173,7 @@ def scaled(x: Array, scale: Any) -> Array:
 
 def group_tensor(layout: Layout, factors: Mapping[str, Array], group: int) -> Array:
     """Return a group's folded tensor before its map: the products of its splits, summed."""
-    network = group_network(layout, group)
+    network = layout.group_network(group)
     return form(network, source_arrays(layout, factors, network.sources), _no_vector)
 
 

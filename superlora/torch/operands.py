@@ -152,6 +152,8 @@ class SharedVector(Shared):
         self.map = layout.maps[first]
         self.before, self.size = layout.joint_sizes(first)
         self.key = ("vector", first)
+        for group in layout.joint(first):  # no compiler is to see it found
+            layout.group_network(group)
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
         layout, first, fixed, size = self.layout, self.first, self.map, self.size
@@ -226,6 +228,8 @@ class Operands:
         How many of these are no blocks.
     own : tuple of Source
         The blocks whose tensors follow.
+    networks : dict of (int, int) to Network
+        Of the rows that were formed so far.
     """
 
     def __init__(
@@ -257,7 +261,7 @@ class Operands:
         made, own = iter(range(self.first, len(shared))), iter(range(len(shared), 1 << 30))
         self.places = tuple(next(own if each is None else made) for each in blocks)
         self._sources = {source: place for source, place in zip(sources, self.places, strict=True)}
-        self._networks: dict[Rows, Network] = {}
+        self.networks: dict[Rows, Network] = {}
         self._owners: list[tuple[nn.Module, str, bool]] | None = None
 
     def bind(self, adapter: Blocks) -> None:
@@ -315,9 +319,9 @@ class Operands:
         if self.first:
             whole: Tensor = joined(arrays[: self.first])
             return whole.reshape(count, self.columns)
-        if rows not in self._networks:
-            self._networks[rows] = weight_network(self.layout, self.name, rows)
-        network = self._networks[rows]
+        if rows not in self.networks:
+            self.networks[rows] = weight_network(self.layout, self.name, rows)
+        network = self.networks[rows]
         found = form(network, [arrays[self._sources[s]] for s in network.sources], _no_vector)
         return found
 
@@ -369,4 +373,7 @@ def formed_operands(layout: Layout, name: str) -> Operands:
     if opens_rows(layout, group):
         rows = opened_rows(layout, group, *rows_of(layout, name))
         return Operands(layout, name, rows.ends, rows)
-    return Operands(layout, name, weight_network(layout, name).sources)
+    network = weight_network(layout, name)
+    found = Operands(layout, name, network.sources)
+    found.networks[0, found.height] = network  # no compiler is to see it found
+    return found

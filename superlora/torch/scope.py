@@ -74,7 +74,7 @@ class Scope:
 
     def is_open(self) -> bool:
         """Return whether values are shared now."""
-        return threading.get_ident() in self._values and not is_traced()
+        return not is_traced() and threading.get_ident() in self._values
 
     def clear(self) -> None:
         """Forget all that was made."""

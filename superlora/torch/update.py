@@ -17,7 +17,7 @@ from superlora._backend import backend_of
 from superlora.algebra.form import factored_product, first_operands, form, scaled, take
 from superlora.algebra.run import contract_pair, matrices, take_step, transposed
 from superlora.design.contraction import Contraction
-from superlora.design.network import Operand, group_network
+from superlora.design.network import Operand
 from superlora.design.ways import Factored
 from superlora.layout import Layout
 from superlora.torch.autograd import gradients, is_traced, linearized, without_autocast
@@ -339,7 +339,7 @@ class MultipliedWay(Way):
 
     def __init__(self, layout: Layout, name: str) -> None:
         group = layout.grouping.pieces[name][0].group
-        self.network = group_network(layout, group)
+        self.network = layout.group_network(group)
         self.map = layout.maps[group]
         super().__init__(Operands(layout, name, self.network.sources, vectors=False))
 
