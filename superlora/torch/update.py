@@ -20,7 +20,13 @@ from superlora.design.contraction import Contraction
 from superlora.design.network import Operand
 from superlora.design.ways import Factored
 from superlora.layout import Layout
-from superlora.torch.autograd import gradients, is_traced, linearized, without_autocast
+from superlora.torch.autograd import (
+    aliases,
+    gradients,
+    is_traced,
+    linearized,
+    without_autocast,
+)
 from superlora.torch.operands import Operands, Rows
 
 # Entries of an update that are formed at once: few enough for a core's cache.
@@ -114,8 +120,8 @@ class Backward:
         What multiplies the update.
     wanted : sequence of bool
         Whose gradients of `tensors` are asked for.
-    of_x, of_weight : torch.Tensor or None
-        The inputs' gradient and the weight's, where they are asked for.
+    of_x : torch.Tensor or None
+        The inputs' gradient, where it is asked for.
     sums : list of (torch.Tensor or None)
         Those of `tensors`.
     """
@@ -128,7 +134,6 @@ class Backward:
         self.gradient, self.starts, self.scale = gradient, ctx.starts, ctx.scale
         self.wants_x, self.wants_weight, _, *self.wanted = ctx.needs_input_grad[_FIXED:]
         self.of_x: Tensor | None = None
-        self.of_weight: Tensor | None = None
         self.sums: list[Tensor | None] = [None] * len(self.tensors)
 
     def through_base(self) -> Tensor | None:
@@ -477,8 +482,6 @@ class FormedWay(Way):
             if any(back.wanted):
                 of_delta = part.t().to(delta.dtype) @ x.to(delta.dtype)
                 self._give(back, pull(of_delta), rows)
-        if back.wants_weight:
-            back.of_weight = gradient.t() @ x
 
     def _give(self, back: Backward, found: Sequence[Tensor | None], rows: Rows) -> None:
         first = 0
@@ -546,10 +549,11 @@ class Applied(torch.autograd.Function):
             back = Backward(ctx, gradient)
             back.sums[: len(before)] = before
             ctx.way.backward(back)
+            of_weight = gradient.t() @ back.x if back.wants_weight else None
             of_bias = gradient.sum(0) if ctx.needs_input_grad[_FIXED + 2] else None
             if back.of_x is not None:
                 back.of_x = back.of_x.to(back.x.dtype)
-            return (*none, back.of_x, back.of_weight, of_bias, *back.sums)
+            return (*none, back.of_x, of_weight, of_bias, *back.sums)
 
 
 def _differentiable(
@@ -558,7 +562,8 @@ def _differentiable(
     """Return the gradients by operations that are differentiated themselves."""
     way: Way = ctx.way
     x, weight, *rest = ctx.saved_tensors
-    tensors = [*ctx.shared, *rest[: len(rest) - ctx.kept]]
+    x, *tensors = aliases([x, *ctx.shared, *rest[: len(rest) - ctx.kept]])
+    weight = None if weight is None else weight.view_as(weight)
     y = way.plain(x, weight, None, tensors, ctx.starts, ctx.scale)
     of_x, of_weight, *found = gradients(y, [x, weight, *tensors], gradient, again=True)
     found[: len(before)] = map(_added, before, found)
