@@ -1,5 +1,7 @@
 """``apply`` and ``adapter.applied``: forced or chosen, the ways of applying an update are one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -91,6 +93,21 @@ def test_outputs_and_gradients_are_those_of_plain_autograd(key, way):
         assert_near(model(x), y)
     with torch.inference_mode():
         assert_near(model(x), y)
+
+
+@pytest.mark.parametrize("key", [key for key, way in EVERY if way == "factored"])
+def test_the_orders_for_few_tokens_and_for_many_are_one(key):
+    model, adapter, x = make_pair(key, "factored")
+    y, expected = plain(model, adapter, x)
+    for switch in (0, 1 << 40):
+        for support in adapter.supports.values():
+            if isinstance(support.way, FactoredWay):
+                support.way.factored = replace(support.way.factored, switch=switch)
+        found = model(x)
+        assert_near(found, y)
+        assert_same(step(x, adapter, found), expected)
+        with torch.no_grad():
+            assert_near(model(x), y)
 
 
 @every_spec
