@@ -22,8 +22,8 @@ TOKENS = -1
 BALANCE = 16
 # What every token keeps for the backward pass has so many times fewer entries than an input.
 _KEPT = 2
-# Up to as many operands two searches are made, and the better order is taken.
-_SEARCHED_TWICE = 9
+# Up to as many operands all orders are tried.
+_SEARCHED_WHOLLY = 9
 
 
 @dataclass(frozen=True)
@@ -422,17 +422,67 @@ def _path(
 ) -> list[tuple[int, ...]]:
     if len(terms) < 3:
         return [tuple(range(len(terms)))] if len(terms) == 2 else []
-    equation = ",".join(map(letters, terms)) + "->" + letters(output)
     real = {**sizes, TOKENS: max(1, tokens)}
+    if len(terms) <= _SEARCHED_WHOLLY:
+        return _least_path(terms, output, real)
+    equation = ",".join(map(letters, terms)) + "->" + letters(output)
     shapes = [tuple(real[label] for label in own) for own in terms]
-    best: tuple[float, list[tuple[int, ...]]] | None = None
-    # "dp" makes no outer products, as Khatri–Rao products are; "auto" is no search above.
-    for search in ("auto", "dp") if len(terms) <= _SEARCHED_TWICE else ("auto",):
-        path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search)
-        if best is None or info.opt_cost < best[0]:
-            best = float(info.opt_cost), list(path)
-    assert best is not None
-    return best[1]
+    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")
+    return list(path)
+
+
+def _least_path(
+    terms: Sequence[Labels], output: Labels, sizes: Mapping[int, int]
+) -> list[tuple[int, ...]]:
+    """Return the order of the fewest multiplications, and among those of the fewest moves.
+
+    Every pair of every subset is tried: opt_einsum's searches miss the best order where a label
+    stands in more than two operands, as in products of factors with a diagonal core.
+    """
+    own = [frozenset(term) for term in terms]
+    whole = (1 << len(terms)) - 1
+    kept: dict[int, frozenset[int]] = {}
+    entries: dict[int, int] = {}
+    for subset in range(1, whole + 1):
+        inside, outside = (
+            frozenset().union(*(own[i] for i in range(len(terms)) if (subset >> i & 1) == side))
+            for side in (1, 0)
+        )
+        kept[subset] = inside & (outside | set(output))
+        entries[subset] = math.prod(sizes[label] for label in kept[subset])
+    best: dict[int, tuple[int, int, int]] = {}  # multiplications, moves, one of the two parts
+    for subset in range(1, whole + 1):
+        first = subset & -subset
+        rest = subset ^ first
+        if not rest:
+            best[subset] = 0, 0, 0
+            continue
+        found = []
+        part = rest
+        while part:
+            part = (part - 1) & rest
+            one, other = first | part, subset ^ first ^ part
+            multiplied = math.prod(sizes[label] for label in kept[one] | kept[other])
+            moved = entries[one] + entries[other] + entries[subset]
+            multiplied += best[one][0] + best[other][0]
+            found.append((multiplied, moved + best[one][1] + best[other][1], one))
+        best[subset] = min(found)
+    current = [1 << place for place in range(len(terms))]
+    path: list[tuple[int, ...]] = []
+
+    def contracted(subset: int) -> None:
+        if subset & (subset - 1):
+            one = best[subset][2]
+            pair = one, subset ^ one
+            for each in pair:
+                contracted(each)
+            path.append(tuple(sorted(current.index(each) for each in pair)))
+            for each in pair:
+                current.remove(each)
+            current.append(subset)
+
+    contracted(whole)
+    return path
 
 
 def _split(labels: Labels, sizes: Mapping[int, int]) -> tuple[int, int]:
