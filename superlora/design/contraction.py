@@ -7,8 +7,9 @@ a matrix product, so that nothing is searched or counted where arrays are at han
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import opt_einsum
@@ -20,8 +21,6 @@ TOKENS = -1
 # Multiplications that a processor does while it moves one entry: the order of magnitude of CPUs
 # and GPUs alike. It ranks ways to apply an update; no result depends on it.
 BALANCE = 16
-# What every token keeps for the backward pass has so many times fewer entries than an input.
-_KEPT = 2
 # Up to as many operands all orders are tried.
 _SEARCHED_WHOLLY = 9
 
@@ -150,10 +149,12 @@ def pair(
         axes = _axes(kept, output) if exact else None
         return Pair(*ones, places, False, None, axes, tuple(output) if axes else kept)
     orders = [(*batch, *free[turned], *free[1 - turned]) for turned in (0, 1)]
-    # In the order asked for, or with the tokens in front.
-    turned = orders[0] != tuple(output) and (
-        orders[1] == tuple(output) or (TOKENS in free[1] and TOKENS not in batch)
-    )
+    # With the tokens in front, else as near to the order asked for as can be.
+    turned = TOKENS in free[1]
+    if orders[0] == tuple(output) or orders[1] == tuple(output):
+        turned = orders[1] == tuple(output)
+    elif TOKENS not in (*free[0], *free[1]):
+        turned = _inversions(orders[1], output) < _inversions(orders[0], output)
     labels = orders[turned]
     arranged = (
         _arrange(left, batch, free[0], summed, sizes, columns=not turned),
@@ -163,6 +164,11 @@ def pair(
     shape = None if plain else tuple(sizes[label] for label in labels)
     axes = _axes(labels, output) if exact else None
     return Pair(*arranged, None, turned, shape, axes, tuple(output) if axes else labels)
+
+
+def _inversions(labels: Sequence[int], wanted: Sequence[int]) -> int:
+    places = [wanted.index(label) for label in labels]
+    return sum(one > other for one, other in itertools.combinations(places, 2))
 
 
 def _axes(labels: Sequence[int], wanted: Sequence[int]) -> Labels | None:
@@ -289,13 +295,21 @@ class Contraction:
 
     @functools.cached_property
     def cheap(self) -> frozenset[int]:
-        """The results of steps that a backward pass keeps: small ones, of every token."""
+        """The results of steps that a backward pass keeps, as they cost more than to be read.
+
+        Matrix products that are no larger than what they stand between: inputs and outputs, or the
+        largest operand without tokens.
+        """
         count = len(self.operands)
-        most = _split(self.operands[0], self.sizes)[1]
+        ends = (_split(own, self.sizes)[1] for own in (self.operands[0], self.output))
+        most = max(ends), max(_split(own, self.sizes)[0] for own in self.operands)
         return frozenset(
             count + index
             for index, step in enumerate(self.steps[:-1])
-            if 0 < _KEPT * step.each <= most
+            if step.pair is not None
+            and step.pair.summed is None
+            and step.each <= most[0]
+            and step.entries <= most[1]
         )
 
 
@@ -318,6 +332,7 @@ def contract(
     output: Labels,
     sizes: Mapping[int, int],
     tokens: int = 0,
+    frozen: frozenset[int] = frozenset(),
 ) -> Contraction:
     """Find the order of a network's contraction and prepare its steps.
 
@@ -331,6 +346,8 @@ def contract(
         Sizes of the labels.
     tokens : int
         For which number of tokens the order is the best, where there are any.
+    frozen : frozenset of int
+        The operands that have no gradient.
 
     Returns
     -------
@@ -351,12 +368,16 @@ def contract(
         if len(set(own)) < len(own):
             raise ValueError(f"operands[{index}] must have every label once: got {letters(own)}")
     known = {label: sizes[label] for own in operands for label in own if label != TOKENS}
-    return _contract(tuple(operands), output, tuple(known.items()), tokens)
+    return _contract(tuple(operands), output, tuple(known.items()), tokens, frozen)
 
 
 @functools.lru_cache(maxsize=None)
 def _contract(
-    operands: tuple[Labels, ...], output: Labels, known: tuple[tuple[int, int], ...], tokens: int
+    operands: tuple[Labels, ...],
+    output: Labels,
+    known: tuple[tuple[int, int], ...],
+    tokens: int,
+    frozen: frozenset[int],
 ) -> Contraction:
     sizes = {**dict(known), TOKENS: -1}
     values = list(operands)
@@ -375,7 +396,7 @@ def _contract(
             kept = tuple(label for label in own if label not in alone)
             axes = tuple(own.index(label) for label in alone)
             current[place] = add(place, -1, None, axes, kept)
-    for chosen in _path([values[index] for index in current], output, sizes, tokens):
+    for chosen in _path([values[index] for index in current], output, sizes, tokens, frozen):
         taken = [current[index] for index in sorted(chosen)]
         current = [index for place, index in enumerate(current) if place not in chosen]
         while len(taken) > 1:
@@ -410,21 +431,27 @@ def _last_uses(steps: Sequence[Step]) -> tuple[Labels, ...]:
 
 
 def _kept(left: Labels, right: Labels, output: Labels, rest: Sequence[Labels]) -> Labels:
-    """Return the labels that a contraction of two operands keeps, in the output's order if last."""
+    """Return the labels that a contraction of two operands keeps, first those of the output."""
     if not rest:
         return output
     needed = {*output, *(label for own in rest for label in own)}
-    return tuple(dict.fromkeys(label for label in (*left, *right) if label in needed))
+    kept = dict.fromkeys(label for label in (*left, *right) if label in needed)
+    # In the output's order, so that the last contraction is transposed no further.
+    return tuple(sorted(kept, key=lambda own: output.index(own) if own in output else len(output)))
 
 
 def _path(
-    terms: Sequence[Labels], output: Labels, sizes: Mapping[int, int], tokens: int
+    terms: Sequence[Labels],
+    output: Labels,
+    sizes: Mapping[int, int],
+    tokens: int,
+    frozen: frozenset[int],
 ) -> list[tuple[int, ...]]:
     if len(terms) < 3:
         return [tuple(range(len(terms)))] if len(terms) == 2 else []
     real = {**sizes, TOKENS: max(1, tokens)}
     if len(terms) <= _SEARCHED_WHOLLY:
-        return _least_path(terms, output, real)
+        return _least_path(terms, output, real, frozen)
     equation = ",".join(map(letters, terms)) + "->" + letters(output)
     shapes = [tuple(real[label] for label in own) for own in terms]
     path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")
@@ -432,57 +459,75 @@ def _path(
 
 
 def _least_path(
-    terms: Sequence[Labels], output: Labels, sizes: Mapping[int, int]
+    terms: Sequence[Labels], output: Labels, sizes: Mapping[int, int], frozen: frozenset[int]
 ) -> list[tuple[int, ...]]:
-    """Return the order of the fewest multiplications, and among those of the fewest moves.
+    """Return the order that costs least: multiplications, and among equal ones moves.
 
-    Every pair of every subset is tried: opt_einsum's searches miss the best order where a label
-    stands in more than two operands, as in products of factors with a diagonal core.
+    Every pair of parts of every subset of the terms is tried: opt_einsum's searches miss the best
+    order where a label stands in more than two operands, as in products with a diagonal core. An
+    entry of a product entry by entry counts as one that is moved. So does one of a matrix product
+    that must be transposed; where there are tokens, inputs would have to be instead. The gradients
+    count as well, of both parts but of what is frozen.
     """
-    own = [frozenset(term) for term in terms]
-    whole = (1 << len(terms)) - 1
-    kept: dict[int, frozenset[int]] = {}
-    entries: dict[int, int] = {}
-    for subset in range(1, whole + 1):
-        inside, outside = (
-            frozenset().union(*(own[i] for i in range(len(terms)) if (subset >> i & 1) == side))
-            for side in (1, 0)
-        )
-        kept[subset] = inside & (outside | set(output))
-        entries[subset] = math.prod(sizes[label] for label in kept[subset])
-    best: dict[int, tuple[int, int, int]] = {}  # multiplications, moves, one of the two parts
-    for subset in range(1, whole + 1):
+    count = len(terms)
+    trained = sum(1 << place for place in range(count) if place not in frozen)
+    kept: list[frozenset[int]] = []
+    for subset in range(1 << count):
+        inside, outside = set[int](), set(output)
+        for place, own in enumerate(terms):
+            (inside if subset >> place & 1 else outside).update(own)
+        kept.append(frozenset(inside & outside))
+    entries = [math.prod(sizes[label] for label in own) for own in kept]
+    # Of every subset the cost, and the first of its two parts; subsets of it come before it.
+    best = [(0, 0, 0)] * (1 << count)
+    for subset in range(1, 1 << count):
         first = subset & -subset
-        rest = subset ^ first
-        if not rest:
-            best[subset] = 0, 0, 0
-            continue
+        part = rest = subset ^ first
         found = []
-        part = rest
         while part:
             part = (part - 1) & rest
-            one, other = first | part, subset ^ first ^ part
-            multiplied = math.prod(sizes[label] for label in kept[one] | kept[other])
+            one, other = first | part, rest ^ part
+            work = math.prod(sizes[label] for label in kept[one] | kept[other])
+            if _is_entrywise(kept[one], kept[other], kept[subset]):
+                work *= BALANCE
+            elif TOKENS not in kept[subset] and _is_copied(kept[one], kept[other], output):
+                work += BALANCE * entries[subset]
+            work *= 1 + bool(one & trained) + bool(other & trained)
             moved = entries[one] + entries[other] + entries[subset]
-            multiplied += best[one][0] + best[other][0]
-            found.append((multiplied, moved + best[one][1] + best[other][1], one))
-        best[subset] = min(found)
-    current = [1 << place for place in range(len(terms))]
+            work, moved = (
+                work + best[one][0] + best[other][0],
+                moved + best[one][1] + best[other][1],
+            )
+            found.append((work, moved, one))
+        if found:
+            best[subset] = min(found)
+    current = [1 << place for place in range(count)]
     path: list[tuple[int, ...]] = []
 
-    def contracted(subset: int) -> None:
-        if subset & (subset - 1):
-            one = best[subset][2]
-            pair = one, subset ^ one
-            for each in pair:
-                contracted(each)
-            path.append(tuple(sorted(current.index(each) for each in pair)))
-            for each in pair:
-                current.remove(each)
-            current.append(subset)
+    def follow(subset: int) -> None:
+        one = best[subset][2]
+        if one:
+            parts = one, subset ^ one
+            for part in parts:
+                follow(part)
+            path.append(tuple(sorted(map(current.index, parts))))
+            current[:] = [each for each in current if each not in parts] + [subset]
 
-    contracted(whole)
+    follow(len(best) - 1)
     return path
+
+
+def _is_entrywise(one: Set[int], other: Set[int], kept: Set[int]) -> bool:
+    """Return whether two operands are multiplied entry by entry, as `pair` prepares them."""
+    common = one & other
+    return common <= kept or (bool(common & kept) and (one <= common or other <= common))
+
+
+def _is_copied(one: Set[int], other: Set[int], output: Labels) -> bool:
+    """Return whether a matrix product must be transposed to have the output's order."""
+    owners = [(label in one) + 2 * (label in other) for label in output]
+    runs = [owner for owner, _ in itertools.groupby(owner for owner in owners if owner)]
+    return len(runs[runs[:1] == [3] :]) > 2 or 3 in runs[1:]
 
 
 def _split(labels: Labels, sizes: Mapping[int, int]) -> tuple[int, int]:

@@ -117,8 +117,30 @@ NETWORKS = {
 }
 
 
-def least(operands, output, sizes):
-    """Return the fewest multiplications of all orders of pairwise contractions, by every subset."""
+def work_of(one, other, kept, output, sizes):
+    """Return what a contraction costs: multiplications of a matrix product, entries else.
+
+    Where the product of matrices has its labels in no order that the output goes on with, it is
+    copied; with tokens the inputs would have to be instead.
+    """
+    entries = math.prod(sizes[label] for label in one | other)
+    common = one & other
+    both = common & kept
+    if common == both or (both and (one == common or other == common)):
+        return BALANCE * entries
+    if TOKENS in kept:
+        return entries
+    order = [label for label in output if label in kept]
+    for first, second in ((one, other), (other, one)):
+        if order == sorted(
+            order, key=lambda own: (own not in both, own in second, own not in first)
+        ):
+            return entries
+    return entries + BALANCE * math.prod(sizes[label] for label in kept)
+
+
+def least(operands, output, sizes, frozen=()):
+    """Return the least cost of all orders of pairwise contractions, and how many are tried."""
     terms = [frozenset(own) for own in operands]
     everything = frozenset(range(len(terms)))
 
@@ -137,15 +159,29 @@ def least(operands, output, sizes):
             for others in itertools.combinations(rest, count):
                 one = frozenset({first, *others})
                 two = subset - one
-                every = labels(one) | labels(two)
-                here = math.prod(sizes[label] for label in every)
-                found.append(here + work(one) + work(two))
+                own = work_of(labels(one), labels(two), labels(subset), output, sizes)
+                passes = 1 + sum(bool(part - frozenset(frozen)) for part in (one, two))
+                found.append(passes * own + work(one) + work(two))
         return min(found)
 
     return work(everything)
 
 
-@pytest.mark.parametrize("which", ["few", "many"])
+def cost_of(path, sizes, frozen=()):
+    """Return the cost of a path by the same counts, step by step."""
+    labels = list(map(frozenset, path.operands))
+    trained = [place not in frozen for place in range(len(labels))]
+    total = 0
+    for step, own in zip(path.steps, path.labels[len(path.operands) :], strict=True):
+        sides = (step.left, step.right)
+        work = work_of(*(labels[side] for side in sides), frozenset(own), path.output, sizes)
+        total += work * (1 + sum(trained[side] for side in sides))
+        labels.append(frozenset(own))
+        trained.append(any(trained[side] for side in sides))
+    return total
+
+
+@pytest.mark.parametrize("which", ["few", "many", "formed"])
 @pytest.mark.parametrize("key", NETWORKS)
 def test_the_order_of_contractions_costs_least(key, which):
     """Of every network with its inputs, and of the one that forms: all orders are tried."""
@@ -153,23 +189,57 @@ def test_the_order_of_contractions_costs_least(key, which):
     layout = make_plan(spec, {"q": shape}).layout
     found = layout.application("q").factored
     assert found.opened is None
-    tokens = FEW if which == "few" else MANY
-    for term in getattr(found, which):
+    network = layout.network("q")
+    sources, terms, first = network.sources, network.terms(), 0
+    if which != "formed":
+        sources, terms, first = found.sources, getattr(found, which), 1
+    for term in terms:
         path = term.contraction
-        best = least(path.operands, path.output, {**path.sizes, TOKENS: tokens})
-        assert path.cost.at(tokens).multiplications == best
-    for term in layout.network("q").terms():
-        path = term.contraction
-        assert path.cost.multiplications == least(path.operands, path.output, path.sizes)
+        frozen = {
+            first + place
+            for place, own in enumerate(term.operands)
+            if sources[own.source].block in layout.frozen
+        }
+        assert bool(frozen) == (key == "vera")
+        sizes = {**path.sizes, TOKENS: {"few": FEW, "many": MANY}.get(which, 0)}
+        assert cost_of(path, sizes, frozen) == least(path.operands, path.output, sizes, frozen)
 
 
-def test_the_search_over_all_orders_knows_a_worse_one():
-    """Two thin products against the product of the factors first."""
+def test_what_an_order_costs_can_be_more():
+    """LoRA's two thin products against the product of its factors first, and back."""
     operands, output, sizes = [(TOKENS, 1), (0, 2), (1, 2)], (TOKENS, 0), {0: 9, 1: 7, 2: 2}
-    assert least(operands, output, {**sizes, TOKENS: 1}) == 2 * (9 + 7)
-    assert least(operands[1:], (0, 1), sizes) == 9 * 7 * 2
-    thin, formed = (contract(operands, output, sizes, tokens).cost for tokens in (1, 10**6))
-    assert thin == formed == Cost(0, 2 * (9 + 7), 2 * (9 + 7), 7 + 2 + 2 + 9)
+    thin, formed = (contract(operands, output, sizes, tokens) for tokens in (1, 10**6))
+    assert thin.cost == formed.cost == Cost(0, 2 * (9 + 7), 2 * (9 + 7), 7 + 2 + 2 + 9)
+    for tokens in (1, 10**6):
+        real = {**sizes, TOKENS: tokens}
+        assert least(operands, output, real) == 3 * tokens * 2 * (9 + 7)
+        # At a rank that is larger than what lies on its sides.
+        real[2] = wide = 20
+        found = contract(operands, output, real, tokens)
+        product, factors = 3 * tokens * 9 * 7, 3 * 9 * 7 * wide
+        assert least(operands, output, real) == min(product + factors, 3 * tokens * wide * 16)
+        assert cost_of(found, real) == least(operands, output, real)
+
+
+def test_a_result_is_not_transposed_where_another_order_costs_about_as_much():
+    """A core with two factors and an open rank: the copy of 64 x 98 x 4 entries is saved."""
+    operands, output = [(3, 4, 5), (0, 3), (1, 4)], (0, 1, 5)
+    sizes = {3: 4, 4: 4, 5: 4, 0: 64, 1: 98}
+    found = contract(operands, output, sizes)
+    assert found.axes is None
+    assert found.steps[-1].pair.axes is None
+    fewest = contract(operands, (1, 0, 5), sizes)
+    assert fewest.axes is None
+    assert fewest.cost.multiplications < found.cost.multiplications
+
+
+@pytest.mark.parametrize(("frozen", "other"), [(3, 2), (2, 3)])
+def test_gradients_that_frozen_blocks_have_not_are_not_counted(frozen, other):
+    """A diagonal core is multiplied into the factor that has a gradient of its own."""
+    operands, output = [(TOKENS, 1), (2,), (0, 2), (1, 2)], (TOKENS, 0)
+    sizes = {0: 10, 1: 10, 2: 4}
+    found = contract(operands, output, sizes, MANY, frozenset({frozen}))
+    assert {1, other} in [{step.left, step.right} for step in found.steps]
 
 
 def test_counts_of_lora():
