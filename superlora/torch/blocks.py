@@ -232,7 +232,7 @@ class Blocks(nn.Module):
         inner = layout.inner
         names = list(dict.fromkeys(inner[b].name if b in inner else b for b in blocks))
         tensors = self.tensors(names)
-        device = tensors[0].device
+        device = tensors[0].device if tensors else None
 
         def make(given: Sequence[Tensor]) -> list[Tensor]:
             moved = {name: own.to(device) for name, own in zip(names, given, strict=True)}

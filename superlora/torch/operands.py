@@ -72,9 +72,7 @@ class Shared:
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
         """Return the whole, or what this layer needs of it, and where that begins."""
-        layout, source = self.layout, self.source
-        tensors, blocks = adapter.inputs_of([source.block])
-        return made(lambda *own: source_array(layout, source, blocks(own)[0]), tensors), 0
+        return _mapped(self.layout, self.source, adapter), 0
 
     def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
         """Return what some rows of the support need of it."""
@@ -83,6 +81,23 @@ class Shared:
     def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
         """Add the adjoint of `cut` to a sum, in place."""
         sums += gradient
+
+
+def _mapped(layout: Layout, source: Source, adapter: Blocks) -> Tensor:
+    """Return a block to which its group's map of modes was applied."""
+    tensors, blocks = adapter.inputs_of([source.block])
+    inner = source.block in layout.inner
+    block = made(lambda *own: blocks(own)[0], tensors) if inner else tensors[0]
+    fixed, shape = layout.maps[source.group], block.shape
+
+    def back(y: Tensor) -> Tensor:
+        for axis, index, _ in source.modes:
+            y = fixed.map_mode(y, axis, index, source.shape[axis], adjoint=True)
+        rest = [whole - own for whole, own in zip(shape, y.shape, strict=True)]
+        ends = [entry for own in reversed(rest) for entry in (0, own)]
+        return torch.nn.functional.pad(y, ends) if any(rest) else y
+
+    return moved(block, lambda x: source_array(layout, source, x), back)
 
 
 class SharedBlock(Shared):
@@ -119,15 +134,21 @@ class SharedRows(Shared):
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
         layout, index = self.layout, self.index
         opened = layout.whole_rows(self.group) if whole else self.own
-        tensors, blocks = adapter.inputs_of([source.block for source in opened.sources])
+        used = {operand.source for box in opened.boxes for operand in box[index].operands}
+        # What a map made of a block is kept, as it would be mapped again else.
+        fixed = [place for place in used if opened.sources[place].modes]
+        rest = [place for place in used if not opened.sources[place].modes]
+        mapped = [_mapped(layout, opened.sources[place], adapter) for place in fixed]
+        tensors, blocks = adapter.inputs_of([opened.sources[place].block for place in rest])
 
         def rows(*own: Tensor) -> Tensor:
-            pairs = zip(opened.sources, blocks(own), strict=True)
-            arrays = [source_array(layout, source, block) for source, block in pairs]
+            arrays = dict(zip(fixed, own[: len(fixed)], strict=True))
+            for place, block in zip(rest, blocks(own[len(fixed) :]), strict=True):
+                arrays[place] = source_array(layout, opened.sources[place], block)
             found: Tensor = open_rows(opened, arrays, index)
             return found
 
-        return made(rows, tensors), 0 if whole else self.range((0, 1))[0]
+        return made(rows, [*mapped, *tensors]), 0 if whole else self.range((0, 1))[0]
 
     def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
         first, last = self.range(rows)
