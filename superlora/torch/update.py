@@ -29,8 +29,6 @@ from superlora.torch.autograd import (
 )
 from superlora.torch.operands import Operands, Rows
 
-# Entries of an update that are formed at once: few enough for a core's cache.
-_CHUNK = 1 << 18
 # A number, or a tensor of one, which compiled code multiplies by.
 Scale = float | Tensor
 _torch = backend_of(torch.empty(0))
