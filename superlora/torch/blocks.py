@@ -189,7 +189,7 @@ class Blocks(nn.Module):
         dict of str to torch.Tensor
             ``scale * ΔW`` for each layer, (output width, input width).
         """
-        with self.scope.kept():
+        with self.scope.opened():
             return {name: self.delta(name) for name in self.plan.layout.shapes}
 
     @property
@@ -198,7 +198,7 @@ class Blocks(nn.Module):
         ways = [way for own in self.supports.values() if (way := own.way) is not None]
         operands = [own.formed for own in self.supports.values()]
         operands += [own for way in ways for own in way.operands]
-        return any(own.shares and own.shared for own in operands)
+        return any(own.shares for own in operands)
 
     @contextmanager
     def shared(self) -> Iterator[None]:

@@ -64,11 +64,14 @@ class Shared:
     ----------
     key : tuple
         What the scope calls it.
+    several : bool
+        Whether it pays to make it at once for several layers.
     """
 
     def __init__(self, layout: Layout, source: Source) -> None:
         self.layout, self.source = layout, source
         self.key: tuple[Any, ...] = ("modes", source)
+        self.several = _is_mapped_once(layout, source)
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
         """Return the whole, or what this layer needs of it, and where that begins."""
@@ -100,6 +103,17 @@ def _mapped(layout: Layout, source: Source, adapter: Blocks) -> Tensor:
     return moved(block, lambda x: source_array(layout, source, x), back)
 
 
+def _is_mapped_once(layout: Layout, source: Source) -> bool:
+    return len(layout.grouping.members[source.group]) > 1
+
+
+def _mapped_once(layout: Layout, source: Source, adapter: Blocks) -> Tensor:
+    """Return the same, which is made once for all layers in a pass."""
+    if _is_mapped_once(layout, source) and adapter.scope.is_open():
+        return adapter.scope.get(("modes", source), lambda: _mapped(layout, source, adapter))
+    return _mapped(layout, source, adapter)
+
+
 class SharedBlock(Shared):
     """The vector that a mixing F_in makes, of which a block is a part."""
 
@@ -107,6 +121,7 @@ class SharedBlock(Shared):
         super().__init__(layout, source)
         self.inner = layout.inner[source.block]
         self.key = ("inner", self.inner.name)
+        self.several = True
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
         item = self.inner
@@ -130,6 +145,7 @@ class SharedRows(Shared):
         self.offset, self.columns = piece.start, layout.shapes[name][1]
         self.width = layout.groups[piece.group].fold[-1]
         self.key = ("rows", piece.group, index)
+        self.several = opens_rows(layout, piece.group)
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
         layout, index = self.layout, self.index
@@ -138,7 +154,7 @@ class SharedRows(Shared):
         # What a map made of a block is kept, as it would be mapped again else.
         fixed = [place for place in used if opened.sources[place].modes]
         rest = [place for place in used if not opened.sources[place].modes]
-        mapped = [_mapped(layout, opened.sources[place], adapter) for place in fixed]
+        mapped = [_mapped_once(layout, opened.sources[place], adapter) for place in fixed]
         tensors, blocks = adapter.inputs_of([opened.sources[place].block for place in rest])
 
         def rows(*own: Tensor) -> Tensor:
@@ -173,6 +189,10 @@ class SharedVector(Shared):
         self.map = layout.maps[first]
         self.before, self.size = layout.joint_sizes(first)
         self.key = ("vector", first)
+        names = {name for group in layout.joint(first) for name in layout.grouping.members[group]}
+        least = min(math.prod(layout.shapes[name]) for name in names)
+        mixed = self.map.reads or self.map.mixes(self.before, least)
+        self.several = mixed and len(names) > 1
         for group in layout.joint(first):  # no compiler is to see it found
             layout.group_network(group)
 
@@ -265,7 +285,6 @@ class Operands:
         self.layout, self.name, self.rows = layout, name, rows
         self.height, self.columns = layout.shapes[name]
         pieces = layout.grouping.pieces[name]
-        several = len(layout.grouping.members[pieces[0].group]) > 1
         shared: list[Shared] = []
         if rows is not None:
             shared += [SharedRows(layout, name, rows, index) for index in range(len(rows.ranks))]
@@ -273,10 +292,10 @@ class Operands:
             firsts = dict.fromkeys(layout.joint(piece.group)[0] for piece in pieces)
             shared += [SharedVector(layout, name, first) for first in firsts]
         self.first = len(shared)
-        self.shares = several and _shares(layout, name, rows)
-        blocks = [_shared_block(layout, source, several) for source in sources]
+        blocks = [_shared_block(layout, source) for source in sources]
         shared += [each for each in blocks if each is not None]
         self.shared = tuple(shared)
+        self.shares = any(each.several for each in shared)
         self.own = tuple(s for s, each in zip(sources, blocks, strict=True) if each is None)
         # Where the array of each source stands among all tensors.
         made, own = iter(range(self.first, len(shared))), iter(range(len(shared), 1 << 30))
@@ -308,7 +327,7 @@ class Operands:
         carried = self.shares and adapter.scope.is_open()
         pairs = []
         for each in self.shared:
-            if carried:
+            if carried and each.several:
                 make = lambda each=each: each.make(adapter, True)[0]  # noqa: E731
                 pairs.append((adapter.scope.get(each.key, make), 0))
             else:
@@ -346,41 +365,15 @@ class Operands:
         found = form(network, [arrays[self._sources[s]] for s in network.sources], _no_vector)
         return found
 
-    def add(
-        self,
-        sums: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        starts: Sequence[int],
-        rows: Rows,
-    ) -> None:
-        """Add the adjoint of `cut` to the gradients of the tensors that layers may share."""
-        for each, own, gradient, start in zip(
-            self.shared, sums, gradients[: len(self.shared)], starts, strict=True
-        ):
-            if gradient is not None:
-                each.add(own, gradient.to(own.device), start, rows)
-
-
-def _shares(layout: Layout, name: str, rows: Opened | None) -> bool:
-    """Return whether it pays to make at once what several weights are made of."""
-    group = layout.grouping.pieces[name][0].group
-    if rows is not None:
-        return opens_rows(layout, group)
-    if layout.in_place(group):
-        return True
-    fixed, (before, _) = layout.maps[group], layout.joint_sizes(group)
-    least = min(math.prod(layout.shapes[each]) for each in layout.grouping.members[group])
-    return fixed.reads or fixed.mixes(before, least)
-
 
 def _no_vector(*_: int) -> Tensor:
     raise AssertionError("this support is not cut from a mapped vector")
 
 
-def _shared_block(layout: Layout, source: Source, several: bool) -> Shared | None:
+def _shared_block(layout: Layout, source: Source) -> Shared | None:
     """Return how layers share what a block is made from, if they do."""
     if source.modes:
-        return Shared(layout, source) if several else None
+        return Shared(layout, source) if _is_mapped_once(layout, source) else None
     inner = layout.inner.get(source.block)
     if inner is None or inner.map.sliced or inner.size == inner.stop - inner.start:
         return None

@@ -122,12 +122,14 @@ class Support:
         y, handed = apply_way(
             self.way, x, weight, bias, tensors, given.starts, given.carried, scale
         )
-        self._hand_on(operands, handed)
+        if handed:
+            self._hand_on(operands, handed)
         return y
 
     def _hand_on(self, operands: Operands, handed: Sequence[Tensor]) -> None:
-        for each, tensor in zip(operands.shared, handed, strict=False):
-            self.adapter.scope.put(each.key, tensor)
+        for each, tensor in zip(operands.shared, handed, strict=True):
+            if each.several:
+                self.adapter.scope.put(each.key, tensor)
 
     def form(self, device: torch.device) -> Tensor:
         """Return the support tensor itself, the scale multiplied in."""
@@ -188,12 +190,13 @@ def formed_product(
         assert base is not None
         tensors.append(base)
     starts = tuple(start for given in givens for start in given.starts)
-    carried = all(given.carried for given in givens if given.starts) and bool(starts)
+    carried = any(given.carried for given in givens)
     y, handed = apply_way(way, x, weight, bias, tensors, starts, carried, 1.0)
     first = 0
-    for support in supports if handed else ():
+    for support, given in zip(supports, givens, strict=True) if handed else ():
         count = len(support.formed.shared)
-        support._hand_on(support.formed, handed[first : first + count])
+        if given.carried:
+            support._hand_on(support.formed, handed[first : first + count])
         first += count
     return y
 

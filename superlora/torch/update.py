@@ -146,12 +146,21 @@ class Backward:
         """Add gradients, one for each of the tensors."""
         self.sums = list(map(_added, self.sums, found))
 
-    def sums_of(self, first: int, count: int) -> list[Tensor]:
-        """Return sums of shared tensors, which layers add to in place; zero at first."""
-        for index in range(first, first + count):
-            if self.sums[index] is None:
-                self.sums[index] = torch.zeros_like(self.tensors[index])
-        return self.sums[first : first + count]  # type: ignore[return-value]
+    def sum_of(self, index: int) -> Tensor:
+        """Return the sum of one tensor, which rows and layers add to in place; zero at first."""
+        found = self.sums[index]
+        if found is None:
+            self.sums[index] = found = torch.zeros_like(self.tensors[index])
+        return found
+
+    def add(
+        self, own: Operands, first: int, gradients: Sequence[Tensor | None], rows: Rows
+    ) -> None:
+        """Add the adjoint of `Operands.cut` to the sums of the tensors that layers may share."""
+        for index, (each, gradient) in enumerate(zip(own.shared, gradients, strict=True), first):
+            if gradient is not None:
+                total = self.sum_of(index)
+                each.add(total, gradient.to(total.device), self.starts[index], rows)
 
 
 class FactoredWay(Way):
@@ -268,9 +277,7 @@ class FactoredWay(Way):
                 if gradient is not None:
                     place = own.places[operand.source]
                     found[place] = _untaken(gradient, operand, arrays[place], found[place])
-        if self.shared:
-            sums = back.sums_of(0, self.shared)
-            own.add(sums, found[: self.shared], back.starts, (0, self.height))
+        back.add(own, 0, found[: self.shared], (0, self.height))
         back.take([*[None] * self.shared, *found[self.shared :]])
 
 
@@ -484,15 +491,13 @@ class FormedWay(Way):
     def _give(self, back: Backward, found: Sequence[Tensor | None], rows: Rows) -> None:
         first = 0
         for own in self.operands:
-            count = len(own.shared)
-            if count:
-                sums = back.sums_of(first, count)
-                own.add(sums, found[first : first + count], back.starts[first:], rows)
-            first += count
+            last = first + len(own.shared)
+            back.add(own, first, found[first:last], rows)
+            first = last
         rest = list(found[first:])
         if self.scales:
             if rest[-1] is not None:
-                (of_base,) = back.sums_of(len(back.tensors) - 1, 1)
+                of_base = back.sum_of(len(back.tensors) - 1)
                 of_base[rows[0] : rows[1]] += rest[-1]
             rest[-1] = None
         back.take([*[None] * first, *rest])
@@ -532,7 +537,10 @@ class Applied(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not carried:
             return y
-        return (y, *(tensor.view_as(tensor) for tensor in ctx.shared))
+        handed = [tensor.view_as(tensor) for tensor in ctx.shared]
+        frozen = [own for own, given in zip(handed, ctx.shared, strict=True) if not given.requires_grad]
+        ctx.mark_non_differentiable(*frozen)
+        return (y, *handed)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *handed: Tensor | None) -> Any:
