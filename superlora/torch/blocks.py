@@ -260,7 +260,7 @@ class Blocks(nn.Module):
         for own, number in self._numbers.items():
             number.fill_(scale_in_force(own, self.plan.scale, scale))
         for name, support in self.supports.items():
-            support.scale = self.scale_of(name)
+            support.scale = float(self.scale_of(name))
             support.number = self._numbers[self._scales[name]]
 
     def place(self, block: str) -> tuple[nn.Module, str]:
