@@ -75,13 +75,6 @@ class Split:
         """Whether its own order is lower, so that the product takes it as a dense tensor."""
         return len(self.sizes) < len(self.shape)
 
-    @property
-    def last(self) -> tuple[int, int, bool]:
-        """Size and rank of the last mode, and whether the product takes its factor apart."""
-        if self.joined or not self.factored[-1]:
-            return self.shape[-1], self.shape[-1], False
-        return self.shape[-1], self.ranks[-1], True
-
 
 @dataclass(frozen=True)
 class Group:

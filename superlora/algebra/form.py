@@ -106,9 +106,11 @@ def take(library: Any, array: Array, operand: Operand) -> Array:
     return array if operand.shape is None else library.reshape(array, operand.shape)
 
 
-def run_term(term: Term, arrays: Sequence[Array], first: Sequence[Array] = ()) -> Array:
+def run_term(
+    term: Term, arrays: Sequence[Array] | Mapping[int, Array], first: Sequence[Array] = ()
+) -> Array:
     """Contract a term's operands, after those that are given."""
-    library = backend_of(*first, *arrays[:1])
+    library = backend_of(first[0] if first else arrays[term.operands[0].source])
     values = list(first)
     for own in term.operands:
         values.append(take(library, arrays[own.source], own))
@@ -144,7 +146,9 @@ def form(network: Network, arrays: Sequence[Array], vector: Vector) -> Array:
     return backend_of(found).reshape(found, network.shape)
 
 
-def open_rows(opened: Opened, arrays: Sequence[Array], index: int) -> Array:
+def open_rows(
+    opened: Opened, arrays: Sequence[Array] | Mapping[int, Array], index: int
+) -> Array:
     """Return the opened rows of one term, (rows, *ranks)."""
     parts = []
     for box in opened.boxes:

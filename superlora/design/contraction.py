@@ -7,8 +7,9 @@ a matrix product, so that nothing is searched or counted where arrays are at han
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import opt_einsum
@@ -20,10 +21,8 @@ TOKENS = -1
 # Multiplications that a processor does while it moves one entry: the order of magnitude of CPUs
 # and GPUs alike. It ranks ways to apply an update; no result depends on it.
 BALANCE = 16
-# What every token keeps for the backward pass has so many times fewer entries than an input.
-_KEPT = 2
-# Up to as many operands two searches are made, and the better order is taken.
-_SEARCHED_TWICE = 9
+# Up to as many operands all orders are tried.
+_SEARCHED_WHOLLY = 9
 
 
 @dataclass(frozen=True)
@@ -153,10 +152,12 @@ def pair(
         axes = _axes(kept, output) if exact else None
         return Pair(*ones, places, False, None, axes, tuple(output) if axes else kept, False)
     orders = [(*batch, *free[turned], *free[1 - turned]) for turned in (0, 1)]
-    # In the order asked for, or with the tokens in front.
-    turned = orders[0] != tuple(output) and (
-        orders[1] == tuple(output) or (TOKENS in free[1] and TOKENS not in batch)
-    )
+    # With the tokens in front, else as near to the order asked for as can be.
+    turned = TOKENS in free[1]
+    if orders[0] == tuple(output) or orders[1] == tuple(output):
+        turned = orders[1] == tuple(output)
+    elif TOKENS not in (*free[0], *free[1]):
+        turned = _inversions(orders[1], output) < _inversions(orders[0], output)
     labels = orders[turned]
     arranged = (
         _arrange(left, batch, free[0], summed, sizes, columns=not turned),
@@ -168,6 +169,11 @@ def pair(
     labels = tuple(output) if axes else labels
     adds = not batch and axes is None
     return Pair(*arranged, None, turned, shape, axes, labels, adds)
+
+
+def _inversions(labels: Sequence[int], wanted: Sequence[int]) -> int:
+    places = [wanted.index(label) for label in labels]
+    return sum(one > other for one, other in itertools.combinations(places, 2))
 
 
 def _axes(labels: Sequence[int], wanted: Sequence[int]) -> Labels | None:
@@ -292,13 +298,21 @@ class Contraction:
 
     @functools.cached_property
     def cheap(self) -> Labels:
-        """The results of steps that a backward pass keeps: small ones, of every token."""
+        """The results of steps that a backward pass keeps, as they cost more than to be read.
+
+        Matrix products that are no larger than what they stand between: inputs and outputs, or the
+        largest operand without tokens.
+        """
         count = len(self.operands)
-        most = _split(self.operands[0], self.sizes)[1]
+        ends = (_split(own, self.sizes)[1] for own in (self.operands[0], self.output))
+        most = max(ends), max(_split(own, self.sizes)[0] for own in self.operands)
         return tuple(
             count + index
             for index, step in enumerate(self.steps[:-1])
-            if 0 < _KEPT * step.each <= most
+            if step.pair is not None
+            and step.pair.summed is None
+            and step.each <= most[0]
+            and step.entries <= most[1]
         )
 
 
@@ -321,6 +335,7 @@ def contract(
     output: Labels,
     sizes: Mapping[int, int],
     tokens: int = 0,
+    frozen: frozenset[int] = frozenset(),
 ) -> Contraction:
     """Find the order of a network's contraction and prepare its steps.
 
@@ -334,6 +349,8 @@ def contract(
         Sizes of the labels.
     tokens : int
         For which number of tokens the order is the best, where there are any.
+    frozen : frozenset of int
+        The operands that have no gradient.
 
     Returns
     -------
@@ -354,12 +371,16 @@ def contract(
         if len(set(own)) < len(own):
             raise ValueError(f"operands[{index}] must have every label once: got {letters(own)}")
     known = {label: sizes[label] for own in operands for label in own if label != TOKENS}
-    return _contract(tuple(operands), output, tuple(known.items()), tokens)
+    return _contract(tuple(operands), output, tuple(known.items()), tokens, frozen)
 
 
 @functools.lru_cache(maxsize=None)
 def _contract(
-    operands: tuple[Labels, ...], output: Labels, known: tuple[tuple[int, int], ...], tokens: int
+    operands: tuple[Labels, ...],
+    output: Labels,
+    known: tuple[tuple[int, int], ...],
+    tokens: int,
+    frozen: frozenset[int],
 ) -> Contraction:
     sizes = {**dict(known), TOKENS: -1}
     values = list(operands)
@@ -378,7 +399,7 @@ def _contract(
             kept = tuple(label for label in own if label not in alone)
             axes = tuple(own.index(label) for label in alone)
             current[place] = add(place, -1, None, axes, kept)
-    for chosen in _path([values[index] for index in current], output, sizes, tokens):
+    for chosen in _path([values[index] for index in current], output, sizes, tokens, frozen):
         taken = [current[index] for index in sorted(chosen)]
         current = [index for place, index in enumerate(current) if place not in chosen]
         while len(taken) > 1:
@@ -402,29 +423,103 @@ def _contract(
 
 
 def _kept(left: Labels, right: Labels, output: Labels, rest: Sequence[Labels]) -> Labels:
-    """Return the labels that a contraction of two operands keeps, in the output's order if last."""
+    """Return the labels that a contraction of two operands keeps, first those of the output."""
     if not rest:
         return output
     needed = {*output, *(label for own in rest for label in own)}
-    return tuple(dict.fromkeys(label for label in (*left, *right) if label in needed))
+    kept = dict.fromkeys(label for label in (*left, *right) if label in needed)
+    # In the output's order, so that the last contraction is transposed no further.
+    return tuple(sorted(kept, key=lambda own: output.index(own) if own in output else len(output)))
 
 
 def _path(
-    terms: Sequence[Labels], output: Labels, sizes: Mapping[int, int], tokens: int
+    terms: Sequence[Labels],
+    output: Labels,
+    sizes: Mapping[int, int],
+    tokens: int,
+    frozen: frozenset[int],
 ) -> list[tuple[int, ...]]:
     if len(terms) < 3:
         return [tuple(range(len(terms)))] if len(terms) == 2 else []
-    equation = ",".join(map(letters, terms)) + "->" + letters(output)
     real = {**sizes, TOKENS: max(1, tokens)}
+    if len(terms) <= _SEARCHED_WHOLLY:
+        return _least_path(terms, output, real, frozen)
+    equation = ",".join(map(letters, terms)) + "->" + letters(output)
     shapes = [tuple(real[label] for label in own) for own in terms]
-    best: tuple[float, list[tuple[int, ...]]] | None = None
-    # "dp" makes no outer products, as Khatri–Rao products are; "auto" is no search above.
-    for search in ("auto", "dp") if len(terms) <= _SEARCHED_TWICE else ("auto",):
-        path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search)
-        if best is None or info.opt_cost < best[0]:
-            best = float(info.opt_cost), list(path)
-    assert best is not None
-    return best[1]
+    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")
+    return list(path)
+
+
+def _least_path(
+    terms: Sequence[Labels], output: Labels, sizes: Mapping[int, int], frozen: frozenset[int]
+) -> list[tuple[int, ...]]:
+    """Return the order that costs least: multiplications, and among equal ones moves.
+
+    Every pair of parts of every subset of the terms is tried: opt_einsum's searches miss the best
+    order where a label stands in more than two operands, as in products with a diagonal core. An
+    entry of a product entry by entry counts as one that is moved. So does one of a matrix product
+    that must be transposed; where there are tokens, inputs would have to be instead. The gradients
+    count as well, of both parts but of what is frozen.
+    """
+    count = len(terms)
+    trained = sum(1 << place for place in range(count) if place not in frozen)
+    kept: list[frozenset[int]] = []
+    for subset in range(1 << count):
+        inside, outside = set[int](), set(output)
+        for place, own in enumerate(terms):
+            (inside if subset >> place & 1 else outside).update(own)
+        kept.append(frozenset(inside & outside))
+    entries = [math.prod(sizes[label] for label in own) for own in kept]
+    # Of every subset the cost, and the first of its two parts; subsets of it come before it.
+    best = [(0, 0, 0)] * (1 << count)
+    for subset in range(1, 1 << count):
+        first = subset & -subset
+        part = rest = subset ^ first
+        found = []
+        while part:
+            part = (part - 1) & rest
+            one, other = first | part, rest ^ part
+            work = math.prod(sizes[label] for label in kept[one] | kept[other])
+            if _is_entrywise(kept[one], kept[other], kept[subset]):
+                work *= BALANCE
+            elif TOKENS not in kept[subset] and _is_copied(kept[one], kept[other], output):
+                work += BALANCE * entries[subset]
+            work *= 1 + bool(one & trained) + bool(other & trained)
+            moved = entries[one] + entries[other] + entries[subset]
+            work, moved = (
+                work + best[one][0] + best[other][0],
+                moved + best[one][1] + best[other][1],
+            )
+            found.append((work, moved, one))
+        if found:
+            best[subset] = min(found)
+    current = [1 << place for place in range(count)]
+    path: list[tuple[int, ...]] = []
+
+    def follow(subset: int) -> None:
+        one = best[subset][2]
+        if one:
+            parts = one, subset ^ one
+            for part in parts:
+                follow(part)
+            path.append(tuple(sorted(map(current.index, parts))))
+            current[:] = [each for each in current if each not in parts] + [subset]
+
+    follow(len(best) - 1)
+    return path
+
+
+def _is_entrywise(one: Set[int], other: Set[int], kept: Set[int]) -> bool:
+    """Return whether two operands are multiplied entry by entry, as `pair` prepares them."""
+    common = one & other
+    return common <= kept or (bool(common & kept) and (one <= common or other <= common))
+
+
+def _is_copied(one: Set[int], other: Set[int], output: Labels) -> bool:
+    """Return whether a matrix product must be transposed to have the output's order."""
+    owners = [(label in one) + 2 * (label in other) for label in output]
+    runs = [owner for owner, _ in itertools.groupby(owner for owner in owners if owner)]
+    return len(runs[runs[:1] == [3] :]) > 2 or 3 in runs[1:]
 
 
 def _split(labels: Labels, sizes: Mapping[int, int]) -> tuple[int, int]:

@@ -66,6 +66,8 @@ class Operand:
         What the slice is reshaped to, without the axes of size 1.
     labels : tuple of int
         One an axis.
+    frozen : bool
+        Whether it has no gradient.
     """
 
     source: int
@@ -73,6 +75,7 @@ class Operand:
     cut: tuple[slice, ...] | None
     shape: Shape | None
     labels: Labels
+    frozen: bool
     whole: bool = field(init=False)  # whether it is the source as it is
 
     def __post_init__(self) -> None:
@@ -337,23 +340,18 @@ class Factorisation:
         block = self.layout.block(self.group, index, leaf)
         group = self.group if mapped else -1
         source = sources.add(Source(block, shape, group, mapped))
+        frozen = block in self.layout.frozen
         # A slice of a source is a view, so it is cut before axes are dropped.
         same = tuple(read) == tuple(after_map)
         if whole:
-            return Operand(
-                source, None, None, None if final == tuple(after_map) else final, tuple(labels)
-            )
+            to = None if final == tuple(after_map) else final
+            return Operand(source, None, None, to, tuple(labels), frozen)
         cut = tuple(
             slice(None) if (start, stop) == (0, size) else slice(start, stop)
             for (start, stop), size in zip(cuts, read, strict=True)
         )
-        return Operand(
-            source,
-            None if same else tuple(read),
-            cut,
-            None if final == taken else final,
-            tuple(labels),
-        )
+        digits, to = None if same else tuple(read), None if final == taken else final
+        return Operand(source, digits, cut, to, tuple(labels), frozen)
 
     def _mapped(
         self, split: Split, place: int, leaf: str, mode: int
@@ -377,7 +375,16 @@ class Factorisation:
     def _join(self, index: int, output: Labels) -> Term:
         operands, last = self.term(index)
         operands += [end[0] for end in last if _is_factor(end)]
-        return Term(tuple(operands), contract([own.labels for own in operands], output, self.sizes))
+        return self.contracted([], operands, output)
+
+    def contracted(
+        self, first: Sequence[Labels], operands: Sequence[Operand], output: Labels, tokens: int = 0
+    ) -> Term:
+        """Return the contraction of some operands after arrays of which only labels are known."""
+        labels = [*first, *(own.labels for own in operands)]
+        frozen = (len(first) + place for place, own in enumerate(operands) if own.frozen)
+        path = contract(labels, output, self.sizes, tokens, frozenset(frozen))
+        return Term(tuple(operands), path)
 
     def applied(
         self, outputs: Labels, inputs: Labels, tokens: int, scales: bool
@@ -388,10 +395,8 @@ class Factorisation:
             operands, last = self.term(index)
             operands += [end[0] for end in last if _is_factor(end)]
             weight = [(*outputs, *inputs)] if scales else []
-            terms = [(TOKENS, *inputs), *weight, *(own.labels for own in operands)]
-            found.append(
-                Term(tuple(operands), contract(terms, (TOKENS, *outputs), self.sizes, tokens))
-            )
+            first = [(TOKENS, *inputs), *weight]
+            found.append(self.contracted(first, operands, (TOKENS, *outputs), tokens))
         return tuple(found)
 
 
@@ -512,10 +517,9 @@ def opened_rows(layout: Layout, group: int, start: int, stop: int) -> Opened:
         for index in range(len(layout.terms(group))):
             operands, last = made.term(index)
             open_labels = _open_labels(last)
-            own = [operand.labels for operand in operands]
-            present = {label for labels in own for label in labels}
+            present = {label for operand in operands for label in operand.labels}
             kept = tuple(label for label in open_labels if label in present)
-            terms.append(Term(tuple(operands), contract(own, (*output, *kept), made.sizes)))
+            terms.append(made.contracted([], operands, (*output, *kept)))
             if not place:
                 ranks.append(tuple(made.sizes[label] for label in kept))
         boxes.append(tuple(terms))
@@ -538,9 +542,7 @@ def _completed(made: Factorisation, leading: int) -> tuple[Term, ...]:
     for index in range(len(made.layout.terms(made.group))):
         operands, kept, factors = _ends(made, index)
         # As many rows as are given, which are formed some at a time.
-        terms = [(TOKENS, *kept), *(factor.labels for factor in factors)]
-        path = contract(terms, (TOKENS, *digits), made.sizes, MANY)
-        found.append(Term(tuple(factors), path))
+        found.append(made.contracted([(TOKENS, *kept)], factors, (TOKENS, *digits), MANY))
     return tuple(found)
 
 
@@ -584,10 +586,10 @@ def opened_products(
     found = []
     for index in range(len(layout.terms(group))):
         _, kept, factors = _ends(made, index)
-        sizes = {**made.sizes, ROWS: shape[0], BLOCKS: blocks}
+        made.sizes |= {ROWS: shape[0], BLOCKS: blocks}
         cut = (BLOCKS,) if blocks > 1 else ()
-        terms = [(TOKENS, *cut, *digits), (ROWS, *cut, *kept), *(f.labels for f in factors)]
-        found.append(Term(tuple(factors), contract(terms, (TOKENS, ROWS), sizes, tokens)))
+        first = [(TOKENS, *cut, *digits), (ROWS, *cut, *kept)]
+        found.append(made.contracted(first, factors, (TOKENS, ROWS), tokens))
     return tuple(found)
 
 

@@ -209,7 +209,7 @@ class Adapter(Exporting, Blocks):
             )
         done: list[Site] = []
         try:
-            with self.scope.kept():
+            with self.scope.opened():
                 for site in self._sites.values():
                     done.append(site)
                     site.merge(self)

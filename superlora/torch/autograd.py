@@ -91,6 +91,15 @@ def gradients(
     return [next(found) if each is not None and each.requires_grad else None for each in operands]
 
 
+def aliases(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors that are the given ones to autograd, but not what these were made of.
+
+    Inputs may depend on a factor that layers before have too: the gradient of a factor is to leave
+    that out.
+    """
+    return [tensor.view_as(tensor) for tensor in tensors]
+
+
 class Made(torch.autograd.Function):
     """A value that is made of factors, and made again in the backward pass.
 
@@ -114,9 +123,10 @@ class Made(torch.autograd.Function):
             )
         again = torch.is_grad_enabled()
         with torch.enable_grad(), without_autocast(gradient.device):
-            own = ctx.tensors
-            if not again:
-                own = [t.detach().requires_grad_(t.requires_grad) for t in own]
+            if again:
+                own = aliases(ctx.tensors)
+            else:
+                own = [t.detach().requires_grad_(t.requires_grad) for t in ctx.tensors]
             return None, *gradients(ctx.make(*own), own, gradient, again=again)
 
 

@@ -189,7 +189,7 @@ class Blocks(nn.Module):
         dict of str to torch.Tensor
             ``scale * ΔW`` for each layer, (output width, input width).
         """
-        with self.scope.kept():
+        with self.scope.opened():
             return {name: self.delta(name) for name in self.plan.layout.shapes}
 
     @property
@@ -198,7 +198,7 @@ class Blocks(nn.Module):
         ways = [way for own in self.supports.values() if (way := own.way) is not None]
         operands = [own.formed for own in self.supports.values()]
         operands += [own for way in ways for own in way.operands]
-        return any(own.shares and own.shared for own in operands)
+        return any(own.shares for own in operands)
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -232,7 +232,7 @@ class Blocks(nn.Module):
         inner = layout.inner
         names = list(dict.fromkeys(inner[b].name if b in inner else b for b in blocks))
         tensors = self.tensors(names)
-        device = tensors[0].device
+        device = tensors[0].device if tensors else None
 
         def make(given: Sequence[Tensor]) -> list[Tensor]:
             moved = {name: own.to(device) for name, own in zip(names, given, strict=True)}
@@ -260,7 +260,7 @@ class Blocks(nn.Module):
         for own, number in self._numbers.items():
             number.fill_(scale_in_force(own, self.plan.scale, scale))
         for name, support in self.supports.items():
-            support.scale = self.scale_of(name)
+            support.scale = float(self.scale_of(name))
             support.number = self._numbers[self._scales[name]]
 
     def place(self, block: str) -> tuple[nn.Module, str]:

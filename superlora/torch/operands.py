@@ -57,17 +57,18 @@ class Shared:
     ----------
     key : tuple
         What the scope calls it.
+    several : bool
+        Whether it pays to make it at once for several layers.
     """
 
     def __init__(self, layout: Layout, source: Source) -> None:
         self.layout, self.source = layout, source
         self.key: tuple[Any, ...] = ("modes", source)
+        self.several = _is_mapped_once(layout, source)
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
         """Return the whole, or what this layer needs of it, and where that begins."""
-        layout, source = self.layout, self.source
-        tensors, blocks = adapter.inputs_of([source.block])
-        return made(lambda *own: source_array(layout, source, blocks(own)[0]), tensors), 0
+        return _mapped(self.layout, self.source, adapter), 0
 
     def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
         """Return what some rows of the support need of it."""
@@ -78,6 +79,34 @@ class Shared:
         sums += gradient
 
 
+def _mapped(layout: Layout, source: Source, adapter: Blocks) -> Tensor:
+    """Return a block to which its group's map of modes was applied."""
+    tensors, blocks = adapter.inputs_of([source.block])
+    inner = source.block in layout.inner
+    block = made(lambda *own: blocks(own)[0], tensors) if inner else tensors[0]
+    fixed, shape = layout.maps[source.group], block.shape
+
+    def back(y: Tensor) -> Tensor:
+        for axis, index, _ in source.modes:
+            y = fixed.map_mode(y, axis, index, source.shape[axis], adjoint=True)
+        rest = [whole - own for whole, own in zip(shape, y.shape, strict=True)]
+        ends = [entry for own in reversed(rest) for entry in (0, own)]
+        return torch.nn.functional.pad(y, ends) if any(rest) else y
+
+    return moved(block, lambda x: source_array(layout, source, x), back)
+
+
+def _is_mapped_once(layout: Layout, source: Source) -> bool:
+    return len(layout.grouping.members[source.group]) > 1
+
+
+def _mapped_once(layout: Layout, source: Source, adapter: Blocks) -> Tensor:
+    """Return the same, which is made once for all layers in a pass."""
+    if _is_mapped_once(layout, source) and adapter.scope.is_open():
+        return adapter.scope.get(("modes", source), lambda: _mapped(layout, source, adapter))
+    return _mapped(layout, source, adapter)
+
+
 class SharedBlock(Shared):
     """The vector that a mixing F_in makes, of which a block is a part."""
 
@@ -85,6 +114,7 @@ class SharedBlock(Shared):
         super().__init__(layout, source)
         self.inner = layout.inner[source.block]
         self.key = ("inner", self.inner.name)
+        self.several = True
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
         item = self.inner
@@ -108,19 +138,26 @@ class SharedRows(Shared):
         self.offset, self.columns = piece.start, layout.shapes[name][1]
         self.width = layout.groups[piece.group].fold[-1]
         self.key = ("rows", piece.group, index)
+        self.several = opens_rows(layout, piece.group)
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
         layout, index = self.layout, self.index
         opened = layout.whole_rows(self.group) if whole else self.own
-        tensors, blocks = adapter.inputs_of([source.block for source in opened.sources])
+        used = {operand.source for box in opened.boxes for operand in box[index].operands}
+        # What a map made of a block is kept, as it would be mapped again else.
+        fixed = [place for place in used if opened.sources[place].modes]
+        rest = [place for place in used if not opened.sources[place].modes]
+        mapped = [_mapped_once(layout, opened.sources[place], adapter) for place in fixed]
+        tensors, blocks = adapter.inputs_of([opened.sources[place].block for place in rest])
 
         def rows(*own: Tensor) -> Tensor:
-            pairs = zip(opened.sources, blocks(own), strict=True)
-            arrays = [source_array(layout, source, block) for source, block in pairs]
+            arrays = dict(zip(fixed, own[: len(fixed)], strict=True))
+            for place, block in zip(rest, blocks(own[len(fixed) :]), strict=True):
+                arrays[place] = source_array(layout, opened.sources[place], block)
             found: Tensor = open_rows(opened, arrays, index)
             return found
 
-        return made(rows, tensors), 0 if whole else self.range((0, 1))[0]
+        return made(rows, [*mapped, *tensors]), 0 if whole else self.range((0, 1))[0]
 
     def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
         first, last = self.range(rows)
@@ -144,9 +181,13 @@ class SharedVector(Shared):
         self.layout, self.name, self.first = layout, name, first
         self.map = layout.maps[first]
         self.before, self.size = layout.joint_sizes(first)
-        for group in layout.joint(first):
-            layout.group_network(group)  # compiled code only reads it
         self.key = ("vector", first)
+        names = {name for group in layout.joint(first) for name in layout.grouping.members[group]}
+        least = min(math.prod(layout.shapes[name]) for name in names)
+        mixed = self.map.reads or self.map.mixes(self.before, least)
+        self.several = mixed and len(names) > 1
+        for group in layout.joint(first):  # no compiler is to see it found
+            layout.group_network(group)
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
         layout, first, fixed, size = self.layout, self.first, self.map, self.size
@@ -224,6 +265,8 @@ class Operands:
     owners : list, or None
         Which modules register them, under which names, and whether they are frozen; None where a
         tensor is made of a block.
+    networks : dict of (int, int) to Network
+        Of the rows that were formed so far.
     """
 
     def __init__(
@@ -238,7 +281,6 @@ class Operands:
         self.layout, self.name, self.rows = layout, name, rows
         self.height, self.columns = layout.shapes[name]
         pieces = layout.grouping.pieces[name]
-        several = len(layout.grouping.members[pieces[0].group]) > 1
         shared: list[Shared] = []
         if rows is not None:
             shared += [SharedRows(layout, name, rows, index) for index in range(len(rows.ranks))]
@@ -246,22 +288,22 @@ class Operands:
             firsts = dict.fromkeys(layout.joint(piece.group)[0] for piece in pieces)
             shared += [SharedVector(layout, name, first) for first in firsts]
         self.first = len(shared)
-        self.shares = several and _shares(layout, name, rows)
-        blocks = [_shared_block(layout, source, several) for source in sources]
+        blocks = [_shared_block(layout, source) for source in sources]
         shared += [each for each in blocks if each is not None]
         self.shared = tuple(shared)
+        self.shares = any(each.several for each in shared)
         self.own = tuple(s for s, each in zip(sources, blocks, strict=True) if each is None)
         # Where the array of each source stands among all tensors.
         made, own = iter(range(self.first, len(shared))), iter(range(len(shared), 1 << 30))
         self.places = tuple(next(own if each is None else made) for each in blocks)
         self._sources = {source: place for source, place in zip(sources, self.places, strict=True)}
-        self._networks: dict[Rows, Network] = {}
+        self.networks: dict[Rows, Network] = {}
         self.owners: list[tuple[nn.Module, str, bool]] | None = None
         # What all of it is where that is one term, as of a weight of its own.
         self.term: Term | None = None
         if rows is None and vectors:
             whole = weight_network(layout, name)
-            self._networks[0, self.height] = whole  # compiled code only reads it
+            self.networks[0, self.height] = whole  # compiled code only reads it
         if not self.shared and vectors:
             terms = list(whole.terms())
             entries = whole.runs[0].size if len(whole.runs) == 1 == len(terms) else 0
@@ -303,25 +345,12 @@ class Operands:
                 values.append(array if operand.whole else take(_torch, array, operand))
             whole: Tensor = run(self.term.contraction, values, _torch)
             return whole.reshape(count, self.columns)
-        if rows not in self._networks:
-            self._networks[rows] = weight_network(self.layout, self.name, rows)
-        network = self._networks[rows]
+        if rows not in self.networks:
+            self.networks[rows] = weight_network(self.layout, self.name, rows)
+        network = self.networks[rows]
         found = form(network, [arrays[self._sources[s]] for s in network.sources], _no_vector)
         return found
 
-    def add(
-        self,
-        sums: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        starts: Sequence[int],
-        rows: Rows,
-    ) -> None:
-        """Add the adjoint of `cut` to the gradients of the tensors that layers may share."""
-        for each, own, gradient, start in zip(
-            self.shared, sums, gradients[: len(self.shared)], starts, strict=True
-        ):
-            if gradient is not None:
-                each.add(own, gradient.to(own.device), start, rows)
 
 
 def _entries(term: Term) -> int:
@@ -329,26 +358,14 @@ def _entries(term: Term) -> int:
     return math.prod(path.sizes[label] for label in path.output)
 
 
-def _shares(layout: Layout, name: str, rows: Opened | None) -> bool:
-    """Return whether it pays to make at once what several weights are made of."""
-    group = layout.grouping.pieces[name][0].group
-    if rows is not None:
-        return opens_rows(layout, group)
-    if layout.in_place(group):
-        return True
-    fixed, (before, _) = layout.maps[group], layout.joint_sizes(group)
-    least = min(math.prod(layout.shapes[each]) for each in layout.grouping.members[group])
-    return fixed.reads or fixed.mixes(before, least)
-
-
 def _no_vector(*_: int) -> Tensor:
     raise AssertionError("this support is not cut from a mapped vector")
 
 
-def _shared_block(layout: Layout, source: Source, several: bool) -> Shared | None:
+def _shared_block(layout: Layout, source: Source) -> Shared | None:
     """Return how layers share what a block is made from, if they do."""
     if source.modes:
-        return Shared(layout, source) if several else None
+        return Shared(layout, source) if _is_mapped_once(layout, source) else None
     inner = layout.inner.get(source.block)
     if inner is None or inner.map.sliced or inner.size == inner.stop - inner.start:
         return None

@@ -12,57 +12,67 @@ from torch import Tensor
 
 from superlora.torch.autograd import is_traced
 
+Values = dict[Hashable, Tensor]
+
 
 class Scope:
     """Values that layers make once and read in turn, while a forward pass of the model is open.
 
     A layer that differentiates hands on the value that it read: gradients of all of them are added
     up on their way back, in one tensor. Outside of a pass, and where each operation is traced,
-    nothing is shared. Every thread has passes of its own.
+    nothing is shared. Every thread has a pass of its own.
     """
 
     def __init__(self) -> None:
-        self._depths: dict[int, int] = {}
-        self._values: dict[int, dict[Hashable, Tensor]] = {}
+        self._passes: dict[int, Values] = {}
+        self._kept: dict[int, Values] = {}  # over several passes, without gradients
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_depths": {}, "_values": {}}
+        return {"_passes": {}, "_kept": {}}
 
     def open(self, *_: Any) -> None:
-        """Open a pass of this thread, or one more within it."""
-        if torch.compiler.is_compiling():
-            return
-        thread = threading.get_ident()
-        self._depths[thread] = self._depths.get(thread, 0) + 1
-        self._values.setdefault(thread, {})
+        """Begin a pass of this thread.
+
+        One that is open already was interrupted, so that nothing closed it, or calls the model
+        again, and goes on without what its layers shared.
+        """
+        if not torch.compiler.is_compiling():
+            self._passes[threading.get_ident()] = {}
 
     def close(self, *_: Any) -> None:
-        """Close the pass of this thread that was opened last."""
-        if torch.compiler.is_compiling():
-            return
-        thread = threading.get_ident()
-        depth = self._depths.get(thread, 0) - 1
-        if depth > 0:
-            self._depths[thread] = depth
-            # What belongs to a graph ends with the pass.
-            kept = {key: value for key, value in self._values[thread].items() if not _graded(key)}
-            self._values[thread] = kept
-        else:
-            self._depths.pop(thread, None)
-            self._values.pop(thread, None)
+        """End the pass of this thread."""
+        if not torch.compiler.is_compiling():
+            self._passes.pop(threading.get_ident(), None)
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep what is made without gradients over several passes."""
+    def opened(self) -> Iterator[None]:
+        """Share values inside a ``with`` block as during a pass."""
         self.open()
         try:
             yield
         finally:
             self.close()
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Share what is made without gradients inside a ``with`` block, over several passes."""
+        thread = threading.get_ident()
+        before = self._kept.get(thread)
+        self._kept[thread] = {} if before is None else before
+        try:
+            yield
+        finally:
+            if before is None:
+                self._kept.pop(thread, None)
+
+    def is_open(self) -> bool:
+        """Return whether values are shared now."""
+        return not is_traced() and self._values() is not None
+
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """Return a value of the open pass, made where it is not there yet."""
-        values = self._values[threading.get_ident()]
+        """Return a shared value, made where it is not there yet."""
+        values = self._values()
+        assert values is not None
         key = _with_mode(key)
         if key not in values:
             values[key] = make()
@@ -70,21 +80,21 @@ class Scope:
 
     def put(self, key: Hashable, value: Tensor) -> None:
         """Hand on a value that a layer has read."""
-        self._values[threading.get_ident()][_with_mode(key)] = value
-
-    def is_open(self) -> bool:
-        """Return whether values are shared now."""
-        return bool(self._values) and not is_traced() and threading.get_ident() in self._values
+        values = self._values()
+        assert values is not None
+        values[_with_mode(key)] = value
 
     def clear(self) -> None:
         """Forget all that was made."""
-        for values in self._values.values():
+        for values in (*self._passes.values(), *self._kept.values()):
             values.clear()
+
+    def _values(self) -> Values | None:
+        thread = threading.get_ident()
+        if thread in self._kept and not torch.is_grad_enabled():
+            return self._kept[thread]
+        return self._passes.get(thread)
 
 
 def _with_mode(key: Hashable) -> Hashable:
     return key, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-
-
-def _graded(key: Any) -> bool:
-    return bool(key[1])

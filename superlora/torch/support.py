@@ -112,12 +112,13 @@ class Support:
                 blocks.append(block if block.device == device else block.to(device))
         if not operands.shared:
             return blocks, (), False
-        if operands.shares and adapter.scope.is_open():
-            wholes = [_whole(adapter, each) for each in operands.shared]
-            return [*wholes, *blocks], (0,) * len(wholes), True
-        pairs = [each.make(adapter, False) for each in operands.shared]
-        starts = tuple(start for _, start in pairs)
-        return [*(tensor for tensor, _ in pairs), *blocks], starts, False
+        carried = operands.shares and adapter.scope.is_open()
+        pairs = [
+            (_whole(adapter, each), 0) if carried and each.several else each.make(adapter, False)
+            for each in operands.shared
+        ]
+        starts = tuple([start for _, start in pairs])
+        return [*[tensor for tensor, _ in pairs], *blocks], starts, carried
 
     def is_formed(self, tokens: int, fused: bool) -> bool:
         """Return whether the support is best formed for so many inputs."""
@@ -174,7 +175,8 @@ class Support:
     def hand_on(self, operands: Operands, handed: Sequence[Tensor]) -> None:
         """Give the scope what the layer has read of it, for the next layer."""
         for each, tensor in zip(operands.shared, handed, strict=False):
-            self.adapter.scope.put(each.key, tensor)
+            if each.several:
+                self.adapter.scope.put(each.key, tensor)
 
     def form(self, device: torch.device) -> Tensor:
         """Return the support tensor itself, the scale multiplied in; autocasting must be off."""
@@ -299,14 +301,14 @@ def _formed_product(
     shared: list[Tensor] = []
     blocks: list[Tensor] = []
     starts: tuple[int, ...] = ()
-    carried = False
+    carried: list[bool] = []
     for support in supports:
         tensors, own_starts, own_carried = support.given(support.formed, x.device)
         count = len(own_starts)
         shared += tensors[:count]
         blocks += tensors[count:]
         starts += own_starts
-        carried = carried or own_carried
+        carried.append(own_carried)
     scaling = [support.scales for support in supports]
     if any(scaling):
         assert own_weight is not None
@@ -318,9 +320,10 @@ def _formed_product(
         min([support.rows for support in supports]),
     )
     call = Call(x, weight, bias, [*shared, *blocks], starts, 1.0)
-    y, handed = apply_way(way, call, carried)
-    for support in supports if carried else ():
+    y, handed = apply_way(way, call, any(carried))
+    for support, own_carried in zip(supports, carried, strict=True) if handed else ():
         count = len(support.formed.shared)
-        support.hand_on(support.formed, handed[:count])
+        if own_carried:
+            support.hand_on(support.formed, handed[:count])
         handed = handed[count:]
     return y

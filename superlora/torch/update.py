@@ -20,7 +20,13 @@ from superlora.design.contraction import Contraction
 from superlora.design.network import Operand
 from superlora.design.ways import Factored
 from superlora.layout import Layout
-from superlora.torch.autograd import gradients, is_traced, linearized, without_autocast
+from superlora.torch.autograd import (
+    aliases,
+    gradients,
+    is_traced,
+    linearized,
+    without_autocast,
+)
 from superlora.torch.operands import Operands, Rows
 
 # A number, or a tensor of one, which compiled code multiplies by.
@@ -119,8 +125,8 @@ class Backward:
         What multiplies the update.
     wanted : sequence of bool
         Whose gradients of `tensors` are asked for.
-    of_x, of_weight : torch.Tensor or None
-        The inputs' gradient and the weight's, where they are asked for.
+    of_x : torch.Tensor or None
+        The inputs' gradient, where it is asked for.
     sums : list of (torch.Tensor or None)
         Those of `tensors`.
     """
@@ -133,7 +139,6 @@ class Backward:
         self.gradient, self.starts, self.scale = gradient, ctx.starts, ctx.scale
         self.wants_x, self.wants_weight, _, *self.wanted = ctx.needs_input_grad[_FIXED:]
         self.of_x: Tensor | None = None
-        self.of_weight: Tensor | None = None
         self.sums: list[Tensor | None] = [None] * len(self.tensors)
 
     def through_base(self) -> Tensor | None:
@@ -148,12 +153,21 @@ class Backward:
         """Add gradients, one for each of the tensors."""
         self.sums = list(map(_added, self.sums, found))
 
-    def sums_of(self, first: int, count: int) -> list[Tensor]:
-        """Return sums of shared tensors, which layers add to in place; zero at first."""
-        for index in range(first, first + count):
-            if self.sums[index] is None:
-                self.sums[index] = torch.zeros_like(self.tensors[index])
-        return self.sums[first : first + count]  # type: ignore[return-value]
+    def sum_of(self, index: int) -> Tensor:
+        """Return the sum of one tensor, which rows and layers add to in place; zero at first."""
+        found = self.sums[index]
+        if found is None:
+            self.sums[index] = found = torch.zeros_like(self.tensors[index])
+        return found
+
+    def add(
+        self, own: Operands, first: int, gradients: Sequence[Tensor | None], rows: Rows
+    ) -> None:
+        """Add the adjoint of `Operands.cut` to the sums of the tensors that layers may share."""
+        for index, (each, gradient) in enumerate(zip(own.shared, gradients, strict=True), first):
+            if gradient is not None:
+                total = self.sum_of(index)
+                each.add(total, gradient.to(total.device), self.starts[index], rows)
 
 
 class FactoredWay(Way):
@@ -280,10 +294,8 @@ class FactoredWay(Way):
             for place, operand, gradient in zip(stand, slices, pulled, strict=True):
                 if gradient is not None:
                     found[place] = _untaken(gradient, operand, arrays[place], found[place])
-        if self.shared:
-            sums = back.sums_of(0, self.shared)
-            own.add(sums, found[: self.shared], back.starts, (0, self.height))
-            found[: self.shared] = [None] * self.shared
+        back.add(own, 0, found[: self.shared], (0, self.height))
+        found[: self.shared] = [None] * self.shared
         back.take(found)
 
 
@@ -485,21 +497,17 @@ class FormedWay(Way):
             if any(back.wanted):
                 of_delta = part.t().to(delta.dtype) @ x.to(delta.dtype)
                 self._give(back, pull(of_delta), rows)
-        if back.wants_weight:
-            back.of_weight = gradient.t() @ x
 
     def _give(self, back: Backward, found: Sequence[Tensor | None], rows: Rows) -> None:
         first = 0
         for own in self.operands:
-            count = len(own.shared)
-            if count:
-                sums = back.sums_of(first, count)
-                own.add(sums, found[first : first + count], back.starts[first:], rows)
-            first += count
+            last = first + len(own.shared)
+            back.add(own, first, found[first:last], rows)
+            first = last
         rest = list(found[first:])
         if self.scales:
             if rest[-1] is not None:
-                (of_base,) = back.sums_of(len(back.tensors) - 1, 1)
+                of_base = back.sum_of(len(back.tensors) - 1)
                 of_base[rows[0] : rows[1]] += rest[-1]
             rest[-1] = None
         back.take([*[None] * first, *rest])
@@ -539,7 +547,10 @@ class Applied(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not carried:
             return y
-        return (y, *(tensor.view_as(tensor) for tensor in ctx.shared))
+        handed = [tensor.view_as(tensor) for tensor in ctx.shared]
+        frozen = [own for own, given in zip(handed, ctx.shared, strict=True) if not given.requires_grad]
+        ctx.mark_non_differentiable(*frozen)
+        return (y, *handed)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *handed: Tensor | None) -> Any:
@@ -554,10 +565,11 @@ class Applied(torch.autograd.Function):
             back = Backward(ctx, gradient)
             back.sums[: len(before)] = before
             ctx.way.backward(back)
+            of_weight = gradient.t() @ back.x if back.wants_weight else None
             of_bias = gradient.sum(0) if ctx.needs_input_grad[_FIXED + 2] else None
             if back.of_x is not None:
                 back.of_x = back.of_x.to(back.x.dtype)
-            return (*none, back.of_x, back.of_weight, of_bias, *back.sums)
+            return (*none, back.of_x, of_weight, of_bias, *back.sums)
 
 
 def _differentiable(
@@ -566,7 +578,8 @@ def _differentiable(
     """Return the gradients by operations that are differentiated themselves."""
     way: Way = ctx.way
     x, weight, *rest = ctx.saved_tensors
-    tensors = [*ctx.shared, *rest[: len(rest) - ctx.kept]]
+    x, *tensors = aliases([x, *ctx.shared, *rest[: len(rest) - ctx.kept]])
+    weight = None if weight is None else weight.view_as(weight)
     y = way.plain(Call(x, weight, None, tensors, ctx.starts, ctx.scale))
     of_x, of_weight, *found = gradients(y, [x, weight, *tensors], gradient, again=True)
     found[: len(before)] = map(_added, before, found)

@@ -9,8 +9,6 @@ import pytest
 from hypothesis import assume, given, settings
 
 import superlora as sl
-from superlora.costs import FORMED
-from superlora.factored import apply_factored
 from tests.strategies import Mixing, Permuting, draw_factors, make_plan, plans
 
 torch = pytest.importorskip("torch")
@@ -105,6 +103,7 @@ def test_no_plan_has_slices_without_effect(plan):
 
 
 CHECKED = ("dense", "lora", "lokr", "lotr", "lorta 4", "cp", "mixing", "permuting")
+FORMED = ("cp", "mixing", "permuting")  # in no other way: cut anywhere, or mixed
 
 
 @pytest.mark.parametrize("name", CHECKED)
@@ -126,13 +125,13 @@ def test_the_gradient_of_every_way_to_apply_is_exact(name):
     factors = tensors(plan)
     x = torch.tensor(numpy.random.default_rng(2).standard_normal((2, 6)), requires_grad=True)
 
-    for way in plan.layout.ways("1.q"):
+    factored = plan.layout.application("1.q").factored is not None
+    assert factored == (name not in FORMED)
+    for way in ("factored", "formed") if factored else ("formed",):
 
         def apply(x, *blocks, way=way):
             named = dict(zip(factors, blocks, strict=True))
-            if way == FORMED:
-                return plan.apply(named, "1.q", x, apply=FORMED)
-            return apply_factored(plan.layout, named, "1.q", x, plan.scale, way)
+            return plan.apply(named, "1.q", x, apply=way)
 
         assert torch.autograd.gradcheck(apply, (x, *factors.values()))
 

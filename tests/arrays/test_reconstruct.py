@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from dataclasses import replace
+
 import numpy
 import pytest
 from hypothesis import given, settings
@@ -9,9 +13,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 import superlora as sl
-from superlora.costs import FORMED
-from superlora.factored import apply_factored
-from superlora.reconstruct import group_tensor, joint_entries
+from superlora.algebra.form import apply_factored, group_tensor, joint_entries
+from superlora.design.network import row_slice
 from tests import oracles
 from tests.strategies import Mixing, Permuting, draw_factors, make_plan, problems
 
@@ -116,17 +119,39 @@ def check_apply(xp, plan, factors, leading=(2, 3)):
     generator = numpy.random.default_rng(5)
     for name, (outputs, inputs) in plan.shapes.items():
         x = generator.standard_normal((*leading, inputs))
-        results = [plan.apply(arrays, name, xp.array(x), apply=how) for how in ("auto", FORMED)]
-        ways = set(plan.layout.ways(name)) - {FORMED}
-        # Also those that would cost more.
+        results = [plan.apply(arrays, name, xp.array(x), apply=how) for how in ("auto", "formed")]
         scale = plan.layout.scaling(name)
-        results += [
-            apply_factored(plan.layout, arrays, name, xp.array(x), scale, way) for way in ways
-        ]
+        for layout in both_orders(plan, name):
+            results.append(apply_factored(layout, arrays, name, xp.array(x), scale))
         for result in results:
             assert xp.owns(result)
             assert tuple(result.shape) == (*leading, outputs)
             assert_allclose(xp.to_numpy(result), x @ expected[name].T, **CLOSE)
+
+
+def both_orders(plan, name):
+    """Yield a layout with each order of a factored weight, also the one that would cost more."""
+    found = plan.layout.application(name)
+    if found.factored is None:
+        return
+    for switch in (0, 1 << 40):
+        layout = copy.copy(plan.layout)
+        own = replace(found, factored=replace(found.factored, switch=switch))
+        layout._applications = {name: own}
+        yield layout
+
+
+def inner_width(layout, name):
+    """Return q of ``left @ rightᵀ``: the open ranks of the last mode, for every part of a row."""
+    group = layout.grouping.pieces[name][0].group
+    ranks = sum(math.prod(map(last_rank, splits)) for splits in layout.terms(group))
+    return layout.shapes[name][1] // layout.groups[group].fold[-1] * ranks
+
+
+def last_rank(split):
+    """Return the rank of a split's last mode, its size where nothing stands between."""
+    factored = split.factored[-1] and not split.joined
+    return split.ranks[-1] if factored else split.shape[-1]
 
 
 def check_low_rank(xp, plan, factors):
@@ -134,17 +159,16 @@ def check_low_rank(xp, plan, factors):
     arrays = xp.arrays(factors)
     for name, (outputs, inputs) in plan.shapes.items():
         pair = plan.low_rank(arrays, name)
-        aligned = plan.layout.row_slice(name) is not None
-        assert (pair is not None) == (
-            aligned and plan.layout.inner_width(name) < min(outputs, inputs)
-        )
+        aligned = row_slice(plan.layout, name) is not None
+        inner = inner_width(plan.layout, name)
+        assert (pair is not None) == (aligned and inner < min(outputs, inputs))
         if pair is None:
             continue
         left, right = pair
         assert xp.owns(left)
         assert xp.owns(right)
-        assert tuple(left.shape) == (outputs, plan.layout.inner_width(name))
-        assert tuple(right.shape) == (inputs, plan.layout.inner_width(name))
+        assert tuple(left.shape) == (outputs, inner)
+        assert tuple(right.shape) == (inputs, inner)
         assert_allclose(xp.to_numpy(left) @ xp.to_numpy(right).T, expected[name], **CLOSE)
 
 
@@ -188,7 +212,9 @@ def test_a_group_is_made_whole_as_it_is_in_slices(xp, spec, shapes):
     factors = xp.arrays(draw_factors(plan))
     vectors = []
     for group, fixed in enumerate(plan.layout.maps):
-        x, size = joint_entries(plan.layout, factors, group)
+        x = joint_entries(plan.layout, factors, group)
+        before, size = plan.layout.joint_sizes(group)
+        assert tuple(x.shape) == (before,)
         vectors.append(xp.to_numpy(fixed.apply(x, size)))
     for index, group in enumerate(plan.layout.groups):
         assert tuple(group_tensor(plan.layout, factors, index).shape) == group.fold

@@ -9,6 +9,7 @@ import pytest
 
 import superlora as sl
 from superlora import _backend, maps, shapes
+from superlora.design.network import row_slice
 from tests.strategies import make_plan
 
 # Layers, width, width inside the MLP, outputs of keys and values.
@@ -190,7 +191,7 @@ def test_the_counts_are_those_of_the_formulas():
     assert make_plan(SPECS["dense"], LLAMA).num_parameters == ENTRIES
     aligned = make_plan(SPECS["aligned"], LLAMA)
     assert all(WIDTH % group.fold[-1] == 0 for group in aligned.layout.groups)
-    assert all(aligned.layout.row_slice(name) is not None for name in LLAMA)
+    assert all(row_slice(aligned.layout, name) is not None for name in LLAMA)
 
 
 @pytest.mark.usefixtures("_no_arrays")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 
 import superlora as sl
+from superlora.design.network import row_slice
 from superlora.layout import Layout
 from tests import oracles
 from tests.strategies import Mixing, extended_plans, make_plan, plans
@@ -326,7 +327,7 @@ def test_a_layout_is_a_plan_without_arrays():
     ],
 )
 def test_an_aligned_fold_has_rows_of_its_own(spec, shapes, name, aligned):
-    assert (make_plan(spec, shapes).layout.row_slice(name) is not None) == aligned
+    assert (row_slice(make_plan(spec, shapes).layout, name) is not None) == aligned
 
 
 @given(plans(kinds=("aligned",)))
@@ -334,4 +335,4 @@ def test_the_last_mode_of_an_aligned_fold_divides_every_input_width(plan):
     for name, (_, columns) in plan.shapes.items():
         pieces = plan.layout.grouping.pieces[name]
         assert all(columns % plan.layout.groups[piece.group].fold[-1] == 0 for piece in pieces)
-        assert (plan.layout.row_slice(name) is not None) == (len(pieces) == 1)
+        assert (row_slice(plan.layout, name) is not None) == (len(pieces) == 1)

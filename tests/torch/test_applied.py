@@ -1,13 +1,16 @@
 """``apply`` and ``adapter.applied``: forced or chosen, the ways of applying an update are one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import superlora as sl
 import superlora.torch as slt
-from superlora.torch import machine
+from superlora.torch.update import FactoredWay, FormedWay, MultipliedWay
 from tests.torch.counting import Tracker
 from tests.torch.helpers import (
     SPECS,
@@ -15,6 +18,7 @@ from tests.torch.helpers import (
     assert_near,
     attach_filled,
     every_spec,
+    fill,
     loss_of,
     make_input,
     make_net,
@@ -31,7 +35,7 @@ def ways_of(key):
     """Return the ways that all layers of the tests' model have."""
     shapes = {f"{block}.{name}": SHAPES[name] for block in (0, 1) for name in targets_of(key)}
     layout = sl.Plan(SPECS[key], shapes).layout
-    factored = all(len(layout.ways(name)) > 1 for name in shapes)
+    factored = all(layout.application(name).factored is not None for name in shapes)
     return ("auto", "factored", "formed") if factored else ("auto", "formed")
 
 
@@ -39,18 +43,12 @@ EVERY = [(key, way) for key in SPECS for way in ways_of(key)]
 every_way = pytest.mark.parametrize(("key", "way"), EVERY)
 # torch imports at first use of forward mode what warns of itself.
 forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-# One of each kind of product, each of them also formed.
-KINDS = {"lora": "low_rank", "lokr": "kronecker", "fourierft": "fourier", "aligned-3": "low_rank"}
+# Networks with inputs, of whole widths, of digits, and of a digit in two; a map's own product; and
+# opened rows. Each is also formed.
+KINDS = ("lora", "lokr", "one-group", "fourierft", "aligned-3")
 some_ways = pytest.mark.parametrize(
     ("key", "way"), [(key, way) for key in KINDS for way in ("factored", "formed")]
 )
-
-
-@pytest.fixture(autouse=True)
-def _only_products_take_time(monkeypatch):
-    """Of the factored ways, that of the fewest multiplications is taken on any machine."""
-    slow = sl.costs.Machine(multiply=1.0, move=0.0, call=0.0)
-    monkeypatch.setitem(machine._known, "cpu", slow)
 
 
 def make_pair(key, way, dtype=torch.float64):
@@ -97,6 +95,21 @@ def test_outputs_and_gradients_are_those_of_plain_autograd(key, way):
         assert_near(model(x), y)
 
 
+@pytest.mark.parametrize("key", [key for key, way in EVERY if way == "factored"])
+def test_the_orders_for_few_tokens_and_for_many_are_one(key):
+    model, adapter, x = make_pair(key, "factored")
+    y, expected = plain(model, adapter, x)
+    for switch in (0, 1 << 40):
+        for support in adapter.supports.values():
+            if isinstance(support.way, FactoredWay):
+                support.way.factored = replace(support.way.factored, switch=switch)
+        found = model(x)
+        assert_near(found, y)
+        assert_same(step(x, adapter, found), expected)
+        with torch.no_grad():
+            assert_near(model(x), y)
+
+
 @every_spec
 def test_applied_can_be_changed_at_any_time(key):
     model, adapter, x = make_pair(key, "auto")
@@ -115,12 +128,62 @@ def test_applied_can_be_changed_at_any_time(key):
 
 
 @some_ways
-def test_the_way_that_was_asked_for_is_taken(key, way):
-    _, adapter, x = make_pair(key, way)
-    expected = {"factored": KINDS[key], "formed": "formed"}[way]
-    for tokens in (1, 1 << 20):
-        inputs = x.detach().new_empty(1).expand(tokens, WIDTH)
-        assert {adapter.way("blocks.0.q", inputs, fused) for fused in (False, True)} == {expected}
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_way_that_was_asked_for_is_taken(monkeypatch, key, way, traced):
+    model, adapter, x = make_pair(key, way)
+    taken = []
+    for kind in (FactoredWay, MultipliedWay, FormedWay):
+        for method in ("plain", "forward"):
+            watch(monkeypatch, kind, method, taken)
+    kind = {"formed": FormedWay, "factored": FactoredWay}[way]
+    if (key, way) == ("fourierft", "factored"):
+        kind = MultipliedWay
+    assert (adapter.supports["blocks.0.q"].way.operands[0].rows is None) == (key != "aligned-3")
+    for tokens in (1, 1 << 12):
+        inputs = x.detach()[:1, :1].expand(1, tokens, WIDTH)
+        for autocast in (False, True):  # under which no two products are one
+            taken.clear()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+                (torch.func.vmap(model) if traced else model)(inputs)
+            assert set(taken) == {kind}
+
+
+def watch(monkeypatch, kind, method, taken):
+    """List in `taken` which kind of way a method is called of."""
+    original = getattr(kind, method)
+
+    def watched(self, *arguments):
+        taken.append(type(self))
+        return original(self, *arguments)
+
+    monkeypatch.setattr(kind, method, watched)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_number_of_tokens_decides(monkeypatch, grad):
+    """From the bound on that was counted for this layer the update is formed; before it is not."""
+    model = nn.Sequential(nn.Linear(48, 64))
+    adapter = fill(slt.attach(model, sl.lora(24), ["0"]))
+    taken = []
+    for kind in (FactoredWay, FormedWay):
+        watch(monkeypatch, kind, "forward", taken)
+    bounds = adapter.plan.layout.application("0").bounds
+    assert bounds[False, True] < bounds[True, True]
+    bound = bounds[grad, True]
+    with torch.set_grad_enabled(grad):
+        for tokens, kind in ((bound - 1, FactoredWay), (bound, FormedWay)):
+            x = torch.randn(tokens, 48)
+            expected = plain_forward(model, adapter, lambda x=x: model(x))
+            taken.clear()
+            assert_near(model(x), expected)
+            assert taken[0] is kind
+            taken.clear()
+            adapter.scale = adapter.scale  # no decision is kept
+            model(x[None, :, None])
+            assert taken[0] is kind
+    adapter.applied = "factored"
+    model(x)
+    assert taken[-1] is FactoredWay
 
 
 @every_way
@@ -182,6 +245,27 @@ def test_some_factors_are_frozen_by_the_user(key, way):
     assert_same(step(x, adapter, model(x)), expected)
 
 
+@every_way
+def test_base_weights_are_trained_too(key, way):
+    """Where the user frees them again, or some of them; a layer may be called twice."""
+    model, adapter, x = make_pair(key, way)
+    base = dict(model.named_parameters(prefix="model"))
+    for name, parameter in base.items():
+        parameter.requires_grad_("blocks.1.v" not in name)
+
+    def twice(x):
+        return model(x) + model.head(model.blocks[0](x))
+
+    def slopes(y):
+        wanted = [p for p in base.values() if p.requires_grad]
+        found = torch.autograd.grad(loss_of(y), wanted, allow_unused=True, materialize_grads=True)
+        return {str(place): gradient for place, gradient in enumerate(found)}
+
+    expected = slopes(plain_forward(model, adapter, lambda: twice(x)))
+    assert all(gradient.any() for gradient in expected.values())
+    assert_same(slopes(twice(x)), expected)
+
+
 @some_ways
 def test_no_gradient_is_computed_that_is_not_asked_for(key, way):
     """Counted: what is frozen costs less."""
@@ -198,18 +282,6 @@ def test_no_gradient_is_computed_that_is_not_asked_for(key, way):
     without_factors = flops(x)
     assert without_inputs < everything
     assert without_factors < everything or (key, way) == ("fourierft", "factored")
-
-
-@pytest.mark.parametrize("key", ["lora", "vera", "unilora", "loha", "aligned-3", "overrides"])
-def test_gradients_of_gradients_of_a_factored_layer(key):
-    model, adapter, _ = make_pair(key, "factored")
-    x = make_input(2, dtype=torch.float64).requires_grad_()
-    block = model.blocks[1]
-    named = [x, *adapter.parameters()]
-    used = torch.autograd.grad(block(x).sum(), named, allow_unused=True)
-    leaves = [leaf for leaf, slope in zip(named, used, strict=True) if slope is not None]
-    assert len(leaves) > 1
-    assert torch.autograd.gradgradcheck(lambda x, *_: block.q(x) * block.v(x), leaves)
 
 
 @some_ways
@@ -235,9 +307,9 @@ def test_transforms(key, way):
 
 
 @forward_mode
-@pytest.mark.parametrize("key", KINDS)
-def test_forward_mode_of_a_factored_layer(key):
-    model, _, x = make_pair(key, "factored")
+@every_way
+def test_forward_mode(key, way):
+    model, _, x = make_pair(key, way)
     x = x.detach()
     factors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     with seeded(3):
@@ -259,18 +331,6 @@ def test_forward_mode_of_a_factored_layer(key):
     found = torch.func.jvp(model, (x,), (of_x,))[1]
     inputs_alone = (model(x + step * of_x) - model(x - step * of_x)) / (2 * step)
     assert (found - inputs_alone).norm() <= 1e-7 * inputs_alone.norm()
-
-
-@forward_mode
-@pytest.mark.parametrize("key", ["lora", "dense", "one-group"])
-def test_a_formed_layer_has_first_derivatives_only(key):
-    """It says so, instead of giving a wrong one."""
-    model, _, x = make_pair(key, "formed")
-    slope = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="differentiated once"):
-        slope.sum().backward()
-    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
-        model(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
 
 
 @some_ways
@@ -314,7 +374,7 @@ def test_inputs_and_gradients_that_are_not_contiguous(key, way):
 
 def test_factored_is_refused_before_anything_is_changed():
     model = make_net()
-    mixed = sl.lora(2, overrides={"o": {"fold": "balanced", "groups": 1}})
+    mixed = sl.lora(2, overrides={"o": {"fold": "balanced", "groups": 3}})
     with (
         unchanged(model),
         pytest.raises(ValueError, match=r"for 'blocks.0.o', 'blocks.1.o', whose fold.*'factored'"),
@@ -339,59 +399,3 @@ def test_two_adapters_applied_in_two_ways():
         for name in first.plan.shapes:
             expected.get_submodule(name).weight += first.delta(name) + second.delta(name)
     assert_near(model(x), expected(x))
-
-
-@pytest.fixture
-def unmeasured(monkeypatch):
-    monkeypatch.setattr(machine, "_known", {})
-
-
-@pytest.mark.usefixtures("unmeasured")
-def test_calibrate_measures_once():
-    found = slt.calibrate()
-    for seconds in (found.multiply, found.move, found.call):
-        assert 0 < seconds < 1
-        assert torch.frexp(torch.tensor(seconds, dtype=torch.float64)).mantissa == 0.5
-    assert slt.calibrate(torch.device("cpu")) is found
-    assert machine.machine_of(torch.device("cpu")) is found
-    assert slt.calibrate("cpu", again=True) is not found
-    with pytest.raises(ValueError, match="got 'meta'"):
-        slt.calibrate("meta")
-    with pytest.raises(ValueError, match="must be one that torch has"):
-        slt.calibrate("nonsense")
-
-
-@pytest.mark.usefixtures("unmeasured")
-def test_calibrate_leaves_torchs_state_alone():
-    state = torch.get_rng_state()
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"), torch.inference_mode():
-            slt.calibrate("cpu")
-            assert torch.empty(1).device.type == "meta"
-            assert torch.is_inference_mode_enabled()
-        assert torch.get_default_dtype() == torch.float64
-    finally:
-        torch.set_default_dtype(default)
-    for enabled in (True, False):
-        with torch.set_grad_enabled(enabled):
-            slt.calibrate("cpu", again=True)
-            assert torch.is_grad_enabled() == enabled
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.usefixtures("unmeasured")
-def test_attach_measures_unless_results_must_not_depend_on_it():
-    torch.use_deterministic_algorithms(True)
-    try:
-        attach_filled(make_net(), "lora")
-        assert not machine._known
-        assert machine.machine_of(torch.device("cpu")) == sl.costs.Machine()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    with torch.device("meta"):
-        slt.attach(make_net(), SPECS["lora"], ["q"])
-    assert not machine._known
-    attach_filled(make_net(), "lora")
-    assert list(machine._known) == ["cpu"]

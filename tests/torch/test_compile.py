@@ -14,8 +14,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import superlora.torch as slt
-from superlora.costs import Machine
-from superlora.torch import machine
 from tests.torch.helpers import (
     SPECS,
     assert_near,
@@ -37,9 +35,7 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # Which way is traced must not depend on what is measured.
-    monkeypatch.setitem(machine._known, "cpu", Machine())
+def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

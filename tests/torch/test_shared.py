@@ -1,20 +1,25 @@
-"""One vector for all layers that are cut from it: right in any use, and not kept for long."""
+"""What layers share during one call of the model: right in any use, and gone afterwards."""
 
 import concurrent.futures
+import contextlib
 import copy
 import gc
 import io
 import sys
+import threading
 import weakref
-from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import superlora as sl
 import superlora.torch as slt
 from superlora import maps
+from superlora.torch import operands
+from superlora.torch.scope import Scope
+from tests.torch.counting import Tracker
 from tests.torch.helpers import (
     SPECS,
     assert_near,
@@ -34,10 +39,11 @@ STAGES = {
     "rows": sl.Spec(rank=1, groups=1, fold="aligned", scale=0.7),
     "modes": sl.Spec(rank=2, order=3, groups=1, fold="aligned", map=maps.Separable(), ratio=0.5),
     "modes+rows": sl.Spec(rank=1, groups=1, fold="aligned", map=maps.Separable(), ratio=0.5),
+    "inner": sl.lora(2, factor_map=maps.Fastfood(), factor_size=40, scale=0.7),
 }
 
-
-# One vector, several with cut weights, and one that a map makes of all groups.
+# One vector, several with cut weights, one that a map makes of all groups, the entries before a
+# map that reads them, and the vector that a map makes blocks of.
 every_shared = pytest.mark.parametrize(
     "key", ["fastfood", "fastfood-cut", "shuffle-all", "one-hot", *STAGES]
 )
@@ -52,8 +58,23 @@ def make_pair(key):
     return model, adapter, make_input(dtype=torch.float64)
 
 
+class Planned:
+    """What `plain_forward` asks an adapter for, from the plan, which shares nothing."""
+
+    def __init__(self, adapter):
+        self.adapter, self.plan = adapter, adapter.plan
+
+    def delta(self, name):
+        factors = self.adapter.factors()
+        return self.plan.delta(factors, name, self.adapter.scale_of(name))
+
+
+def plain(model, adapter, call):
+    return plain_forward(model, Planned(adapter), call)
+
+
 def plain_gradients(model, adapter, x):
-    return gradients(adapter, loss_of(plain_forward(model, adapter, lambda: model(x))))
+    return gradients(adapter, loss_of(plain(model, adapter, lambda: model(x))))
 
 
 def assert_same(found, expected, times=1.0):
@@ -63,8 +84,29 @@ def assert_same(found, expected, times=1.0):
 
 
 def kept(adapter):
-    """List the vectors' pieces that an adapter holds."""
-    return [part for made in adapter._sources.shared._made.values() for part in made.parts]
+    """List the values that an adapter holds for its layers."""
+    scope = adapter.scope
+    held = [*scope._passes.values(), *scope._kept.values()]
+    return [value for values in held for value in values.values()]
+
+
+def count_made(monkeypatch):
+    """Count what is made, by kind of what layers may share, as the values are asked for."""
+    made = []
+    for kind in (operands.Shared, *operands.Shared.__subclasses__()):
+
+        def make(self, adapter, whole, original=kind.make):
+            made.append(self.key if whole else ("own", self.key))
+            return original(self, adapter, whole)
+
+        monkeypatch.setattr(kind, "make", make)
+    return made
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Return a list that grows by the key of every value that is made."""
+    return count_made(monkeypatch)
 
 
 def taken(adapter):
@@ -95,14 +137,22 @@ def test_backward_passes_come_in_any_order(key):
     assert_same(taken(adapter), expected, times=2)
 
 
+# What is shared is made by fixed linear maps alone.
+LINEAR = ("modes+rows", "inner")
+
+
 @every_shared
-def test_a_step_between_forward_and_backward_is_refused(key):
+def test_a_step_between_forward_and_backward_is_refused_or_right(key):
     model, adapter, x = make_pair(key)
+    expected = plain_gradients(model, adapter, x)
     loss = loss_of(model(x))
     with torch.no_grad():
         next(adapter.parameters()).add_(1)
-    with pytest.raises(RuntimeError, match=r"changed in place|modified (by an )?inplace"):
-        loss.backward()
+    if key in LINEAR:  # what was made is all that is read
+        assert_same(gradients(adapter, loss), expected)
+    else:
+        with pytest.raises(RuntimeError, match=r"changed in place|modified (by an )?inplace"):
+            loss.backward()
     assert_same(gradients(adapter, loss_of(model(x))), plain_gradients(model, adapter, x))
 
 
@@ -134,11 +184,11 @@ def test_parameters_may_be_written_in_any_way(key, write):
     for factor in adapter.parameters():
         write(factor, torch.randn_like(factor))
     with torch.no_grad():
-        assert_near(model(x), plain_forward(model, adapter, lambda: model(x)))
+        assert_near(model(x), plain(model, adapter, lambda: model(x)))
     assert_same(gradients(adapter, loss_of(model(x))), plain_gradients(model, adapter, x))
     for factor in adapter.parameters():
         factor.data = factor.data.float()
-    assert_near(model(x), plain_forward(model, adapter, lambda: model(x)), torch.float32)
+    assert_near(model(x), plain(model, adapter, lambda: model(x)), torch.float32)
 
 
 @every_shared
@@ -243,36 +293,41 @@ def test_threads_train_on_one_model(key):
 
 
 @every_shared
-def test_no_vector_outlives_its_use(key):
+def test_no_value_outlives_its_use(monkeypatch, key):
     """A graph that holds itself is seen by no collector: one vector a step would be left."""
     model, adapter, x = make_pair(key)
     alive = []
+    original = Scope.get
 
-    def watch():
-        assert kept(adapter)
-        alive.extend(map(weakref.ref, kept(adapter)))
+    def get(self, key, make):
+        found = original(self, key, make)
+        alive.append(weakref.ref(found))
+        return found
 
-    for _ in range(3):
-        loss = loss_of(model(x))
-        watch()
-        loss.backward()
-        del loss
-        assert not kept(adapter)  # its gradients were taken
-    for _ in range(3):
+    monkeypatch.setattr(Scope, "get", get)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            loss = loss_of(model(x))
+            assert alive
+            assert not kept(adapter)
+            assert adapter.scope._passes == {}
+            loss.backward()
+            del loss
         model(x)  # no gradients are taken
-        watch()
         with torch.no_grad():
             model(x)
-            watch()
-    model(x)
-    here = kept(adapter)
-    gc.collect()
-    assert sum(part() is not None for part in alive) == 0
-    del here
+        with torch.inference_mode():
+            model(x)
+        living = [part for part in alive if part() is not None]
+    finally:
+        gc.enable()
+    assert living == []
 
 
 @every_shared
-def test_neither_merging_nor_forming_leaves_a_vector(key):
+def test_neither_merging_nor_forming_leaves_a_value(key):
     model, adapter, x = make_pair(key)
     model(x)
     adapter.merge()
@@ -299,37 +354,397 @@ def test_a_model_is_freed(key, backward):
 
 
 @every_shared
-def test_copies_have_no_vectors(key):
+def test_copies_share_among_themselves(made, key):
     model, adapter, x = make_pair(key)
+    made.clear()
     y = model(x)
+    once = list(made)
     file = io.BytesIO()
     torch.save(model, file)
-    file.seek(0)
-    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert not kept(copied.superlora)
+    with adapter.shared(), torch.no_grad():
+        model(x)
+        assert kept(adapter)
+        copies = [copy.deepcopy(model)]
+        file.seek(0)
+        copies.append(torch.load(file, weights_only=False))
+        for copied in copies:
+            assert copied.superlora.scope is not adapter.scope
+            assert not kept(copied.superlora)
+    for copied in copies:
+        made.clear()
         assert_near(copied(x), y)
+        assert made == once
         loss_of(copied(x)).backward()
-    assert kept(adapter)
+        assert not kept(copied.superlora)
+        with torch.no_grad():
+            for factor in copied.superlora.parameters():
+                factor.mul_(2)
+        assert_near(model(x), y)
+        copied.superlora.detach()
+        assert not copied._forward_pre_hooks
+        assert not copied._forward_hooks
     assert all(factor.grad is None for factor in adapter.parameters())
 
 
-@pytest.mark.parametrize("value", [1.0, float("nan")])
-@pytest.mark.parametrize("key", ["fastfood", "shuffle-all"])
-def test_the_vector_is_formed_once_for_all_layers(key, value):
+# By kind, what is made once in a pass.
+COUNTS = {
+    "fastfood": {"vector"},
+    "fastfood-cut": {"vector"},
+    "vector": {"vector"},
+    "shuffle-all": {"vector"},
+    "one-hot": {"vector"},
+    "rows": {"rows"},
+    "modes": {"modes"},
+    "modes+rows": {"rows", "modes"},
+    "inner": {"inner"},
+}
+
+
+def shared(made, key):
+    """Leave out rows that layers open on their own, where they would be too many for a group."""
+    alone = ("own", ("rows", 0, 0))
+    assert alone not in made or key == "modes"
+    return [each for each in made if each != alone]
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+@every_shared
+def test_a_value_is_made_once_a_pass_for_all_layers(made, key, value):
     model, adapter, x = make_pair(key)
-    with torch.no_grad():
-        next(adapter.parameters()).fill_(value)
-    kind = type(SPECS[key].map)
-    with mock.patch.object(kind, "_forward", autospec=True, side_effect=kind._forward) as formed:
-        model(x)
-        model(x)
-        assert formed.call_count == 1
+    if value is not None:
         with torch.no_grad():
+            next(adapter.parameters()).fill_(value)
+    made.clear()
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        for _ in range(2):
+            with mode():
+                model(x)
+            together = shared(made, key)
+            assert {kind for kind, *_ in together} == COUNTS[key]
+            assert len(together) == len(set(together)) < len(adapter.plan.shapes)
+            made.clear()
+    adapter.deltas()
+    together = shared(made, key)
+    assert {kind for kind, *_ in together} <= COUNTS[key]
+    assert len(together) == len(set(together))
+
+
+MAPPED = {
+    "fastfood": (maps.Fastfood, "_forward"),
+    "shuffle-all": (maps.Shuffle, "_forward"),
+    "inner": (maps.Fastfood, "_forward"),
+    "modes": (maps.Separable, "map_mode"),
+    "rows": (operands, "open_rows"),
+}
+
+
+@pytest.mark.parametrize("key", MAPPED)
+def test_what_makes_it_is_called_once_a_pass(monkeypatch, key):
+    """By a map or a contraction, forward and backward, in a deep model as in a flat one."""
+    owner, name = MAPPED[key]
+    original = getattr(owner, name)
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(name)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, counted)
+    found = []
+    for depth in (2, 4):
+        model = make_net(depth=depth, dtype=torch.float64)
+        spec = STAGES[key] if key in STAGES else SPECS[key]
+        fill(slt.attach(model, spec, ["q", "v", "o"]))
+        x = make_input(dtype=torch.float64)
+        model(x)
+        calls.clear()
+        loss = loss_of(model(x))
+        forward = len(calls)
+        loss.backward()
+        found.append((forward, len(calls) - forward))
+    assert found[0] == found[1]
+    assert found[0][0] <= 3  # of the modes of a fold, one each
+
+
+def test_sharing_that_is_none_is_noticed(monkeypatch, made):
+    monkeypatch.setattr(Scope, "get", lambda self, key, make: make())
+    model, _, x = make_pair("fastfood")
+    made.clear()
+    model(x)
+    assert len(made) > len(set(made))
+
+
+class Interrupted(nn.Module):
+    """A layer in whose place something goes wrong."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        if self.error is not None:
+            raise self.error
+        return x
+
+
+ERRORS = {"error": ValueError("bad"), "interrupt": KeyboardInterrupt(), "exit": SystemExit()}
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+@pytest.mark.parametrize("grad", [True, False])
+@every_shared
+def test_an_interrupted_pass_leaves_nothing_to_the_next(key, grad, error):
+    model, adapter, x = make_pair(key)
+    model.head = nn.Sequential(Interrupted(error), model.head)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(type(error)):
             model(x)
+        if isinstance(error, Exception):
+            assert not kept(adapter)
+        for factor in adapter.parameters():
+            factor.data.mul_(1.5)
+        model.head[0].error = None
+        assert_near(model(x), plain(model, adapter, lambda: model(x)))
+    assert adapter.scope._passes == {}
+
+
+@every_shared
+def test_layers_that_are_called_alone_share_nothing(made, key):
+    """Factors that change between two of them, in whatever way, are seen by the second."""
+    model, adapter, x = make_pair(key)
+    first, second = model.blocks
+
+    def check(layer, x):
+        assert_near(layer(x), plain(model, adapter, lambda: layer(x)))
+
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        made.clear()
+        with mode():
+            check(first.q, x)
+            check(first.v, x)
+            for factor in adapter.parameters():
+                factor.data.mul_(-1.25)
+            check(second.q, x)
+            y = first(x)
+            for factor in adapter.parameters():
+                factor.data = factor.data * 0.75
+            check(second, y)
+        assert made
+        assert {kind for kind, _ in made} == {"own"}
+        assert not kept(adapter)
+
+
+def test_a_pass_that_is_not_closed_is_noticed(monkeypatch):
+    model, adapter, x = make_pair("fastfood")
+    model._forward_hooks.clear()
+    with torch.no_grad():
+        model(x)
+        for factor in adapter.parameters():
+            factor.data.mul_(-1.25)
+        q = model.blocks[0].q
+        with pytest.raises(AssertionError):
+            assert_near(q(x), plain(model, adapter, lambda: q(x)))
+        assert_near(model(x), plain(model, adapter, lambda: model(x)))
+
+
+@every_shared
+def test_forward_called_directly(made, key):
+    """No hook is called then: nothing is shared, and nothing wrong."""
+    model, adapter, x = make_pair(key)
+    expected = plain_gradients(model, adapter, x)
+    made.clear()
+    loss = loss_of(model.forward(x))
+    assert {kind for kind, _ in made} == {"own"}
+    assert_same(gradients(adapter, loss), expected)
+    for factor in adapter.parameters():
+        factor.data.mul_(-1.25)
+    with torch.no_grad():
+        assert_near(model.forward(x), plain(model, adapter, lambda: model(x)))
+
+
+class Leaving(nn.Module):
+    """Blocks of which some are left out, left early, or called in vain."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.how = ""
+
+    def forward(self, x):
+        first, second = self.net.blocks
+        if self.how == "dropped":
+            return self.net.head(second(x))
+        if self.how == "early":
+            return self.net.head(first(x))
+        if self.how == "in vain":
+            first.q(x)
+            y = first(x)
+            second(y)
+            return self.net.head(y)
+        if self.how == "detached":
+            return self.net.head(second(first(x).detach()))
+        if self.how == "half without gradients":
+            with torch.no_grad():
+                x = first(x)
+            return self.net.head(second(x))
+        if self.how == "nested":
+            self.how = "early"
+            return self(x) + self.net.head(second(first(x)))
+        return self.net(x)
+
+
+LEAVINGS = ["dropped", "early", "in vain", "detached", "half without gradients", "nested", ""]
+
+
+@pytest.mark.parametrize("how", LEAVINGS)
+@every_shared
+def test_layers_that_are_left_out(key, how):
+    net, inner, x = make_pair(key)
+    inner.detach()
+    model = Leaving(net)
+    spec = STAGES[key] if key in STAGES else SPECS[key]
+    adapter = fill(slt.attach(model, spec, ["q", "v", "o"]))
+    x.requires_grad_()
+
+    def slopes(call):
+        model.how = how
+        named = {"x": x, **dict(adapter.named_parameters())}
+        found = torch.autograd.grad(
+            loss_of(call()), list(named.values()), allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(named, found, strict=True))
+
+    expected = slopes(lambda: plain(model, adapter, lambda: model(x)))
+    assert_same(slopes(lambda: model(x)), expected)
+    with torch.no_grad():
+        model.how = how
+        y = model(x)
+        model.how = how
+        assert_near(y, plain(model, adapter, lambda: model(x)))
+    assert not kept(adapter)
+
+
+@every_shared
+def test_values_are_kept_over_calls_without_gradients(made, key):
+    model, adapter, x = make_pair(key)
+    expected = plain_gradients(model, adapter, x)
+    y = model(x)
+    made.clear()
+    with adapter.shared():
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                assert_near(model(x), y)
+                once = shared(made, key)
+                assert once
+                with adapter.shared():
+                    assert_near(model(x), y)
+                assert_near(model.forward(x), y)
+                model.blocks[1].q(x)
+                assert shared(made, key) == once
+                with contextlib.suppress(RuntimeError):
+                    model(x[..., 1:])
+                assert_near(model(x), y)
+                assert shared(made, key) == once
+                made.clear()
+        for _ in range(2):  # with gradients there is one graph a pass
+            made.clear()
+            assert_same(gradients(adapter, loss_of(model(x))), expected)
+            assert len(shared(made, key)) == len(set(shared(made, key))) > 0
+        for _ in range(2):  # and none for layers alone
+            loss_of(model.blocks[0](x)).backward()
+    assert not kept(adapter)
+    taken(adapter)
+    with torch.no_grad():
+        for factor in adapter.parameters():
+            factor.mul_(2)
+        assert_near(model(x), plain(model, adapter, lambda: model(x)))
+
+
+def test_a_block_that_keeps_values_ends_with_an_error():
+    model, adapter, x = make_pair("fastfood")
+
+    def fail():
+        with adapter.shared(), torch.no_grad():
             model(x)
-        assert formed.call_count == 2
-        adapter.deltas()
-        assert formed.call_count == 3
+            assert kept(adapter)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert not kept(adapter)
+    assert not adapter.scope.is_open()
+
+
+def test_what_a_thread_keeps_no_other_reads():
+    model, adapter, x = make_pair("fastfood")
+    inside, done, found = threading.Event(), threading.Event(), []
+
+    def other():
+        with torch.no_grad(), adapter.shared():
+            found.append(model(x))
+            inside.set()
+            assert done.wait(20)
+            found.append(model(x))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(20)
+    with torch.no_grad():
+        assert not adapter.scope.is_open()
+        for factor in adapter.parameters():
+            factor.mul_(2)
+        assert_near(model(x), plain(model, adapter, lambda: model(x)))
+        assert not torch.allclose(model(x), found[0])
+    done.set()
+    thread.join()
+    assert torch.equal(found[0], found[1])  # as it was told that factors would not change
+    assert not kept(adapter)
+
+
+@every_shared
+def test_hooks_are_there_for_what_is_shared_alone(key):
+    plain = make_net()
+    slt.attach(plain, SPECS["lora"], ["q"])
+    assert not plain._forward_pre_hooks
+    assert not plain._forward_hooks
+    model, adapter, x = make_pair(key)
+    assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
+    base = make_net(dtype=torch.float64)
+    adapter.detach()
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert not model._forward_hooks_always_called
+    assert torch.equal(model(x), base(x))
+
+
+@every_shared
+def test_what_is_made_of_frozen_factors_has_no_gradient(monkeypatch, key):
+    """Nor is one computed: nothing of the size of what is shared is written on the way back."""
+    model, adapter, x = make_pair(key)
+    adapter.requires_grad_(False)
+    handed = []
+    original = Scope.put
+
+    def put(self, key, value):
+        handed.append(value.requires_grad)
+        original(self, key, value)
+
+    monkeypatch.setattr(Scope, "put", put)
+    x.requires_grad_()
+    written = []
+    for trained in (False, True):
+        adapter.requires_grad_(trained)
+        handed.clear()
+        loss = loss_of(model(x))
+        assert handed
+        assert set(handed) == {trained}
+        with Tracker() as tracker:
+            (found,) = torch.autograd.grad(loss, [x], retain_graph=True)
+            torch.autograd.grad(loss, [x, *adapter.parameters()][: 1 + trained * 99])
+        written.append(tracker.written)
+        (expected,) = torch.autograd.grad(loss_of(plain(model, adapter, lambda: model(x))), [x])
+        assert_near(found, expected)
+    assert written[0] < written[1]
 
 
 def test_two_adapters_of_one_model():
@@ -361,19 +776,6 @@ def test_autocast_in_forward_or_backward(dtype):
             assert (found[name] - gradient).norm() <= 0.05 * gradient.norm()
 
 
-@pytest.mark.parametrize("key", STAGES)
-def test_what_is_shared_does_not_hold_the_adapter(key):
-    """As the graph, which is held by what is cached, refers to it."""
-    model = make_net()
-    adapter = fill(slt.attach(model, STAGES[key], ["q", "v", "o"]))
-    model(make_input())
-    assert {kind for kind, _ in adapter._sources.shared._made} == set(key.split("+"))
-    found = weakref.ref(adapter)
-    del model, adapter
-    gc.collect()
-    assert found() is None
-
-
 def test_memory_given_later_is_filled():
     model = make_net()
     adapter = fill(slt.attach(model, SPECS["fastfood"], targets_of("fastfood")))
@@ -385,9 +787,11 @@ def test_memory_given_later_is_filled():
     assert sorted(factor.abs().max() > 0 for factor in adapter.parameters()) == [False, True]
 
 
-def test_a_map_of_slices_is_not_shared():
+def test_a_map_of_slices_is_not_shared(made):
     spec = sl.Spec(rank=2, groups=1, fold="balanced", map=maps.Gaussian(), ratio=0.3)
     model = make_net()
     adapter = slt.attach(model, spec, ["q", "v", "o"])
+    assert not adapter.shares
+    made.clear()
     model(make_input())
-    assert not adapter._sources.shared._made
+    assert {kind for kind, _ in made} == {"own"}

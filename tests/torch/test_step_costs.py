@@ -8,7 +8,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ import torch
 import superlora as sl
 import superlora.torch as slt
 from superlora import maps
-from superlora.costs import Machine
-from superlora.torch import blocks, forms, machine, site, sources, stages
+from superlora.design import contraction
+from superlora.torch import operands, update
+from superlora.torch.scope import Scope
 from tests.torch.counting import FEW, MANY, MODELS, WEIGHT, count, make_chain
 
 DEPTH = 2
@@ -213,12 +213,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _only_products_take_time(monkeypatch):
-    """Of the ways that are allowed, that of the fewest multiplications is taken."""
-    monkeypatch.setitem(machine._known, "cpu", Machine(multiply=1.0, move=0.0, call=0.0))
-
-
 every_case = pytest.mark.parametrize("key", CASES)
 
 
@@ -302,7 +296,7 @@ ROWS += ["2-D balanced", "3-D balanced"]
 
 @pytest.mark.parametrize("key", ROWS)
 def test_opened_rows_are_made_once_a_pass_for_all_layers(monkeypatch, key):
-    assert calls_in_a_step(monkeypatch, CASES[key], stages, "open_rows") == (1, 1)
+    assert calls_in_a_step(monkeypatch, CASES[key], operands, "open_rows") == (1, 1)
 
 
 def test_maps_are_applied_once_a_pass_for_all_layers(monkeypatch):
@@ -310,9 +304,10 @@ def test_maps_are_applied_once_a_pass_for_all_layers(monkeypatch):
     assert calls_in_a_step(monkeypatch, stacked, maps.Fastfood, "_forward") == (1, 0)
     assert calls_in_a_step(monkeypatch, stacked, maps.Fastfood, "_backward") == (0, 1)
     for key in ("2-D + fastfood", "2-D + one-hot"):
-        assert calls_in_a_step(monkeypatch, CASES[key], stages, "joint_entries") == (1, 1)
+        assert calls_in_a_step(monkeypatch, CASES[key], operands, "joint_entries") == (1, 1)
+    # Of each of two factors, by its adjoint in the backward pass.
     modes = CASES["2-D + separable"]
-    assert calls_in_a_step(monkeypatch, modes, stages, "mapped_blocks") == (1, 1)
+    assert calls_in_a_step(monkeypatch, modes, maps.Separable, "map_mode") == (2, 2)
 
 
 # Mutations: that a bound can be exceeded, each by what it is there for.
@@ -323,54 +318,78 @@ def test_an_update_that_is_formed_is_noticed():
     assert {"flops a token", "flops once", "large"} <= exceeded(case).keys()
 
 
+def twice(function):
+    """Return a function that does its work two times; some return more than one tensor."""
+
+    def done(*arguments):
+        one, other = function(*arguments), function(*arguments)
+        if isinstance(one, tuple):
+            return (one[0] + other[0]) / 2, *one[1:]
+        return (one + other) / 2
+
+    return done
+
+
 def test_work_done_twice_is_noticed(monkeypatch):
-    once = blocks.low_rank
-    monkeypatch.setattr(blocks, "low_rank", lambda *a: (once(*a) + once(*a)) / 2)
-    assert "flops a token" in exceeded(CASES["lora"])
-    call = blocks.LayerProduct.__call__
-    monkeypatch.setattr(blocks.LayerProduct, "__call__", lambda *a: (call(*a) + call(*a)) / 2)
-    assert {"flops a token", "saved"} <= exceeded(CASES["lokr"]).keys()
-    form = forms.Formed.__call__
-    monkeypatch.setattr(forms.Formed, "__call__", lambda *a: (form(*a) + form(*a)) / 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(update.FactoredWay, "forward", twice(update.FactoredWay.forward))
+        for key in ("lora", "lokr", "3-D aligned"):
+            assert "flops a token" in exceeded(CASES[key])
+    with monkeypatch.context() as patch:
+        patch.setattr(operands, "open_rows", twice(operands.open_rows))
+        assert {"flops once", "large"} & exceeded(CASES["lotr"]).keys()
+    monkeypatch.setattr(update.FormedWay, "_sum", twice(update.FormedWay._sum))
     assert {"flops once", "large"} <= exceeded(CASES["2-D balanced"]).keys()
-
-
-def test_a_factored_update_that_is_formed_on_the_way_is_noticed(monkeypatch):
-    def formed_on_the_way(x, weight, bias, left, right):
-        return torch.nn.functional.linear(x, weight + left @ right, bias)
-
-    monkeypatch.setattr(blocks, "low_rank", formed_on_the_way)
-    assert {"flops once", "large", "saved", "held"} <= exceeded(CASES["lora"]).keys()
 
 
 class Plain:
     """Autograd in place of a Function that keeps less."""
 
     @staticmethod
-    def formed(x, weight, bias, form, *factors):
-        return torch.nn.functional.linear(x, weight + form(factors, None), bias)
+    def apply(way, starts, carried, scale, x, weight, bias, *tensors):
+        y = way.plain(x, weight, bias, tensors, starts, scale)
+        return (y, *tensors[: way.shared]) if carried else y
 
+
+class FormedOnTheWay:
     @staticmethod
-    def product(x, product, *factors):
-        return product(x, factors)
+    def apply(way, starts, carried, scale, x, weight, bias, left, right):
+        return torch.nn.functional.linear(x, weight + left @ right.t(), bias)
+
+
+def test_a_factored_update_that_is_formed_on_the_way_is_noticed(monkeypatch):
+    monkeypatch.setattr(update, "Applied", FormedOnTheWay)
+    assert {"flops once", "large", "saved", "held"} <= exceeded(CASES["lora"]).keys()
 
 
 @pytest.mark.parametrize("key", ["2-D balanced", "lora, formed", "dense"])
 def test_a_formed_weight_that_is_kept_is_noticed(monkeypatch, key):
-    monkeypatch.setattr(site, "FormedLinear", SimpleNamespace(apply=Plain.formed))
+    monkeypatch.setattr(update, "Applied", Plain)
     assert {"saved", "held"} <= exceeded(CASES[key]).keys()
 
 
 def test_a_product_that_keeps_its_stages_is_noticed(monkeypatch):
-    monkeypatch.setattr(blocks, "Recomputed", SimpleNamespace(apply=Plain.product))
+    monkeypatch.setattr(update, "Applied", Plain)
     assert {"saved", "held"} <= exceeded(CASES["fourierft"]).keys()
+
+
+@pytest.mark.parametrize("key", ["2-D aligned", "3-D aligned", "4-D aligned", "2-D + separable"])
+def test_a_gradient_of_the_whole_from_every_layer_is_noticed(monkeypatch, key):
+    monkeypatch.setattr(update, "Applied", Plain)
+    assert "large" in exceeded(CASES[key])
+
+
+def test_a_stage_that_is_made_again_is_noticed(monkeypatch):
+    monkeypatch.setattr(contraction.Contraction, "cheap", property(lambda self: frozenset()))
+    for key in ("lora", "lonkr", "lotr"):
+        assert "flops a token" in exceeded(CASES[key])
 
 
 @pytest.mark.parametrize("key", ["3-D aligned", "2-D + separable", "3-D balanced"])
 def test_a_group_that_each_layer_makes_is_noticed(monkeypatch, key):
-    monkeypatch.setattr(sources.Sources, "_shares", lambda *arguments: False)
+    monkeypatch.setattr(Scope, "get", lambda self, key, make: make())
     assert {"flops once", "large"} & exceeded(CASES[key]).keys()
-    assert calls_in_a_step(monkeypatch, CASES[key], stages, "open_rows") != (1, 1)
+    assert calls_in_a_step(monkeypatch, CASES[key], operands, "open_rows") != (1, 1)
 
 
 def test_products_that_are_added_in_place_are_counted():

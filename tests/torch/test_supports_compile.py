@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from superlora.costs import Machine
-from superlora.torch import machine
 from tests.torch.helpers import assert_near, loss_of, make_input
 from tests.torch.support_cases import DESIGNS, SOME, attach_small, make_model
 
@@ -18,9 +16,7 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # Which way is traced must not depend on what is measured.
-    monkeypatch.setitem(machine._known, "cpu", Machine())
+def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

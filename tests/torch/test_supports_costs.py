@@ -4,12 +4,10 @@ Bounds are formulas of sizes and ranks, for layers of width 128 of which two sha
 """
 
 import pytest
-import torch
 
 import superlora as sl
 import superlora.torch as slt
-from superlora.costs import Machine
-from superlora.torch import blocks, machine, site, supports
+from superlora.torch import operations, support, update
 from tests.torch.counting import FEW, MANY, MODELS, WEIGHT, WIDTH, count, make_chain
 from tests.torch.support_cases import vector
 
@@ -63,12 +61,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _only_products_take_time(monkeypatch):
-    """Of the ways that are allowed, that of the fewest multiplications is taken."""
-    monkeypatch.setitem(machine._known, "cpu", Machine(multiply=1.0, move=0.0, call=0.0))
-
-
 def added(design, tokens=FEW):
     """Return what an adapter adds to a step, and how many entries it trains."""
     model, limit = (make_chain("vit", DEPTH) for _ in range(2))
@@ -107,7 +99,7 @@ FORMED = {"scale_weight": {"scale_weight": LOW}, "glora": sl.glora(RANK)}
 @pytest.mark.parametrize("key", FORMED)
 def test_a_scaled_weight_is_formed_in_chunks_and_not_kept(monkeypatch, key):
     """The sum with W0 is the one tensor of its size, and only in the forward pass."""
-    monkeypatch.setattr(blocks, "_CHUNK", WEIGHT // 8)
+    monkeypatch.setattr(support, "_CHUNK", WEIGHT // 8)
     few, trained = added(FORMED[key])
     many, _ = added(FORMED[key], MANY)
     assert few.large == LAYERS
@@ -142,8 +134,10 @@ def test_every_layer_costs_as_much_in_a_deeper_model():
 
 
 def test_a_product_of_its_own_for_what_scales_outputs_is_noticed(monkeypatch):
-    outside = supports.Supported._outside
-    monkeypatch.setattr(supports.Supported, "_outside", lambda self, y, z: outside(self, y, None))
+    finished = operations.Operations._finished
+    monkeypatch.setattr(
+        operations.Operations, "_finished", lambda self, y, z, bias: finished(self, y, None, bias)
+    )
     assert "flops a token" in exceeded(*CASES["ssf"])
 
 
@@ -158,9 +152,10 @@ def test_a_support_that_is_formed_is_noticed():
 def test_a_scaled_weight_that_is_kept_is_noticed(monkeypatch):
     class Kept:
         @staticmethod
-        def apply(x, weight, bias, form, *factors):
-            return torch.nn.functional.linear(x, weight + form(factors, None), bias)
+        def apply(way, starts, carried, scale, x, weight, bias, *tensors):
+            assert not carried
+            return way.plain(x, weight, bias, tensors, starts, scale)
 
-    monkeypatch.setattr(site, "FormedLinear", Kept)
+    monkeypatch.setattr(update, "Applied", Kept)
     few, _ = added(FORMED["scale_weight"])
     assert few.saved > FLOAT * LAYERS * WEIGHT
