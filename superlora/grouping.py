@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,6 +164,62 @@ def layer_of(name: str) -> str:
     return match.group()
 
 
+def layers_of(names: Iterable[str]) -> dict[str, str]:
+    """Return the layer that each weight belongs to.
+
+    Parameters
+    ----------
+    names : iterable of str
+        The dotted names of all weights.
+
+    Returns
+    -------
+    dict of str to str
+        For each name its path up to the number of the layer.
+
+    Raises
+    ------
+    ValueError
+        If a name has no number.
+
+    Notes
+    -----
+    Layers are the items of a numbered list of modules. Of nested lists it is the innermost one
+    that somewhere has two items with a weight at the same path of two parts or more below them,
+    ``attn.qkv`` say: Swin's blocks, not its stages. The items of a list without such paths
+    (``mlp.0`` and ``mlp.2``, or experts that are just ``w1`` and ``w2``) are parts of a layer.
+    Where no list of a name is like that, its first number counts.
+
+    Examples
+    --------
+    >>> layers_of(["layers.0.blocks.0.attn.qkv", "layers.0.blocks.1.attn.qkv"])
+    {'layers.0.blocks.0.attn.qkv': 'layers.0.blocks.0',
+     'layers.0.blocks.1.attn.qkv': 'layers.0.blocks.1'}
+    """
+    split = {name: name.split(".") for name in names}
+    numbers = {
+        name: [i for i, p in enumerate(parts) if p.isdecimal()] for name, parts in split.items()
+    }
+    found = Counter(
+        (tuple(parts[:i]), tuple(parts[i + 1 :]))
+        for name, parts in split.items()
+        for i in numbers[name]
+        if len(parts) > i + 2
+    )
+    # What is a list of layers in one stage is one in all, also where a stage has a single layer.
+    lists = {_kind(path) for (path, _), items in found.items() if items > 1}
+    layers = {}
+    for name, parts in split.items():
+        among = [i for i in numbers[name] if _kind(parts[:i]) in lists]
+        layers[name] = ".".join(parts[: among[-1] + 1]) if among else layer_of(name)
+    return layers
+
+
+def _kind(path: Sequence[str]) -> tuple[str, ...]:
+    """Return the path of a list of modules, whichever the items that it lies in."""
+    return tuple("*" if part.isdecimal() else part for part in path)
+
+
 def group_weights(
     shapes: Mapping[str, tuple[int, int]], groups: str | int, cut: str = "even"
 ) -> Grouping:
@@ -173,7 +230,7 @@ def group_weights(
     shapes : mapping of str to (int, int)
         Output and input width of every weight, in the order of concatenation.
     groups : {"weight", "layer"} or int
-        One group a weight; one a layer (see `layer_of`); or that many contiguous
+        One group a weight; one a layer (see `layers_of`); or that many contiguous
         pieces of the whole, wherever the weights' boundaries lie.
     cut : {"even", "pad"}
         For an integer `groups` that does not divide the N entries: ``"even"``
@@ -196,7 +253,7 @@ def group_weights(
     if groups == "weight":
         return _by_key(sizes, {name: name for name in sizes})
     if groups == "layer":
-        return _by_key(sizes, {name: layer_of(name) for name in sizes})
+        return _by_key(sizes, layers_of(sizes))
     count = check_count("groups", groups)
     total = sum(sizes.values())
     if count > min(total, _MOST_GROUPS):

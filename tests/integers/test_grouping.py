@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from superlora.grouping import Piece, check_shapes, group_weights, layer_of
+from superlora.grouping import Piece, check_shapes, group_weights, layer_of, layers_of
 from tests.oracles import entries, groups_of
 from tests.strategies import bounds_of, weight_shapes
 
@@ -120,6 +120,47 @@ def test_layers_stand_in_the_order_of_their_first_weight_also_when_interleaved()
 )
 def test_the_layer_is_the_path_up_to_the_first_whole_number(name, layer):
     assert layer_of(name) == layer
+
+
+SWIN = [
+    *(f"layers.{s}.blocks.{b}.{m}" for s, n in enumerate((2, 2, 1)) for b in range(n)
+      for m in ("attn.qkv", "mlp.fc1")),
+    "layers.0.downsample.reduction",
+]  # fmt: skip
+VIT = [f"blocks.{b}.{m}" for b in range(3) for m in ("attn.qkv", "mlp.0", "mlp.2")]
+EXPERTS = [f"layers.{b}.mlp.experts.{e}.w{w}" for b in (0, 1) for e in (0, 1) for w in (1, 2)]
+MIXTRAL = [*EXPERTS, *(f"layers.{b}.self_attn.q_proj" for b in (0, 1))]
+T5 = [
+    *(f"encoder.block.{b}.layer.0.SelfAttention.q" for b in (0, 1)),
+    *(f"encoder.block.{b}.layer.1.DenseReluDense.wi" for b in (0, 1)),
+]
+UNET = [
+    f"down.{d}.attentions.{a}.transformer_blocks.0.{m}"
+    for d in (0, 1) for a in (0, 1) for m in ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        (SWIN, {f"layers.{b}" for b in ("0", "0.blocks.0", "0.blocks.1")}
+         | {f"layers.{b}" for b in ("1.blocks.0", "1.blocks.1", "2.blocks.0")}),
+        (VIT, {"blocks.0", "blocks.1", "blocks.2"}),
+        (VIT[:2], {"blocks.0"}),
+        (EXPERTS, {"layers.0", "layers.1"}),
+        (MIXTRAL, {"layers.0", "layers.1"}),
+        (T5, {"encoder.block.0", "encoder.block.1"}),
+        (UNET, {f"down.{d}.attentions.{a}" for d in (0, 1) for a in (0, 1)}),
+        (["features.1.0.mlp.0", "features.1.1.mlp.0"], {"features.1.0", "features.1.1"}),
+        (["blocks.0.1.attn.qkv", "blocks.0.2.attn.qkv"], {"blocks.0.1", "blocks.0.2"}),
+        (["enc.0.q", "enc.1.q", "dec.0.q"], {"enc.0", "enc.1", "dec.0"}),
+    ],
+)  # fmt: skip
+def test_the_layer_is_an_item_of_the_innermost_list_of_items_built_alike(names, layers):
+    found = layers_of(names)
+    assert list(found) == names
+    assert set(found.values()) == layers
+    assert all(name.startswith(f"{layer}.") for name, layer in found.items())
 
 
 @pytest.mark.parametrize("name", ["head", "h10.q", "blocks.3a.q", "conv1"])
