@@ -81,8 +81,12 @@ class Layout:
             make = functools.lru_cache(maxsize=None)(functools.partial(make_group, own))
             with named(self.spec, names):
                 part = group_weights({n: self.shapes[n] for n in names}, own.groups, own.cut)
-                sizes = enumerate(part.sizes)
-                groups += [make(size, self._fold_context(part, index)) for index, size in sizes]
+                for index, size in enumerate(part.sizes):
+                    try:
+                        groups.append(make(size, self._fold_context(part, index)))
+                    except ValueError as error:
+                        held = some(map(repr, part.members[index]))
+                        raise ValueError(f"{error}; in the group of {held}") from None
             start = len(specs)
             designs.append(own)
             alike[start] = tuple(dict.fromkeys(groups[start:]))
