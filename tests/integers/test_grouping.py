@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import superlora as sl
 from superlora.grouping import Piece, check_shapes, group_weights, layer_of, layers_of
 from tests.oracles import entries, groups_of
 from tests.strategies import bounds_of, weight_shapes
@@ -57,7 +58,8 @@ def test_members_and_whole_agree_with_the_pieces(shapes, groups, cut):
             == math.prod(shapes[name])
             for name in members
         )
-        assert grouping.whole(group) == whole
+        axes = {name: sl.Axes.of(shape) for name, shape in shapes.items()}
+        assert grouping.matrices(group, axes) == (tuple(shapes[n] for n in members), whole)
     padded = isinstance(groups, int) and cut == "pad" and total % groups > 0
     assert grouping.padded == (math.ceil(total / groups) if padded else 0)
 
@@ -190,7 +192,7 @@ def test_shapes_that_are_none_are_refused(shapes, error, message):
 
 
 def test_shapes_may_be_lists():
-    assert check_shapes({"q": [2, 3]}) == {"q": (2, 3)}
+    assert check_shapes({"q": [2, 3]}) == {"q": sl.Axes(2, 3)}
 
 
 @pytest.mark.parametrize(
