@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from superlora import maps, operations, presets
+from superlora.design.axes import Axes
 from superlora.errors import AdapterError
 from superlora.folding import fold_group, unfold_group
 from superlora.kronecker import kronecker
@@ -60,6 +61,7 @@ __version__ = "0.1.0"
 __all__ = [
     "OPERATIONS",
     "AdapterError",
+    "Axes",
     "Plan",
     "Spec",
     "bitfit",

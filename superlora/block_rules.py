@@ -93,8 +93,14 @@ def _check_singular(layout: Layout, group: int, block: str) -> None:
     index, _, leaf = block.partition(".")
     rank = layout.groups[group].splits[int(index)].block_shapes[leaf][1]
     (name,) = layout.grouping.members[group]
-    if rank > min(layout.shapes[name]):
+    matrices, _ = layout.grouping.matrices(group, layout.axes)
+    if len(matrices) > 1:
         raise ValueError(
-            f"rank must be at most {min(layout.shapes[name])}, the singular vectors of {name!r}: "
+            f"frozen[{block!r}] must have one matrix a group to hold its singular vectors: "
+            f"{name!r} has {len(matrices)}; use fold='natural'"
+        )
+    if rank > min(matrices[0]):
+        raise ValueError(
+            f"rank must be at most {min(matrices[0])}, the singular vectors of {name!r}: "
             f"got {rank} for the frozen block {block!r}"
         )

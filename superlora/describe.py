@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from superlora.block_rules import unit_modes_of
 from superlora.layout import Layout
-from superlora.splitting import Group, Members, Split
+from superlora.splitting import Group, Split
 from superlora.supports import Supports
 
 
@@ -147,9 +147,22 @@ def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
         entries = sum(math.prod(layout.block_shapes[block]) for block in layout.frozen)
         sources = ", ".join(sorted(set(layout.frozen.values())))
         notes.append(f"note: {entries:,} entries of {len(layout.frozen)} blocks frozen: {sources}")
+    notes += _axes(layout)
     degenerate = unit_modes_of(layout)
     if degenerate:
         notes.append(f"note: {degenerate}")
+    return notes
+
+
+def _axes(layout: Layout) -> list[str]:
+    """Say which matrices the weights are that have more axes than two."""
+    notes = []
+    for axes, count in Counter(a for a in layout.axes.values() if not a.plain).items():
+        number = f"{axes.matrices} matrices" if axes.stack else "a matrix"
+        notes.append(
+            f"note: {count} of shape {axes.shape}, {'each ' * (count > 1)}as {number} of "
+            f"{axes.out} x {axes.matrix[1]}"
+        )
     return notes
 
 
@@ -183,10 +196,8 @@ def _ratios(layout: Layout) -> list[str]:
 
 def _asked(layout: Layout, group: int) -> str:
     """Return what the spec says of the entries before a map, if that decides."""
-    own, grouping = layout.specs[group], layout.grouping
-    shapes = tuple(layout.shapes[name] for name in grouping.members[group])
-    members = Members(shapes, grouping.whole(group), 0, 0, group)
-    if own.map.fixed_entries(members.place) is not None:
+    own = layout.specs[group]
+    if own.map.fixed_entries(layout.place(group)) is not None:
         return ", that of the map"
     if own.size is not None:
         return f", asked {own.size:,} entries"

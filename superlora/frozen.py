@@ -34,8 +34,8 @@ def frozen_blocks(
     ----------
     layout : Layout
         What lies where.
-    weights : mapping of str to array, (output width, input width), optional
-        The weights whose singular vectors are asked for.
+    weights : mapping of str to array, optional
+        Of their own shapes, those whose singular vectors are asked for.
     like : array or dtype
         Library, dtype and device of the result.
     singular : bool
@@ -78,8 +78,8 @@ def each_frozen(
     ----------
     layout : Layout
         What lies where.
-    weights : mapping of str to array, (output width, input width), optional
-        The weights whose singular vectors are asked for.
+    weights : mapping of str to array, optional
+        Of their own shapes, those whose singular vectors are asked for.
     singular : bool
         Whether to make singular vectors.
     skipped : container of str
@@ -108,11 +108,7 @@ def each_frozen(
             if not singular:
                 continue
             if int(group) not in decomposed:
-                (weight,) = layout.grouping.members[int(group)]
-                known = {} if weights is None else weights
-                decomposed[int(group)] = _decompose(
-                    layout.layer_of[weight], layout.shapes[weight], known
-                )
+                decomposed[int(group)] = _decompose(layout, int(group), weights or {})
             left, numbers, right = decomposed[int(group)]
             vectors = (right if last else left)[:, : shape[1]]
             values = vectors * numbers[: shape[1]] ** _POWERS[source]
@@ -152,8 +148,10 @@ def _waves() -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def _decompose(
-    name: str, shape: tuple[int, int], weights: Mapping[str, Array]
+    layout: Layout, group: int, weights: Mapping[str, Array]
 ) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    ((held, start, piece),) = layout.grouping.contents[group]
+    name, shape, (_, width) = layout.layer_of[held], layout.axes[held].shape, layout.shapes[held]
     if name not in weights:
         raise ValueError(
             f"weights must hold {name!r}, whose singular vectors the spec asks for: it is missing"
@@ -163,6 +161,9 @@ def _decompose(
         raise ValueError(f"weights[{name!r}] must have shape {shape}: got {tuple(weight.shape)}")
     weight = at_least_single(weight)
     library = backend_of(weight)
+    if not layout.axes[held].plain:  # of a stack only the group's own rows
+        rows = slice(start // width, (start + piece.stop - piece.start) // width)
+        weight = library.reshape(weight, layout.shapes[held])[rows]
     if not numpy.isfinite(library.to_numpy(weight)).all():
         raise ValueError(f"weights[{name!r}] must be finite to have singular vectors")
     left, numbers, right = map(

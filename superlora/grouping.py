@@ -7,15 +7,18 @@ into groups. Integers only.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from superlora.design.axes import Axes
 from superlora.shapes import Shape, ceil_divide
-from superlora.values import check_count, hashable
+from superlora.values import check_count
 
 # Each group is a tensor with names, shapes and an optimiser's state of its own.
 _MOST_GROUPS = 1 << 20
@@ -89,22 +92,42 @@ class Grouping:
     members: tuple[tuple[str, ...], ...]
     padded: int = 0
 
-    def whole(self, group: int) -> bool:
-        """Return whether no weight of `group` is cut by the group's boundary."""
-        return all(len(self.pieces[name]) == 1 for name in self.members[group])
+    @functools.cached_property
+    def contents(self) -> list[list[tuple[str, int, Piece]]]:
+        """What each group holds: a weight, the first of its entries there, and the piece."""
+        found: list[list[tuple[str, int, Piece]]] = [[] for _ in self.sizes]
+        for name, pieces in self.pieces.items():
+            start = 0
+            for piece in pieces:
+                found[piece.group].append((name, start, piece))
+                start += piece.stop - piece.start
+        return found
+
+    def matrices(
+        self, group: int, axes: Mapping[str, Axes]
+    ) -> tuple[tuple[tuple[int, int], ...], bool]:
+        """Return the matrices in a group, of a stack each by itself, and whether all are whole."""
+        found: list[tuple[int, int]] = []
+        whole = True
+        for name, start, piece in self.contents[group]:
+            rows, columns = axes[name].out, axes[name].matrix[1]
+            size, stop = rows * columns, start + piece.stop - piece.start
+            found += [(rows, columns)] * (ceil_divide(stop, size) - start // size)
+            whole &= start % size == stop % size == 0
+        return tuple(found), whole
 
 
-def check_shapes(shapes: Mapping[Any, Any]) -> dict[str, tuple[int, int]]:
-    """Return `shapes` as a plain dict, or say which entry is wrong.
+def check_shapes(shapes: Mapping[Any, Any]) -> dict[str, Axes]:
+    """Return the axes of every weight, or say which entry is wrong.
 
     Parameters
     ----------
-    shapes : mapping of str to (int, int)
-        Output and input width of every adapted weight.
+    shapes : mapping of str to tuple of int or Axes
+        Of every adapted weight, as `Axes.of` takes it.
 
     Returns
     -------
-    dict of str to (int, int)
+    dict of str to Axes
         The same, in the same order.
 
     Raises
@@ -112,23 +135,16 @@ def check_shapes(shapes: Mapping[Any, Any]) -> dict[str, tuple[int, int]]:
     TypeError
         If `shapes` is no mapping, a name not a string, or a width not an integer.
     ValueError
-        If there is no weight, or a shape is not two integers of at least 1.
+        If there is no weight, or its axes are unclear.
     """
     if not isinstance(shapes, Mapping):
         raise TypeError(f"shapes must map names to (output, input): got {type(shapes).__name__}")
     if not shapes:
         raise ValueError("shapes must name at least one weight: got none")
-    checked = {}
-    for name, shape in shapes.items():
+    for name in shapes:
         if not isinstance(name, str):
             raise TypeError(f"shapes must have strings as names: got {name!r}")
-        if not isinstance(shape, (tuple, list)) or len(shape) != 2:
-            raise ValueError(f"shapes[{name!r}] must be (output width, input width): got {shape!r}")
-        widths = tuple(
-            check_count(f"shapes[{name!r}][{i}]", width) for i, width in enumerate(hashable(shape))
-        )
-        checked[name] = (widths[0], widths[1])
-    return checked
+    return {name: Axes.of(shape, f"shapes[{name!r}]") for name, shape in shapes.items()}
 
 
 def layer_of(name: str) -> str:
@@ -163,8 +179,67 @@ def layer_of(name: str) -> str:
     return match.group()
 
 
+def layers_of(names: Iterable[str]) -> dict[str, str]:
+    """Return the layer that each weight belongs to.
+
+    Parameters
+    ----------
+    names : iterable of str
+        The dotted names of all weights.
+
+    Returns
+    -------
+    dict of str to str
+        For each name its path up to the number of the layer.
+
+    Raises
+    ------
+    ValueError
+        If a name has no number.
+
+    Notes
+    -----
+    Layers are the items of a numbered list of modules. Of nested lists it is the innermost one
+    that somewhere has two items with a weight at the same path of two parts or more below them,
+    ``attn.qkv`` say: Swin's blocks, not its stages. The items of a list without such paths
+    (``mlp.0`` and ``mlp.2``, or experts that are just ``w1`` and ``w2``) are parts of a layer.
+    Where no list of a name is like that, its first number counts.
+
+    Examples
+    --------
+    >>> layers_of(["layers.0.blocks.0.attn.qkv", "layers.0.blocks.1.attn.qkv"])
+    {'layers.0.blocks.0.attn.qkv': 'layers.0.blocks.0',
+     'layers.0.blocks.1.attn.qkv': 'layers.0.blocks.1'}
+    """
+    split = {name: name.split(".") for name in names}
+    numbers = {
+        name: [i for i, p in enumerate(parts) if p.isdecimal()] for name, parts in split.items()
+    }
+    found = Counter(
+        (tuple(parts[:i]), tuple(parts[i + 1 :]))
+        for name, parts in split.items()
+        for i in numbers[name]
+        if len(parts) > i + 2
+    )
+    # What is a list of layers in one stage is one in all, also where a stage has a single layer.
+    lists = {_kind(path) for (path, _), items in found.items() if items > 1}
+    layers = {}
+    for name, parts in split.items():
+        among = [i for i in numbers[name] if _kind(parts[:i]) in lists]
+        layers[name] = ".".join(parts[: among[-1] + 1]) if among else layer_of(name)
+    return layers
+
+
+def _kind(path: Sequence[str]) -> tuple[str, ...]:
+    """Return the path of a list of modules, whichever the items that it lies in."""
+    return tuple("*" if part.isdecimal() else part for part in path)
+
+
 def group_weights(
-    shapes: Mapping[str, tuple[int, int]], groups: str | int, cut: str = "even"
+    shapes: Mapping[str, tuple[int, int]],
+    groups: str | int,
+    cut: str = "even",
+    stacks: Mapping[str, int] | None = None,
 ) -> Grouping:
     """Cut the concatenated updates into groups.
 
@@ -173,7 +248,7 @@ def group_weights(
     shapes : mapping of str to (int, int)
         Output and input width of every weight, in the order of concatenation.
     groups : {"weight", "layer"} or int
-        One group a weight; one a layer (see `layer_of`); or that many contiguous
+        One group a weight; one a layer (see `layers_of`); or that many contiguous
         pieces of the whole, wherever the weights' boundaries lie.
     cut : {"even", "pad"}
         For an integer `groups` that does not divide the N entries: ``"even"``
@@ -194,9 +269,9 @@ def group_weights(
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if groups == "weight":
-        return _by_key(sizes, {name: name for name in sizes})
+        return _each(sizes, stacks or {})
     if groups == "layer":
-        return _by_key(sizes, {name: layer_of(name) for name in sizes})
+        return _by_key(sizes, layers_of(sizes))
     count = check_count("groups", groups)
     total = sum(sizes.values())
     if count > min(total, _MOST_GROUPS):
@@ -214,6 +289,19 @@ def group_weights(
     small, extra = divmod(total, count)
     steps = (small + (index < extra) for index in range(count))
     return _cut(sizes, list(itertools.accumulate(steps, initial=0)), 0)
+
+
+def _each(sizes: Mapping[str, int], stacks: Mapping[str, int]) -> Grouping:
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    members: list[tuple[str, ...]] = []
+    totals: list[int] = []
+    for name, size in sizes.items():
+        count = stacks.get(name, 1)
+        each = size // count
+        pieces[name] = tuple(Piece(len(totals) + index, 0, each) for index in range(count))
+        members += [(name,)] * count
+        totals += [each] * count
+    return Grouping(tuple(totals), pieces, tuple(members))
 
 
 def _by_key(sizes: Mapping[str, int], keys: Mapping[str, str]) -> Grouping:

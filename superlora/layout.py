@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from superlora.block_rules import check_frozen, unit_modes_of
+from superlora.design.axes import Axes
 from superlora.design.network import (
     Network,
     Opened,
@@ -40,17 +41,21 @@ class Layout:
     ----------
     spec : Spec or mapping of str to Spec
         The design; a mapping has one for each merge operation.
-    shapes : mapping of str to (int, int)
-        Output and input width of every weight, in the order of concatenation.
+    shapes : mapping of str to tuple of int or Axes
+        Axes of every weight, in the order of concatenation.
 
     Attributes
     ----------
     spec : Spec or Supports
         As given.
-    layers : dict of str to (int, int)
+    layer_axes : dict of str to Axes
         The shapes as given, checked.
+    layers : dict of str to (int, int)
+        The matrices that they are inside.
+    axes : dict of str to Axes
+        Those of the updates: of the layers that the design has, or of their supports.
     shapes : dict of str to (int, int)
-        Those of the updates: the layers that the design has, or their supports.
+        The matrices that they are inside.
     supports : dict of str to dict of str to str
         For each layer the names of its supports by merge operation.
     grouping : Grouping
@@ -69,12 +74,16 @@ class Layout:
     """
 
     def __init__(
-        self, spec: Spec | Supports | Mapping[Any, Any], shapes: Mapping[str, tuple[int, int]]
+        self,
+        spec: Spec | Supports | Mapping[Any, Any],
+        shapes: Mapping[str, tuple[int, ...] | Axes],
     ) -> None:
         self.spec = design_of(spec)
-        self.layers = check_shapes(shapes)
-        made = parts_of(self.spec, self.layers)
-        self.shapes, self.supports = made.shapes, made.supports
+        self.layer_axes = check_shapes(shapes)
+        self.layers = {name: axes.matrix for name, axes in self.layer_axes.items()}
+        made = parts_of(self.spec, self.layer_axes)
+        self.axes, self.supports = made.axes, made.supports
+        self.shapes = {name: axes.matrix for name, axes in self.axes.items()}
         parts: list[Grouping] = []
         groups: list[Group] = []
         specs: list[Spec] = []
@@ -86,9 +95,16 @@ class Layout:
             # Most groups of a large model are alike: solve each distinct one once.
             make = functools.lru_cache(maxsize=None)(functools.partial(make_group, own))
             with named(self.spec, names):
-                part = group_weights({n: self.shapes[n] for n in names}, own.groups, own.cut)
-                sizes = enumerate(part.sizes)
-                groups += [make(size, self._fold_context(part, index)) for index, size in sizes]
+                held = {n: self.shapes[n] for n in names}
+                natural = own.fold == "natural"
+                stacks = {n: self.axes[n].matrices for n in names} if natural else {}
+                part = group_weights(held, own.groups, own.cut, stacks)
+                for index, size in enumerate(part.sizes):
+                    try:
+                        groups.append(make(size, self._fold_context(part, index)))
+                    except ValueError as error:
+                        members = some(map(repr, part.members[index]))
+                        raise ValueError(f"{error}; in the group of {members}") from None
             start = len(specs)
             designs.append(own)
             alike[start] = tuple(dict.fromkeys(groups[start:]))
@@ -118,24 +134,19 @@ class Layout:
         """Return the groups whose blocks are those of other groups."""
         found = {}
         for name, source in names.items():
-            group, other = (self.grouping.pieces[each][0].group for each in (name, source))
-            size, got = self.groups[group].before, self.groups[other].before
-            if size != got:
-                raise ValueError(f"{source!r} must have {size} entries for {name!r}: got {got}")
-            found[group] = other
+            pairs = zip(*(self.grouping.pieces[each] for each in (name, source)), strict=True)
+            for group, other in ((mine.group, theirs.group) for mine, theirs in pairs):
+                size, got = self.groups[group].before, self.groups[other].before
+                if size != got:
+                    raise ValueError(f"{source!r} must have {size} entries for {name!r}: got {got}")
+                found[group] = other
         return found
 
     def _fold_context(self, part: Grouping, group: int) -> Members:
-        divisor, names = 0, part.members[group]
-        for name in names:
-            divisor = math.gcd(divisor, self.shapes[name][1])
-            for piece in part.pieces[name]:
-                if piece.group == group:
-                    divisor = math.gcd(divisor, piece.start, piece.stop)
-        if part.padded:
-            divisor = math.gcd(divisor, part.padded)
-        shapes = tuple(self.shapes[name] for name in names)
-        return Members(shapes, part.whole(group), divisor, part.padded, group)
+        divisor = part.padded
+        for name, _, piece in part.contents[group]:
+            divisor = math.gcd(divisor, self.shapes[name][1], piece.start, piece.stop)
+        return Members(*part.matrices(group, self.axes), divisor, part.padded, group)
 
     def _bind(self, designs: list[Spec]) -> tuple[Map, ...]:
         if all(type(own.map).bind is Map.bind for own in designs):
@@ -144,13 +155,14 @@ class Layout:
         known: dict[Map, Map] = {}
         found = []
         for group, own in enumerate(self.specs):
-            members = self.grouping.members[group]
-            shapes = tuple(self.shapes[name] for name in members)
-            # A map that takes groups together is one map, that of the first.
-            place = Place(self.joint(group)[0], shapes, self.grouping.whole(group))
-            bound = own.map.bind(place)
+            bound = own.map.bind(self.place(group))
             found.append(known.setdefault(bound, bound))
         return tuple(found)
+
+    def place(self, group: int) -> Place:
+        """Return what a group's map may depend on."""
+        # A map that takes groups together is one map, that of the first.
+        return Place(self.joint(group)[0], *self.grouping.matrices(group, self.axes))
 
     def joint(self, group: int) -> range:
         """Return the groups that one map takes together: the group, or all of its part."""
@@ -359,7 +371,7 @@ class Layout:
     @property
     def num_dense(self) -> int:
         """Entries of all adapted weights."""
-        return sum(map(math.prod, map(self.layers.__getitem__, self.supports)))
+        return sum(self.layer_axes[name].entries for name in self.supports)
 
 
 @functools.lru_cache

@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from superlora.design.axes import Axes
 from superlora.errors import some
 from superlora.spec import Spec
-from superlora.supports import ADD, Supports, support_shape
+from superlora.supports import ADD, Supports, support_axes
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class Parts:
 
     Attributes
     ----------
-    shapes : dict of str to (int, int)
-        Shape of every weight or support by name.
+    axes : dict of str to Axes
+        Those of every weight or support by name.
     supports : dict of str to dict of str to str
         For each layer that has any the names of its supports by operation.
     designs : list of (Spec, list of str)
@@ -27,7 +28,7 @@ class Parts:
         Names of supports whose entries are those of others.
     """
 
-    shapes: dict[str, tuple[int, int]]
+    axes: dict[str, Axes]
     supports: dict[str, dict[str, str]]
     designs: list[tuple[Spec, list[str]]]
     shared: dict[str, str]
@@ -63,15 +64,15 @@ def named(design: Spec | Supports, names: Sequence[str]) -> Iterator[None]:
         raise ValueError(f"{', '.join(operations)}: {error}") from None
 
 
-def parts_of(design: Spec | Supports, layers: Mapping[str, tuple[int, int]]) -> Parts:
+def parts_of(design: Spec | Supports, layers: Mapping[str, Axes]) -> Parts:
     """Return what a design makes of layers.
 
     Parameters
     ----------
     design : Spec or Supports
         The design; a spec is that of ``add_weight``, whose supports are named like the layers.
-    layers : mapping of str to (int, int)
-        Output and input width of every layer.
+    layers : mapping of str to Axes
+        Those of every layer's weight.
 
     Returns
     -------
@@ -88,7 +89,7 @@ def parts_of(design: Spec | Supports, layers: Mapping[str, tuple[int, int]]) -> 
         found = dict(layers)
         if design.overrides:
             kept = {name for _, names in designs for name in names}
-            found = {name: shape for name, shape in layers.items() if name in kept}
+            found = {name: axes for name, axes in layers.items() if name in kept}
         return Parts(found, {name: {ADD: name} for name in found}, designs, {})
     places = {f"{op}.{layer}": (op, layer) for op in design.operations for layer in layers}
     designs = []
@@ -102,7 +103,8 @@ def parts_of(design: Spec | Supports, layers: Mapping[str, tuple[int, int]]) -> 
             taken = [name for name in names if name in own]
             sources += [spec] * bool(taken)
             if taken and _is_vector(spec):
-                vector = Spec(rank="full", order=1, scale=spec.scaling)
+                fold = spec.fold if spec.fold == "natural" else "balanced"  # as many groups a stack
+                vector = Spec(rank="full", order=1, scale=spec.scaling, fold=fold)
                 designs.append((vector, [own[name] for name in taken]))
                 shared |= {own[name]: name for name in taken}
         # What scales the inputs of a layer leaves its bias alone.
@@ -117,11 +119,13 @@ def parts_of(design: Spec | Supports, layers: Mapping[str, tuple[int, int]]) -> 
         named = {op: f"{op}.{layer}" for op in design.operations if f"{op}.{layer}" in kept}
         if named:
             supports[layer] = named
-    found = {
-        name: support_shape(op, layers[layer])
-        for name, (op, layer) in places.items()
-        if name in kept
-    }
+    found = {}
+    for name, (operation, layer) in places.items():
+        if name in kept:
+            try:
+                found[name] = support_axes(operation, layers[layer])
+            except ValueError as error:
+                raise ValueError(f"{error} for {layer!r}") from None
     return Parts(found, supports, designs, shared)
 
 

@@ -32,9 +32,10 @@ class Plan(Planned):
     spec : Spec or mapping of str to Spec
         The design. A mapping has one for each merge operation (`superlora.OPERATIONS`), whose
         support tensors are then the plan's weights, named ``"operation.weight"``.
-    shapes : mapping of str to (int, int)
-        Output and input width of every weight, in the order in which their
-        updates are concatenated. A weight that a library stores transposed is
+    shapes : mapping of str to (int, int), (int, int, int, int) or Axes
+        Axes of every weight, in the order in which their updates are concatenated:
+        (output, input), with two axes of a window behind for a convolution, or
+        what `superlora.Axes` says. A weight that a library stores transposed is
         given as (output, input) all the same.
 
     Attributes
@@ -103,8 +104,9 @@ class Plan(Planned):
 
         Parameters
         ----------
-        weights : mapping of str to array, (output width, input width), optional
-            The weights themselves, where the spec asks for their singular vectors.
+        weights : mapping of str to array, optional
+            The weights themselves, of their own shapes, where the spec asks for their
+            singular vectors.
         like : array or dtype
             Library, dtype and device of the result.
 
@@ -145,7 +147,7 @@ class Plan(Planned):
 
         Returns
         -------
-        array, (output width, input width)
+        array, of the weight's shape
             Library, dtype and device of the factors.
 
         Raises
@@ -158,7 +160,14 @@ class Plan(Planned):
             If a block is missing or has another shape.
         """
         self._check(factors, name)
+        return self._shaped(name, self._matrix(factors, name, scale))
+
+    def _matrix(self, factors: Mapping[str, Array], name: str, scale: float | None) -> Array:
         return weight_delta(self.layout, factors, name, self._scaling(name, scale))
+
+    def _shaped(self, name: str, delta: Array) -> Array:
+        axes = self.layout.axes[name]
+        return delta if axes.plain else backend_of(delta).reshape(delta, axes.shape)
 
     def _scaling(self, name: str, scale: float | None) -> float:
         return self.layout.scaling(name) if scale is None else float(scale)
@@ -190,9 +199,10 @@ class Plan(Planned):
         TypeError
             If the factors are of different libraries.
         ValueError
-            If a block is missing or has another shape.
+            If a block is missing or has another shape, or the weight has more axes than two.
         """
         self._check(factors, name)
+        self._check_plain(name)
         return low_rank_factors(self.layout, factors, name, self._scaling(name, scale))
 
     def deltas(self, factors: Mapping[str, Array], scale: float | None = None) -> dict[str, Array]:
@@ -208,7 +218,7 @@ class Plan(Planned):
         Returns
         -------
         dict of str to array
-            For each weight ``scale * ΔW``, (output width, input width).
+            For each weight ``scale * ΔW``, of its shape.
 
         Raises
         ------
@@ -220,7 +230,8 @@ class Plan(Planned):
         for name in self.layout.shapes:
             self._check(factors, name)
         numbers = {name: self._scaling(name, scale) for name in self.layout.shapes}
-        return weight_deltas(self.layout, factors, numbers)
+        found = weight_deltas(self.layout, factors, numbers)
+        return {name: self._shaped(name, delta) for name, delta in found.items()}
 
     def merge(
         self,
@@ -238,7 +249,7 @@ class Plan(Planned):
             At least the blocks of the layer's groups.
         layer : str
             One of the layers that the plan was made for.
-        weight : array, (output width, input width)
+        weight : array, of the layer's shape
             The layer's own.
         bias : array, (output width,), optional
             The layer's own.
@@ -247,7 +258,7 @@ class Plan(Planned):
 
         Returns
         -------
-        array, (output width, input width)
+        array, of the layer's shape
             The merged weight, as `superlora.operations.merge` has it.
         array, (output width,), or None
             The merged bias; None where there is none and no operation gives one.
@@ -274,8 +285,21 @@ class Plan(Planned):
                 f"no layer is named {layer!r}; the plan adapts "
                 f"{some(map(repr, self.layout.supports))}"
             )
-        own = self.layout.supports[layer].items()
-        return merge(weight, bias, {op: self.delta(factors, name, scale) for op, name in own})
+        own, axes = self.layout.supports[layer].items(), self.layout.layer_axes[layer]
+        if axes.plain:
+            return merge(weight, bias, {op: self.delta(factors, name, scale) for op, name in own})
+        if tuple(weight.shape) != axes.shape:
+            raise ValueError(f"weight must have shape {axes.shape}: got {tuple(weight.shape)}")
+        for _, name in own:
+            self._check(factors, name)
+        matrix = backend_of(weight).reshape(weight, axes.matrix)
+        # No operation of a stack reads or changes its bias, which may have any shape.
+        merged, found = merge(
+            matrix,
+            None if axes.stack else bias,
+            {op: self._matrix(factors, name, scale) for op, name in own},
+        )
+        return backend_of(weight).reshape(merged, axes.shape), bias if found is None else found
 
     def apply(
         self,
@@ -313,7 +337,8 @@ class Plan(Planned):
             If the arrays are of different libraries.
         ValueError
             If a block is missing or has another shape, the last axis of `x` is
-            not the input width, or the factors are to be applied where they cannot be.
+            not the input width, the weight has more axes than two, or the factors are to be
+            applied where they cannot be.
 
         Notes
         -----
@@ -324,6 +349,7 @@ class Plan(Planned):
         """
         check_apply(apply)
         self._check(factors, name)
+        self._check_plain(name)
         number = self._scaling(name, scale)
         backend_of(x, *(factors[block] for block in self.blocks_of(name)))
         columns = self.layout.shapes[name][1]
@@ -390,6 +416,13 @@ class Plan(Planned):
         name = name if operation is None else f"{operation}.{name}"
         self.blocks_of(name)  # names the weights there are, if this is none
         return self.layout.network(name)
+
+    def _check_plain(self, name: str) -> None:
+        if not self.layout.axes[name].plain:
+            raise ValueError(
+                f"{name!r} must be a matrix to be applied to inputs: it has shape "
+                f"{self.layout.axes[name].shape}; form its update with Plan.delta"
+            )
 
     def _check(self, factors: Mapping[str, Array], name: str) -> None:
         blocks = self.blocks_of(name)

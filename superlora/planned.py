@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from superlora.describe import describe
+from superlora.design.axes import Axes
 from superlora.layout import Layout
 from superlora.spec import Spec
 from superlora.supports import Supports
@@ -18,8 +19,8 @@ class Planned:
     ----------
     spec : Spec or mapping of str to Spec
         The design, or those of merge operations.
-    shapes : mapping of str to (int, int)
-        Output and input width of every layer.
+    shapes : mapping of str to tuple of int or Axes
+        Axes of every layer's weight.
 
     Attributes
     ----------
@@ -33,7 +34,9 @@ class Planned:
     """
 
     def __init__(
-        self, spec: Spec | Supports | Mapping[Any, Any], shapes: Mapping[str, tuple[int, int]]
+        self,
+        spec: Spec | Supports | Mapping[Any, Any],
+        shapes: Mapping[str, tuple[int, ...] | Axes],
     ) -> None:
         self.layout = Layout(spec, shapes)
 
@@ -43,9 +46,9 @@ class Planned:
         return self.layout.spec
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Output and input width of every weight, in order."""
-        return dict(self.layout.shapes)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight, in order: (output width, input width), or all its axes."""
+        return {name: axes.shape for name, axes in self.layout.axes.items()}
 
     @property
     def num_parameters(self) -> int:

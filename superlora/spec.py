@@ -41,10 +41,15 @@ class Spec:
         Number of factors K of the product, 1 to 16.
     groups : {"weight", "layer"} or int
         Which updates share one tensor: each its own, one a layer, or that many
-        contiguous pieces G of all updates, whatever the weights' boundaries.
+        contiguous pieces G of all updates, whatever the weights' boundaries. A layer is
+        an item of a numbered list in the weights' names, of nested lists the innermost
+        whose items are built alike: ``layers.0.blocks.1`` of Swin's
+        ``layers.0.blocks.1.attn.qkv``, ``blocks.3`` of ``blocks.3.mlp.2``.
     fold : {"natural", "stack", "balanced", "aligned"} or tuple
-        ``"natural"`` keeps one weight's own modes; ``"stack"`` concatenates
-        weights of equal input width (order 2) or of equal shape (order 3);
+        ``"natural"`` keeps one weight's own modes, (output, input · window), where those
+        in a stack (`superlora.Axes`) are a group each; ``"stack"`` concatenates
+        weights of equal input width (order 2) or of equal shape (order 3), also
+        those of a stack;
         ``"balanced"`` makes the modes nearly equal; ``"aligned"`` does so with a
         last mode that divides every input width, so that whole weights can be
         applied as factors. A tuple of integers says the mode sizes, a tuple of

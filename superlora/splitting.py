@@ -144,6 +144,8 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
         (fold,) = _split_sizes(spec, 1, before, members)
         sizes = (fold,) * spec.splits
     chosen = spec.combine == "kronecker" and not spec.has_sizes
+    # LoKr's peers make one number times a matrix of two prime widths; a bound of 1 asks for it.
+    chosen &= spec.dense_from != "half" or spec.first_split == 1
     for index, split in enumerate(sizes):
         if chosen and len(sizes) > 1 and math.prod(split) == 1:
             raise ValueError(

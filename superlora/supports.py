@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from superlora.design.axes import Axes
 from superlora.spec import Spec
 
 ADD = "add_weight"
@@ -52,6 +54,18 @@ def support_shape(operation: str, shape: tuple[int, int]) -> tuple[int, int]:
     """
     check_operation(operation)
     return _SHAPES[operation](*shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def support_axes(operation: str, axes: Axes) -> Axes:
+    """Return the axes of an operation's support tensor for a weight of these."""
+    if operation in (ADD, "scale_weight"):
+        return axes
+    # Inputs meet a stack, and a window, otherwise than as the columns of a matrix.
+    if axes.stack or (axes.window and operation in ("right_weight", "weight_to_bias")):
+        expected = "no stack" if axes.stack else "two axes"
+        raise ValueError(f"{operation!r} must have weights of {expected}: got {axes.shape}")
+    return Axes(*support_shape(operation, axes.matrix))
 
 
 def check_operation(operation: object) -> None:

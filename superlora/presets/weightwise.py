@@ -78,7 +78,7 @@ def lokr(
         Whether the first split is of rank r too; by default it is dense.
     factor : int, optional
         Bound on the mode sizes of the first split; balanced by default. As in
-        LyCORIS the first split is the smaller one.
+        LyCORIS the first split is the smaller one, and one number for two prime widths.
     **changes : Any
         Other fields of the spec.
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from superlora.grouping import Piece, check_shapes, group_weights, layer_of
+import superlora as sl
+from superlora.grouping import Piece, check_shapes, group_weights, layer_of, layers_of
 from tests.oracles import entries, groups_of
 from tests.strategies import bounds_of, weight_shapes
 
@@ -57,7 +58,8 @@ def test_members_and_whole_agree_with_the_pieces(shapes, groups, cut):
             == math.prod(shapes[name])
             for name in members
         )
-        assert grouping.whole(group) == whole
+        axes = {name: sl.Axes.of(shape) for name, shape in shapes.items()}
+        assert grouping.matrices(group, axes) == (tuple(shapes[n] for n in members), whole)
     padded = isinstance(groups, int) and cut == "pad" and total % groups > 0
     assert grouping.padded == (math.ceil(total / groups) if padded else 0)
 
@@ -122,6 +124,47 @@ def test_the_layer_is_the_path_up_to_the_first_whole_number(name, layer):
     assert layer_of(name) == layer
 
 
+SWIN = [
+    *(f"layers.{s}.blocks.{b}.{m}" for s, n in enumerate((2, 2, 1)) for b in range(n)
+      for m in ("attn.qkv", "mlp.fc1")),
+    "layers.0.downsample.reduction",
+]  # fmt: skip
+VIT = [f"blocks.{b}.{m}" for b in range(3) for m in ("attn.qkv", "mlp.0", "mlp.2")]
+EXPERTS = [f"layers.{b}.mlp.experts.{e}.w{w}" for b in (0, 1) for e in (0, 1) for w in (1, 2)]
+MIXTRAL = [*EXPERTS, *(f"layers.{b}.self_attn.q_proj" for b in (0, 1))]
+T5 = [
+    *(f"encoder.block.{b}.layer.0.SelfAttention.q" for b in (0, 1)),
+    *(f"encoder.block.{b}.layer.1.DenseReluDense.wi" for b in (0, 1)),
+]
+UNET = [
+    f"down.{d}.attentions.{a}.transformer_blocks.0.{m}"
+    for d in (0, 1) for a in (0, 1) for m in ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        (SWIN, {f"layers.{b}" for b in ("0", "0.blocks.0", "0.blocks.1")}
+         | {f"layers.{b}" for b in ("1.blocks.0", "1.blocks.1", "2.blocks.0")}),
+        (VIT, {"blocks.0", "blocks.1", "blocks.2"}),
+        (VIT[:2], {"blocks.0"}),
+        (EXPERTS, {"layers.0", "layers.1"}),
+        (MIXTRAL, {"layers.0", "layers.1"}),
+        (T5, {"encoder.block.0", "encoder.block.1"}),
+        (UNET, {f"down.{d}.attentions.{a}" for d in (0, 1) for a in (0, 1)}),
+        (["features.1.0.mlp.0", "features.1.1.mlp.0"], {"features.1.0", "features.1.1"}),
+        (["blocks.0.1.attn.qkv", "blocks.0.2.attn.qkv"], {"blocks.0.1", "blocks.0.2"}),
+        (["enc.0.q", "enc.1.q", "dec.0.q"], {"enc.0", "enc.1", "dec.0"}),
+    ],
+)  # fmt: skip
+def test_the_layer_is_an_item_of_the_innermost_list_of_items_built_alike(names, layers):
+    found = layers_of(names)
+    assert list(found) == names
+    assert set(found.values()) == layers
+    assert all(name.startswith(f"{layer}.") for name, layer in found.items())
+
+
 @pytest.mark.parametrize("name", ["head", "h10.q", "blocks.3a.q", "conv1"])
 def test_a_name_without_a_layer_number_is_refused(name):
     message = f"groups='layer' needs a layer number in every weight's name.*: got '{name}'"
@@ -149,7 +192,7 @@ def test_shapes_that_are_none_are_refused(shapes, error, message):
 
 
 def test_shapes_may_be_lists():
-    assert check_shapes({"q": [2, 3]}) == {"q": (2, 3)}
+    assert check_shapes({"q": [2, 3]}) == {"q": sl.Axes(2, 3)}
 
 
 @pytest.mark.parametrize(

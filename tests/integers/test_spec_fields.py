@@ -289,5 +289,12 @@ def test_a_split_may_be_a_number_if_its_sizes_are_given():
     """As the peers' LoKr of two prime widths has it."""
     plan = sl.Plan(sl.Spec(rank=("full", 2), fold=((1, 1), (6, 4)), splits=2), {"q": (6, 4)})
     assert plan.factor_shapes == {"0.0.core": (1, 1), "0.1.factor0": (6, 2), "0.1.factor1": (4, 2)}
-    with pytest.raises(ValueError, match="splits must leave every split more than one entry"):
-        sl.Plan(sl.lokr(2), {"q": (7, 13)})
+    with pytest.warns(UserWarning, match="no Kronecker structure where a split has size 1"):
+        lokr = sl.Plan(sl.lokr(2), {"q": (7, 13)})
+    assert [split.shape for split in lokr.layout.groups[0].splits] == [(1, 1), (7, 13)]
+    assert "note: no Kronecker structure" in lokr.describe()
+
+
+def test_what_a_fold_cannot_serve_is_named():
+    with pytest.raises(ValueError, match="of 35 entries; use fewer splits; in the group of 'odd'"):
+        sl.Plan(sl.krona(), {"q": (6, 4), "odd": (7, 5)})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
+import torch
 from lycoris.functional.general import factorization
 from peft.tuners.lokr.layer import factorization as peft_factorization
 
 import superlora as sl
 from superlora.shapes import bounded_splits
+from tests.strategies import make_plan
 
 
 @pytest.mark.parametrize("factor", [-1, *range(1, 41)])
@@ -28,9 +31,32 @@ def test_peft_puts_a_factor_first_even_where_it_is_the_larger():
     assert sl.Plan(spec, {"q": (128, 128)}).factor_shapes["0.0.core"] == (16, 16)
 
 
-@pytest.mark.parametrize("widths", [(7, 5), (13, 1), (1, 1)])
-def test_a_product_with_a_single_number_is_refused(widths):
-    # Peers make a 1 x 1 split of two prime widths, a dense matrix times one more number.
-    assert [factorization(width)[0] for width in widths] == [1, 1]
-    with pytest.raises(ValueError, match="splits must leave every split more than one entry"):
-        sl.Plan(sl.lokr(2), {"q": widths})
+@pytest.mark.parametrize("widths", [(13, 17), (13, 1), (1, 1)])
+@pytest.mark.parametrize("options", [{}, {"decompose_both": True}, {"factor": 4}])
+def test_two_prime_widths_are_a_number_times_a_matrix_as_in_peft(widths, options):
+    plan = make_plan(sl.lokr(4, **options), {"q": widths})
+    changes = {"decompose_factor" if k == "factor" else k: v for k, v in options.items()}
+    config = peft.LoKrConfig(r=4, target_modules=["0"], **changes)
+    layer = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(*widths[::-1])), config)
+    theirs = [tuple(p.shape) for p in layer.parameters() if p.requires_grad]
+    first, *second = plan.factor_shapes.values()
+    assert theirs[0] == first == (1, 1)
+    if len(second) == 2:
+        second = [second[0], second[1][::-1]]
+    assert theirs[1:] == second
+    assert "no Kronecker structure" in plan.describe() or widths != (13, 17)
+
+
+@pytest.mark.parametrize("rank", [2, 7])
+def test_a_number_times_a_matrix_learns(rank):
+    plan = make_plan(sl.lokr(rank), {"q": (7, 13)})
+    factors = plan.init(seed=0, like=torch.float64)
+    leaves = {name: value.requires_grad_() for name, value in factors.items()}
+    target = torch.ones((7, 13), dtype=torch.float64)
+    optimizer = torch.optim.Adam(leaves.values(), lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = ((plan.delta(leaves, "q") - target) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 1e-3
