@@ -16,7 +16,7 @@ from superlora.algebra.form import (
     weight_deltas,
 )
 from superlora.design.network import Network
-from superlora.design.ways import check_apply, refuse_factored
+from superlora.design.ways import check_apply, no_factored_way
 from superlora.errors import some
 from superlora.frozen import frozen_blocks
 from superlora.init import init_factors
@@ -360,7 +360,7 @@ class Plan(Planned):
             )
         found = self.layout.application(name)
         if apply == "factored" and found.factored is None:
-            raise refuse_factored(name)
+            raise ValueError(no_factored_way(repr(name)))
         if not found.formed(math.prod(x.shape[:-1]), apply):
             return apply_factored(self.layout, factors, name, x, number)
         delta = weight_delta(self.layout, factors, name, number)

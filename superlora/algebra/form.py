@@ -146,9 +146,7 @@ def form(network: Network, arrays: Sequence[Array], vector: Vector) -> Array:
     return backend_of(found).reshape(found, network.shape)
 
 
-def open_rows(
-    opened: Opened, arrays: Sequence[Array] | Mapping[int, Array], index: int
-) -> Array:
+def open_rows(opened: Opened, arrays: Sequence[Array] | Mapping[int, Array], index: int) -> Array:
     """Return the opened rows of one term, (rows, *ranks)."""
     parts = []
     for box in opened.boxes:
@@ -265,6 +263,7 @@ class Vectors:
         self._made: dict[int, Array] = {}
 
     def __call__(self, first: int, start: int, stop: int) -> Array:
+        """Return a range of a mapped vector."""
         fixed = self.layout.maps[first]
         size = self.layout.joint_sizes(first)[1]
         if first not in self._made:

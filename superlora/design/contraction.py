@@ -141,16 +141,16 @@ def pair(
     summed = [label for label in common if label not in output]
     free = [[label for label in own if label not in common] for own in (left, right)]
     if not summed:
-        ones = tuple(_spread(own, output, sizes) for own in (left, right))
-        return Pair(*ones, (), False, None, None, tuple(output), False)
+        one, other = (_spread(own, output, sizes) for own in (left, right))
+        return Pair(one, other, (), False, None, None, tuple(output), False)
     if batch and not all(free):
         # As many matrix products of a single column would cost more than the passes over entries.
         order = left if len(left) >= len(right) else right
-        ones = tuple(_spread(own, order, sizes) for own in (left, right))
+        one, other = (_spread(own, order, sizes) for own in (left, right))
         places = tuple(order.index(label) for label in summed)
         kept = tuple(label for label in order if label not in summed)
         axes = _axes(kept, output) if exact else None
-        return Pair(*ones, places, False, None, axes, tuple(output) if axes else kept, False)
+        return Pair(one, other, places, False, None, axes, tuple(output) if axes else kept, False)
     orders = [(*batch, *free[turned], *free[1 - turned]) for turned in (0, 1)]
     # With the tokens in front, else as near to the order asked for as can be.
     turned = TOKENS in free[1]
@@ -374,7 +374,7 @@ def contract(
     return _contract(tuple(operands), output, tuple(known.items()), tokens, frozen)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _contract(
     operands: tuple[Labels, ...],
     output: Labels,
@@ -453,14 +453,12 @@ def _path(
 def _least_path(
     terms: Sequence[Labels], output: Labels, sizes: Mapping[int, int], frozen: frozenset[int]
 ) -> list[tuple[int, ...]]:
-    """Return the order that costs least: multiplications, and among equal ones moves.
-
-    Every pair of parts of every subset of the terms is tried: opt_einsum's searches miss the best
-    order where a label stands in more than two operands, as in products with a diagonal core. An
-    entry of a product entry by entry counts as one that is moved. So does one of a matrix product
-    that must be transposed; where there are tokens, inputs would have to be instead. The gradients
-    count as well, of both parts but of what is frozen.
-    """
+    """Return the order that costs least: multiplications, and among equal ones moves."""
+    # Every pair of parts of every subset of the terms is tried: opt_einsum's searches miss the best
+    # order where a label stands in more than two operands, as in products with a diagonal core. An
+    # entry of a product entry by entry counts as one that is moved. So does one of a matrix product
+    # that must be transposed; where there are tokens, inputs would have to be instead. The
+    # gradients count as well, of both parts but of what is frozen.
     count = len(terms)
     trained = sum(1 << place for place in range(count) if place not in frozen)
     kept: list[frozenset[int]] = []

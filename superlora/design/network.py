@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from superlora.design.contraction import TOKENS, Contraction, Cost, Labels, contract
 from superlora.grouping import Piece, cut_pieces
@@ -160,6 +160,21 @@ def _cut_text(operand: Operand) -> str:
     return f"[{', '.join(parts)}]"
 
 
+class End(NamedTuple):
+    """How a split ends.
+
+    Attributes
+    ----------
+    factor : Operand or None
+        The factor of its last mode, where it has one.
+    labels : tuple of int
+        Those that join it to the others; of the mode itself where there is no factor.
+    """
+
+    factor: Operand | None
+    labels: Labels
+
+
 class Sources:
     """Collects the sources of a network."""
 
@@ -225,7 +240,7 @@ class Factorisation:
         spec = self.layout.specs[self.group]
         return mode * spec.splits + split if spec.combine == "kronecker" else mode
 
-    def term(self, index: int) -> tuple[list[Operand], list[tuple[Operand, Labels] | Labels]]:
+    def term(self, index: int) -> tuple[list[Operand], list[End]]:
         """Return the operands of one product.
 
         Parameters
@@ -237,23 +252,20 @@ class Factorisation:
         -------
         list of Operand
             All but those of the last mode.
-        list of (Operand, labels) or labels
-            For every split the factor of its last mode and the labels that join it to the others;
-            the labels of the mode itself where it has none.
+        list of End
+            How each split ends.
         """
         for label in [label for label in self.sizes if label >= self._first]:
             del self.sizes[label]
         found: list[Operand] = []
-        last: list[tuple[Operand, Labels] | Labels] = []
+        last: list[End] = []
         for place, split in enumerate(self.layout.terms(self.group)[index]):
             own, end = self._split(place, index, split)
             found += own
             last.append(end)
         return found, last
 
-    def _split(
-        self, place: int, term: int, split: Split
-    ) -> tuple[list[Operand], tuple[Operand, Labels] | Labels]:
+    def _split(self, place: int, term: int, split: Split) -> tuple[list[Operand], End]:
         order, modes = len(split.sizes), len(split.shape)
         least, extra = divmod(modes, order)
         ends = [mode * least + min(mode, extra) for mode in range(order + 1)]
@@ -267,14 +279,14 @@ class Factorisation:
         last = f"core{order - 1}" if split.core == "train" else f"factor{order - 1}"
         own_labels = self.digits[self._digit(place, modes - 1)]
         found: list[Operand] = []
-        end: tuple[Operand, Labels] | Labels = own_labels
+        end = End(None, own_labels)
         for leaf in split.block_shapes:
             apart = leaf == last and not split.joined and order > 1
             to = self.ends if apart else self.sources
             operand = self._operand(split, place, index, leaf, digits, sizes, ranks, to)
             if apart:
                 joining = tuple(label for label in operand.labels if label not in own_labels)
-                end = operand, joining
+                end = End(operand, joining)
             else:
                 found.append(operand)
         return found, end
@@ -321,15 +333,17 @@ class Factorisation:
             axes.append((None, shape[2:], after))
         else:
             axes = [(digits[mode], sizes[mode], ()), (None, shape[1:], ranks[mode])]
-        read, cuts, labels = [], [], []
-        for own, wide, joining in axes:
+        read: list[int] = []
+        cuts: list[tuple[int, int]] = []
+        labels: list[int] = []
+        for places, wide, joining in axes:
             read += wide
-            if own is None:
+            if places is None:
                 cuts += [(0, wide[0])]
                 labels += joining
             else:
-                cuts += [self.box[digit] for digit in own]
-                labels += [label for digit in own for label in self.digits[digit]]
+                cuts += [self.box[digit] for digit in places]
+                labels += [label for digit in places for label in self.digits[digit]]
         final = tuple(self.sizes[label] for label in labels)
         mapped = self._mapped(split, place, leaf, mode)
         after_map = list(shape)
@@ -350,8 +364,8 @@ class Factorisation:
             slice(None) if (start, stop) == (0, size) else slice(start, stop)
             for (start, stop), size in zip(cuts, read, strict=True)
         )
-        digits, to = None if same else tuple(read), None if final == taken else final
-        return Operand(source, digits, cut, to, tuple(labels), frozen)
+        to = None if final == taken else final
+        return Operand(source, None if same else tuple(read), cut, to, tuple(labels), frozen)
 
     def _mapped(
         self, split: Split, place: int, leaf: str, mode: int
@@ -374,7 +388,7 @@ class Factorisation:
 
     def _join(self, index: int, output: Labels) -> Term:
         operands, last = self.term(index)
-        operands += [end[0] for end in last if _is_factor(end)]
+        operands += [end.factor for end in last if end.factor is not None]
         return self.contracted([], operands, output)
 
     def contracted(
@@ -393,15 +407,11 @@ class Factorisation:
         found = []
         for index in range(len(self.layout.terms(self.group))):
             operands, last = self.term(index)
-            operands += [end[0] for end in last if _is_factor(end)]
+            operands += [end.factor for end in last if end.factor is not None]
             weight = [(*outputs, *inputs)] if scales else []
             first = [(TOKENS, *inputs), *weight]
             found.append(self.contracted(first, operands, (TOKENS, *outputs), tokens))
         return tuple(found)
-
-
-def _is_factor(end: tuple[Operand, Labels] | Labels) -> bool:
-    return bool(end) and isinstance(end[0], Operand)
 
 
 def weight_network(layout: Layout, name: str, rows: tuple[int, int] | None = None) -> Network:
@@ -528,11 +538,8 @@ def opened_rows(layout: Layout, group: int, start: int, stop: int) -> Opened:
     return Opened(sources.all, ends.all, tuple(boxes), part.skip, part.size, tuple(ranks), forms)
 
 
-def _open_labels(last: Sequence[tuple[Operand, Labels] | Labels]) -> Labels:
-    labels = []
-    for end in last:
-        labels += end[1] if _is_factor(end) else end  # type: ignore[operator, misc]
-    return tuple(dict.fromkeys(labels))
+def _open_labels(last: Sequence[End]) -> Labels:
+    return tuple(dict.fromkeys(label for end in last for label in end.labels))
 
 
 def _completed(made: Factorisation, leading: int) -> tuple[Term, ...]:
@@ -540,7 +547,7 @@ def _completed(made: Factorisation, leading: int) -> tuple[Term, ...]:
     digits = tuple(label for digit in made.digits[leading:] for label in digit)
     found = []
     for index in range(len(made.layout.terms(made.group))):
-        operands, kept, factors = _ends(made, index)
+        _, kept, factors = _ends(made, index)
         # As many rows as are given, which are formed some at a time.
         found.append(made.contracted([(TOKENS, *kept)], factors, (TOKENS, *digits), MANY))
     return tuple(found)
@@ -551,8 +558,8 @@ def _ends(made: Factorisation, index: int) -> tuple[list[Operand], Labels, list[
     operands, last = made.term(index)
     present = {label for own in operands for label in own.labels}
     kept = tuple(label for label in _open_labels(last) if label in present)
-    factors = [end[0] for end in last if _is_factor(end)]
-    return operands, kept, factors  # type: ignore[return-value]
+    factors = [end.factor for end in last if end.factor is not None]
+    return operands, kept, factors
 
 
 def opened_products(

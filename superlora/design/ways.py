@@ -1,4 +1,4 @@
-"""How a weight's update is applied: factored or formed, and from how many tokens on. Integers only."""
+"""How a weight's update is applied, and from how many tokens on. Integers only."""
 
 from __future__ import annotations
 
@@ -264,7 +264,6 @@ def _with_switch(
 
 def _forming(layout: Layout, name: str) -> Cost:
     group = layout.grouping.pieces[name][0].group
-    rows, columns = layout.shapes[name]
     if opens_rows(layout, group):
         opened = opened_rows(layout, group, *rows_of(layout, name))
         return sum((t.contraction.cost.at(opened.rows) for t in opened.forms), opened.cost)
@@ -333,9 +332,9 @@ def check_apply(apply: object, layout: Layout | None = None) -> None:
         ]
         without = [name for name in asked if layout.application(name).factored is None]
         if without:
-            raise ValueError(_NO_PRODUCT.format(some(map(repr, without))))
+            raise ValueError(no_factored_way(some(map(repr, without))))
 
 
-def refuse_factored(name: str) -> ValueError:
-    """Return the error for one weight that has no factored way."""
-    return ValueError(_NO_PRODUCT.format(repr(name)))
+def no_factored_way(names: str) -> str:
+    """Return what is wrong where weights are to be applied factored that cannot be."""
+    return _NO_PRODUCT.format(names)

@@ -17,6 +17,7 @@ from superlora.operations import OF_BIAS, change, changes
 from superlora.supports import support_shape
 from superlora.torch.autograd import is_traced, without_autocast
 from superlora.torch.layers import bias_of, input_name, parameter_of, shape_of, weight_of
+from superlora.torch.operands import Operands
 from superlora.torch.update import Call, FormedWay, apply_way
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def _formed_linear(
     return apply_way(way, Call(x, weight, bias, tensors, (), 1.0), False)[0]
 
 
-class _Nested:
+class _Nested(Operands):
     """The leading slices of stored factors, as the operands of a support that is formed.
 
     Parameters
@@ -240,8 +241,9 @@ class _Nested:
     shared = ()
 
     def __init__(self, weight: Tensor, count: int) -> None:
+        # No part of a plan: what a formed way asks for, and no more.
         self.height, self.columns = weight.shape
-        self.own = (None,) * count
+        self.own: tuple[Any, ...] = (None,) * count
 
     def cut(self, *_: Any) -> list[Tensor]:
         """Return nothing: no tensor is shared."""

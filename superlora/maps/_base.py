@@ -316,6 +316,73 @@ class Map(abc.ABC):
         """
         return False
 
+    def normalized(self, x: Array, size: int) -> Array:
+        """Return the entries before the map as `gather` reads them.
+
+        Parameters
+        ----------
+        x : array, (before,)
+            The entries.
+        size : int
+            Entries after the map.
+
+        Returns
+        -------
+        array, (before,)
+            Scaled, so that this is its own adjoint.
+
+        Raises
+        ------
+        NotImplementedError
+            If outputs are no single inputs.
+        """
+        raise NotImplementedError(f"{type(self).__name__}() reads no single entries")
+
+    def gather(self, x: Array, size: int, start: int, stop: int) -> Array:
+        """Return some entries of F x, of inputs that are normalised already.
+
+        Parameters
+        ----------
+        x : array, (before,)
+            What `normalized` gave.
+        size : int
+            Entries after the map.
+        start, stop : int
+            Which of them.
+
+        Returns
+        -------
+        array, (stop - start,)
+            Library and dtype of `x`.
+
+        Raises
+        ------
+        NotImplementedError
+            If outputs are no single inputs.
+        """
+        raise NotImplementedError(f"{type(self).__name__}() reads no single entries")
+
+    def scatter(self, y: Array, into: Array, size: int, start: int) -> None:
+        """Add the adjoint of `gather` to a torch tensor, in place.
+
+        Parameters
+        ----------
+        y : torch.Tensor, (n,)
+            A gradient of the entries from `start` on.
+        into : torch.Tensor, (before,)
+            What is added to.
+        size : int
+            Entries after the map.
+        start : int
+            The first of them.
+
+        Raises
+        ------
+        NotImplementedError
+            If outputs are no single inputs.
+        """
+        raise NotImplementedError(f"{type(self).__name__}() reads no single entries")
+
     def product_operations(self, before: int, shape: tuple[int, int]) -> tuple[int, int]:
         """Return what `multiply` costs for each input.
 

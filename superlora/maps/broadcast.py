@@ -54,6 +54,7 @@ class Broadcast(CheckedMap):
             )
 
     def repeated(self) -> str:
+        """Return what a vector is repeated along to make a weight."""
         return self.along
 
     def fixed_entries(self, place: Place) -> int:

@@ -71,6 +71,7 @@ class Composed(CheckedMap):
         return self._of(self.first.bind(inside), self.second.bind(place))
 
     def most_between(self) -> int:
+        """Return the largest number of entries between the parts."""
         own = self.between if isinstance(self.between, int) else 0
         return max(own, super().most_between())
 

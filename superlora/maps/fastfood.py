@@ -107,6 +107,7 @@ class Fastfood(SeededMap):
     }
 
     def mixes(self, before: int, size: int) -> bool:
+        """Return whether a slice costs about as much as all entries."""
         # Of a stack of transforms a slice takes those that it meets, whole.
         return super().mixes(before, size) or before > size
 

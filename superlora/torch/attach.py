@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from superlora._backend import backend_of
 from superlora.design.ways import check_apply
 from superlora.errors import AdapterError, some
-from superlora.maps._check import check, is_own
 from superlora.frozen import each_frozen
 from superlora.init import each_factor
+from superlora.maps._check import check, is_own
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.supports import Supports, design_of

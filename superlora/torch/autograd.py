@@ -92,11 +92,8 @@ def gradients(
 
 
 def aliases(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors that are the given ones to autograd, but not what these were made of.
-
-    Inputs may depend on a factor that layers before have too: the gradient of a factor is to leave
-    that out.
-    """
+    """Return tensors that are the given ones to autograd, but not what these were made of."""
+    # Inputs may depend on a factor that layers before have too: its gradient is to leave that out.
     return [tensor.view_as(tensor) for tensor in tensors]
 
 
@@ -109,6 +106,7 @@ class Made(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Return the value."""
         ctx.make, ctx.tensors = make, tensors
         ctx.versions = _versions(tensors)
         found = make(*tensors)
@@ -117,6 +115,7 @@ class Made(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients."""
         if _versions(ctx.tensors) != ctx.versions:
             raise RuntimeError(
                 "a factor was changed in place between the forward and the backward pass"
@@ -141,11 +140,13 @@ class Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, move: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
     ) -> Tensor:
+        """Return the value."""
         ctx.move, ctx.back = move, back
         return move(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients."""
         with without_autocast(gradient.device):
             return Linear.apply(gradient, ctx.back, ctx.move), None, None  # type: ignore[no-untyped-call]
 

@@ -139,7 +139,7 @@ class Blocks(nn.Module):
                 fixed = layout.maps[piece.group]
                 before, size = layout.joint_sizes(piece.group)
                 bounds = layout.position(piece) if fixed.sliced else (0, size)
-                key = (id(fixed), before, size, bounds, device)
+                key: object = (id(fixed), before, size, bounds, device)
                 if fixed.in_place:
                     key = (piece.group, device)
                 if device.type == "meta" or key in done or not getattr(fixed, "stored", True):

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from superlora.algebra.form import with_blocks
 from superlora.errors import AdapterError
 from superlora.supports import Supports
-from superlora.algebra.form import with_blocks
 from superlora.torch.adapter import Adapter
 from superlora.torch.foreign import Matrix
 from superlora.values import check_count

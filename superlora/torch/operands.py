@@ -117,15 +117,18 @@ class SharedBlock(Shared):
         self.several = True
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
+        """Return the whole, or what this layer needs of it, and where that begins."""
         item = self.inner
         (theta,) = adapter.tensors([item.name])
         move, back = item.map.apply, item.map.adjoint
         return moved(theta, lambda x: move(x, item.size), lambda y: back(y, item.before)), 0
 
     def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
+        """Return what some rows of the support need of it."""
         return value[self.inner.start : self.inner.stop].view(self.source.shape)
 
     def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
+        """Add the adjoint of `cut` to a sum, in place."""
         sums[self.inner.start : self.inner.stop] += gradient.reshape(-1)
 
 
@@ -141,6 +144,7 @@ class SharedRows(Shared):
         self.several = opens_rows(layout, piece.group)
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
+        """Return the whole, or what this layer needs of it, and where that begins."""
         layout, index = self.layout, self.index
         opened = layout.whole_rows(self.group) if whole else self.own
         used = {operand.source for box in opened.boxes for operand in box[index].operands}
@@ -160,11 +164,13 @@ class SharedRows(Shared):
         return made(rows, [*mapped, *tensors]), 0 if whole else self.range((0, 1))[0]
 
     def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
+        """Return what some rows of the support need of it."""
         first, last = self.range(rows)
         found: Tensor = cut(value, first - start, last - first)
         return found
 
     def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
+        """Add the adjoint of `cut` to a sum, in place."""
         first, last = self.range(rows)
         sums[first - start : last - start] += gradient
 
@@ -190,6 +196,7 @@ class SharedVector(Shared):
             layout.group_network(group)
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
+        """Return the whole, or what this layer needs of it, and where that begins."""
         layout, first, fixed, size = self.layout, self.first, self.map, self.size
         names = layout.blocks_of_joint(first)
         tensors, blocks = adapter.inputs_of(names)
@@ -206,23 +213,29 @@ class SharedVector(Shared):
         part = fixed.sliced and (start, stop) != (0, size)
 
         def move(own: Tensor) -> Tensor:
-            return fixed.apply_slice(own, size, start, stop) if part else fixed.apply(own, size)
+            if not part:
+                return fixed.apply(own, size)  # type: ignore[no-any-return]
+            return fixed.apply_slice(own, size, start, stop)  # type: ignore[no-any-return]
 
         def back(own: Tensor) -> Tensor:
             if part:
                 own = torch.nn.functional.pad(own, (start, size - stop))
-            return fixed.adjoint(own, self.before)
+            y: Tensor = fixed.adjoint(own, self.before)
+            return y
 
         return moved(x, move, back), start if part else 0
 
     def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
+        """Return what some rows of the support need of it."""
         first, last = self.range(rows)
         if self.map.reads:
-            return self.map.gather(value, self.size, first, last)
+            part: Tensor = self.map.gather(value, self.size, first, last)
+            return part
         found: Tensor = cut(value, first - start, last - first)
         return found
 
     def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
+        """Add the adjoint of `cut` to a sum, in place."""
         first, last = self.range(rows)
         if self.map.reads:
             self.map.scatter(gradient, sums, self.size, first)
@@ -350,7 +363,6 @@ class Operands:
         network = self.networks[rows]
         found = form(network, [arrays[self._sources[s]] for s in network.sources], _no_vector)
         return found
-
 
 
 def _entries(term: Term) -> int:

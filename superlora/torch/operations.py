@@ -75,7 +75,7 @@ class Operations:
         site, x = self.site, self.x
         shift, of_bias = self._shift(), self._of_bias()
         weight: Tensor | None = None
-        bias = site.module.bias
+        bias = site.bias
         if fused and shift is None and not self.outer:
             weight = site.weight
             if of_bias is not None:
@@ -91,7 +91,7 @@ class Operations:
                 y = base(x + shift)
             if fused and self.outer and shift is None and not site.merged:
                 # A product without the bias would cost as much again.
-                own = site.module.bias
+                own = site.bias
                 z = y if own is None else y - own.to(y.dtype)
         own_weight = self.weight
         y = sum_output(self.sums, x, weight, bias, lambda: _own(y, x, weight, bias), own_weight)

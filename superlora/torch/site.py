@@ -140,7 +140,7 @@ class Site:
         fused = fused and module.weight.dtype in (torch.float32, torch.float64)
         if plain:
             weight = self.weight if fused else None
-            return sum_output(supports, x, weight, module.bias, lambda: self._base(*args, **kwargs))
+            return sum_output(supports, x, weight, self.bias, lambda: self._base(*args, **kwargs))
 
         def base(moved: Tensor) -> Tensor:
             if args:
@@ -179,6 +179,12 @@ class Site:
         return weight.t() if self._transposed else weight
 
     @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias, if it has one."""
+        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
+        return bias
+
+    @property
     def wrapped(self) -> bool:
         """Whether another library's forward stands in for the layer's own."""
         return self._previous is not None
@@ -197,8 +203,7 @@ class Site:
         for link in self.merged:
             if link.bare or (link.before is not None and link.before[1] is not None):
                 return None if link.before is None else link.before[1]
-        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
-        return bias
+        return self.bias
 
     @classmethod
     def bias_below(cls, module: nn.Module) -> Tensor | None:

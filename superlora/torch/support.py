@@ -256,7 +256,8 @@ def sum_output(
     rest: list[Support] = []
     for support in supports:
         owner, leaf = support.adapter._first
-        if weight is not None and owner._parameters[leaf].dtype != weight.dtype:
+        factor = owner._parameters[leaf]
+        if weight is not None and factor is not None and factor.dtype != weight.dtype:
             weight = None
     for support in supports:
         alike = support.is_formed(flat.shape[0], weight is not None)

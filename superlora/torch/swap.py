@@ -14,6 +14,7 @@ from superlora.errors import AdapterError, some
 from superlora.spec import Spec
 from superlora.supports import Supports
 from superlora.torch.adapter import Adapter
+from superlora.torch.blocks import scale_in_force
 from superlora.torch.files import DTYPES, Header, read_tensors
 from superlora.torch.headers import (
     MODEL,
@@ -28,7 +29,6 @@ from superlora.torch.headers import (
     spec_of,
     stored_shapes,
 )
-from superlora.torch.blocks import scale_in_force
 from superlora.torch.state import check_biases
 
 # The fields of a spec that decide its scale alone.

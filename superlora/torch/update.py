@@ -147,7 +147,8 @@ class Backward:
             return None
         if self.weight is None:
             return torch.zeros_like(self.x)
-        return self.gradient @ self.weight
+        found: Tensor = self.gradient @ self.weight
+        return found
 
     def take(self, found: Sequence[Tensor | None]) -> None:
         """Add gradients, one for each of the tensors."""
@@ -221,6 +222,7 @@ class FactoredWay(Way):
         return values
 
     def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+        """Return the update's part of the output, not scaled, by plain operations."""
         arrays = self._arrays(tensors, starts, x.device) if self.shared else tensors
         # No compiler is to see a number of tokens compared.
         terms = self.many if is_traced() else self._terms(x.shape[0])
@@ -232,6 +234,7 @@ class FactoredWay(Way):
         return y
 
     def forward(self, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
+        """Return the output, and what is kept for the backward pass."""
         x, weight, bias, arrays, starts, scale = call
         if self.shared:
             arrays = self._arrays(arrays, starts, x.device)
@@ -249,7 +252,7 @@ class FactoredWay(Way):
         return y, kept
 
     def _add(
-        self, path: Contraction, values: Sequence[Tensor], y: Tensor | None, scale: float
+        self, path: Contraction, values: Sequence[Tensor], y: Tensor | None, scale: Any
     ) -> Tensor:
         """Add the last contraction to the output, in the same pass where it can be."""
         step = path.steps[-1]
@@ -265,9 +268,11 @@ class FactoredWay(Way):
         found = found.reshape(-1, self.height)
         if y is not None:
             return y.add_(found, alpha=scale)
-        return found if scale == 1 else found * scale
+        scaled_alone: Tensor = found if scale == 1 else found * scale
+        return scaled_alone
 
     def backward(self, back: Backward) -> None:
+        """Gather the gradients that are asked for."""
         back.of_x = back.through_base()
         (own,) = self.operands
         arrays: Sequence[Tensor] = back.tensors
@@ -380,6 +385,7 @@ class MultipliedWay(Way):
         super().__init__(Operands(layout, name, self.network.sources, vectors=False))
 
     def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+        """Return the update's part of the output, not scaled, by plain operations."""
         (own,) = self.operands
         entries = form(self.network, [tensors[place] for place in own.places], _none)
         found: Tensor = self.map.multiply(entries.reshape(-1), x)
@@ -419,9 +425,11 @@ class FormedWay(Way):
         self.height, self.columns = operands[0].height, operands[0].columns
 
     def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+        """Return the update's part of the output, not scaled, by plain operations."""
         return linear(x, self.delta(tensors, starts, x.device).to(x.dtype))
 
     def plain(self, call: Call) -> Tensor:
+        """Return the output by operations that torch differentiates itself."""
         delta = self.delta(call.tensors, call.starts, call.x.device)
         total = delta.to(call.x.dtype) if call.weight is None else call.weight + delta
         return linear(call.x, total, call.bias)
@@ -462,6 +470,7 @@ class FormedWay(Way):
         return total
 
     def forward(self, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
+        """Return the output, and what is kept for the backward pass."""
         x, weight, bias, tensors, starts, _ = call
         if weight is None or not self._in_chunks(x):
             return self.plain(call), []
@@ -482,6 +491,7 @@ class FormedWay(Way):
             yield index * self.height // count, (index + 1) * self.height // count
 
     def backward(self, back: Backward) -> None:
+        """Gather the gradients that are asked for."""
         weight, gradient, x = back.weight, back.gradient, back.x
         whole = weight is None or back.wants_weight or not self._in_chunks(x)
         for rows in [(0, self.height)] if whole else self._chunks():
@@ -540,6 +550,7 @@ class Applied(torch.autograd.Function):
         bias: Tensor | None,
         *tensors: Tensor,
     ) -> Any:
+        """Return the output, and what is kept for the backward pass."""
         y, kept = way.forward(Call(x, weight, bias, tensors, starts, scale), True)
         ctx.way, ctx.starts, ctx.scale, ctx.has_bias = way, starts, scale, bias is not None
         ctx.shared, ctx.kept = tensors[: way.shared], len(kept)
@@ -548,12 +559,15 @@ class Applied(torch.autograd.Function):
         if not carried:
             return y
         handed = [tensor.view_as(tensor) for tensor in ctx.shared]
-        frozen = [own for own, given in zip(handed, ctx.shared, strict=True) if not given.requires_grad]
+        frozen = [
+            own for own, given in zip(handed, ctx.shared, strict=True) if not given.requires_grad
+        ]
         ctx.mark_non_differentiable(*frozen)
         return (y, *handed)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *handed: Tensor | None) -> Any:
+        """Gather the gradients that are asked for."""
         before = [*handed, *[None] * (ctx.way.shared - len(handed))]
         none: list[Tensor | None] = [None] * _FIXED
         if gradient is None:
