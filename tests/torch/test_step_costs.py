@@ -347,7 +347,7 @@ class Plain:
 
     @staticmethod
     def apply(way, starts, carried, scale, x, weight, bias, *tensors):
-        y = way.plain(x, weight, bias, tensors, starts, scale)
+        y = way.plain(update.Call(x, weight, bias, tensors, starts, scale))
         return (y, *tensors[: way.shared]) if carried else y
 
 

@@ -154,7 +154,7 @@ def test_a_scaled_weight_that_is_kept_is_noticed(monkeypatch):
         @staticmethod
         def apply(way, starts, carried, scale, x, weight, bias, *tensors):
             assert not carried
-            return way.plain(x, weight, bias, tensors, starts, scale)
+            return way.plain(update.Call(x, weight, bias, tensors, starts, scale))
 
     monkeypatch.setattr(update, "Applied", Kept)
     few, _ = added(FORMED["scale_weight"])
