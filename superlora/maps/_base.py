@@ -267,9 +267,13 @@ class Map(abc.ABC):
         int
             0 where it is made of no others.
         """
-        fields = (getattr(self, item.name) for item in dataclasses.fields(self))
-        parts = (part for own in fields for part in (own if isinstance(own, tuple) else (own,)))
-        return max((part.most_between() for part in parts if isinstance(part, Map)), default=0)
+        most = 0
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Map):
+                    most = max(most, part.most_between())
+        return most
 
     def map_mode(
         self, tensor: Array, axis: int, index: int, size: int, *, adjoint: bool = False

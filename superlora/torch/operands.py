@@ -33,7 +33,6 @@ from superlora.design.network import (
 from superlora.design.ways import opens_rows, rows_of
 from superlora.grouping import cut_pieces
 from superlora.layout import Layout
-from superlora.shapes import ceil_divide
 from superlora.torch.autograd import made, moved
 
 if TYPE_CHECKING:
@@ -102,9 +101,13 @@ def _is_mapped_once(layout: Layout, source: Source) -> bool:
 
 def _mapped_once(layout: Layout, source: Source, adapter: Blocks) -> Tensor:
     """Return the same, which is made once for all layers in a pass."""
-    if _is_mapped_once(layout, source) and adapter.scope.is_open():
-        return adapter.scope.get(("modes", source), lambda: _mapped(layout, source, adapter))
-    return _mapped(layout, source, adapter)
+    values = adapter.scope.values() if _is_mapped_once(layout, source) else None
+    if values is None:
+        return _mapped(layout, source, adapter)
+    key = ("modes", source)
+    if key not in values:
+        values[key] = _mapped(layout, source, adapter)
+    return values[key]
 
 
 class SharedBlock(Shared):
@@ -176,8 +179,9 @@ class SharedRows(Shared):
 
     def range(self, rows: Rows) -> Rows:
         """Return the opened rows that some rows of the weight lie in."""
-        start, stop = (self.offset + row * self.columns for row in rows)
-        return start // self.width, ceil_divide(stop, self.width)
+        start = self.offset + rows[0] * self.columns
+        stop = self.offset + rows[1] * self.columns
+        return start // self.width, -(-stop // self.width)
 
 
 class SharedVector(Shared):

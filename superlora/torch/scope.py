@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,8 @@ class Scope:
     """
 
     def __init__(self) -> None:
-        self._passes: dict[int, Values] = {}
-        self._kept: dict[int, Values] = {}  # over several passes, without gradients
+        self._passes: dict[int, dict[object, Values]] = {}
+        self._kept: dict[int, dict[object, Values]] = {}  # over several passes, without gradients
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_passes": {}, "_kept": {}}
@@ -65,36 +65,20 @@ class Scope:
             if before is None:
                 self._kept.pop(thread, None)
 
-    def is_open(self) -> bool:
-        """Return whether values are shared now."""
-        return not is_traced() and self._values() is not None
-
-    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """Return a shared value, made where it is not there yet."""
-        values = self._values()
-        assert values is not None
-        key = _with_mode(key)
-        if key not in values:
-            values[key] = make()
-        return values[key]
-
-    def put(self, key: Hashable, value: Tensor) -> None:
-        """Hand on a value that a layer has read."""
-        values = self._values()
-        assert values is not None
-        values[_with_mode(key)] = value
+    def values(self) -> Values | None:
+        """Return what is shared now by key, to be added to; None where nothing is shared."""
+        # What a pass made with gradients is no part of what it makes without.
+        if is_traced():
+            return None
+        thread, graded = threading.get_ident(), torch.is_grad_enabled()
+        held = None if graded else self._kept.get(thread)
+        held = self._passes.get(thread) if held is None else held
+        if held is None:
+            return None
+        found: Values = held.setdefault((graded, torch.is_inference_mode_enabled()), {})
+        return found
 
     def clear(self) -> None:
         """Forget all that was made."""
         for values in (*self._passes.values(), *self._kept.values()):
             values.clear()
-
-    def _values(self) -> Values | None:
-        thread = threading.get_ident()
-        if thread in self._kept and not torch.is_grad_enabled():
-            return self._kept[thread]
-        return self._passes.get(thread)
-
-
-def _with_mode(key: Hashable) -> Hashable:
-    return key, torch.is_grad_enabled(), torch.is_inference_mode_enabled()

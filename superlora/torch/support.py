@@ -13,7 +13,8 @@ from superlora.algebra.form import joint_entries
 from superlora.design.ways import FORMED
 from superlora.supports import ADD
 from superlora.torch.autograd import autocasts, is_traced, without_autocast
-from superlora.torch.operands import Operands, Shared, formed_operands
+from superlora.torch.operands import Operands, formed_operands
+from superlora.torch.scope import Values
 from superlora.torch.update import (
     Call,
     FactoredWay,
@@ -81,7 +82,7 @@ class Support:
 
     def given(
         self, operands: Operands, device: torch.device
-    ) -> tuple[list[Tensor], tuple[int, ...], bool]:
+    ) -> tuple[list[Tensor], tuple[int, ...], Values | None]:
         """Return the tensors that operands are made of.
 
         Parameters
@@ -97,8 +98,8 @@ class Support:
             First those that layers may share, then blocks.
         tuple of int
             For each of the first where it begins in the whole that layers share.
-        bool
-            Whether they are such wholes, to be handed on to the next layer.
+        dict, or None
+            Where such wholes are kept, to be handed on to the next layer.
         """
         adapter = self.adapter
         owners = operands.owners
@@ -111,14 +112,18 @@ class Support:
                 assert block is not None
                 blocks.append(block if block.device == device else block.to(device))
         if not operands.shared:
-            return blocks, (), False
-        carried = operands.shares and adapter.scope.is_open()
-        pairs = [
-            (_whole(adapter, each), 0) if carried and each.several else each.make(adapter, False)
-            for each in operands.shared
-        ]
+            return blocks, (), None
+        values = adapter.scope.values() if operands.shares else None
+        pairs: list[tuple[Tensor, int]] = []
+        for each in operands.shared:
+            if values is None or not each.several:
+                pairs.append(each.make(adapter, False))
+                continue
+            if each.key not in values:
+                values[each.key] = each.make(adapter, True)[0]
+            pairs.append((values[each.key], 0))
         starts = tuple([start for _, start in pairs])
-        return [*[tensor for tensor, _ in pairs], *blocks], starts, carried
+        return [*[tensor for tensor, _ in pairs], *blocks], starts, values
 
     def is_formed(self, tokens: int, fused: bool) -> bool:
         """Return whether the support is best formed for so many inputs."""
@@ -157,26 +162,22 @@ class Support:
         way = self.way
         assert way is not None
         operands = way.operands[0]
-        tensors, starts, carried = self.given(operands, x.device)
+        tensors, starts, values = self.given(operands, x.device)
         if base is not None:
             tensors = [*tensors, base]
         if weight is None:
             dtype = tensors[0].dtype
             if autocasts(x.device):
-                dtype, carried = torch.get_autocast_dtype(x.device.type), False
+                dtype, values = torch.get_autocast_dtype(x.device.type), None
             tensors = [tensor.to(dtype) for tensor in tensors]
             x = x.to(dtype)
         scale = self.number if torch.compiler.is_compiling() else self.scale
-        y, handed = apply_way(way, Call(x, weight, bias, tensors, starts, scale), carried)
-        if carried:
-            self.hand_on(operands, handed)
+        y, handed = apply_way(
+            way, Call(x, weight, bias, tensors, starts, scale), values is not None
+        )
+        if values is not None and handed:
+            _hand_on(operands, values, handed)
         return y
-
-    def hand_on(self, operands: Operands, handed: Sequence[Tensor]) -> None:
-        """Give the scope what the layer has read of it, for the next layer."""
-        for each, tensor in zip(operands.shared, handed, strict=False):
-            if each.several:
-                self.adapter.scope.put(each.key, tensor)
 
     def form(self, device: torch.device) -> Tensor:
         """Return the support tensor itself, the scale multiplied in; autocasting must be off."""
@@ -216,8 +217,11 @@ def _owners(adapter: Blocks, operands: Operands) -> list[tuple[nn.Module, str, b
     return [(*adapter.place(block), block in layout.frozen) for block in blocks]
 
 
-def _whole(adapter: Blocks, each: Shared) -> Tensor:
-    return adapter.scope.get(each.key, lambda: each.make(adapter, True)[0])
+def _hand_on(operands: Operands, values: Values, handed: Sequence[Tensor]) -> None:
+    """Keep what a layer has read, for the next layer."""
+    for each, tensor in zip(operands.shared, handed, strict=True):
+        if each.several:
+            values[each.key] = tensor
 
 
 def sum_output(
@@ -302,14 +306,14 @@ def _formed_product(
     shared: list[Tensor] = []
     blocks: list[Tensor] = []
     starts: tuple[int, ...] = ()
-    carried: list[bool] = []
+    kept: list[Values | None] = []
     for support in supports:
-        tensors, own_starts, own_carried = support.given(support.formed, x.device)
+        tensors, own_starts, values = support.given(support.formed, x.device)
         count = len(own_starts)
         shared += tensors[:count]
         blocks += tensors[count:]
         starts += own_starts
-        carried.append(own_carried)
+        kept.append(values)
     scaling = [support.scales for support in supports]
     if any(scaling):
         assert own_weight is not None
@@ -321,10 +325,10 @@ def _formed_product(
         min([support.rows for support in supports]),
     )
     call = Call(x, weight, bias, [*shared, *blocks], starts, 1.0)
-    y, handed = apply_way(way, call, any(carried))
-    for support, own_carried in zip(supports, carried, strict=True) if handed else ():
+    y, handed = apply_way(way, call, any([values is not None for values in kept]))
+    for support, values in zip(supports, kept, strict=True) if handed else ():
         count = len(support.formed.shared)
-        if own_carried:
-            support.hand_on(support.formed, handed[:count])
+        if values is not None:
+            _hand_on(support.formed, values, handed[:count])
         handed = handed[count:]
     return y

@@ -86,8 +86,39 @@ def assert_same(found, expected, times=1.0):
 def kept(adapter):
     """List the values that an adapter holds for its layers."""
     scope = adapter.scope
-    held = [*scope._passes.values(), *scope._kept.values()]
+    passes = [*scope._passes.values(), *scope._kept.values()]
+    held = [values for own in passes for values in own.values()]
     return [value for values in held for value in values.values()]
+
+
+class Watched(dict):
+    """Values that tell of each that is put among them."""
+
+    def __init__(self, tell):
+        super().__init__()
+        self.tell = tell
+
+    def __setitem__(self, key, value):
+        self.tell(value)
+        super().__setitem__(key, value)
+
+
+def watch_kept(monkeypatch, tell):
+    """Tell of every value that layers share, when it is made and when it is handed on."""
+    original = Scope.values
+
+    def values(self):
+        found = original(self)
+        if found is None or isinstance(found, Watched):
+            return found
+        for held in (*self._passes.values(), *self._kept.values()):
+            for mode, own in held.items():
+                if own is found:
+                    held[mode] = Watched(tell)
+                    return held[mode]
+        raise AssertionError("values that no pass holds")
+
+    monkeypatch.setattr(Scope, "values", values)
 
 
 def count_made(monkeypatch):
@@ -297,14 +328,7 @@ def test_no_value_outlives_its_use(monkeypatch, key):
     """A graph that holds itself is seen by no collector: one vector a step would be left."""
     model, adapter, x = make_pair(key)
     alive = []
-    original = Scope.get
-
-    def get(self, key, make):
-        found = original(self, key, make)
-        alive.append(weakref.ref(found))
-        return found
-
-    monkeypatch.setattr(Scope, "get", get)
+    watch_kept(monkeypatch, lambda value: alive.append(weakref.ref(value)))
     gc.collect()
     gc.disable()
     try:
@@ -467,7 +491,7 @@ def test_what_makes_it_is_called_once_a_pass(monkeypatch, key):
 
 
 def test_sharing_that_is_none_is_noticed(monkeypatch, made):
-    monkeypatch.setattr(Scope, "get", lambda self, key, make: make())
+    monkeypatch.setattr(Scope, "values", lambda self: {})
     model, _, x = make_pair("fastfood")
     made.clear()
     model(x)
@@ -672,7 +696,7 @@ def test_a_block_that_keeps_values_ends_with_an_error():
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert not kept(adapter)
-    assert not adapter.scope.is_open()
+    assert adapter.scope.values() is None
 
 
 def test_what_a_thread_keeps_no_other_reads():
@@ -690,7 +714,7 @@ def test_what_a_thread_keeps_no_other_reads():
     thread.start()
     assert inside.wait(20)
     with torch.no_grad():
-        assert not adapter.scope.is_open()
+        assert adapter.scope.values() is None
         for factor in adapter.parameters():
             factor.mul_(2)
         assert_near(model(x), plain(model, adapter, lambda: model(x)))
@@ -723,13 +747,7 @@ def test_what_is_made_of_frozen_factors_has_no_gradient(monkeypatch, key):
     model, adapter, x = make_pair(key)
     adapter.requires_grad_(False)
     handed = []
-    original = Scope.put
-
-    def put(self, key, value):
-        handed.append(value.requires_grad)
-        original(self, key, value)
-
-    monkeypatch.setattr(Scope, "put", put)
+    watch_kept(monkeypatch, lambda value: handed.append(value.requires_grad))
     x.requires_grad_()
     written = []
     for trained in (False, True):
