@@ -22,7 +22,7 @@ from superlora.design.network import (
     opened_rows,
     weight_network,
 )
-from superlora.design.ways import Application, application, rows_of
+from superlora.design.ways import Application, application, opens_rows, rows_of
 from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
 from superlora.inner import Inner, inner_vectors
@@ -122,6 +122,8 @@ class Layout:
         self.maps: tuple[Map, ...] = self._bind(designs)
         self._applications: dict[str, Application] = {}
         self._whole_rows: dict[int, Opened] = {}
+        self._opens_rows: dict[int, bool] = {}
+        self._mixed_once: dict[int, bool] = {}
         self._group_networks: dict[int, Network] = {}
         check_frozen(self)
         if any(own.factor_map is not None for own in designs):
@@ -240,6 +242,23 @@ class Layout:
         if group not in self._group_networks:
             self._group_networks[group] = group_network(self, group)
         return self._group_networks[group]
+
+    def opens_rows(self, group: int) -> bool:
+        """Return whether the weights of a group are cut from rows that are opened once for all."""
+        if group not in self._opens_rows:
+            self._opens_rows[group] = opens_rows(self, group)
+        return self._opens_rows[group]
+
+    def is_mixed_once(self, first: int) -> bool:
+        """Return whether it pays to make at once what a map makes for several weights."""
+        if first not in self._mixed_once:
+            names = {name for group in self.joint(first) for name in self.grouping.members[group]}
+            least = min(math.prod(self.shapes[name]) for name in names)
+            mixed = self.maps[first].reads or self.maps[first].mixes(
+                self.joint_sizes(first)[0], least
+            )
+            self._mixed_once[first] = mixed and len(names) > 1
+        return self._mixed_once[first]
 
     def whole_rows(self, group: int) -> Opened:
         """Return all opened rows of a group that its weights are cut from."""

@@ -16,7 +16,7 @@ from superlora.algebra.form import (
     weight_deltas,
 )
 from superlora.design.network import Network
-from superlora.design.ways import check_apply, no_factored_way
+from superlora.design.ways import Application, check_apply, no_factored_way
 from superlora.errors import some
 from superlora.frozen import frozen_blocks
 from superlora.init import init_factors
@@ -299,7 +299,9 @@ class Plan(Planned):
             None if axes.stack else bias,
             {op: self._matrix(factors, name, scale) for op, name in own},
         )
-        return backend_of(weight).reshape(merged, axes.shape), bias if found is None else found
+        if found is None and bias is not None:
+            found = backend_of(bias).copy(bias)
+        return backend_of(weight).reshape(merged, axes.shape), found
 
     def apply(
         self,
@@ -359,6 +361,9 @@ class Plan(Planned):
                 f"shape {tuple(x.shape)}"
             )
         found = self.layout.application(name)
+        # The support of a scaled weight meets inputs beside the weight alone.
+        if found.factored is not None and found.factored.base is not None:
+            found = Application(None, found.forming, {})
         if apply == "factored" and found.factored is None:
             raise ValueError(no_factored_way(repr(name)))
         if not found.formed(math.prod(x.shape[:-1]), apply):

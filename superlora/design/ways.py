@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -222,7 +221,7 @@ def _factored(layout: Layout, name: str) -> Factored | None:
         cost = Cost(0, 0, *layout.maps[group].product_operations(item.before, (rows, columns)))
         return Factored((), None, (columns,), (), (), 0, (cost, cost))
     span = row_slice(layout, name)
-    shared = opens_rows(layout, group)
+    shared = layout.opens_rows(group)
     direct = None if shared and span is not None else direct_network(layout, name)
     if direct is not None and _fits(layout, name, direct.few, direct.many):
         return _with_switch(direct.sources, None, direct.inputs, direct.few, direct.many, Cost())
@@ -257,14 +256,14 @@ def _with_switch(
     base: Shape | None = None,
 ) -> Factored:
     costs = tuple(sum((t.contraction.cost for t in terms), before) for terms in (few, many))
-    switch = _first(lambda tokens: costs[1].of(tokens) < costs[0].of(tokens))
+    switch = _crossing(costs[1], costs[0])
     switch = _MOST_TOKENS if switch is None else switch
     return Factored(sources, opened, inputs, few, many, switch, (costs[0], costs[1]), lead, base)
 
 
 def _forming(layout: Layout, name: str) -> Cost:
     group = layout.grouping.pieces[name][0].group
-    if opens_rows(layout, group):
+    if layout.opens_rows(group):
         opened = opened_rows(layout, group, *rows_of(layout, name))
         return sum((t.contraction.cost.at(opened.rows) for t in opened.forms), opened.cost)
     total = weight_network(layout, name).cost
@@ -291,18 +290,19 @@ def _bound(
         each += entries * (2 if trained else 1)
     formed = once + Cost(0, 0, each, 0 if fused else rows + columns)
     passes = 3 if trained else 1
-    return _first(lambda tokens: formed.of(tokens) < passes * found.cost(tokens))
+    few, many = (_crossing(formed, cost * passes) for cost in found.costs)
+    if few is not None and few < found.switch:
+        return few
+    return None if many is None else max(many, found.switch)
 
 
-def _first(holds: Callable[[int], bool]) -> int | None:
-    """Return the least number of tokens for which something holds that then holds for more."""
-    if not holds(_MOST_TOKENS):
-        return None
-    low, high = 0, _MOST_TOKENS
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
+def _crossing(one: Cost, other: Cost) -> int | None:
+    """Return from how many tokens on one way costs less than another."""
+    gap = one.of(0) - other.of(0)
+    slope = other.of(1) - other.of(0) - (one.of(1) - one.of(0))
+    if slope > 0:
+        return max(0, gap // slope + 1)
+    return 0 if slope == 0 and gap < 0 else None
 
 
 def check_apply(apply: object, layout: Layout | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -176,7 +176,9 @@ class Blocks(nn.Module):
             If the adapter has no layer of that name.
         """
         device = self._device(name)
-        with without_autocast(device):
+        # The same bits as where layers share what they are cut from.
+        shared = nullcontext() if self.scope.values() is not None else self.scope.opened()
+        with without_autocast(device), shared:
             found = self.supports[name].form(device)
         # What the caller changes must be no factor: a support of one block alone may be one.
         return found * 1.0

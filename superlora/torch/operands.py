@@ -30,7 +30,7 @@ from superlora.design.network import (
     opened_rows,
     weight_network,
 )
-from superlora.design.ways import opens_rows, rows_of
+from superlora.design.ways import rows_of
 from superlora.grouping import cut_pieces
 from superlora.layout import Layout
 from superlora.torch.autograd import made, moved
@@ -144,7 +144,7 @@ class SharedRows(Shared):
         self.offset, self.columns = piece.start, layout.shapes[name][1]
         self.width = layout.groups[piece.group].fold[-1]
         self.key = ("rows", piece.group, index)
-        self.several = opens_rows(layout, piece.group)
+        self.several = layout.opens_rows(piece.group)
 
     def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
         """Return the whole, or what this layer needs of it, and where that begins."""
@@ -192,10 +192,7 @@ class SharedVector(Shared):
         self.map = layout.maps[first]
         self.before, self.size = layout.joint_sizes(first)
         self.key = ("vector", first)
-        names = {name for group in layout.joint(first) for name in layout.grouping.members[group]}
-        least = min(math.prod(layout.shapes[name]) for name in names)
-        mixed = self.map.reads or self.map.mixes(self.before, least)
-        self.several = mixed and len(names) > 1
+        self.several = layout.is_mixed_once(first)
         for group in layout.joint(first):  # no compiler is to see it found
             layout.group_network(group)
 
@@ -392,7 +389,7 @@ def _shared_block(layout: Layout, source: Source) -> Shared | None:
 def formed_operands(layout: Layout, name: str) -> Operands:
     """Return the operands of a support that is formed."""
     group = layout.grouping.pieces[name][0].group
-    if opens_rows(layout, group):
+    if layout.opens_rows(group):
         rows = opened_rows(layout, group, *rows_of(layout, name))
         return Operands(layout, name, rows.ends, rows)
     return Operands(layout, name, weight_network(layout, name).sources)

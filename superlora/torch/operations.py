@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from superlora import operations
 from superlora.operations import OF_BIAS
 from superlora.supports import ADD
-from superlora.torch.autograd import without_autocast
+from superlora.torch.autograd import autocasts, without_autocast
 from superlora.torch.support import Support, product, sum_output
 
 if TYPE_CHECKING:
@@ -75,9 +75,10 @@ class Operations:
         site, x = self.site, self.x
         shift, of_bias = self._shift(), self._of_bias()
         weight: Tensor | None = None
-        bias = site.bias
-        if fused and shift is None and not self.outer:
-            weight = site.weight
+        bias = site.bias if site.merged else self.bias
+        fusing = fused and shift is None and not self.outer and not autocasts(x.device)
+        if fusing and self.sums:
+            weight = site.weight if site.merged else self.weight
             if of_bias is not None:
                 bias, of_bias = of_bias if bias is None else bias + of_bias, None
         y: Tensor | None = None
@@ -95,7 +96,9 @@ class Operations:
                 z = y if own is None else y - own.to(y.dtype)
         own_weight = self.weight
         y = sum_output(self.sums, x, weight, bias, lambda: _own(y, x, weight, bias), own_weight)
-        return self._finished(y, z, of_bias)
+        if self.outer or self.repeated:
+            y = self._finished(y, z)
+        return y if of_bias is None else y + of_bias.to(y.dtype)
 
     def added(self) -> Tensor:
         """Return what `output` adds to the layer's own output."""
@@ -104,9 +107,11 @@ class Operations:
         y = x.new_zeros(*x.shape[:-1], self.weight.shape[0])
         y = y if shift is None else self._times(shift)
         y = sum_output(self.sums, x, None, None, lambda: y, self.weight)
-        return self._finished(y, None, of_bias)
+        y = self._finished(y, None)
+        return y if of_bias is None else y + of_bias.to(y.dtype)
 
-    def _finished(self, y: Tensor, z: Tensor | None, of_bias: Tensor | None) -> Tensor:
+    def _finished(self, y: Tensor, z: Tensor | None) -> Tensor:
+        """Add what is made of the base's outputs, and vectors that are repeated."""
         for own in self.outer:
             # Made of the base's outputs without its bias, `z` if they are known.
             z = self._times(self.x) if z is None else z
@@ -119,7 +124,7 @@ class Operations:
                 y = y + (x * vector).sum(-1, keepdim=True).to(y.dtype)
             else:
                 y = y + (x.sum(-1, keepdim=True) * vector).to(y.dtype)
-        return y if of_bias is None else y + of_bias.to(y.dtype)
+        return y
 
     def _times(self, x: Tensor) -> Tensor:
         return linear(x, self.weight.to(x.dtype))

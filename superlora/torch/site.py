@@ -126,18 +126,23 @@ class Site:
                 return divided.output(self, x, *args, **kwargs)
         supports: list[Support] = []
         plain = True
+        module = self.module
+        dtype = module.weight.dtype
+        # In half precision the sum with the weight would round a small update away.
+        wide = dtype in (torch.float32, torch.float64)
         for link in self.links:
             if link.adapter.merged or link.adapter._disabled:
                 continue
+            owner, leaf = link.adapter._first
+            factor = owner._parameters[leaf]
+            wide = wide and factor is not None and factor.dtype == dtype
             for support in link.supports:
                 supports.append(support)
                 plain = plain and support.plain
         if not supports:
             return self._base(*args, **kwargs)
-        module = self.module
         fused = self._plainly and len(args) + len(kwargs) == 1 and self._previous is None
-        # In half precision the sum with the weight would round a small update away.
-        fused = fused and module.weight.dtype in (torch.float32, torch.float64)
+        fused = fused and wide
         if plain:
             weight = self.weight if fused else None
             return sum_output(supports, x, weight, self.bias, lambda: self._base(*args, **kwargs))

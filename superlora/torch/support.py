@@ -60,12 +60,15 @@ class Support:
         group = layout.grouping.pieces[name][0].group
         of_weight = self.operation in (ADD, "scale_weight")
         self.along = layout.maps[group].repeated() if of_weight else ""
+        # Whether it is an update of the weight, and no repeated vector.
+        self.plain = self.operation == ADD and not self.along
+        self.scales = self.operation == "scale_weight"
         self.scale: float = 1.0
         self.number = torch.empty(0)
         self.application = layout.application(name)
         self.formed = formed_operands(layout, name)
         self.way: Way | None = None
-        if layout.multiplies(name):
+        if layout.multiplies(name) and not self.scales:
             self.way = MultipliedWay(layout, name)
         elif self.application.factored is not None:
             self.way = FactoredWay(layout, name, self.application.factored)
@@ -75,10 +78,6 @@ class Support:
         mixed = self.formed.first and self.formed.rows is None
         # How many rows are best formed at once; 0 for all of them.
         self.rows = 0 if copied or mixed else max(1, _CHUNK // self.shape[1])
-
-        # Whether it is an update of the weight, and no repeated vector.
-        self.plain = self.operation == ADD and not self.along
-        self.scales = self.operation == "scale_weight"
 
     def given(
         self, operands: Operands, device: torch.device
@@ -258,11 +257,6 @@ def sum_output(
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     formed: list[Support] = []
     rest: list[Support] = []
-    for support in supports:
-        owner, leaf = support.adapter._first
-        factor = owner._parameters[leaf]
-        if weight is not None and factor is not None and factor.dtype != weight.dtype:
-            weight = None
     for support in supports:
         alike = support.is_formed(flat.shape[0], weight is not None)
         (formed if alike else rest).append(support)

@@ -111,7 +111,8 @@ def test_merging_adds_the_update(name):
     bias = numpy.ones(shape[:2] if name == "experts" else shape[:1])
     merged, same = plan.merge(factors, name, weight, bias)
     numpy.testing.assert_allclose(merged, weight + plan.delta(factors, name))
-    assert same is bias
+    numpy.testing.assert_array_equal(same, bias)
+    assert same is not bias
     with pytest.raises(ValueError, match="weight must have shape"):
         plan.merge(factors, name, weight.reshape(KINDS[name].matrix))
 

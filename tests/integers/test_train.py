@@ -62,7 +62,6 @@ def test_an_integer_is_lowered_to_the_largest_rank_of_such_a_train(sizes):
 def test_a_train_has_no_factors_and_its_last_mode_no_rank():
     (split,) = sl.Plan(train(rank=2, order=3), {"q": (6, 4)}).layout.groups[0].splits
     assert split.factored == (False, False, False)
-    assert split.last == (4, 4, False)
     assert not split.joined
     assert not split.capped
 
@@ -96,7 +95,6 @@ def test_a_train_of_lower_order_than_the_fold_has_its_own_modes():
     assert train_split.sizes == (6, 4)
     assert train_split.shape == cp.shape == (2, 3, 4)
     assert train_split.joined
-    assert train_split.last == (4, 4, False)
     assert plan.factor_shapes["0.0.core1"] == (2, 4, 1)
 
 

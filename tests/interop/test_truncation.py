@@ -89,7 +89,7 @@ def test_the_update_is_not_formed_where_the_fold_is_aligned(monkeypatch, tmp_pat
         raise AssertionError("an update was formed")
 
     monkeypatch.setattr("superlora.plan.weight_delta", forbidden)
-    monkeypatch.setattr(slt.Adapter, "form", forbidden)
+    monkeypatch.setattr(slt.Adapter, "delta", forbidden)
     adapter.to_peft(tmp_path, rank=2)
 
 

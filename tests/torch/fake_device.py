@@ -1,7 +1,7 @@
 """Every preset, forward and backward, on a device that does not exist; run in a process of its own.
 
-Tensors are fake: they have a device, a shape and a dtype, and an operation of tensors on two devices
-raises. So nothing of an adapter stays on the CPU.
+Tensors are fake: they have a device, a shape and a dtype, and an operation of tensors on two
+devices raises. So nothing of an adapter stays on the CPU.
 """
 
 import os
@@ -20,7 +20,7 @@ DEVICE = "fakegpu"
 
 
 def specs():
-    """Return every preset that reads no weight's values, with settings that fit four 16 x 16 weights."""
+    """Yield every preset that reads no weight's values, set to fit four 16 x 16 weights."""
     sizes = {
         "c3a": {"block": 4},
         "cdka": {"rows": 2, "columns": 4},
