@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING
 
 from superlora import maps, operations, presets
-from superlora.design.axes import Axes
+from superlora.algebra.kronecker import kronecker
+from superlora.algebra.tucker import tucker
+from superlora.axes import Axes
 from superlora.errors import AdapterError
 from superlora.folding import fold_group, unfold_group
-from superlora.kronecker import kronecker
 from superlora.plan import Plan
 from superlora.presets import (
     bitfit,
@@ -48,7 +49,6 @@ from superlora.presets import (
 )
 from superlora.spec import Spec
 from superlora.supports import OPERATIONS, support_shape
-from superlora.tucker import tucker
 from superlora.walsh_hadamard import fwht
 
 if TYPE_CHECKING:

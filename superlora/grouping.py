@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from superlora.design.axes import Axes
+from superlora.axes import Axes
 from superlora.shapes import Shape, ceil_divide
 from superlora.values import check_count
 

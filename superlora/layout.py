@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from superlora.axes import Axes
 from superlora.block_rules import check_frozen, unit_modes_of
-from superlora.design.axes import Axes
 from superlora.design.network import (
     Network,
     Opened,

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from superlora.design.axes import Axes
+from superlora.axes import Axes
 from superlora.errors import some
 from superlora.spec import Spec
 from superlora.supports import ADD, Supports, support_axes

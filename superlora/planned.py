@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from superlora.axes import Axes
 from superlora.describe import describe
-from superlora.design.axes import Axes
 from superlora.layout import Layout
 from superlora.spec import Spec
 from superlora.supports import Supports

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from superlora.design.axes import Axes
+from superlora.axes import Axes
 from superlora.spec import Spec
 
 ADD = "add_weight"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from superlora._backend import Array, backend_of, eye
+from superlora.algebra.kronecker import kronecker
 from superlora.algebra.run import run
 from superlora.design.network import (
     Network,
@@ -19,7 +20,6 @@ from superlora.design.network import (
 )
 from superlora.design.ways import Factored, row_pair
 from superlora.folding import ravel
-from superlora.kronecker import kronecker
 from superlora.layout import Layout
 from superlora.maps import Map
 
