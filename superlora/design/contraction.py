@@ -22,7 +22,7 @@ TOKENS = -1
 # and GPUs alike. It ranks ways to apply an update; no result depends on it.
 BALANCE = 16
 # Up to as many operands all orders are tried.
-_SEARCHED_WHOLLY = 9
+_SEARCHED_WHOLLY = 7
 
 
 @dataclass(frozen=True)
