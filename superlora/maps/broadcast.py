@@ -53,8 +53,7 @@ class Broadcast(CheckedMap):
                 f"along must be one of ('all', 'inputs', 'outputs'): got {self.along!r}"
             )
 
-    def repeated(self) -> str:
-        """Return what a vector is repeated along to make a weight."""
+    def repeated(self) -> str:  # noqa: D102  (inherited)
         return self.along
 
     def fixed_entries(self, place: Place) -> int:

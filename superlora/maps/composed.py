@@ -70,8 +70,7 @@ class Composed(CheckedMap):
         inside = place if self.between == "after" else part_of(place)
         return self._of(self.first.bind(inside), self.second.bind(place))
 
-    def most_between(self) -> int:
-        """Return the largest number of entries between the parts."""
+    def most_between(self) -> int:  # noqa: D102  (inherited)
         own = self.between if isinstance(self.between, int) else 0
         return max(own, super().most_between())
 

@@ -106,8 +106,7 @@ class Fastfood(SeededMap):
         "stored": (True, False),
     }
 
-    def mixes(self, before: int, size: int) -> bool:
-        """Return whether a slice costs about as much as all entries."""
+    def mixes(self, before: int, size: int) -> bool:  # noqa: D102  (inherited)
         # Of a stack of transforms a slice takes those that it meets, whole.
         return super().mixes(before, size) or before > size
 

@@ -117,12 +117,10 @@ class Fourier(PlacedMap):
         """
         return 2 * before * position_type(size).itemsize
 
-    def multiplies(self, shape: tuple[int, int]) -> bool:
-        """Return whether the transform has a weight's axes."""
+    def multiplies(self, shape: tuple[int, int]) -> bool:  # noqa: D102  (inherited)
         return self.shape == shape
 
-    def product_operations(self, before: int, shape: tuple[int, int]) -> tuple[int, int]:
-        """Return what `multiply` costs for each input."""
+    def product_operations(self, before: int, shape: tuple[int, int]) -> tuple[int, int]:  # noqa: D102  (inherited)
         butterflies = sum(size * size.bit_length() for size in shape)
         return 8 * butterflies, 2 * sum(shape) + 5 * before
 

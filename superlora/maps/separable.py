@@ -123,8 +123,7 @@ class Separable(CheckedMap):
             )
         return self if inner is self.inner else dataclasses.replace(self, inner=inner)
 
-    def check_fold(self, order: int) -> None:
-        """Refuse a fold of an order that the map cannot serve."""
+    def check_fold(self, order: int) -> None:  # noqa: D102  (inherited)
         self.check_modes(order)
         if self.before is not None:
             raise ValueError(
