@@ -136,7 +136,7 @@ def test_every_layer_costs_as_much_in_a_deeper_model():
 def test_a_product_of_its_own_for_what_scales_outputs_is_noticed(monkeypatch):
     finished = operations.Operations._finished
     monkeypatch.setattr(
-        operations.Operations, "_finished", lambda self, y, z, bias: finished(self, y, None, bias)
+        operations.Operations, "_finished", lambda self, y, z: finished(self, y, None)
     )
     assert "flops a token" in exceeded(*CASES["ssf"])
 
