@@ -179,13 +179,14 @@ def at_least_single(array: Array) -> Array:
 def check_floating(name: str, array: Array) -> None:
     """Refuse an array of integers, booleans or complex numbers."""
     backend_of(array)
-    if "float" not in str(array.dtype):
-        raise TypeError(f"{name} must have a floating-point dtype: got {array.dtype}")
+    dtype = str(getattr(array.dtype, "name", array.dtype)).rpartition(".")[2]
+    if "float" not in dtype:
+        raise TypeError(f"{name} must have a floating-point dtype: got {dtype}")
 
 
 def widened(array: Array) -> Array:
-    """Return `array` in single precision if it is of half, and itself otherwise."""
-    return convert(array, backend_of(array).float32) if "float16" in str(array.dtype) else array
+    """Return `array` in single precision if it is of less, and itself otherwise."""
+    return convert(array, backend_of(array).float32) if array.dtype.itemsize < 4 else array
 
 
 def convert(array: Array, dtype: Any) -> Array:
