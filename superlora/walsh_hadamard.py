@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import operator
 import warnings
-from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy
+from scipy.linalg import hadamard
 
-from superlora._backend import Array, backend_of, convert, from_numpy, move_axis, zeros
+from superlora._backend import Array, backend_of, cast, check_floating, move_axis, widened, zeros
 
-# Blocks of so many bits are multiplied by as matrices where no compiled kernel is at hand.
-_BITS = 6
-# Bytes of a row that no kernel takes, whatever the processor.
-_LEAST_BLOCK = 256
-_SINGLE_OR_MORE = ("32", "64", "96", "128")
-
-_blocks: dict[tuple[int, Any], numpy.ndarray] = {}
-# What was found of the compiled kernels; absent until they are asked for.
-_found: dict[str, Any] = {}
+_kept = cache(hadamard)
+# Why the compiled kernels are not used, once they could not be.
+_failures: list[Exception] = []
 
 
 def next_power_of_two(n: int) -> int:
@@ -87,14 +79,14 @@ def fwht(x: Array, axis: int = -1, *, orthonormal: bool = False) -> Array:
 
     Notes
     -----
-    With numba installed, numpy arrays and torch tensors on the CPU are transformed by
-    kernels that are compiled at the first call and kept in numba's cache. From 16 MiB on
-    several threads share the work: as many as torch is set to, or for numpy arrays as there
-    are processors, at most ``NUMBA_NUM_THREADS``. All other arrays, and all that a compiler
-    traces, are multiplied by blocks of the matrix.
+    With numba installed, rows of 256 entries or more of numpy arrays and of torch tensors on
+    the CPU are transformed by kernels that are compiled at the first call and kept in numba's
+    cache. From 16 MiB on several threads share the work: as many as torch is set to, or for
+    numpy arrays as there are processors, at most ``NUMBA_NUM_THREADS``. All other arrays, and
+    all that a compiler or `torch.func` traces, are multiplied by blocks of the matrix.
 
-    In torch and jax the transform can be differentiated any number of times, in
-    either mode; outside of compilers torch keeps nothing for the backward pass.
+    In torch and jax the transform can be differentiated any number of times, in either mode.
+    Plain backward passes of torch need nothing of the forward pass, which keeps nothing.
 
     Examples
     --------
@@ -105,22 +97,16 @@ def fwht(x: Array, axis: int = -1, *, orthonormal: bool = False) -> Array:
     array([[ 1.,  1.],
            [ 1., -1.]])
     """
-    library = _library_of(x)
-    name = _float_name("x", x)
+    _check_array("x", x)
     rank = len(x.shape)
-    if rank == 0:
-        raise ValueError("x must have at least one axis: got shape ()")
-    at = _index("axis", axis)
-    if not -rank <= at < rank:
-        raise ValueError(f"axis must lie in {-rank} … {rank - 1}: got {at}")
-    n = operator.index(x.shape[at])
-    _check_power(f"x must have a power of two of entries along axis {at}", n)
-    scale = 1 / math.sqrt(n) if orthonormal else 1.0
-    at %= rank
-    if at == rank - 1:
-        return _transform(library, x, scale, name)
-    moved = _transform(library, move_axis(x, at, rank - 1), scale, name)
-    return move_axis(moved, rank - 1, at)
+    if not hasattr(axis, "__index__"):
+        raise TypeError(f"axis must be an integer: got {axis!r}")
+    if not -rank <= axis < rank:
+        raise ValueError(f"axis must lie in {-rank} … {rank - 1}: got {axis}")
+    n, at = int(x.shape[axis]), axis % rank
+    _check_power(f"x must have a power of two of entries along axis {axis}", n)
+    y = _transform(move_axis(x, at, rank - 1), n**-0.5 if orthonormal else 1.0)
+    return move_axis(y, rank - 1, at)
 
 
 def transform_padded(x: Array, n: int, scale: float = 1.0) -> Array:
@@ -158,17 +144,14 @@ def transform_padded(x: Array, n: int, scale: float = 1.0) -> Array:
     >>> transform_padded(np.array([1.0, 2.0]), 4)
     array([ 3., -1.,  3., -1.])
     """
-    library = _library_of(x)
-    name = _float_name("x", x)
-    p = _last_length("x", x)
-    d = _check_lengths("x", p, n)
+    _check_array("x", x)
+    library, p = backend_of(x), int(x.shape[-1])
+    d = _check_lengths("x must have", p, n)
     if d > p:
         x = library.concatenate([x, zeros((*x.shape[:-1], d - p), x)], axis=-1)
-    y = _transform(library, x, scale, name)
-    if d == n:
-        return y
+    y = _transform(x, scale)
     # A product, for want of a `tile` that all libraries have.
-    copies = y[..., None, :] * (zeros((n // d, 1), y) + 1.0)
+    copies = y[..., None, :] * (zeros((n // d, 1), y) + 1.0) if d < n else y
     return library.reshape(copies, (*y.shape[:-1], n))
 
 
@@ -202,47 +185,23 @@ def transform_cropped(y: Array, p: int, scale: float = 1.0) -> Array:
     >>> transform_cropped(np.array([1.0, 2.0, 3.0, 4.0]), 2)
     array([10., -2.])
     """
-    library = _library_of(y)
-    name = _float_name("y", y)
-    n = _last_length("y", y)
-    d = _check_lengths("p", p, n)
-    dtype, short = y.dtype, not name.endswith(_SINGLE_OR_MORE)
-    if short:
-        y, name = convert(y, library.float32), "float32"
+    _check_array("y", y)
+    library, n = backend_of(y), int(y.shape[-1])
+    d = _check_lengths("p must be", p, n)
+    wide = widened(y)
     if d < n:
-        y = library.sum(library.reshape(y, (*y.shape[:-1], n // d, d)), axis=-2)
-    x = _transform(library, y, scale, name)
-    if p < d:
-        x = x[..., :p]
-    return convert(x, dtype) if short else x
+        wide = library.sum(library.reshape(wide, (*y.shape[:-1], n // d, d)), axis=-2)
+    return cast(_transform(wide, scale)[..., :p], like=y)
 
 
-def _library_of(x: Array) -> Any:
+def _check_array(name: str, x: Array) -> None:
     if type(x).__module__.partition(".")[0] == "torch":
         # A compiler that meets this line first runs it, where it could not trace TensorLy's
         # own import.
         from superlora import _torch_transform  # noqa: F401
-    return backend_of(x)
-
-
-def _index(argument: str, value: object) -> int:
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{argument} must be an integer: got {value!r}") from None
-
-
-def _float_name(argument: str, x: Array) -> str:
-    name = str(getattr(x.dtype, "name", x.dtype)).rpartition(".")[2]
-    if "float" not in name:
-        raise TypeError(f"{argument} must have a floating-point dtype: got {name}")
-    return name
-
-
-def _last_length(argument: str, x: Array) -> int:
+    check_floating(name, x)
     if len(x.shape) == 0:
-        raise ValueError(f"{argument} must have at least one axis: got shape ()")
-    return operator.index(x.shape[-1])
+        raise ValueError(f"{name} must have at least one axis: got shape ()")
 
 
 def _check_power(rule: str, n: int) -> None:
@@ -250,124 +209,64 @@ def _check_power(rule: str, n: int) -> None:
         raise ValueError(f"{rule}: got {n}; the next is {next_power_of_two(max(1, n))}")
 
 
-def _check_lengths(argument: str, p: int, n: int) -> int:
+def _check_lengths(rule: str, p: int, n: int) -> int:
     """Return the length to transform for p of n entries."""
     _check_power("n must be a power of two", n)
     if not 1 <= p <= n:
-        rule = "have" if argument == "x" else "be"
-        raise ValueError(f"{argument} must {rule} 1 … {n} entries: got {p}")
+        raise ValueError(f"{rule} 1 … {n} entries: got {p}")
     return next_power_of_two(p)
 
 
-def _transform(library: Any, x: Array, scale: float, name: str) -> Array:
-    """Return ``scale H x`` along the last axis; `name` is that of the dtype of `x`."""
-    dtype, short = x.dtype, not name.endswith(_SINGLE_OR_MORE)
-    if short:
-        x = convert(x, library.float32)
-    if library.backend_name == "pytorch":
+def _transform(x: Array, scale: float) -> Array:
+    """Return ``scale H x`` along the last axis."""
+    wide, name = widened(x), backend_of(x).backend_name
+    products, compiled = partial(_multiply, scale), partial(_run_compiled, scale)
+    if name == "pytorch":
         from superlora import _torch_transform
 
-        y: Array = _torch_transform.transform(x, scale, _multiply, _run_native)
-    elif library.backend_name == "numpy":
-        y = _transform_numpy(x, scale)
-    else:
-        y = _multiply(x, scale, lambda size: _block(size, x))
-    return convert(y, dtype) if short else y
+        return cast(_torch_transform.transform(wide, products, compiled), like=x)
+    wide = numpy.asarray(wide) if name == "numpy" else wide
+    y = compiled(wide) if name == "numpy" else None
+    if y is None:
+        # The kernels do not warn of what an infinity becomes, nor do the other libraries.
+        with numpy.errstate(invalid="ignore", over="ignore"):
+            y = products(wide, lambda size: _kept(size, wide.dtype))
+    return cast(y, like=x)
 
 
-def _multiply(x: Array, scale: float, block: Callable[[int], Array]) -> Array:
+def _multiply(scale: float, x: Array, block: Any) -> Array:
     """Transform by products with blocks of the matrix, of nearly equal sizes."""
-    library = backend_of(x)
+    library, shape = backend_of(x), x.shape
     # Their ones are exact in any precision, but what they multiply is not.
     exact = {"precision": "highest"} if library.backend_name == "jax" else {}
-    shape = tuple(operator.index(size) for size in x.shape)
-    n = shape[-1]
-    rows = math.prod(shape[:-1])
-    bits = n.bit_length() - 1
-    count = 1 if bits == _BITS + 1 else -(-bits // _BITS)
-    done = 1
+    bits, done = int(shape[-1]).bit_length() - 1, 1
+    count = -(-bits // 6)
+    x = x if scale == 1.0 and bits else x * scale  # a new array, where nothing is multiplied below
     for part in range(count):
         size = 1 << (bits * (part + 1) // count - bits * part // count)
+        lines = math.prod(shape) // (size * done)
         if done == 1:
-            x = library.reshape(x, (rows * (n // size), size))
-            x = library.matmul(x, block(size), **exact)
+            x = library.matmul(library.reshape(x, (lines, size)), block(size), **exact)
         else:
-            x = library.reshape(x, (rows * (n // (size * done)), size, done))
-            x = library.matmul(block(size), x, **exact)
+            x = library.matmul(block(size), library.reshape(x, (lines, size, done)), **exact)
         done *= size
-    x = library.reshape(x, shape)
-    # One entry is not multiplied above, and the result must be new.
-    return x if scale == 1.0 and count else x * scale
+    return library.reshape(x, shape)
 
 
-def _block(size: int, like: Array) -> Array:
-    name = backend_of(like).backend_name
-    dtype = like.dtype if name in ("numpy", "jax") else numpy.float64
-    key = size, dtype
-    values = _blocks.get(key)
-    if values is None:
-        values = numpy.ones((1, 1), dtype)
-        while len(values) < size:
-            values = numpy.block([[values, values], [values, -values]])
-        _blocks[key] = values
-    # jax takes numpy's, and knows where to put them.
-    return values if name in ("numpy", "jax") else from_numpy(values, like)
-
-
-def _transform_numpy(x: numpy.ndarray, scale: float) -> numpy.ndarray:
-    x = numpy.asarray(x)
-    if x.dtype in (numpy.float32, numpy.float64):
-        whole = x.flags.c_contiguous and x.flags.aligned
-        values = x if whole else numpy.require(x, requirements=("C", "A"))
-        target = numpy.empty(values.shape, values.dtype)
-        source, place = _address(values), _address(target)
-        if _run_native(source, place, x.size, x.shape[-1], x.dtype.name, None, scale):
-            return target
-    # The kernels do not warn of what an infinity becomes, nor do the other libraries.
-    with numpy.errstate(invalid="ignore", over="ignore"):
-        result: numpy.ndarray = _multiply(x, scale, lambda size: _block(size, x))
-    return result
-
-
-def _address(x: numpy.ndarray) -> int:
-    # Half the time of x.ctypes.data.
-    return int(x.__array_interface__["data"][0])
-
-
-def _run_native(
-    source: int, target: int, count: int, n: int, name: str, threads: int | None, scale: float
-) -> bool:
-    """Write the transform of `count` entries, in rows of `n`, if the kernels can do it."""
-    number, size = (numpy.float32, 4) if name == "float32" else (numpy.float64, 8)
-    if n * size < _LEAST_BLOCK or not count:
-        return False
-    native = _found["kernels"] if "kernels" in _found else _find_native()
-    if native is None or n * size < native.BLOCK:
-        return False
+def _run_compiled(scale: float, x: numpy.ndarray, threads: int | None = None) -> Any:
+    """Return the transform by the compiled kernels, or None where they cannot do it."""
+    # Shorter rows are products with at most two small blocks.
+    if _failures or not x.size or x.shape[-1] < 256 or x.dtype not in ("float32", "float64"):
+        return None
+    y = numpy.empty(x.shape, x.dtype)
     try:
-        native.transform(source, target, count // n, n, number, scale, threads)
+        from superlora import _native_transform
+
+        _native_transform.transform(numpy.require(x, None, ["C", "A", "E"]), y, scale, threads)
+        return y
     except Exception as error:
-        _give_up(error)
-        return False
-    return True
-
-
-def _find_native() -> Any:
-    """Return the module of compiled kernels, or None."""
-    try:
-        _found["kernels"] = importlib.import_module("superlora._native_transform")
-    except Exception as error:
-        _found["kernels"] = None
-        installed = importlib.util.find_spec("numba") is not None
-        if installed and "DISABLE_JIT" not in str(error):
-            _give_up(error)
-    return _found["kernels"]
-
-
-def _give_up(error: Exception) -> None:
-    _found["kernels"] = None
-    warnings.warn(
-        f"fwht must do without its compiled kernels: got {type(error).__name__}: {error}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+        _failures.append(error)
+        if not isinstance(error, ModuleNotFoundError):
+            message = f"fwht must do without its compiled kernels: got {error!r}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return None

@@ -28,38 +28,6 @@ def run_python(code, **environment):
     return result.stdout.split()
 
 
-@needs_numba
-@pytest.mark.parametrize(
-    "features",
-    [
-        {},
-        {"avx": True},
-        pytest.param({"avx": True, "avx512f": True}, marks=pytest.mark.slow),
-    ],
-)
-def test_kernels_for_other_processors(tmp_path, features):
-    # LLVM splits the registers that this processor does not have.
-    code = f"""
-import llvmlite.binding, numpy
-class Features(dict):
-    flatten = llvmlite.binding.get_host_cpu_features().flatten
-llvmlite.binding.get_host_cpu_features = lambda: Features({features})
-from superlora import walsh_hadamard
-from superlora.walsh_hadamard import fwht
-native = walsh_hadamard._find_native()
-native._TILE = native._LONG_TILE = 2 * native.BLOCK
-x = [numpy.random.default_rng(0).standard_normal((3, 2**bits)) for bits in range(5, 16)]
-found = [fwht(v) for v in x]
-walsh_hadamard._found["kernels"] = None
-for y, v in zip(found, x):
-    numpy.testing.assert_allclose(y, fwht(v), rtol=0, atol=1e-11)
-print(native.VECTOR, native.ROWS)
-"""
-    rows = {0: "16 16", 1: "32 8", 2: "64 16"}[len(features)]
-    # These are not for the cache, which knows processors by their true features.
-    assert run_python(code, NUMBA_CACHE_DIR=str(tmp_path)) == rows.split()
-
-
 @pytest.mark.parametrize("environment", [{}, {"NUMBA_DISABLE_JIT": "1"}])
 def test_what_is_imported_and_when(environment):
     code = """
@@ -71,7 +39,7 @@ assert not {"torch", "jax", "numba"} & set(sys.modules)
 y = walsh_hadamard.fwht(numpy.ones(512))
 assert not {"torch", "jax"} & set(sys.modules)
 assert y[0] == 512 and not y[1:].any()
-print(walsh_hadamard._found.get("kernels") is not None)
+print("superlora._native_transform" in sys.modules)
 """
     used = is_installed("numba") and not environment
     assert run_python(code, **environment) == [str(used)]
@@ -87,9 +55,9 @@ importlib.util.find_spec = lambda name, *rest: None if name == "numba" else find
 import numpy
 from superlora import walsh_hadamard
 assert walsh_hadamard.fwht(numpy.ones(512))[0] == 512
-print(walsh_hadamard._found["kernels"])
+print(*map(type, walsh_hadamard._failures))
 """
-    assert run_python(code) == ["None"]
+    assert run_python(code) == ["<class", "'ModuleNotFoundError'>"]
 
 
 def test_a_broken_numba_is_told_of():
@@ -124,7 +92,7 @@ def test_a_read_only_package_is_no_error(tmp_path):
 import numpy
 from superlora import walsh_hadamard
 assert walsh_hadamard.fwht(numpy.ones(512, numpy.float32))[0] == 512
-print(walsh_hadamard._found["kernels"] is not None)
+print(walsh_hadamard._failures)
 """
     environment = {
         "PYTHONPATH": str(tmp_path),
@@ -132,4 +100,4 @@ print(walsh_hadamard._found["kernels"] is not None)
         "XDG_CACHE_HOME": str(blocked),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    assert run_python(code, **environment) == ["True"]
+    assert run_python(code, **environment) == ["[]"]
