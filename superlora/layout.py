@@ -120,6 +120,7 @@ class Layout:
         self._alike = alike
         self._shared = self._find_shared(made.shared)
         self.maps: tuple[Map, ...] = self._bind(designs)
+        self._networks: dict[str, Network] = {}
         self._applications: dict[str, Application] = {}
         self._whole_rows: dict[int, Opened] = {}
         self._opens_rows: dict[int, bool] = {}
@@ -235,7 +236,9 @@ class Layout:
 
     def network(self, name: str) -> Network:
         """Return what a weight's update is made of."""
-        return weight_network(self, name)
+        if name not in self._networks:
+            self._networks[name] = weight_network(self, name)
+        return self._networks[name]
 
     def group_network(self, group: int) -> Network:
         """Return what a group's folded tensor is made of, before its map."""

@@ -241,20 +241,7 @@ class Factorisation:
         return mode * spec.splits + split if spec.combine == "kronecker" else mode
 
     def term(self, index: int) -> tuple[list[Operand], list[End]]:
-        """Return the operands of one product.
-
-        Parameters
-        ----------
-        index : int
-            Which of the group's products.
-
-        Returns
-        -------
-        list of Operand
-            All but those of the last mode.
-        list of End
-            How each split ends.
-        """
+        """Return one product's operands but those of the last mode, and how each split ends."""
         for label in [label for label in self.sizes if label >= self._first]:
             del self.sizes[label]
         found: list[Operand] = []
@@ -415,22 +402,7 @@ class Factorisation:
 
 
 def weight_network(layout: Layout, name: str, rows: tuple[int, int] | None = None) -> Network:
-    """Return what a weight's update is made of.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    name : str
-        The weight.
-    rows : tuple of (int, int), optional
-        The first row, and the one after the last; all by default.
-
-    Returns
-    -------
-    Network
-        Of the rows, as a matrix.
-    """
+    """Return what a weight's update, or a range of its rows, is made of."""
     height, width = layout.shapes[name]
     first, last = rows or (0, height)
     sources = Sources()
@@ -498,22 +470,7 @@ class Opened:
 
 
 def opened_rows(layout: Layout, group: int, start: int, stop: int) -> Opened:
-    """Return what rows of all modes but the last are made of.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    group : int
-        A group whose map keeps the entries in place, of order 2 at least.
-    start, stop : int
-        The first row and the one after the last.
-
-    Returns
-    -------
-    Opened
-        The rows, and how they are completed by the last factors.
-    """
+    """Return what a range of rows of all modes but the last is made of."""
     order = len(layout.groups[group].fold)
     leading = layout.radices(group, order - 1)
     trailing = tuple((0, size) for size in layout.radices(group)[len(leading) :])
@@ -565,25 +522,7 @@ def _ends(made: Factorisation, index: int) -> tuple[list[Operand], Labels, list[
 def opened_products(
     layout: Layout, group: int, shape: tuple[int, int], tokens: int
 ) -> tuple[Term, ...]:
-    """Return the contractions of inputs, opened rows of a weight, and last factors.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    group : int
-        The weight's group.
-    shape : (int, int)
-        Output and input width, of which the last mode's size is a divisor.
-    tokens : int
-        For which number of tokens the order is the best.
-
-    Returns
-    -------
-    tuple of Term
-        For every term; operands are inputs (tokens, blocks, digits of the last mode), rows
-        (outputs, blocks, open labels) and last factors.
-    """
+    """Return for every term the contraction of inputs, opened rows and last factors."""
     order = len(layout.groups[group].fold)
     count = len(layout.radices(group, order - 1))
     box = tuple((0, size) for size in layout.radices(group))
@@ -622,23 +561,7 @@ class Direct:
 
 
 def direct_network(layout: Layout, name: str, *, scales: bool = False) -> Direct | None:
-    """Return a weight's network with its inputs, where the fold tells inputs from outputs.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    name : str
-        The weight.
-    scales : bool
-        Whether the weight itself, whose entries it scales, is an operand after the inputs.
-
-    Returns
-    -------
-    Direct or None
-        None where a map mixes the entries, the weight is not one box of the fold's digits, or no
-        digit can be cut between its outputs and its inputs.
-    """
+    """Return a weight's network with its inputs, where the fold tells inputs from outputs."""
     pieces = layout.grouping.pieces[name]
     rows, columns = layout.shapes[name]
     piece = pieces[0]
@@ -680,21 +603,7 @@ def direct_network(layout: Layout, name: str, *, scales: bool = False) -> Direct
 
 
 def row_slice(layout: Layout, name: str) -> tuple[int, int] | None:
-    """Return the range of a weight's rows of the leading modes, where its fold is aligned.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    name : str
-        The weight.
-
-    Returns
-    -------
-    (int, int) or None
-        None where the last mode does not divide the input width and the weight's position, where
-        a group boundary cuts the weight, or where a map mixes all entries.
-    """
+    """Return a weight's range of rows of the leading modes, where its fold is aligned."""
     pieces = layout.grouping.pieces[name]
     fold = layout.groups[pieces[0].group].fold
     width = fold[-1]

@@ -16,7 +16,6 @@ from superlora.design.network import (
     opened_products,
     opened_rows,
     row_slice,
-    weight_network,
 )
 from superlora.errors import some
 from superlora.shapes import Shape, ceil_divide
@@ -266,7 +265,7 @@ def _forming(layout: Layout, name: str) -> Cost:
     if layout.opens_rows(group):
         opened = opened_rows(layout, group, *rows_of(layout, name))
         return sum((t.contraction.cost.at(opened.rows) for t in opened.forms), opened.cost)
-    total = weight_network(layout, name).cost
+    total = layout.network(name).cost
     for piece in layout.grouping.pieces[name]:
         if not layout.in_place(piece.group):
             item, fixed = layout.groups[piece.group], layout.maps[piece.group]

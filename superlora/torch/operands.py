@@ -316,7 +316,7 @@ class Operands:
         # What all of it is where that is one term, as of a weight of its own.
         self.term: Term | None = None
         if rows is None and vectors:
-            whole = weight_network(layout, name)
+            whole = layout.network(name)
             self.networks[0, self.height] = whole  # compiled code only reads it
         if not self.shared and vectors:
             terms = list(whole.terms())
@@ -392,4 +392,4 @@ def formed_operands(layout: Layout, name: str) -> Operands:
     if layout.opens_rows(group):
         rows = opened_rows(layout, group, *rows_of(layout, name))
         return Operands(layout, name, rows.ends, rows)
-    return Operands(layout, name, weight_network(layout, name).sources)
+    return Operands(layout, name, layout.network(name).sources)

@@ -368,15 +368,7 @@ def _untaken(
 
 
 class MultipliedWay(Way):
-    """A map that multiplies inputs itself.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    name : str
-        The support.
-    """
+    """A map that multiplies inputs itself."""
 
     def __init__(self, layout: Layout, name: str) -> None:
         group = layout.grouping.pieces[name][0].group
@@ -602,24 +594,7 @@ def _differentiable(
 
 
 def apply_way(way: Way, call: Call, carried: bool) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return a layer's output, and what is handed on to the next layer.
-
-    Parameters
-    ----------
-    way : Way
-        How the update is applied.
-    call : Call
-        To what.
-    carried : bool
-        Whether the tensors that layers share are handed on.
-
-    Returns
-    -------
-    torch.Tensor, (tokens, output width)
-        The output.
-    sequence of torch.Tensor
-        The shared tensors.
-    """
+    """Return a layer's output, and the shared tensors that are handed on if they are `carried`."""
     if is_traced():
         return way.plain(call), ()
     if not torch.is_grad_enabled():
