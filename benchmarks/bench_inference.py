@@ -39,17 +39,19 @@ BASE, MERGED, UNMERGED, LORA = "base", "GLoRA merged", "GLoRA unmerged", "LoRA u
 TINY = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
 
 
-def models(rank: int, *, tiny: bool = False) -> dict[str, nn.Module]:
+def models(rank: int, device: str, *, tiny: bool = False) -> dict[str, nn.Module]:
     """Return the rows' models, all with the same base weights."""
     torch.manual_seed(0)
-    base = VisionTransformer(**(TINY if tiny else {})).requires_grad_(False).eval().fuse()
+    base = (
+        VisionTransformer(**(TINY if tiny else {})).requires_grad_(False).eval().fuse().to(device)
+    )
     found: dict[str, nn.Module] = {BASE: base}
     for name, design in (
         (MERGED, sl.glora(rank)),
         (UNMERGED, sl.glora(rank)),
         (LORA, sl.lora(rank)),
     ):
-        model = VisionTransformer(*base._sizes, fused=True).requires_grad_(False).eval()
+        model = VisionTransformer(*base._sizes, fused=True).requires_grad_(False).eval().to(device)
         model.load_state_dict(base.state_dict())
         adapter = slt.attach(model, design, targets=list(TARGETS), seed=1)
         torch.manual_seed(1)  # the same adapter, merged and unmerged
@@ -72,10 +74,10 @@ def flops(model: nn.Module, images: Tensor) -> int:
 
 
 def measure(
-    found: dict[str, nn.Module], batch: int, resolution: int, rounds: int
+    found: dict[str, nn.Module], batch: int, resolution: int, rounds: int, device: str
 ) -> list[dict[str, Any]]:
     """Return a row for each model at one batch size."""
-    images = torch.randn(batch, 3, resolution, resolution)
+    images = torch.randn(batch, 3, resolution, resolution, device=device)
 
     def forward(model: nn.Module) -> Callable[[], Any]:
         return torch.no_grad()(functools.partial(model, images))
@@ -130,23 +132,24 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, help="by default torch decides")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
     parser.add_argument("--docs", action="store_true", help="rewrite the table of the docs")
     parser.add_argument("--output", type=Path, help="folder for CSV and JSON")
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    found = models(options.rank, tiny=options.tiny)
+    found = models(options.rank, options.device, tiny=options.tiny)
     rows = [
         row
         for batch in options.batches
-        for row in measure(found, batch, options.resolution, options.rounds)
+        for row in measure(found, batch, options.resolution, options.rounds, options.device)
     ]
     print(table(rows))
     merged = {row["flops"] == base["flops"] for row, base in _beside(rows)}
     print("FLOPs of the merged model are the base's" if merged == {True} else "FLOPs differ")
     if options.docs:
-        about = measuring.facts()
+        about = measuring.facts(options.device)
         made = (
             f"{table(rows)}\n\nAt {options.resolution} px with rank {options.rank}, medians of "
             f"{options.rounds} rounds, the ratios with their quartiles; {about['threads']} threads "
@@ -154,7 +157,9 @@ def main() -> None:
         )
         PAGE.write_text(replaced(PAGE.read_text("utf-8"), "glora-inference", made), "utf-8")
     if options.output:
-        about = {"resolution": options.resolution, "rank": options.rank} | measuring.facts()
+        about = {"resolution": options.resolution, "rank": options.rank} | measuring.facts(
+            options.device
+        )
         measuring.write(options.output, "inference", rows, about)
 
 

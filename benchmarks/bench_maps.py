@@ -1,10 +1,10 @@
 """What the fixed maps cost as a group grows, and FourierFT beside PEFT's.
 
 Every map takes ``ratio`` times as many entries as it makes; ``apply`` and ``adjoint`` run on
-torch tensors on the CPU, float32, in turns with a copy of the result, medians. "kept" is what
+torch tensors, float32, in turns with a copy of the result, medians. "kept" is what
 stays in memory for the next call; nothing of it is in any file.
 
-Run: ``python benchmarks/bench_maps.py [--largest 100000000] [--threads 2] [--csv FILE]``;
+Run: ``python benchmarks/bench_maps.py [--largest 100000000] [--device cuda] [--csv FILE]``;
 ``docs/map_figures.py FILE`` draws it. The comparison with PEFT needs ``pip install peft``.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import seconds
 
 from superlora import maps
 
@@ -39,13 +40,6 @@ MAPS: dict[str, maps.Map] = {
 }
 FREQUENCIES = 1000
 WEIGHTS = ((768, 768), (1024, 1024), (4096, 1024), (4096, 4096))
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """Return the wall time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], budget: float) -> dict[str, list[float]]:
@@ -163,11 +157,13 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=10**8)
     parser.add_argument("--ratio", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds a row")
     parser.add_argument("--maps", nargs="*", choices=list(MAPS), default=list(MAPS))
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.set_default_device(options.device)
     torch.manual_seed(0)
     header = ("map", "size", "before", "apply", "adjoint", "copy", "first", "kept MB", "x copy")
     print("ms a call; 'first' draws the constants too, once; 'x copy' is apply by copy")

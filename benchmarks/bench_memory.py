@@ -65,7 +65,7 @@ def measure(row: str, how: str, layers: int, width: int, tokens: int) -> dict[st
     peak = measuring.peak_of_resident(lambda: (step(), step()))
     if how == "live":
         peak = measuring.peak_of_live_tensors(step, held)
-    way = "" if adapter is None else adapter.way("0", torch.empty(tokens, width), fused=True)
+    way = "" if adapter is None else str(adapter.plan.layout.application("0"))
     return {
         "row": row,
         "parameters": 0 if adapter is None else adapter.num_parameters,

@@ -217,18 +217,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--setting", choices=SETTINGS, default="vit")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script")
     parser.add_argument("--output", type=Path, help="folder for CSV and JSON")
     options = parser.parse_args()
     setting = SETTINGS[options.setting]
-    run = Run(setting, rounds=options.rounds, tiny=options.tiny)
+    run = Run(setting, options.device, rounds=options.rounds, tiny=options.tiny)
     results = measure(setting, run)
     print(f"{run.title}; milliseconds")
     show(results)
     if options.output:
         about = {"setting": run.title, "rounds": options.rounds}
         name = f"merge-{options.setting}"
-        measuring.write(options.output, name, results, about | measuring.facts())
+        measuring.write(options.output, name, results, about | measuring.facts(options.device))
 
 
 if __name__ == "__main__":

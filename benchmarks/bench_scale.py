@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="small models and few rounds")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path, help="folder for CSV, JSON and plots")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -39,20 +40,22 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.worker:
-        print(json.dumps(scale_step.memory_here(*options.worker)))
+        print(json.dumps(scale_step.memory_here(*options.worker, options.device)))
         return
-    about = measuring.facts()
+    about = measuring.facts(options.device)
     for part in options.parts:
         if part == "plan":
             rows = scale_plan.measure()
             scale_plan.show(rows)
         elif part == "step":
-            rows = scale_step.measure(quick=options.quick, threads=options.threads)
+            rows = scale_step.measure(options.device, quick=options.quick, threads=options.threads)
             fits = scale_step.fits(rows)
             scale_step.show(rows, fits)
             about = about | {"fits": fits, "assumptions": scale_step.ASSUMPTIONS}
         else:
-            rows = scale_swap.measure(tiny=options.quick, rounds=5 if options.quick else 25)
+            rows = scale_swap.measure(
+                options.device, tiny=options.quick, rounds=5 if options.quick else 25
+            )
             scale_swap.show(rows)
         if options.output:
             measuring.write(options.output, f"scale-{part}", rows, about)

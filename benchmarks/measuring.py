@@ -49,15 +49,20 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(over, under, strict=True)])
 
 
-def seconds(call: Callable[[], Any], wait: Callable[[], None] | None = None) -> float:
-    """Return the wall time of one call; `wait` lets a device finish."""
-    if wait is not None:
-        wait()
+def seconds(call: Callable[[], Any]) -> float:
+    """Return the wall time of one call, of a GPU in use until all its work is done."""
+    finish()
     start = time.perf_counter()
     call()
-    if wait is not None:
-        wait()
+    finish()
     return time.perf_counter() - start
+
+
+def finish() -> None:
+    """Wait for the GPU, if one is in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def in_turns(
@@ -65,7 +70,6 @@ def in_turns(
     rounds: int,
     *,
     between: Callable[[str], None] | None = None,
-    wait: Callable[[], None] | None = None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Time each call once a round, in a new order each round; `between` runs untimed before."""
@@ -77,7 +81,7 @@ def in_turns(
         for name in order:
             if between is not None:
                 between(name)
-            found[name].append(seconds(calls[name], wait))
+            found[name].append(seconds(calls[name]))
     return found
 
 

@@ -132,6 +132,25 @@ def compiled(rows: list[Row]) -> str:
     )
 
 
+def decoding(rows: list[Row]) -> str:
+    """Return the table of one layer at one token, without gradients."""
+    lines = [
+        [
+            f"{row['method']}, width {row['width']}",
+            *(number(row[key], 0) for key in ("base_us", "us", "peft_us")),
+            number(row.get("over_peft")),
+            # What is promised is promised of the first width.
+            *(
+                (number(row.get("target"), 1), WORDS[row.get("met")])
+                if row["width"] == 256
+                else ("", "")
+            ),
+        ]
+        for row in rows
+    ]
+    return table(["layer", "base, µs", "ours above it", "PEFT", "ours / PEFT", "target", ""], lines)
+
+
 def merging(rows: list[Row]) -> str:
     """Return the table of merging and of files, in milliseconds."""
 
@@ -257,6 +276,7 @@ TABLES: dict[str, dict[str, Make]] = {
     },
     "step-vit-compiled": {"step-vit-compiled": lambda found: compiled(found["rows"])},
     "step-llama-compiled": {"step-llama-compiled": lambda found: compiled(found["rows"])},
+    "decode": {"decode": lambda found: decoding(found["rows"])},
     "merge-vit": {"merge-vit": lambda found: merging(found["rows"])},
     "merge-llama": {"merge-llama": lambda found: merging(found["rows"])},
     "scale-plan": {"scale-plan": lambda found: planning(found["rows"])},

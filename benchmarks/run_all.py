@@ -32,6 +32,7 @@ def commands(options: argparse.Namespace) -> list[list[str]]:
     if options.compile:
         found += [[*command, "--compile", "--rows", COMPILED] for command in found[:2]]
     found += [["bench_merge.py", "--setting", name, *small] for name in STEPS[:2]]
+    found.append(["bench_decode.py", *small[1:]])
     found.append(["bench_scale.py", *(["--quick"] if options.quick else [])])
     return found
 

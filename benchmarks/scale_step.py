@@ -52,24 +52,24 @@ def setting(name: str) -> Setting:
     )
 
 
-def memory_here(name: str, key: str) -> dict[str, float]:
+def memory_here(name: str, key: str, device: str) -> dict[str, float]:
     """Return a row's peaks; for a process of its own."""
-    return steps.peaks(ROWS[key], Run(setting(name)))
+    return steps.peaks(ROWS[key], Run(setting(name), device))
 
 
-def measure(*, quick: bool, threads: int | None) -> list[dict[str, Any]]:
+def measure(device: str, *, quick: bool, threads: int | None) -> list[dict[str, Any]]:
     """Return a row for each size and method: time in turns, memory in fresh processes."""
     rows = []
     for width, layers in SIZES[: 3 if quick else None]:
         name = f"{width}x{layers}"
-        run = Run(setting(name), rounds=3 if quick else 7)
+        run = Run(setting(name), device, rounds=3 if quick else 7)
         entries = sum(parameter.numel() for parameter in run.base().parameters())
         for found in steps.times([ROWS[key] for key in METHODS], run):
             if "failed" in found:
                 continue
             key = f"{found['library']}: {found['method']}"
             print(f"memory of {key}, {name}", file=sys.stderr, flush=True)
-            arguments = ["--worker", name, key]
+            arguments = ["--worker", name, key, "--device", device]
             arguments += ["--threads", str(threads)] if threads else []
             peaks = measuring.in_fresh_process(arguments)
             rows.append({"model": entries, **found, **peaks})

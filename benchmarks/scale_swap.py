@@ -24,10 +24,10 @@ SWAP_MS = 5.0  # target
 ADAPTERS = 4
 
 
-def measure(*, tiny: bool, rounds: int) -> list[dict[str, Any]]:
+def measure(device: str, *, tiny: bool, rounds: int) -> list[dict[str, Any]]:
     """Return the rows that the library can run."""
     setting = SETTINGS["vit"]
-    base = Run(setting, tiny=tiny).base().eval()
+    base = Run(setting, device, tiny=tiny).base().eval()
     inputs = setting.inputs(base, tiny=tiny)
     rows = []
     for method, spec in SPECS.items():

@@ -199,6 +199,7 @@ OURS = (
         10.0,
         memory=(GROUP, 2.0),
     ),
+    Row("GLoRA r8", "ours", _ours(lambda sl: sl.glora(rank=8)), {"llama": 2.5}, memory=AS_PEFT),
 )
 
 PEFT = (

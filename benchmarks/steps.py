@@ -42,11 +42,6 @@ class Run:
         """What is measured, in words."""
         return f"tiny stand-in for {self.setting.title}" if self.tiny else self.setting.title
 
-    @property
-    def wait(self) -> Callable[[], None] | None:
-        """What waits for the device."""
-        return torch.cuda.synchronize if self.device.startswith("cuda") else None
-
 
 def adapted(row: Row, model: torch.nn.Module, setting: Setting) -> Adapted:
     """Adapt a model, and move the factors off the zero where they start."""
@@ -122,8 +117,8 @@ def times(rows: list[Row], run: Run) -> list[dict[str, Any]]:
             for parameter in made[name].parameters:
                 parameter.mul_(1.0)
 
-    measuring.in_turns(calls, 1, between=between, wait=run.wait)  # first uses are not counted
-    found = measuring.in_turns(calls, run.rounds, between=between, wait=run.wait)
+    measuring.in_turns(calls, 1, between=between)  # first uses are not counted
+    found = measuring.in_turns(calls, run.rounds, between=between)
     timed = [row for row in rows if row.key in made]
     results = [_timed(row, timed, made[row.key], found, run) for row in timed]
     return results + [
