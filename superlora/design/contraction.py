@@ -58,8 +58,17 @@ class Cost:
 
     def of(self, tokens: int) -> int:
         """Return one number to compare ways by: multiplications, and moves in their terms."""
-        whole = self.at(tokens)
-        return whole.multiplications + BALANCE * whole.moved
+        return self.once + tokens * self.each
+
+    @property
+    def once(self) -> int:
+        """That number of no tokens."""
+        return self.multiplications + BALANCE * self.moved
+
+    @property
+    def each(self) -> int:
+        """What every token adds to it."""
+        return self.each_multiplications + BALANCE * self.each_moved
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,10 @@ class Term:
     contraction: Contraction
 
 
+# The terms of one sum, in the order that is best for few tokens, and for many.
+Orders = tuple[tuple[Term, ...], tuple[Term, ...]]
+
+
 @dataclass(frozen=True)
 class Run:
     """A run of a weight's entries.
@@ -387,18 +391,23 @@ class Factorisation:
         path = contract(labels, output, self.sizes, tokens, frozenset(frozen))
         return Term(tuple(operands), path)
 
-    def applied(
-        self, outputs: Labels, inputs: Labels, tokens: int, scales: bool
-    ) -> tuple[Term, ...]:
+    def applied(self, outputs: Labels, inputs: Labels, scales: bool) -> Orders:
         """Return the terms that multiply inputs, the first operand of each contraction."""
+        first = [(TOKENS, *inputs), *([(*outputs, *inputs)] if scales else [])]
         found = []
         for index in range(len(self.layout.terms(self.group))):
             operands, last = self.term(index)
             operands += [end.factor for end in last if end.factor is not None]
-            weight = [(*outputs, *inputs)] if scales else []
-            first = [(TOKENS, *inputs), *weight]
-            found.append(self.contracted(first, operands, (TOKENS, *outputs), tokens))
-        return tuple(found)
+            found.append(self.ordered(first, operands, (TOKENS, *outputs)))
+        few, many = zip(*found, strict=True)
+        return few, many
+
+    def ordered(
+        self, first: Sequence[Labels], operands: Sequence[Operand], output: Labels
+    ) -> tuple[Term, Term]:
+        """Return the same contraction in the orders that are best for few tokens, and for many."""
+        few, many = (self.contracted(first, operands, output, tokens) for tokens in (FEW, MANY))
+        return few, many
 
 
 def weight_network(layout: Layout, name: str, rows: tuple[int, int] | None = None) -> Network:
@@ -519,9 +528,7 @@ def _ends(made: Factorisation, index: int) -> tuple[list[Operand], Labels, list[
     return operands, kept, factors
 
 
-def opened_products(
-    layout: Layout, group: int, shape: tuple[int, int], tokens: int
-) -> tuple[Term, ...]:
+def opened_products(layout: Layout, group: int, shape: tuple[int, int]) -> Orders:
     """Return for every term the contraction of inputs, opened rows and last factors."""
     order = len(layout.groups[group].fold)
     count = len(layout.radices(group, order - 1))
@@ -535,8 +542,9 @@ def opened_products(
         made.sizes |= {ROWS: shape[0], BLOCKS: blocks}
         cut = (BLOCKS,) if blocks > 1 else ()
         first = [(TOKENS, *cut, *digits), (ROWS, *cut, *kept)]
-        found.append(made.contracted(first, factors, (TOKENS, ROWS), tokens))
-    return tuple(found)
+        found.append(made.ordered(first, factors, (TOKENS, ROWS)))
+    few, many = zip(*found, strict=True)
+    return few, many
 
 
 @dataclass(frozen=True)
@@ -595,9 +603,7 @@ def direct_network(layout: Layout, name: str, *, scales: bool = False) -> Direct
         label = labels.pop()
         width *= made.sizes[label]
         inputs.insert(0, label)
-    few, many = (
-        made.applied(tuple(labels), tuple(inputs), tokens, scales) for tokens in (FEW, MANY)
-    )
+    few, many = made.applied(tuple(labels), tuple(inputs), scales)
     shapes = [tuple(made.sizes[label] for label in own) for own in (labels, inputs)]
     return Direct(sources.all, shapes[0], shapes[1], few, many)
 

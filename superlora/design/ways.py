@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 from superlora.design.contraction import Cost
 from superlora.design.network import (
-    FEW,
-    MANY,
     Opened,
     Source,
     Term,
@@ -233,7 +231,7 @@ def _factored(layout: Layout, name: str) -> Factored | None:
     if opened.width * blocks >= 4 * columns:
         return None
     inputs = tuple(size for size in (blocks, *digits) if size > 1)
-    few, many = (opened_products(layout, group, (rows, columns), tokens) for tokens in (FEW, MANY))
+    few, many = opened_products(layout, group, (rows, columns))
     lead = (rows, blocks) if blocks > 1 else (rows,)
     return _with_switch(opened.ends, opened, inputs, few, many, opened.cost, lead)
 
@@ -297,8 +295,8 @@ def _bound(
 
 def _crossing(one: Cost, other: Cost) -> int | None:
     """Return from how many tokens on one way costs less than another."""
-    gap = one.of(0) - other.of(0)
-    slope = other.of(1) - other.of(0) - (one.of(1) - one.of(0))
+    gap = one.once - other.once
+    slope = other.each - one.each
     if slope > 0:
         return max(0, gap // slope + 1)
     return 0 if slope == 0 and gap < 0 else None
