@@ -412,9 +412,16 @@ class FormedWay(Way):
         rows: int,
     ) -> None:
         super().__init__(*operands)
-        self.scale = tuple(scale)
-        self.scaling, self.scales, self.rows = tuple(scaling), any(scaling), rows
+        self.scales, self.rows = any(scaling), rows
         self.height, self.columns = operands[0].height, operands[0].columns
+        # Of every support where its leaves stand, whether it scales, and its number.
+        self.parts: list[tuple[Operands, list[int], bool, Scale]] = []
+        first, block = 0, self.shared
+        for own, scales, number in zip(operands, scaling, scale, strict=True):
+            last, end = first + len(own.shared), block + len(own.own)
+            places = [*range(first, last), *range(block, end)]
+            self.parts.append((own, places, scales, number))
+            first, block = last, end
 
     def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
         """Return the update's part of the output, not scaled, by plain operations."""
@@ -431,7 +438,13 @@ class FormedWay(Way):
     ) -> Tensor:
         """Return the sum of all changes of the weight, not scaled."""
         rows = (0, self.height)
-        return self._sum(self._leaves(tensors, starts, rows, device), rows)
+        leaves = self._leaves(tensors, starts, rows, device)
+        found = []
+        for own, places, scales, scale in self.parts:
+            delta = scaled(own.form([leaves[place] for place in places], rows), scale)
+            found.append(leaves[-1].to(delta.dtype) * delta if scales else delta)
+        y: Tensor = total(found)
+        return y
 
     def _leaves(
         self, tensors: Sequence[Tensor], starts: Sequence[int], rows: Rows, device: torch.device
@@ -448,30 +461,19 @@ class FormedWay(Way):
             found[-1] = found[-1][rows[0] : rows[1]]
         return found
 
-    def _sum(self, leaves: Sequence[Tensor], rows: Rows) -> Tensor:
-        total: Tensor | None = None
-        first, block = 0, self.shared
-        for own, scales, scale in zip(self.operands, self.scaling, self.scale, strict=True):
-            last, end = first + len(own.shared), block + len(own.own)
-            delta = scaled(own.form([*leaves[first:last], *leaves[block:end]], rows), scale)
-            if scales:
-                delta = leaves[-1].to(delta.dtype) * delta
-            total = delta if total is None else total + delta
-            first, block = last, end
-        assert total is not None
-        return total
-
     def forward(self, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """Return the output, and what is kept for the backward pass."""
         x, weight, bias, tensors, starts, _ = call
         if weight is None or not self._in_chunks(x):
             return self.plain(call), []
-        total = torch.empty_like(weight)  # laid out as it is, so that sums round alike
+        changed = torch.empty_like(weight)  # laid out as it is, so that sums round alike
         for rows in self._chunks():
-            cut = slice(*rows)
-            delta = self._sum(self._leaves(tensors, starts, rows, x.device), rows)
-            torch.add(weight[cut], delta, out=total[cut])
-        return linear(x, total, bias), []
+            leaves = self._leaves(tensors, starts, rows, x.device)
+            before, out = weight[slice(*rows)], changed[slice(*rows)]
+            for own, places, scales, scale in self.parts:
+                delta = own.form([leaves[place] for place in places], rows)
+                before = _plus(before, delta, leaves[-1] if scales else None, scale, out)
+        return linear(x, changed, bias), []
 
     def _in_chunks(self, x: Tensor) -> bool:
         # Elsewhere a kernel's launch costs more than what a cache saves.
@@ -487,18 +489,32 @@ class FormedWay(Way):
         weight, gradient, x = back.weight, back.gradient, back.x
         whole = weight is None or back.wants_weight or not self._in_chunks(x)
         for rows in [(0, self.height)] if whole else self._chunks():
-            cut = slice(*rows)
             leaves = self._leaves(back.tensors, back.starts, rows, x.device)
-            delta, pull = linearized(
-                lambda *own, rows=rows: self._sum(own, rows), leaves, back.wanted
-            )
-            part = gradient[:, cut]
+            dtype, part = leaves[0].dtype, gradient[:, slice(*rows)]
+            of_sum = part.t().to(dtype) @ x.to(dtype) if any(back.wanted) else None
+            changed = leaves[0].new_zeros(()) if weight is None else weight[slice(*rows)]
+            found: list[Tensor | None] = [None] * len(leaves)
+            for own, places, scales, scale in self.parts:
+                delta, pull = linearized(
+                    lambda *mine, own=own, rows=rows: own.form(mine, rows),
+                    [leaves[place] for place in places],
+                    [back.wanted[place] for place in places],
+                )
+                base = leaves[-1].to(dtype) if scales else None
+                if back.wants_x:
+                    changed = _plus(changed, delta, base, scale)
+                if of_sum is None:
+                    continue
+                of_scaled = of_sum if scale == 1 else of_sum * scale
+                pulled = pull(of_scaled if base is None else of_scaled * base)
+                for place, each in zip(places, pulled, strict=True):
+                    found[place] = each
+                if scales and back.wanted[-1]:
+                    found[-1] = _added(found[-1], of_scaled * delta)
             if back.wants_x:
-                total = (delta if weight is None else weight[cut] + delta).to(part.dtype)
-                back.of_x = part @ total if back.of_x is None else back.of_x.addmm_(part, total)
-            if any(back.wanted):
-                of_delta = part.t().to(delta.dtype) @ x.to(delta.dtype)
-                self._give(back, pull(of_delta), rows)
+                changed = changed.to(part.dtype)
+                back.of_x = part @ changed if back.of_x is None else back.of_x.addmm_(part, changed)
+            self._give(back, found, rows)
 
     def _give(self, back: Backward, found: Sequence[Tensor | None], rows: Rows) -> None:
         first = 0
@@ -513,6 +529,15 @@ class FormedWay(Way):
                 of_base[rows[0] : rows[1]] += rest[-1]
             rest[-1] = None
         back.take([*[None] * first, *rest])
+
+
+def _plus(
+    before: Tensor, delta: Tensor, base: Tensor | None, scale: Any, out: Tensor | None = None
+) -> Tensor:
+    """Add an update, times the weight that it scales if there is one, in one pass."""
+    if base is None:
+        return torch.add(before, delta, alpha=scale, out=out)
+    return torch.addcmul(before, base, delta, value=scale, out=out)
 
 
 def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -544,7 +569,7 @@ class Applied(torch.autograd.Function):
     ) -> Any:
         """Return the output, and what is kept for the backward pass."""
         y, kept = way.forward(Call(x, weight, bias, tensors, starts, scale), True)
-        ctx.way, ctx.starts, ctx.scale, ctx.has_bias = way, starts, scale, bias is not None
+        ctx.way, ctx.starts, ctx.scale = way, starts, scale
         ctx.shared, ctx.kept = tensors[: way.shared], len(kept)
         ctx.save_for_backward(x, weight, *tensors[way.shared :], *kept)
         ctx.set_materialize_grads(False)

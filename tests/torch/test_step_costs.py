@@ -339,7 +339,7 @@ def test_work_done_twice_is_noticed(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(operands, "open_rows", twice(operands.open_rows))
         assert {"flops once", "large"} & exceeded(CASES["lotr"]).keys()
-    monkeypatch.setattr(update.FormedWay, "_sum", twice(update.FormedWay._sum))
+    monkeypatch.setattr(operands.Operands, "form", twice(operands.Operands.form))
     assert {"flops once", "large"} <= exceeded(CASES["2-D balanced"]).keys()
 
 
