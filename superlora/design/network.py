@@ -198,20 +198,8 @@ class Sources:
 class Factorisation:
     """The products of a group on one box of its digits, under labels.
 
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    group : int
-        Index of the group.
-    box : Box
-        A range of every digit.
-    sources : Sources
-        Takes the blocks.
-    ends : Sources, optional
-        Takes those of the last mode apart.
-    parted : tuple of (int, int), optional
-        A digit that is read as two, and the size of the second.
+    `sources` takes the blocks, `ends` those of the last mode apart. The digit of `parted` is read
+    as two, the second of the size that follows it.
     """
 
     def __init__(

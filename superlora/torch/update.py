@@ -60,22 +60,11 @@ class Call(NamedTuple):
 
 
 class Way:
-    """One way to change a layer's output. Integers and maps: it holds no tensor.
-
-    Parameters
-    ----------
-    operands : sequence of Operands
-        Of each support.
-
-    Attributes
-    ----------
-    shared : int
-        How many tensors layers may share.
-    """
+    """One way to change a layer's output. Integers and maps: it holds no tensor."""
 
     def __init__(self, *operands: Operands) -> None:
         self.operands = operands
-        self.shared = sum(len(own.shared) for own in operands)
+        self.shared = sum(len(own.shared) for own in operands)  # tensors that layers may share
 
     def plain(self, call: Call) -> Tensor:
         """Return the output by operations that torch differentiates itself."""
@@ -109,20 +98,12 @@ class Way:
 
 
 class Backward:
-    """What a backward pass reads, and the gradients that it gathers.
+    """What a backward pass reads, named as in a `Call`, and the gradients that it gathers.
 
     Attributes
     ----------
-    gradient, x : torch.Tensor
-        The output's gradient, (tokens, output width), and the inputs.
-    weight : torch.Tensor or None
-        The layer's.
-    tensors, starts : sequence
-        As a `Call` has them.
     kept : list of torch.Tensor
         What the forward pass kept, in order.
-    scale : float
-        What multiplies the update.
     wanted : sequence of bool
         Whose gradients of `tensors` are asked for.
     of_x : torch.Tensor or None
@@ -172,17 +153,7 @@ class Backward:
 
 
 class FactoredWay(Way):
-    """Networks with the inputs as one operand.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    name : str
-        The support.
-    factored : Factored
-        Its networks. Where they have the layer's weight as an operand it is the last tensor.
-    """
+    """Networks with the inputs as one operand; with the layer's weight it is the last tensor."""
 
     def __init__(self, layout: Layout, name: str, factored: Factored) -> None:
         own = Operands(layout, name, factored.sources, factored.opened)
@@ -391,17 +362,8 @@ def _none(*_: int) -> Tensor:
 class FormedWay(Way):
     """``W₀ + ΔW``, formed some rows at a time, dropped, and formed again in the backward pass.
 
-    Parameters
-    ----------
-    operands : sequence of Operands
-        Of every support.
-    scaling : sequence of bool
-        Which of them scale the base weight, instead of being added to it; with any, the base
-        weight is the last of the tensors.
-    scale : sequence of (float or torch.Tensor)
-        What multiplies each.
-    rows : int
-        How many rows are best formed at once; 0 for all of them.
+    Supports that are `scaling` are multiplied by the base weight, the last of the tensors. `rows`
+    are best formed at once; 0 stands for all.
     """
 
     def __init__(
