@@ -165,14 +165,9 @@ def _cut_text(operand: Operand) -> str:
 
 
 class End(NamedTuple):
-    """How a split ends.
+    """How a split ends: its last mode's factor, and the labels that join it to the others.
 
-    Attributes
-    ----------
-    factor : Operand or None
-        The factor of its last mode, where it has one.
-    labels : tuple of int
-        Those that join it to the others; of the mode itself where there is no factor.
+    Without a factor the labels are those of the mode itself.
     """
 
     factor: Operand | None
@@ -537,17 +532,7 @@ def opened_products(layout: Layout, group: int, shape: tuple[int, int]) -> Order
 
 @dataclass(frozen=True)
 class Direct:
-    """A weight's update as one network with its inputs.
-
-    Attributes
-    ----------
-    sources : tuple of Source
-        The blocks.
-    outputs, inputs : tuple of int
-        The digits of the output and the input width.
-    few, many : tuple of Term
-        The terms, in the order that is best for few tokens, and for many.
-    """
+    """A weight's update as one network with its inputs, under the digits of both widths."""
 
     sources: tuple[Source, ...]
     outputs: Shape
