@@ -204,7 +204,7 @@ class Layout:
     def joint_sizes(self, group: int) -> tuple[int, int]:
         """Return how many entries a map takes and makes, of all groups that it takes together."""
         joint = self.joint(group)
-        size = sum(self.groups[index].size for index in joint)
+        size = self._offsets[joint.stop] - self._offsets[joint.start]
         return (self.groups[group].before if len(joint) == 1 else size), size
 
     def map_uses(self) -> dict[tuple[Map, int, int], str]:

@@ -24,6 +24,8 @@ _SHAPES: dict[str, Callable[[int, int], tuple[int, int]]] = {
     "add_bias": lambda rows, columns: (rows, 1),
 }
 OPERATIONS = tuple(_SHAPES)
+# Those that change the bias; the others change the weight.
+OF_BIAS = frozenset({"weight_to_bias", "scale_bias", "add_bias"})
 _KEY = "supports"  # in the plain form
 
 
