@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import superlora as sl
-from superlora.grouping import Piece, check_shapes, group_weights, layer_of, layers_of
+from superlora.grouping import Piece, check_shapes, group_weights, layers_of
 from tests.oracles import entries, groups_of
 from tests.strategies import bounds_of, weight_shapes
 
@@ -121,7 +121,7 @@ def test_layers_stand_in_the_order_of_their_first_weight_also_when_interleaved()
     ],
 )
 def test_the_layer_is_the_path_up_to_the_first_whole_number(name, layer):
-    assert layer_of(name) == layer
+    assert layers_of([name]) == {name: layer}
 
 
 SWIN = [
