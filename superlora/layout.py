@@ -27,7 +27,7 @@ from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
 from superlora.inner import Inner, inner_vectors
 from superlora.maps import Map, Place
-from superlora.parts import named, parts_of
+from superlora.parts import parts_of
 from superlora.shapes import Shape
 from superlora.spec import Spec
 from superlora.splitting import Group, Members, Split, make_group
@@ -81,52 +81,49 @@ class Layout:
         self.spec = design_of(spec)
         self.layer_axes = check_shapes(shapes)
         self.layers = {name: axes.matrix for name, axes in self.layer_axes.items()}
-        made = parts_of(self.spec, self.layer_axes)
-        self.axes, self.supports = made.axes, made.supports
+        designs, self.axes, self.supports, shared = parts_of(self.spec, self.layer_axes)
         self.shapes = {name: axes.matrix for name, axes in self.axes.items()}
-        parts: list[Grouping] = []
+        groupings: list[Grouping] = []
         groups: list[Group] = []
         specs: list[Spec] = []
-        first: list[int] = []
-        alike: dict[int, tuple[Group, ...]] = {}
-        designs: list[Spec] = []
-        self._ends: dict[int, int] = {}  # of every part, by its first group
-        for own, names in made.designs:
-            # Most groups of a large model are alike: solve each distinct one once.
-            make = functools.lru_cache(maxsize=None)(functools.partial(make_group, own))
-            with named(self.spec, names):
-                held = {n: self.shapes[n] for n in names}
-                natural = own.fold == "natural"
-                stacks = {n: self.axes[n].matrices for n in names} if natural else {}
-                part = group_weights(held, own.groups, own.cut, stacks)
-                for index, size in enumerate(part.sizes):
-                    try:
-                        groups.append(make(size, self._fold_context(part, index)))
-                    except ValueError as error:
-                        members = some(map(repr, part.members[index]))
-                        raise ValueError(f"{error}; in the group of {members}") from None
-            start = len(specs)
-            designs.append(own)
-            alike[start] = tuple(dict.fromkeys(groups[start:]))
-            first += [start] * len(part.sizes)
-            specs += [own] * len(part.sizes)
-            self._ends[start] = len(specs)
-            parts.append(part)
-        self.grouping: Grouping = join(parts, self.shapes)
+        # Of every group all those that it can share blocks with, the first of which names them.
+        self._parts: list[range] = []
+        self._alike: dict[range, tuple[Group, ...]] = {}
+        for own, names in designs:
+            try:
+                grouping = self._grouping(own, names)
+                made = self._made(own, grouping)
+            except ValueError as error:
+                if isinstance(self.spec, Spec):
+                    raise
+                operations = dict.fromkeys(name.partition(".")[0] for name in names)
+                raise ValueError(f"{', '.join(operations)}: {error}") from None
+            part = range(len(groups), len(groups) + len(made))
+            self._alike[part] = tuple(dict.fromkeys(made))
+            self._parts += [part] * len(made)
+            groups += made
+            specs += [own] * len(made)
+            groupings.append(grouping)
+        self.grouping: Grouping = join(groupings, self.shapes)
         self.groups: tuple[Group, ...] = tuple(groups)
         self._offsets = list(itertools.accumulate([g.size for g in groups], initial=0))
         self.specs: tuple[Spec, ...] = tuple(specs)
-        self._first = first  # the first group of every group's part, which names tied blocks
-        self._alike = alike
-        self._shared = self._find_shared(made.shared)
-        self.maps: tuple[Map, ...] = self._bind(designs)
+        self._shared = self._find_shared(shared)
+        plain = all(type(own.map).bind is Map.bind for own, _ in designs)
+        # Equal ones are one object, which keeps what it draws from its seed once.
+        known: dict[Map, Map] = {}
+        maps: list[Map] = []
+        for group, own in enumerate(specs):
+            bound = own.map if plain else own.map.bind(self.place(group))
+            maps.append(known.setdefault(bound, bound))
+        self.maps: tuple[Map, ...] = tuple(maps)
         self._applications: dict[str, Application] = {}
         self._whole_rows: dict[int, Opened] = {}
         self._opens_rows: dict[int, bool] = {}
         self._mixed_once: dict[int, bool] = {}
         self._group_networks: dict[int, Network] = {}
         check_frozen(self)
-        if any(own.factor_map is not None for own in designs):
+        if any(own.factor_map is not None for own, _ in designs):
             self.inner  # noqa: B018  (raises where a map does not fit)
         unit_modes = unit_modes_of(self)
         if unit_modes:
@@ -144,22 +141,28 @@ class Layout:
                 found[group] = other
         return found
 
-    def _fold_context(self, part: Grouping, group: int) -> Members:
-        divisor = part.padded
-        for name, _, piece in part.contents[group]:
-            divisor = math.gcd(divisor, self.shapes[name][1], piece.start, piece.stop)
-        return Members(*part.matrices(group, self.axes), divisor, part.padded, group)
+    def _grouping(self, own: Spec, names: list[str]) -> Grouping:
+        held = {name: self.shapes[name] for name in names}
+        natural = own.fold == "natural"
+        stacks = {name: self.axes[name].matrices for name in names} if natural else {}
+        return group_weights(held, own.groups, own.cut, stacks)
 
-    def _bind(self, designs: list[Spec]) -> tuple[Map, ...]:
-        if all(type(own.map).bind is Map.bind for own in designs):
-            return tuple([own.map for own in self.specs])
-        # Equal ones are one object, which keeps what it draws from its seed once.
-        known: dict[Map, Map] = {}
+    def _made(self, own: Spec, part: Grouping) -> list[Group]:
+        """Return the groups of one part of the design."""
+        # Most groups of a large model are alike: solve each distinct one once.
+        make = functools.lru_cache(maxsize=None)(functools.partial(make_group, own))
         found = []
-        for group, own in enumerate(self.specs):
-            bound = own.map.bind(self.place(group))
-            found.append(known.setdefault(bound, bound))
-        return tuple(found)
+        for group, size in enumerate(part.sizes):
+            divisor = part.padded
+            for name, _, piece in part.contents[group]:
+                divisor = math.gcd(divisor, self.shapes[name][1], piece.start, piece.stop)
+            try:
+                members = Members(0, *part.matrices(group, self.axes), divisor, part.padded)
+                found.append(make(size, members))
+            except ValueError as error:
+                listed = some(map(repr, part.members[group]))
+                raise ValueError(f"{error}; in the group of {listed}") from None
+        return found
 
     def place(self, group: int) -> Place:
         """Return what a group's map may depend on."""
@@ -168,10 +171,7 @@ class Layout:
 
     def joint(self, group: int) -> range:
         """Return the groups that one map takes together: the group, or all of its part."""
-        if not self.specs[group].map.joint:
-            return range(group, group + 1)
-        first = self._first[group]
-        return range(first, self._ends[first])
+        return self._parts[group] if self.specs[group].map.joint else range(group, group + 1)
 
     def position(self, piece: Piece) -> tuple[int, int]:
         """Return where a piece begins and ends in the vector of its joint groups."""
@@ -180,18 +180,11 @@ class Layout:
 
     def blocks_of_joint(self, group: int) -> tuple[str, ...]:
         """Return the names of the blocks of all groups that a group's map takes together."""
-        terms = (blocks for index in self.joint(group) for blocks in self.term_blocks(index))
+        return self._blocks_of(self.joint(group))
+
+    def _blocks_of(self, groups: Iterable[int]) -> tuple[str, ...]:
+        terms = (blocks for group in groups for blocks in self.term_blocks(group))
         return tuple(dict.fromkeys(block for blocks in terms for block in blocks))
-
-    def _sources(self, blocks: Iterable[str]) -> tuple[str, ...]:
-        inner = self.inner
-        found = (inner[block].name if block in inner else block for block in blocks)
-        return tuple(dict.fromkeys(found))
-
-    def groups_of(self, name: str) -> tuple[int, ...]:
-        """Return the groups that a weight's update is made of."""
-        pieces = self.grouping.pieces[name]
-        return tuple(dict.fromkeys(g for piece in pieces for g in self.joint(piece.group)))
 
     def scaling(self, name: str) -> float:
         """Return the number s in front of one weight's update."""
@@ -293,7 +286,7 @@ class Layout:
         if self._shared:
             group = self._shared.get(group, group)
         if f"{index % self.specs[group].splits}.{leaf}" in self.specs[group].tied:
-            group = self._first[group]
+            group = self._parts[group].start
         return f"{group}.{index}.{leaf}"
 
     @functools.cached_property
@@ -315,12 +308,13 @@ class Layout:
     @functools.cached_property
     def frozen(self) -> dict[str, str]:
         """Where every frozen block comes from, by name."""
-        return {
-            self.block(group, index, leaf): source
-            for group, own in enumerate(self.specs)
-            for key, source in own.frozen
-            for index, leaf in _of_terms(own.splits, own.terms, key)
-        }
+        found = {}
+        for group, own in enumerate(self.specs):
+            for key, source in own.frozen:
+                split, _, leaf = key.partition(".")
+                for index in range(int(split), own.splits * own.terms, own.splits):
+                    found[self.block(group, index, leaf)] = source
+        return found
 
     @functools.cached_property
     def factor_shapes(self) -> dict[str, Shape]:
@@ -355,20 +349,23 @@ class Layout:
             raise KeyError(
                 f"no weight is named {name!r}; the plan has {some(map(repr, self.shapes))}"
             )
-        terms = (blocks for group in self.groups_of(name) for blocks in self.term_blocks(group))
-        return tuple(dict.fromkeys(block for blocks in terms for block in blocks))
+        pieces = self.grouping.pieces[name]
+        groups = dict.fromkeys(group for piece in pieces for group in self.joint(piece.group))
+        return self._blocks_of(groups)
 
     def inputs_of(self, name: str) -> tuple[str, ...]:
         """Return the names of what a weight's update is made from, keys of `input_shapes`."""
-        return self._sources(self.blocks_of(name))
+        inner = self.inner
+        found = (inner[b].name if b in inner else b for b in self.blocks_of(name))
+        return tuple(dict.fromkeys(found))
 
     def first_group(self, group: int) -> int:
         """Return the first of the groups that a group can share blocks with."""
-        return self._first[group]
+        return self._parts[group].start
 
     def alike(self, group: int) -> tuple[Group, ...]:
         """Return the distinct groups among those that a group can share blocks with."""
-        return self._alike[self._first[group]]
+        return self._alike[self._parts[group]]
 
     def term_blocks(self, group: int) -> list[list[str]]:
         """Return the names of the blocks of each of a group's products."""
@@ -391,10 +388,3 @@ class Layout:
     def num_dense(self) -> int:
         """Entries of all adapted weights."""
         return sum(self.layer_axes[name].entries for name in self.supports)
-
-
-@functools.lru_cache
-def _of_terms(splits: int, terms: int, key: str) -> tuple[tuple[int, str], ...]:
-    """Return split and leaf in every term of a block that a spec names ``"split.block"``."""
-    split, _, leaf = key.partition(".")
-    return tuple((term * splits + int(split), leaf) for term in range(terms))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from superlora.axes import Axes
 from superlora.errors import some
@@ -12,60 +10,12 @@ from superlora.spec import Spec
 from superlora.supports import ADD, Supports, support_axes
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a design makes of layers.
-
-    Attributes
-    ----------
-    axes : dict of str to Axes
-        Those of every weight or support by name.
-    supports : dict of str to dict of str to str
-        For each layer that has any the names of its supports by operation.
-    designs : list of (Spec, list of str)
-        Specs without overrides, and the names that make up groups among themselves.
-    shared : dict of str to str
-        Names of supports whose entries are those of others.
-    """
-
-    axes: dict[str, Axes]
-    supports: dict[str, dict[str, str]]
-    designs: list[tuple[Spec, list[str]]]
-    shared: dict[str, str]
-
-
-@contextlib.contextmanager
-def named(design: Spec | Supports, names: Sequence[str]) -> Iterator[None]:
-    """Say in an error which operations a spec is for, where a design has several.
-
-    Parameters
-    ----------
-    design : Spec or Supports
-        The whole design.
-    names : sequence of str
-        The supports that the spec is for.
-
-    Yields
-    ------
-    None
-        Nothing.
-
-    Raises
-    ------
-    ValueError
-        What was raised inside, with the operations before its message.
-    """
-    try:
-        yield
-    except ValueError as error:
-        if isinstance(design, Spec):
-            raise
-        operations = dict.fromkeys(name.partition(".")[0] for name in names)
-        raise ValueError(f"{', '.join(operations)}: {error}") from None
-
-
-def parts_of(design: Spec | Supports, layers: Mapping[str, Axes]) -> Parts:
-    """Return what a design makes of layers.
+def parts_of(
+    design: Spec | Supports, layers: Mapping[str, Axes]
+) -> tuple[
+    list[tuple[Spec, list[str]]], dict[str, Axes], dict[str, dict[str, str]], dict[str, str]
+]:
+    """Return what a design makes of layers, without what overrides leave out.
 
     Parameters
     ----------
@@ -76,57 +26,66 @@ def parts_of(design: Spec | Supports, layers: Mapping[str, Axes]) -> Parts:
 
     Returns
     -------
-    Parts
-        Without what overrides leave out.
+    list of (Spec, list of str)
+        Specs without overrides, and the names that make up groups among themselves.
+    dict of str to Axes
+        Those of every weight or support by name.
+    dict of str to dict of str to str
+        For each layer that has any the names of its supports by operation.
+    dict of str to str
+        Names of supports whose entries are those of others.
 
     Raises
     ------
     ValueError
         If nothing is left, an override matches nothing of its own, or entries cannot be shared.
     """
-    if isinstance(design, Spec):
-        designs = _designs(design, list(layers))
-        found = dict(layers)
-        if design.overrides:
-            kept = {name for _, names in designs for name in names}
-            found = {name: axes for name, axes in layers.items() if name in kept}
-        return Parts(found, {name: {ADD: name} for name in found}, designs, {})
-    places = {f"{op}.{layer}": (op, layer) for op in design.operations for layer in layers}
-    designs = []
-    for operations, spec in design.designs:
-        designs += _designs(spec, [f"{op}.{layer}" for op in operations for layer in layers])
     shared: dict[str, str] = {}
-    for operation, source in design.shared:
-        own = {f"{source}.{layer}": f"{operation}.{layer}" for layer in layers}
-        sources = []
-        for spec, names in list(designs):
-            taken = [name for name in names if name in own]
-            sources += [spec] * bool(taken)
-            if taken and _is_vector(spec):
-                fold = spec.fold if spec.fold == "natural" else "balanced"  # as many groups a stack
-                vector = Spec(rank="full", order=1, scale=spec.scaling, fold=fold)
-                designs.append((vector, [own[name] for name in taken]))
-                shared |= {own[name]: name for name in taken}
-        # What scales the inputs of a layer leaves its bias alone.
-        if not all(_is_vector(spec) or spec.map.repeated() == "outputs" for spec in sources):
+    if isinstance(design, Spec):
+        places = {layer: (ADD, layer) for layer in layers}
+        designs = _designs(design, list(layers))
+    else:
+        places = {f"{op}.{layer}": (op, layer) for op in design.operations for layer in layers}
+        designs = []
+        for operations, spec in design.designs:
+            designs += _designs(spec, [f"{op}.{layer}" for op in operations for layer in layers])
+        for operation, source in design.shared:
+            own = {f"{source}.{layer}": f"{operation}.{layer}" for layer in layers}
+            shared |= _share(designs, operation, source, own)
+    kept = {name for _, names in designs for name in names}
+    axes = {}
+    supports: dict[str, dict[str, str]] = {layer: {} for layer in layers}
+    for name, (operation, layer) in places.items():
+        if name not in kept:
+            continue
+        try:
+            axes[name] = support_axes(operation, layers[layer])
+        except ValueError as error:
+            raise ValueError(f"{error} for {layer!r}") from None
+        supports[layer][operation] = name
+    return designs, axes, {layer: own for layer, own in supports.items() if own}, shared
+
+
+def _share(
+    designs: list[tuple[Spec, list[str]]], operation: str, source: str, own: Mapping[str, str]
+) -> dict[str, str]:
+    """Add the designs of supports whose entries are those of others, and return whose."""
+    shared: dict[str, str] = {}
+    for spec, names in list(designs):
+        taken = [name for name in names if name in own]
+        if not taken:
+            continue
+        if _is_vector(spec):
+            fold = spec.fold if spec.fold == "natural" else "balanced"  # as many groups a stack
+            vector = Spec(rank="full", order=1, scale=spec.scaling, fold=fold)
+            designs.append((vector, [own[name] for name in taken]))
+            shared |= {own[name]: name for name in taken}
+        elif spec.map.repeated() != "outputs":  # what scales inputs leaves the bias alone
             raise ValueError(
                 f"spec[{operation!r}] must share a vector, of order 1 and a group a weight: the "
                 f"design of {source!r} is another"
             )
-    kept = {name for _, names in designs for name in names}
-    supports: dict[str, dict[str, str]] = {}
-    for layer in layers:
-        named = {op: f"{op}.{layer}" for op in design.operations if f"{op}.{layer}" in kept}
-        if named:
-            supports[layer] = named
-    found = {}
-    for name, (operation, layer) in places.items():
-        if name in kept:
-            try:
-                found[name] = support_axes(operation, layers[layer])
-            except ValueError as error:
-                raise ValueError(f"{error} for {layer!r}") from None
-    return Parts(found, supports, designs, shared)
+    return shared
 
 
 def _is_vector(spec: Spec) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -99,19 +99,11 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Members:
+class Members(Place):
     """What a group's fold may depend on besides its size."""
 
-    shapes: tuple[tuple[int, int], ...]
-    whole: bool  # no weight is cut by the group's boundary
     divisor: int  # of all input widths and cut positions
     padded: int
-    index: int = field(default=0, compare=False)
-
-    @property
-    def place(self) -> Place:
-        """What a map may depend on."""
-        return Place(self.index, self.shapes, self.whole)
 
 
 def make_group(spec: Spec, size: int, members: Members) -> Group:
@@ -153,7 +145,7 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
                 f"in every mode for a fold of {before} entries; use fewer splits"
             )
     own, before = sizes, math.prod(fold)
-    fixed = spec.map.bind(members.place)
+    fixed = spec.map.bind(members)
     name = f"map={type(fixed).__name__}()"
     if fixed.mapped(spec.modes):
         count = len(fixed.mapped(spec.modes))
@@ -207,7 +199,7 @@ def check_serves(fixed: Map, before: int, size: int, name: str) -> None:
 
 def _entries(spec: Spec, held: int, members: Members) -> int:
     """Return how many entries the fold has to have."""
-    fixed = spec.map.fixed_entries(members.place)
+    fixed = spec.map.fixed_entries(members)
     if fixed is not None:
         if spec.ratio != 1 or spec.size is not None:
             raise ValueError(
@@ -275,7 +267,7 @@ def _check_explicit(
         fold = given
         sizes = bounded_splits(fold, splits, spec.first_split)
     says_it = not spec.map.keeps_fold and spec.ratio == 1
-    if says_it and spec.size is None and spec.map.fixed_entries(members.place) is None:
+    if says_it and spec.size is None and spec.map.fixed_entries(members) is None:
         return sizes
     if math.prod(fold) < before:
         raise ValueError(
