@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from superlora.splitting import check_memory
+
 if TYPE_CHECKING:
     from superlora.layout import Layout
-
-# Frozen blocks may hold this many entries, and 16 times as many as the weights.
-_MOST_FROZEN = 1 << 24
 
 
 def check_frozen(layout: Layout) -> None:
@@ -39,14 +38,8 @@ def check_frozen(layout: Layout) -> None:
                 raise ValueError(
                     f"frozen must leave every product a trainable block: group {group} has none"
                 )
-    # A rank costs nothing to write down, and a file holds none of these blocks.
     entries = sum(math.prod(layout.block_shapes[block]) for block in layout.frozen)
-    most = _MOST_FROZEN + 16 * layout.num_dense
-    if entries > most:
-        raise ValueError(
-            f"frozen blocks must hold at most {most:,} entries, for weights of "
-            f"{layout.num_dense:,}: got {entries:,}"
-        )
+    check_memory("frozen blocks must hold", entries, layout.num_dense)
 
 
 def unit_modes_of(layout: Layout) -> str:

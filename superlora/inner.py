@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from superlora.maps import Map, Place
-from superlora.splitting import check_serves
+from superlora.splitting import check_memory, check_serves
 
 if TYPE_CHECKING:
     from superlora.layout import Layout
-
-# Mapped blocks may hold this many entries, and 16 times as many as the weights.
-_MOST_MAPPED = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,8 @@ def inner_vectors(layout: Layout) -> dict[str, Inner]:
         group = int(block.partition(".")[0])
         if layout.specs[group].factor_map is not None:
             parts.setdefault(layout.first_group(group), {})[block] = math.prod(shape)
-    _check_memory(layout, sum(total for sizes in parts.values() for total in sizes.values()))
+    entries = sum(total for sizes in parts.values() for total in sizes.values())
+    check_memory("factor_map must make blocks of", entries, layout.num_dense)
     # Of all blocks, so that those of other overrides have other streams too.
     numbers = {block: index for index, block in enumerate(layout.trainable)}
     found: dict[str, Inner] = {}
@@ -89,13 +87,3 @@ def inner_vectors(layout: Layout) -> dict[str, Inner]:
             check_serves(fixed, own.factor_size, size, f"factor_map for {block!r}")
             found[block] = Inner(f"{block}_theta", fixed, own.factor_size, size, 0, size)
     return found
-
-
-def _check_memory(layout: Layout, entries: int) -> None:
-    # A rank costs nothing to write down, and a file holds none of these blocks.
-    most = _MOST_MAPPED + 16 * layout.num_dense
-    if entries > most:
-        raise ValueError(
-            f"factor_map must make blocks of at most {most:,} entries, for weights of "
-            f"{layout.num_dense:,}: got {entries:,}; take a smaller rank"
-        )
