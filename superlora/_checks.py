@@ -139,8 +139,9 @@ def split_ranks(
     """Return one entry a split of a rank that may be nested."""
     splits = len(orders)
     # One split's modes, without the outer tuple; (r,) is that split's rank.
-    flat = isinstance(rank, tuple) and not any(isinstance(item, tuple) for item in rank)
-    bare = flat and splits == 1 and (len(rank) != 1 or orders == (1,))
+    bare = False
+    if splits == 1 and isinstance(rank, tuple) and (len(rank) != 1 or orders == (1,)):
+        bare = not any(isinstance(item, tuple) for item in rank)
     ranks: Any = (rank,) if bare else rank
     for split, (name, item) in enumerate(_entries("rank", ranks, splits).items()):
         if not isinstance(item, tuple):

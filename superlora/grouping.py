@@ -81,14 +81,14 @@ class Grouping:
         For each weight the runs that make it up, in order.
     members : tuple of tuples of str
         For each group the weights that have a piece in it, in order.
-    padded : int
-        Entries that every group is made to hold, 0 if each holds just its own.
+    room : tuple of int
+        Entries that each group is made to hold: its own, or those of a padded one.
     """
 
     sizes: Shape
     pieces: dict[str, tuple[Piece, ...]]
     members: tuple[tuple[str, ...], ...]
-    padded: int = 0
+    room: Shape
 
     @functools.cached_property
     def contents(self) -> list[list[tuple[str, int, Piece]]]:
@@ -240,7 +240,6 @@ def group_weights(
         empty.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    padded = 0
     if groups == "weight":
         counts = [(stacks or {}).get(name, 1) for name in sizes]
         pairs = zip(sizes.values(), counts, strict=True)
@@ -252,10 +251,9 @@ def group_weights(
         sizes = {name: sizes[name] for names in layers.values() for name in names}
         held = [sum([sizes[name] for name in names]) for names in layers.values()]
     else:
-        total = sum(sizes.values())
-        held = _equal(total, check_count("groups", groups), cut)
-        if cut == "pad" and held[-1] < held[0]:
-            padded = held[0]
+        held = _equal(sum(sizes.values()), check_count("groups", groups), cut)
+    padded = cut == "pad" and isinstance(groups, int)
+    room = held[:1] * len(held) if padded else held
     pieces: dict[str, tuple[Piece, ...]] = {}
     members: list[list[str]] = [[] for _ in held]
     group = start = 0
@@ -271,7 +269,7 @@ def group_weights(
             start = stop
         pieces[name] = tuple(parts)
     ordered = {name: pieces[name] for name in shapes}
-    return Grouping(tuple(held), ordered, tuple(map(tuple, members)), padded)
+    return Grouping(tuple(held), ordered, tuple(map(tuple, members)), tuple(room))
 
 
 def _equal(total: int, count: int, cut: str) -> list[int]:
@@ -304,4 +302,5 @@ def join(parts: list[Grouping], names: Iterable[str]) -> Grouping:
         tuple([size for part in parts for size in part.sizes]),
         {name: pieces[name] for name in names},
         tuple([group for part in parts for group in part.members]),
+        tuple([room for part in parts for room in part.room]),
     )

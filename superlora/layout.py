@@ -10,7 +10,8 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from superlora.axes import Axes
@@ -60,11 +61,11 @@ class Layout:
         For each layer the names of its supports by merge operation.
     grouping : Grouping
         Where every weight lies.
-    groups : tuple of Group
+    groups : list of Group
         Every group's fold and splits.
-    specs : tuple of Spec
+    specs : list of Spec
         Every group's design, overrides applied.
-    maps : tuple of Map
+    maps : list of Map
         Every group's map, its own where it depends on the group.
 
     Raises
@@ -84,39 +85,30 @@ class Layout:
         designs, self.axes, self.supports, shared = parts_of(self.spec, self.layer_axes)
         self.shapes = {name: axes.matrix for name, axes in self.axes.items()}
         groupings: list[Grouping] = []
-        groups: list[Group] = []
-        specs: list[Spec] = []
+        self.specs: list[Spec] = []
         # Of every group all those that it can share blocks with, the first of which names them.
         self._parts: list[range] = []
-        self._alike: dict[range, tuple[Group, ...]] = {}
         for own, names in designs:
-            try:
-                grouping = self._grouping(own, names)
-                made = self._made(own, grouping)
-            except ValueError as error:
-                if isinstance(self.spec, Spec):
-                    raise
-                operations = dict.fromkeys(name.partition(".")[0] for name in names)
-                raise ValueError(f"{', '.join(operations)}: {error}") from None
-            part = range(len(groups), len(groups) + len(made))
-            self._alike[part] = tuple(dict.fromkeys(made))
-            self._parts += [part] * len(made)
-            groups += made
-            specs += [own] * len(made)
+            grouping = self._grouping(own, names)
+            part = range(len(self.specs), len(self.specs) + len(grouping.sizes))
+            self._parts += [part] * len(part)
+            self.specs += [own] * len(part)
             groupings.append(grouping)
         self.grouping: Grouping = join(groupings, self.shapes)
-        self.groups: tuple[Group, ...] = tuple(groups)
-        self._offsets = list(itertools.accumulate([g.size for g in groups], initial=0))
-        self.specs: tuple[Spec, ...] = tuple(specs)
+        self._offsets = list(itertools.accumulate(self.grouping.sizes, initial=0))
+        self.groups: list[Group] = self._groups()
+        self._alike = {
+            part: tuple(dict.fromkeys(self.groups[part.start : part.stop]))
+            for part in dict.fromkeys(self._parts)
+        }
         self._shared = self._find_shared(shared)
         plain = all(type(own.map).bind is Map.bind for own, _ in designs)
         # Equal ones are one object, which keeps what it draws from its seed once.
         known: dict[Map, Map] = {}
-        maps: list[Map] = []
-        for group, own in enumerate(specs):
+        self.maps: list[Map] = []
+        for group, own in enumerate(self.specs):
             bound = own.map if plain else own.map.bind(self.place(group))
-            maps.append(known.setdefault(bound, bound))
-        self.maps: tuple[Map, ...] = tuple(maps)
+            self.maps.append(known.setdefault(bound, bound))
         self._applications: dict[str, Application] = {}
         self._whole_rows: dict[int, Opened] = {}
         self._opens_rows: dict[int, bool] = {}
@@ -145,23 +137,35 @@ class Layout:
         held = {name: self.shapes[name] for name in names}
         natural = own.fold == "natural"
         stacks = {name: self.axes[name].matrices for name in names} if natural else {}
-        return group_weights(held, own.groups, own.cut, stacks)
+        try:
+            return group_weights(held, own.groups, own.cut, stacks)
+        except ValueError as error:
+            raise ValueError(f"{self._operations(names)}{error}") from None
 
-    def _made(self, own: Spec, part: Grouping) -> list[Group]:
-        """Return the groups of one part of the design."""
+    def _operations(self, names: Sequence[str]) -> str:
+        """Return what an error message begins with, where a design has several operations."""
+        if isinstance(self.spec, Spec):
+            return ""
+        return ", ".join(dict.fromkeys(name.partition(".")[0] for name in names)) + ": "
+
+    def _groups(self) -> list[Group]:
         # Most groups of a large model are alike: solve each distinct one once.
-        make = functools.lru_cache(maxsize=None)(functools.partial(make_group, own))
+        parts = dict.fromkeys(self._parts)
+        make = {part: functools.cache(partial(make_group, self.specs[part[0]])) for part in parts}
         found = []
-        for group, size in enumerate(part.sizes):
-            divisor = part.padded
-            for name, _, piece in part.contents[group]:
+        for group, (size, room) in enumerate(
+            zip(self.grouping.sizes, self.grouping.room, strict=True)
+        ):
+            divisor = room
+            for name, _, piece in self.grouping.contents[group]:
                 divisor = math.gcd(divisor, self.shapes[name][1], piece.start, piece.stop)
             try:
-                members = Members(0, *part.matrices(group, self.axes), divisor, part.padded)
-                found.append(make(size, members))
+                members = Members(0, *self.grouping.matrices(group, self.axes), divisor, room)
+                found.append(make[self._parts[group]](size, members))
             except ValueError as error:
-                listed = some(map(repr, part.members[group]))
-                raise ValueError(f"{error}; in the group of {listed}") from None
+                names = self.grouping.members[group]
+                text = f"{self._operations(names)}{error}; in the group of {some(map(repr, names))}"
+                raise ValueError(text) from None
         return found
 
     def place(self, group: int) -> Place:

@@ -363,8 +363,6 @@ class Plan:
                 f"{some(map(repr, self.layout.supports))}"
             )
         own, axes = self.layout.supports[layer].items(), self.layout.layer_axes[layer]
-        if axes.plain:
-            return merge(weight, bias, {op: self.delta(factors, name, scale) for op, name in own})
         if tuple(weight.shape) != axes.shape:
             raise ValueError(f"weight must have shape {axes.shape}: got {tuple(weight.shape)}")
         for _, name in own:

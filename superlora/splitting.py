@@ -103,7 +103,7 @@ class Members(Place):
     """What a group's fold may depend on besides its size."""
 
     divisor: int  # of all input widths and cut positions
-    padded: int
+    room: int  # entries, those of padding too
 
 
 def make_group(spec: Spec, size: int, members: Members) -> Group:
@@ -128,7 +128,7 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
     ValueError
         If fold, splits or rank cannot serve the group.
     """
-    before = _entries(spec, members.padded or size, members)
+    before = _entries(spec, members)
     if spec.combine == "kronecker":
         sizes = _split_sizes(spec, spec.splits, before, members)
         fold = tuple(map(math.prod, zip(*sizes, strict=True)))
@@ -201,7 +201,7 @@ def check_memory(rule: str, entries: int, size: int) -> None:
         )
 
 
-def _entries(spec: Spec, held: int, members: Members) -> int:
+def _entries(spec: Spec, members: Members) -> int:
     """Return how many entries the fold has to have."""
     fixed = spec.map.fixed_entries(members)
     if fixed is not None:
@@ -212,9 +212,9 @@ def _entries(spec: Spec, held: int, members: Members) -> int:
             )
         return fixed
     if spec.map.keeps_fold:
-        return held
+        return members.room
     # 0.07 of 100 is 7, and not the 8 that binary fractions round up to.
-    return spec.size or math.ceil(Fraction(repr(float(spec.ratio))) * held)
+    return spec.size or math.ceil(Fraction(repr(float(spec.ratio))) * members.room)
 
 
 def _split_sizes(spec: Spec, splits: int, before: int, members: Members) -> tuple[Shape, ...]:
@@ -296,7 +296,8 @@ def _one_weight(spec: Spec, members: Members) -> tuple[int, int]:
 def _stack(spec: Spec, before: int, members: Members) -> Shape:
     distinct = sorted(set(members.shapes))
     if spec.modes == 3:
-        if len(distinct) != 1 or not members.whole or members.padded:
+        padded = sum(map(math.prod, members.shapes)) < members.room
+        if len(distinct) != 1 or not members.whole or padded:
             raise ValueError(
                 "fold='stack' of order 3 must have whole weights of one shape in each group: got "
                 f"{distinct}{'' if members.whole else ' cut by a group boundary'}"
