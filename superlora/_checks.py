@@ -174,10 +174,7 @@ def check_map(spec: Spec) -> None:
         raise ValueError(f"ratio must be in (0, 1]: got {ratio!r}")
     kind = type(fixed).__name__
     if fixed.keeps_size and ratio != 1:
-        raise ValueError(
-            f"ratio must be 1 with map={kind}(), which has as many entries after as before: "
-            f"got {ratio}"
-        )
+        raise ValueError(f"ratio must be 1 with map={kind}(), which keeps the size: got {ratio}")
     fixed.check_fold(spec.modes)
     if fixed.mapped(spec.modes):
         if "train" in spec.cores:
@@ -186,10 +183,7 @@ def check_map(spec: Spec) -> None:
                 f"{spec.core!r}"
             )
         if spec.combine != "kronecker":
-            raise ValueError(
-                f"combine must be 'kronecker' with map={kind}(), whose modes are mapped before "
-                f"the product: got {spec.combine!r}"
-            )
+            raise ValueError(f"combine must be 'kronecker' with map={kind}(): got {spec.combine!r}")
         if set(spec.orders) != {spec.modes}:
             raise ValueError(f"order must be one number with map={kind}(): got order={spec.order}")
     if spec.size is None:

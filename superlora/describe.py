@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from superlora.block_rules import unit_modes_of
+from superlora.blocks import unit_modes_of
 from superlora.design.ways import FORMED
 from superlora.layout import Layout
 from superlora.spec import Spec

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from superlora.axes import Axes
-from superlora.block_rules import check_frozen, unit_modes_of
+from superlora.blocks import Inner, check_frozen, inner_vectors, unit_modes_of
 from superlora.design.network import (
     Network,
     Opened,
@@ -26,13 +26,11 @@ from superlora.design.network import (
 from superlora.design.ways import Application, application, opens_rows, rows_of
 from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
-from superlora.inner import Inner, inner_vectors
 from superlora.maps import Map, Place
-from superlora.parts import parts_of
 from superlora.shapes import Shape
 from superlora.spec import Spec
 from superlora.splitting import Group, Members, Split, make_group
-from superlora.supports import Supports, design_of
+from superlora.supports import Supports, design_of, parts_of
 
 
 class Layout:

@@ -321,8 +321,5 @@ def aligned_splits(size: int, order: int, splits: int, divisor: int) -> tuple[Sh
         found.append(tuple((*leading[k], lasts[k]) for k in range(splits)))
     best = min(found, key=lambda sizes: (_is_degenerate(sizes), _total(sizes)))
     if _is_degenerate(best):
-        raise ValueError(
-            f"splits must leave every split more than one entry: got splits={splits} for "
-            f"{size} entries"
-        )
+        raise ValueError(f"splits must leave every split more than one entry: got sizes {best}")
     return best

@@ -324,9 +324,7 @@ def _make_split(spec: Spec, index: int, shape: Shape, before: Shape, rank: Any) 
         # A vector is its own factor: any rank above 1 is redundant (row sums of A).
         explicit: Any = rank[0] if isinstance(rank, tuple) else "full"
         if explicit != "full" and explicit > 1:
-            raise ValueError(
-                f"rank[{index}][0] must be 1 or 'full' with order=1, a dense vector: got {explicit}"
-            )
+            raise ValueError(f"rank[{index}][0] must be 1 or 'full' with order=1: got {explicit}")
         return dense
     if core == "train":
         return _make_train(spec, index, dense, rank)
