@@ -12,16 +12,7 @@ from superlora.spec import Spec
 from superlora.splitting import Split
 from superlora.supports import OF_BIAS
 
-_HEADER = (
-    "operations",
-    "groups",
-    "entries",
-    "map",
-    "fold",
-    "splits (size:rank)",
-    "parameters",
-    "applied",
-)
+_GROUP = ("operations", "groups", "entries", "map", "fold", "splits (size:rank)")
 
 
 def describe(layout: Layout) -> str:
@@ -36,7 +27,7 @@ def describe(layout: Layout) -> str:
     alike: dict[tuple[str, ...], list[int]] = {}
     for (_, _, operations), found in same.items():
         alike.setdefault((operations, *_cells(layout, found[0])), []).extend(found)
-    rows: list[tuple[str, ...]] = [_HEADER]
+    rows: list[tuple[str, ...]] = [(*_GROUP, "parameters", "applied")]
     for (operations, *cells, splits), found in alike.items():
         count, trained = str(len(found)), f"{sum([entries[index] for index in found]):,}"
         rows.append((operations, count, *cells, splits, trained, _applied(layout, found)))
@@ -107,7 +98,14 @@ def _notes(layout: Layout, same: list[list[int]]) -> list[str]:
             f"note: rank {' or '.join(sorted(ranks))} exceeds a mode in {sum(map(len, capped))} of "
             f"{len(layout.groups)} groups; it is {how} there"
         )
-    notes += _cropped(layout) + _ratios(layout)
+    before = after = 0
+    for index, group in enumerate(layout.groups):
+        if layout.in_place(index) or layout.specs[index].map.keeps_size:
+            before += math.prod(group.fold)
+            after += group.size
+    if before > after:
+        notes.append(f"note: the folds cover {before:,} entries; {before - after:,} are cropped")
+    notes += _ratios(layout)
     kept = sum(fixed.nbytes(before, size) for fixed, before, size in layout.map_uses())
     if kept:
         notes.append(f"note: maps keep {kept / 1e6:,.1f} MB in memory, and nothing in a file")
@@ -141,18 +139,6 @@ def _axes(layout: Layout) -> list[str]:
             f"{axes.out} x {axes.matrix[1]}"
         )
     return notes
-
-
-def _cropped(layout: Layout) -> list[str]:
-    """Say how many entries the folds have more than the groups that they cover."""
-    before = after = 0
-    for index, group in enumerate(layout.groups):
-        if layout.in_place(index) or layout.specs[index].map.keeps_size:
-            before += math.prod(group.fold)
-            after += group.size
-    if before == after:
-        return []
-    return [f"note: the folds cover {before:,} entries; {before - after:,} are cropped"]
 
 
 def _ratios(layout: Layout) -> list[str]:

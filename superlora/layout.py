@@ -123,12 +123,12 @@ class Layout:
         """Return the groups whose blocks are those of other groups."""
         found = {}
         for name, source in names.items():
-            pairs = zip(*(self.grouping.pieces[each] for each in (name, source)), strict=True)
-            for group, other in ((mine.group, theirs.group) for mine, theirs in pairs):
-                size, got = self.groups[group].before, self.groups[other].before
+            pieces = self.grouping.pieces
+            for mine, theirs in zip(pieces[name], pieces[source], strict=True):
+                size, got = self.groups[mine.group].before, self.groups[theirs.group].before
                 if size != got:
                     raise ValueError(f"{source!r} must have {size} entries for {name!r}: got {got}")
-                found[group] = other
+                found[mine.group] = theirs.group
         return found
 
     def _grouping(self, own: Spec, names: list[str]) -> Grouping:
@@ -151,15 +151,13 @@ class Layout:
         parts = dict.fromkeys(self._parts)
         make = {part: functools.cache(partial(make_group, self.specs[part[0]])) for part in parts}
         found = []
-        for group, (size, room) in enumerate(
-            zip(self.grouping.sizes, self.grouping.room, strict=True)
-        ):
+        for group, room in enumerate(self.grouping.room):
             divisor = room
             for name, _, piece in self.grouping.contents[group]:
                 divisor = math.gcd(divisor, self.shapes[name][1], piece.start, piece.stop)
             try:
                 members = Members(0, *self.grouping.matrices(group, self.axes), divisor, room)
-                found.append(make[self._parts[group]](size, members))
+                found.append(make[self._parts[group]](self.grouping.sizes[group], members))
             except ValueError as error:
                 names = self.grouping.members[group]
                 text = f"{self._operations(names)}{error}; in the group of {some(map(repr, names))}"
@@ -224,9 +222,8 @@ class Layout:
         pieces = self.grouping.pieces[name]
         group = pieces[0].group
         alone = len(pieces) == 1 and len(self.grouping.members[group]) == 1
-        return (
-            alone and not self.maps[group].joint and self.maps[group].multiplies(self.shapes[name])
-        )
+        fixed = self.maps[group]
+        return alone and not fixed.joint and fixed.multiplies(self.shapes[name])
 
     def network(self, name: str) -> Network:
         """Return what a weight's update is made of."""
@@ -249,9 +246,8 @@ class Layout:
         if first not in self._mixed_once:
             names = {name for group in self.joint(first) for name in self.grouping.members[group]}
             least = min(math.prod(self.shapes[name]) for name in names)
-            mixed = self.maps[first].reads or self.maps[first].mixes(
-                self.joint_sizes(first)[0], least
-            )
+            fixed = self.maps[first]
+            mixed = fixed.reads or fixed.mixes(self.joint_sizes(first)[0], least)
             self._mixed_once[first] = mixed and len(names) > 1
         return self._mixed_once[first]
 

@@ -122,13 +122,11 @@ class Plan:
     def ratio(self) -> float:
         """Entries before the maps over entries after them, in all groups; 1 without a map."""
         layout = self.layout
-        mapped = [
-            (group.before, group.size)
-            for group, own in zip(layout.groups, layout.specs, strict=True)
-            if not own.map.keeps_size
-        ]
-        before, after = map(sum, zip(*mapped, strict=True)) if mapped else (1, 1)
-        return before / after
+        pairs = zip(layout.groups, layout.specs, strict=True)
+        mapped = [group for group, own in pairs if not own.map.keeps_size]
+        if not mapped:
+            return 1.0
+        return sum(group.before for group in mapped) / sum(group.size for group in mapped)
 
     def __repr__(self) -> str:
         return (

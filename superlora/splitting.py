@@ -159,10 +159,8 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
     elif not fixed.in_place:
         check_serves(fixed, before, size, name)
     splits = tuple(
-        _make_split(spec, index, after, smaller, rank)
-        for index, (after, smaller, rank) in enumerate(
-            zip(sizes, own, spec.split_ranks, strict=True)
-        )
+        _make_split(spec, index, sizes[index], own[index], rank)
+        for index, rank in enumerate(spec.split_ranks)
     )
     return Group(size, fold, before, splits * spec.terms)
 
