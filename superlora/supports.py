@@ -112,7 +112,6 @@ class Supports:
 
     # Of the whole: every design has a scale of its own, which this one multiplies.
     scaling: ClassVar[float] = 1.0
-    overrides: ClassVar[tuple[Any, ...]] = ()
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -134,23 +133,6 @@ class Supports:
             Any of that scale.
         """
         return Spec(scale=scale)
-
-    def of(self, name: str) -> Spec | None:
-        """Return the spec of one support, without overrides.
-
-        Parameters
-        ----------
-        name : str
-            Operation and layer, with a dot between them.
-
-        Returns
-        -------
-        Spec or None
-            None where the layer has no such support.
-        """
-        operation = dict(self.shared).get(name.partition(".")[0], name.partition(".")[0])
-        own = next((spec for operations, spec in self.designs if operation in operations), None)
-        return None if own is None else own.of(f"{operation}.{name.partition('.')[2]}")
 
     def without(self, operation: str, layers: Sequence[str], *, all_of: bool = False) -> Supports:
         """Return the same without one operation's supports of some layers.
