@@ -292,6 +292,8 @@ def _equal(total: int, count: int, cut: str) -> list[int]:
 
 def join(parts: list[Grouping], names: Iterable[str]) -> Grouping:
     """Join groupings of different weights, whose groups are numbered one after the other."""
+    if len(parts) == 1:
+        return parts[0]
     pieces: dict[str, tuple[Piece, ...]] = {}
     offset = 0
     for part in parts:

@@ -248,10 +248,14 @@ class Spec:
         str or None
             The first that matches.
         """
-        starts = [0] + [place + 1 for place, letter in enumerate(name) if letter == "."]
         for pattern, _ in self.overrides:
             compiled = _compile(pattern)
-            if any([compiled.fullmatch(name, start) for start in starts]):
+            start = 0
+            while not compiled.fullmatch(name, start):
+                start = name.find(".", start) + 1
+                if not start:
+                    break
+            else:
                 return str(pattern)
         return None
 
