@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,91 +20,51 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "combine": ("kronecker", "hadamard"),
     "dense_from": ("rank", "half", "never"),
     "cut": ("even", "pad"),
+    "factor_scope": ("all", "block"),
 }
 _CORES = ("identity", "diagonal", "full", "train", None)
-_GROUPS = ("weight", "layer")
 _FOLDS = ("natural", "stack", "balanced", "aligned")
 # Array libraries bound the number of axes; a Kronecker product takes two a mode.
 _MOST = 16
-_BLOCK = re.compile(r"(0|[1-9][0-9]*)\.(?:core|(core|factor)(0|[1-9][0-9]*))")
 
 
 def pairs(name: str, value: object) -> tuple[Any, ...]:
-    """Return a mapping of strings, which may hold mappings, as hashable pairs.
-
-    Parameters
-    ----------
-    name : str
-        What the error message calls it.
-    value : mapping or tuple of pairs
-        As given by a user, or as made here before.
-
-    Returns
-    -------
-    tuple of (str, Any)
-        In the order given.
-
-    Raises
-    ------
-    TypeError
-        If it is neither.
-    ValueError
-        If a key stands there twice.
-    """
+    """Return a mapping of strings, which may hold mappings, as hashable pairs."""
     items: Any = tuple(value.items()) if isinstance(value, Mapping) else value
     listed = isinstance(items, tuple) and all(isinstance(p, tuple) and len(p) == 2 for p in items)
     if not listed or not all(isinstance(key, str) for key, _ in items):
         raise TypeError(f"{name} must be a mapping with strings as keys: got {value!r}")
     if len(dict(items)) < len(items):
         raise ValueError(f"{name} must have every key once: got {[key for key, _ in items]}")
-    if name != "overrides":
-        return tuple(items)
-    found: list[tuple[str, Any]] = []
+    found = []
     for key, item in items:
-        if item is None:
-            found.append((key, None))
-            continue
-        fields = pairs(f"overrides[{key!r}]", item)
-        found.append((key, tuple((k, pairs(k, v) if k == "frozen" else v) for k, v in fields)))
+        nested = isinstance(item, Mapping) and (name == "overrides" or key == "frozen")
+        found.append((key, pairs(f"{name}[{key!r}]", item) if nested else item))
     return tuple(found)
 
 
 def check_choice(name: str, value: object, choices: tuple[Any, ...], other: str = "") -> None:
-    """Refuse a value that is none of `choices`.
-
-    Parameters
-    ----------
-    name : str
-        What the error message calls it.
-    value : object
-        The value.
-    choices : tuple
-        What it may be.
-    other : str
-        What else it may be, in words.
-
-    Raises
-    ------
-    ValueError
-        If it is none of them.
-    """
+    """Refuse a value that is none of `choices`."""
     if not any(value is choice or value == choice for choice in choices):
         listed = " ".join([", ".join(map(repr, choices)), other]).strip()
         raise ValueError(f"{name} must be one of {listed}: got {value!r}")
 
 
-def check_counts(spec: Spec) -> None:
-    """Refuse orders, splits, terms, seeds and bounds that are no fitting integers."""
+def _entries(name: str, value: object, splits: int) -> dict[str, Any]:
+    """Return what a field has for all splits, or for each, by what messages call it."""
+    if not isinstance(value, tuple):
+        return {name: value}
+    if len(value) != splits:
+        raise ValueError(f"{name} must have one entry for each of {splits} splits: got {value}")
+    return {f"{name}[{split}]": item for split, item in enumerate(value)}
+
+
+def check_values(spec: Spec) -> None:
+    """Refuse counts that are no fitting integers, and names that are not known."""
     for name in ("splits", "terms"):
         _check_at_most(name, getattr(spec, name))
-    if not isinstance(spec.order, tuple):
-        _check_at_most("order", spec.order)
-    elif len(spec.order) != spec.splits:
-        raise ValueError(
-            f"order must have one entry for each of {spec.splits} splits: got {spec.order}"
-        )
-    for split, order in enumerate(spec.orders):
-        _check_at_most(f"order[{split}]", order)
+    for name, order in _entries("order", spec.order, spec.splits).items():
+        _check_at_most(name, order)
     if check_count("seed", spec.seed, least=0) >= 1 << 64:
         raise ValueError(f"seed must be below 2**64: got {spec.seed}")
     if spec.first_split is not None:
@@ -115,6 +74,12 @@ def check_counts(spec: Spec) -> None:
                 "first_split must come with a Kronecker product of at least two splits: got "
                 f"splits={spec.splits}, combine={spec.combine!r}"
             )
+    for name, choices in _CHOICES.items():
+        check_choice(name, getattr(spec, name), choices)
+    for name, core in _entries("core", spec.core, spec.splits).items():
+        check_choice(name, core, _CORES)
+    _check_name_or_count("groups", spec.groups, "weight", "layer")
+    split_ranks(spec.rank, spec.orders, spec.cores)
 
 
 def _check_at_most(name: str, value: object) -> None:
@@ -122,29 +87,11 @@ def _check_at_most(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at most {_MOST}: got {value}")
 
 
-def check_choices(spec: Spec) -> None:
-    """Refuse names that are not known."""
-    for name, choices in _CHOICES.items():
-        check_choice(name, getattr(spec, name), choices)
-    if isinstance(spec.core, tuple):
-        if len(spec.core) != spec.splits:
-            raise ValueError(
-                f"core must have one entry for each of {spec.splits} splits: got {spec.core}"
-            )
-        for split, core in enumerate(spec.core):
-            check_choice(f"core[{split}]", core, _CORES)
+def _check_name_or_count(name: str, value: object, *names: str) -> None:
+    if isinstance(value, str):
+        check_choice(name, value, names, "or an integer")
     else:
-        check_choice("core", spec.core, _CORES)
-
-
-def check_groups(groups: object) -> None:
-    """Refuse groups that are neither a known name nor a count."""
-    if isinstance(groups, str):
-        check_choice("groups", groups, _GROUPS, "or an integer")
-    elif isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"groups must be 'weight', 'layer' or an integer: got {groups!r}")
-    else:
-        check_count("groups", groups)
+        check_count(name, value)
 
 
 def check_fold(spec: Spec) -> None:
@@ -155,106 +102,67 @@ def check_fold(spec: Spec) -> None:
         return
     if not isinstance(fold, tuple):
         raise TypeError(f"fold must be one of {_FOLDS} or a tuple of mode sizes: got {fold!r}")
-    if not any(isinstance(item, tuple) for item in fold):
-        _check_sizes("fold", fold, spec.modes)
-        _check_open(spec, (fold,))
-        return
-    if spec.combine != "kronecker" or len(fold) != spec.splits:
-        raise ValueError(
-            f"fold must have one tuple for each of {spec.splits} splits of a Kronecker product: "
-            f"got {fold} with combine={spec.combine!r}"
-        )
-    for split, sizes in enumerate(fold):
+    splits: dict[str, Any] = {"fold": fold}
+    if any(isinstance(item, tuple) for item in fold):
+        if spec.combine != "kronecker" or len(fold) != spec.splits:
+            raise ValueError(
+                f"fold must have one tuple for each of {spec.splits} splits of a Kronecker "
+                f"product: got {fold} with combine={spec.combine!r}"
+            )
+        splits = _entries("fold", fold, spec.splits)
+    for name, sizes in splits.items():
         if not isinstance(sizes, tuple):
-            raise TypeError(f"fold[{split}] must be a tuple of mode sizes: got {sizes!r}")
-        _check_sizes(f"fold[{split}]", sizes, spec.modes)
-    _check_open(spec, fold)
-
-
-def _check_sizes(name: str, sizes: tuple[Any, ...], modes: int) -> None:
-    if len(sizes) != modes:
-        raise ValueError(f"{name} must have {modes} modes, the order: got {sizes}")
-    for mode, size in enumerate(sizes):
-        if size is not None:
-            check_count(f"{name}[{mode}]", size)
-
-
-def _check_open(spec: Spec, splits: tuple[tuple[int | None, ...], ...]) -> None:
-    """Refuse sizes None, what is left of a weight's outputs or inputs, where they say nothing."""
+            raise TypeError(f"{name} must be a tuple of mode sizes: got {sizes!r}")
+        if len(sizes) != spec.modes:
+            raise ValueError(f"{name} must have {spec.modes} modes, the order: got {sizes}")
+        for mode, size in enumerate(sizes):
+            if size is not None:
+                check_count(f"{name}[{mode}]", size)
+    # None, what is left of a weight's outputs or inputs, must say something.
     outputs = -(-spec.modes // 2)
     for side, modes in (("outputs", slice(outputs)), ("inputs", slice(outputs, None))):
-        left = sum(sizes[modes].count(None) for sizes in splits)
+        left = sum(sizes[modes].count(None) for sizes in splits.values())
         if left > 1:
             raise ValueError(
-                f"fold must have None once at most for the {side}: got {left} in {spec.fold}"
+                f"fold must have None once at most for the {side}: got {left} in {fold}"
             )
         if left and not (isinstance(spec.map, Map) and spec.map.keeps_fold):
             raise ValueError(
                 f"fold must have no None with map={type(spec.map).__name__}, whose fold is not the "
-                f"weights' own: got {spec.fold}"
+                f"weights' own: got {fold}"
             )
-
-
-def _check_one_rank(name: str, rank: object) -> None:
-    if isinstance(rank, str):
-        check_choice(name, rank, ("full",), "or an integer")
-    else:
-        check_count(name, rank)
 
 
 def split_ranks(
     rank: Rank, orders: tuple[int, ...], cores: tuple[str | None, ...]
 ) -> tuple[Any, ...]:
-    """Return one entry a split of a rank that may be nested.
-
-    Parameters
-    ----------
-    rank : int, "full" or nested tuple
-        As in `Spec`.
-    orders : tuple of K int
-        The order of every split.
-    cores : tuple of K str or None
-        The core of every split.
-
-    Returns
-    -------
-    tuple of K
-        Each an int, ``"full"``, or a tuple with one entry a mode; of a train with one entry
-        between two modes.
-
-    Raises
-    ------
-    ValueError
-        If it is nested wrongly, or an entry is no rank.
-    """
+    """Return one entry a split of a rank that may be nested."""
     splits = len(orders)
-    if not isinstance(rank, tuple):
-        _check_one_rank("rank", rank)
-        return (rank,) * splits
     # One split's modes, without the outer tuple; (r,) is that split's rank.
-    bare = splits == 1 and not any(isinstance(item, tuple) for item in rank)
-    if bare and (len(rank) != 1 or orders == (1,)):
-        rank = (rank,)
-    if len(rank) != splits:
-        raise ValueError(f"rank must have one entry for each of {splits} splits: got {rank}")
-    for split, item in enumerate(rank):
+    bare = False
+    if splits == 1 and isinstance(rank, tuple) and (len(rank) != 1 or orders == (1,)):
+        bare = not any(isinstance(item, tuple) for item in rank)
+    ranks: Any = (rank,) if bare else rank
+    for split, (name, item) in enumerate(_entries("rank", ranks, splits).items()):
         if not isinstance(item, tuple):
-            _check_one_rank(f"rank[{split}]", item)
+            _check_name_or_count(name, item, "full")
             continue
         order = orders[split]
         if cores[split] == "train" and order > 1:
             if len(item) != order - 1:
                 raise ValueError(
-                    f"rank{'' if bare else f'[{split}]'} must have {order - 1} entries, the ranks "
-                    f"between {order} neighbouring modes: got {item}"
+                    f"{'rank' if bare else name} must have {order - 1} entries, the ranks between "
+                    f"{order} neighbouring modes: got {item}"
                 )
         elif len(item) != order:
-            raise ValueError(
-                f"rank[{split}] must have one entry for each of {order} modes: got {item}"
-            )
+            raise ValueError(f"{name} must have one entry for each of {order} modes: got {item}")
         for mode, value in enumerate(item):
-            _check_one_rank(f"rank[{split}][{mode}]", value)
-    return rank
+            _check_name_or_count(f"{name}[{mode}]", value, "full")
+    return ranks if isinstance(ranks, tuple) else (ranks,) * splits
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_map(spec: Spec) -> None:
@@ -262,14 +170,11 @@ def check_map(spec: Spec) -> None:
     fixed, ratio = spec.map, spec.ratio
     if not isinstance(fixed, Map):
         raise TypeError(f"map must be a superlora.maps.Map: got {fixed!r}")
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+    if not _is_number(ratio) or not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1]: got {ratio!r}")
     kind = type(fixed).__name__
     if fixed.keeps_size and ratio != 1:
-        raise ValueError(
-            f"ratio must be 1 with map={kind}(), which has as many entries after as before: "
-            f"got {ratio}"
-        )
+        raise ValueError(f"ratio must be 1 with map={kind}(), which keeps the size: got {ratio}")
     fixed.check_fold(spec.modes)
     if fixed.mapped(spec.modes):
         if "train" in spec.cores:
@@ -278,10 +183,7 @@ def check_map(spec: Spec) -> None:
                 f"{spec.core!r}"
             )
         if spec.combine != "kronecker":
-            raise ValueError(
-                f"combine must be 'kronecker' with map={kind}(), whose modes are mapped before "
-                f"the product: got {spec.combine!r}"
-            )
+            raise ValueError(f"combine must be 'kronecker' with map={kind}(): got {spec.combine!r}")
         if set(spec.orders) != {spec.modes}:
             raise ValueError(f"order must be one number with map={kind}(): got order={spec.order}")
     if spec.size is None:
@@ -296,7 +198,6 @@ def check_map(spec: Spec) -> None:
 
 def check_factor_map(spec: Spec) -> None:
     """Refuse what is no map of the factors, or one without a number of parameters."""
-    check_choice("factor_scope", spec.factor_scope, ("all", "block"))
     fixed = spec.factor_map
     if fixed is None:
         if spec.factor_size is not None or spec.factor_scope != "all":
@@ -320,7 +221,7 @@ def check_scale(spec: Spec) -> None:
         value = getattr(spec, name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not _is_number(value):
             raise TypeError(f"{name} must be a number: got {value!r}")
         if not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name} must be finite: got {value}")
@@ -347,16 +248,14 @@ def check_blocks(spec: Spec) -> None:
     """Refuse frozen and tied blocks that no split can have."""
     if not isinstance(spec.tied, tuple):
         raise TypeError(f"tied must be a list of blocks, as in ['0.factor1']: got {spec.tied!r}")
+    known = set()
+    for split, order in enumerate(spec.orders):
+        kinds = ("factor", "core") if spec.cores[split] == "train" else ("factor",)
+        known |= {f"{split}.{kind}{mode}" for kind in kinds for mode in range(order)}
+        known.add(f"{split}.core")
     for name, blocks in (("frozen", [key for key, _ in spec.frozen]), ("tied", spec.tied)):
         for block in blocks:
-            found = _BLOCK.fullmatch(str(block))
-            split = int(found[1]) if found else spec.splits
-            if (
-                found is None
-                or split >= spec.splits
-                or int(found[3] or 0) >= spec.orders[split]
-                or (found[3] and found[2] == "core" and spec.cores[split] != "train")
-            ):
+            if block not in known:
                 raise ValueError(
                     f"{name} must name a core or a factor of one of {spec.splits} splits, as in "
                     f"'0.core' or '0.factor1': got {block!r}"

@@ -4,101 +4,75 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import NamedTuple
 
-from superlora.block_rules import unit_modes_of
+from superlora.blocks import unit_modes_of
+from superlora.design.ways import FORMED
 from superlora.layout import Layout
-from superlora.splitting import Group, Split
-from superlora.supports import Supports
+from superlora.spec import Spec
+from superlora.splitting import Split
+from superlora.supports import OF_BIAS
 
-
-class Kind(NamedTuple):
-    """What groups of one row have in common."""
-
-    group: Group
-    combine: str
-    splits: int
-    map: str
-    operations: str
+_GROUP = ("operations", "groups", "entries", "map", "fold", "splits (size:rank)")
 
 
 def describe(layout: Layout) -> str:
-    """Return a table of a layout's groups, its totals and what a user may not expect.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-
-    Returns
-    -------
-    str
-        Alike groups share a row.
-    """
+    """Return a table of a layout's groups, its totals and what a user may not expect."""
     entries = [0] * len(layout.groups)
     for block, shape in layout.factor_shapes.items():
         entries[int(block.partition(".")[0])] += math.prod(shape)
     # Most groups of a large model are the same objects, which are quicker to tell apart.
-    counts: Counter[tuple[int, int, str]] = Counter()
-    trained: Counter[tuple[int, int, str]] = Counter()
-    kinds: dict[tuple[int, int, str], Kind] = {}
-    several = isinstance(layout.spec, Supports)
-    for index, (group, own, number) in enumerate(
-        zip(layout.groups, layout.specs, entries, strict=True)
-    ):
-        operations = _operations(layout, index) if several else ""
-        key = (id(group), id(own), operations)
-        if key not in kinds:
-            kinds[key] = Kind(group, own.combine, own.splits, type(own.map).__name__, operations)
-        counts[key] += 1
-        trained[key] += number
-    alike: Counter[Kind] = Counter()
-    parameters: Counter[Kind] = Counter()
-    groups: Counter[Group] = Counter()
-    for key, kind in kinds.items():
-        alike[kind] += counts[key]
-        parameters[kind] += trained[key]
-        groups[kind.group] += counts[key]
-    mapped = any(kind.map != "Identity" for kind in alike)
-    header = ("groups", "entries", "map", "fold", "splits (size:rank)", "parameters")
-    first = ("operations",) if several else ()
-    rows: list[tuple[str, ...]] = [(*first, *(header if mapped else (*header[:2], *header[3:])))]
-    for kind, count in alike.items():
-        rows.append(
-            (
-                *([kind.operations] if several else []),
-                str(count),
-                f"{kind.group.size:,}",
-                *([kind.map] if mapped else []),
-                " x ".join(map(str, kind.group.fold)),
-                _splits_text(kind),
-                f"{parameters[kind]:,}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    same: dict[tuple[int, int, str], list[int]] = {}
+    for index, (group, own) in enumerate(zip(layout.groups, layout.specs, strict=True)):
+        same.setdefault((id(group), id(own), _operations(layout, index)), []).append(index)
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for (_, _, operations), found in same.items():
+        alike.setdefault((operations, *_cells(layout, found[0])), []).extend(found)
+    rows: list[tuple[str, ...]] = [(*_GROUP, "parameters", "applied")]
+    for (operations, *cells, splits), found in alike.items():
+        count, trained = str(len(found)), f"{sum([entries[index] for index in found]):,}"
+        rows.append((operations, count, *cells, splits, trained, _applied(layout, found)))
+    # Columns that say nothing are left out: one of operations, or of maps.
+    columns = [own for own in zip(*rows, strict=True) if set(own[1:]) not in ({""}, {"Identity"})]
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    lines = ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
     share = layout.num_parameters / layout.num_dense
     lines.append(
         f"{len(layout.supports)} weights, {layout.num_parameters:,} trainable parameters for "
         f"{layout.num_dense:,} entries ({share:.4%})"
     )
-    return "\n".join(lines + _notes(layout, groups))
+    return "\n".join(lines + _notes(layout, list(same.values())))
 
 
 def _operations(layout: Layout, group: int) -> str:
-    """Return the merge operations whose supports a group holds."""
+    """Return the merge operations whose supports a group holds, where there can be several."""
+    if isinstance(layout.spec, Spec):
+        return ""
     found = (name.partition(".")[0] for name in layout.grouping.members[group])
     return " + ".join(dict.fromkeys(found))
 
 
-def _splits_text(kind: Kind) -> str:
-    sign = " (x) " if kind.combine == "kronecker" else " o "
-    terms = len(kind.group.splits) // kind.splits
-    product = sign.join(map(_split_text, kind.group.splits[: kind.splits]))
-    return product if terms == 1 else f"{terms} terms: {product}"
+def _cells(layout: Layout, index: int) -> tuple[str, ...]:
+    group, own = layout.groups[index], layout.specs[index]
+    sign = " (x) " if own.combine == "kronecker" else " o "
+    product = sign.join(map(_split_text, group.splits[: own.splits]))
+    terms = f"{own.terms} terms: " if own.terms > 1 else ""
+    fold = " x ".join(map(str, group.fold))
+    return (f"{group.size:,}", type(own.map).__name__, fold, terms + product)
+
+
+def _applied(layout: Layout, groups: list[int]) -> str:
+    """Return how the weights of alike groups are applied: of each shape the first one."""
+    firsts: dict[tuple[str, tuple[int, int]], str] = {}
+    several = not isinstance(layout.spec, Spec)
+    for group in groups:
+        for name in layout.grouping.members[group]:
+            operation = name.partition(".")[0] if several else ""
+            firsts.setdefault((operation, layout.shapes[name]), name)
+    found = [
+        FORMED if operation in OF_BIAS else str(layout.application(name))
+        for (operation, _), name in firsts.items()
+    ]
+    return " or ".join(dict.fromkeys(found))
 
 
 def _split_text(split: Split) -> str:
@@ -112,25 +86,26 @@ def _split_text(split: Split) -> str:
     return modes if split.core == "full" else f"{modes}, {split.core} core"
 
 
-def _how_capped(alike: Counter[Group]) -> str:
-    capped = [split for group in alike for split in group.splits if split.capped]
-    whole = {split.core == "train" or all(split.factored) for split in capped}
-    return " or ".join(
-        word for word, found in (("lowered", True), ("un-factored", False)) if found in whole
-    )
-
-
-def _notes(layout: Layout, alike: Counter[Group]) -> list[str]:
+def _notes(layout: Layout, same: list[list[int]]) -> list[str]:
     notes = []
-    capped = sum(count for group, count in alike.items() if any(s.capped for s in group.splits))
+    capped = [own for own in same if any(s.capped for s in layout.groups[own[0]].splits)]
     if capped:
-        pairs = zip(layout.groups, layout.specs, strict=True)
-        ranks = {str(own.rank) for group, own in pairs if any(s.capped for s in group.splits)}
+        ranks = {str(layout.specs[own[0]].rank) for own in capped}
+        splits = [s for own in capped for s in layout.groups[own[0]].splits if s.capped]
+        lowered = {split.core == "train" or all(split.factored) for split in splits}
+        how = " or ".join(("un-factored", "lowered")[low] for low in sorted(lowered, reverse=True))
         notes.append(
-            f"note: rank {' or '.join(sorted(ranks))} exceeds a mode in {capped} of "
-            f"{len(layout.groups)} groups; it is {_how_capped(alike)} there"
+            f"note: rank {' or '.join(sorted(ranks))} exceeds a mode in {sum(map(len, capped))} of "
+            f"{len(layout.groups)} groups; it is {how} there"
         )
-    notes += _cropped(layout) + _ratios(layout)
+    before = after = 0
+    for index, group in enumerate(layout.groups):
+        if layout.in_place(index) or layout.specs[index].map.keeps_size:
+            before += math.prod(group.fold)
+            after += group.size
+    if before > after:
+        notes.append(f"note: the folds cover {before:,} entries; {before - after:,} are cropped")
+    notes += _ratios(layout)
     kept = sum(fixed.nbytes(before, size) for fixed, before, size in layout.map_uses())
     if kept:
         notes.append(f"note: maps keep {kept / 1e6:,.1f} MB in memory, and nothing in a file")
@@ -164,19 +139,6 @@ def _axes(layout: Layout) -> list[str]:
             f"{axes.out} x {axes.matrix[1]}"
         )
     return notes
-
-
-def _cropped(layout: Layout) -> list[str]:
-    """Say how many entries the folds have more than the groups that they cover."""
-    covers = [
-        (math.prod(group.fold), group.size)
-        for index, group in enumerate(layout.groups)
-        if layout.in_place(index) or layout.specs[index].map.keeps_size
-    ]
-    before, after = (sum(sizes) for sizes in zip(*covers, strict=True)) if covers else (0, 0)
-    if before == after:
-        return []
-    return [f"note: the folds cover {before:,} entries; {before - after:,} are cropped"]
 
 
 def _ratios(layout: Layout) -> list[str]:

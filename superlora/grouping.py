@@ -8,9 +8,7 @@ into groups. Integers only.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,14 +81,14 @@ class Grouping:
         For each weight the runs that make it up, in order.
     members : tuple of tuples of str
         For each group the weights that have a piece in it, in order.
-    padded : int
-        Entries that every group is made to hold, 0 if each holds just its own.
+    room : tuple of int
+        Entries that each group is made to hold: its own, or those of a padded one.
     """
 
     sizes: Shape
     pieces: dict[str, tuple[Piece, ...]]
     members: tuple[tuple[str, ...], ...]
-    padded: int = 0
+    room: Shape
 
     @functools.cached_property
     def contents(self) -> list[list[tuple[str, int, Piece]]]:
@@ -147,38 +145,6 @@ def check_shapes(shapes: Mapping[Any, Any]) -> dict[str, Axes]:
     return {name: Axes.of(shape, f"shapes[{name!r}]") for name, shape in shapes.items()}
 
 
-def layer_of(name: str) -> str:
-    """Return the dotted path up to and including its first whole-number part.
-
-    Parameters
-    ----------
-    name : str
-        A module's dotted name.
-
-    Returns
-    -------
-    str
-        The layer that the weight belongs to.
-
-    Raises
-    ------
-    ValueError
-        If the name has no number.
-
-    Examples
-    --------
-    >>> layer_of("encoder.layer.3.attention.query")
-    'encoder.layer.3'
-    """
-    match = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", name)
-    if match is None:
-        raise ValueError(
-            "groups='layer' needs a layer number in every weight's name, as in "
-            f"'blocks.3.query': got {name!r}"
-        )
-    return match.group()
-
-
 def layers_of(names: Iterable[str]) -> dict[str, str]:
     """Return the layer that each weight belongs to.
 
@@ -226,7 +192,13 @@ def layers_of(names: Iterable[str]) -> dict[str, str]:
     layers = {}
     for name, parts in split.items():
         among = [i for i in numbers[name] if _kind(parts[:i]) in lists]
-        layers[name] = ".".join(parts[: among[-1] + 1]) if among else layer_of(name)
+        if not numbers[name]:
+            raise ValueError(
+                "groups='layer' needs a layer number in every weight's name, as in "
+                f"'blocks.3.query': got {name!r}"
+            )
+        last = among[-1] if among else numbers[name][0]
+        layers[name] = ".".join(parts[: last + 1])
     return layers
 
 
@@ -269,104 +241,68 @@ def group_weights(
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if groups == "weight":
-        return _each(sizes, stacks or {})
-    if groups == "layer":
-        return _by_key(sizes, layers_of(sizes))
-    count = check_count("groups", groups)
-    total = sum(sizes.values())
+        counts = [(stacks or {}).get(name, 1) for name in sizes]
+        pairs = zip(sizes.values(), counts, strict=True)
+        held = [size // count for size, count in pairs for _ in range(count)]
+    elif groups == "layer":
+        layers: dict[str, list[str]] = {}
+        for name, layer in layers_of(sizes).items():
+            layers.setdefault(layer, []).append(name)
+        sizes = {name: sizes[name] for names in layers.values() for name in names}
+        held = [sum([sizes[name] for name in names]) for names in layers.values()]
+    else:
+        held = _equal(sum(sizes.values()), check_count("groups", groups), cut)
+    padded = cut == "pad" and isinstance(groups, int)
+    room = held[:1] * len(held) if padded else held
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    members: list[list[str]] = [[] for _ in held]
+    group = start = 0
+    for name, size in sizes.items():
+        parts = []
+        while size:
+            if start == held[group]:
+                group, start = group + 1, 0
+            stop = min(start + size, held[group])
+            parts.append(Piece(group, start, stop))
+            members[group].append(name)
+            size -= stop - start
+            start = stop
+        pieces[name] = tuple(parts)
+    ordered = {name: pieces[name] for name in shapes}
+    return Grouping(tuple(held), ordered, tuple(map(tuple, members)), tuple(room))
+
+
+def _equal(total: int, count: int, cut: str) -> list[int]:
+    """Return the entries of so many groups of about equal size."""
     if count > min(total, _MOST_GROUPS):
         limit = f"{total}, the number of entries" if total < _MOST_GROUPS else str(_MOST_GROUPS)
         raise ValueError(f"groups must be at most {limit}: got {count}")
     if cut == "pad":
         width = ceil_divide(total, count)
-        if width * (count - 1) >= total:
+        last = total - width * (count - 1)
+        if last <= 0:
             raise ValueError(
                 f"groups must leave every padded group at least one of {total} entries: got "
                 f"{count} groups of {width}; use cut='even'"
             )
-        bounds = [min(width * index, total) for index in range(count + 1)]
-        return _cut(sizes, bounds, width if width * count > total else 0)
+        return [width] * (count - 1) + [last]
     small, extra = divmod(total, count)
-    steps = (small + (index < extra) for index in range(count))
-    return _cut(sizes, list(itertools.accumulate(steps, initial=0)), 0)
-
-
-def _each(sizes: Mapping[str, int], stacks: Mapping[str, int]) -> Grouping:
-    pieces: dict[str, tuple[Piece, ...]] = {}
-    members: list[tuple[str, ...]] = []
-    totals: list[int] = []
-    for name, size in sizes.items():
-        count = stacks.get(name, 1)
-        each = size // count
-        pieces[name] = tuple(Piece(len(totals) + index, 0, each) for index in range(count))
-        members += [(name,)] * count
-        totals += [each] * count
-    return Grouping(tuple(totals), pieces, tuple(members))
-
-
-def _by_key(sizes: Mapping[str, int], keys: Mapping[str, str]) -> Grouping:
-    members: dict[str, list[str]] = {}
-    for name in sizes:
-        members.setdefault(keys[name], []).append(name)
-    pieces: dict[str, tuple[Piece, ...]] = {}
-    totals = []
-    for index, names in enumerate(members.values()):
-        offset = 0
-        for name in names:
-            pieces[name] = (Piece(index, offset, offset + sizes[name]),)
-            offset += sizes[name]
-        totals.append(offset)
-    ordered = {name: pieces[name] for name in sizes}
-    return Grouping(tuple(totals), ordered, tuple(map(tuple, members.values())))
-
-
-def _cut(sizes: Mapping[str, int], bounds: list[int], padded: int) -> Grouping:
-    pieces: dict[str, tuple[Piece, ...]] = {}
-    members: list[list[str]] = [[] for _ in bounds[1:]]
-    group = offset = 0
-    for name, size in sizes.items():
-        parts = []
-        position, end = offset, offset + size
-        while position < end:
-            while bounds[group + 1] <= position:
-                group += 1
-            stop = min(end, bounds[group + 1])
-            parts.append(Piece(group, position - bounds[group], stop - bounds[group]))
-            members[group].append(name)
-            position = stop
-        pieces[name] = tuple(parts)
-        offset = end
-    totals = tuple(high - low for low, high in itertools.pairwise(bounds))
-    return Grouping(totals, pieces, tuple(map(tuple, members)), padded)
+    return [small + 1] * extra + [small] * (count - extra)
 
 
 def join(parts: list[Grouping], names: Iterable[str]) -> Grouping:
-    """Join groupings of different weights, whose groups are numbered one after the other.
-
-    Parameters
-    ----------
-    parts : list of Grouping
-        At least one.
-    names : iterable of str
-        All weights, in order.
-
-    Returns
-    -------
-    Grouping
-        ``padded`` is what all parts are padded to, 0 where they differ.
-    """
+    """Join groupings of different weights, whose groups are numbered one after the other."""
     if len(parts) == 1:
         return parts[0]
     pieces: dict[str, tuple[Piece, ...]] = {}
     offset = 0
     for part in parts:
         for name, found in part.pieces.items():
-            pieces[name] = tuple(Piece(p.group + offset, p.start, p.stop) for p in found)
+            pieces[name] = tuple([Piece(p.group + offset, p.start, p.stop) for p in found])
         offset += len(part.sizes)
-    padded = {part.padded for part in parts}
     return Grouping(
-        tuple(size for part in parts for size in part.sizes),
+        tuple([size for part in parts for size in part.sizes]),
         {name: pieces[name] for name in names},
-        tuple(group for part in parts for group in part.members),
-        padded.pop() if len(padded) == 1 else 0,
+        tuple([group for part in parts for group in part.members]),
+        tuple([room for part in parts for room in part.room]),
     )

@@ -10,11 +10,12 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from superlora.axes import Axes
-from superlora.block_rules import check_frozen, unit_modes_of
+from superlora.blocks import Inner, check_frozen, inner_vectors, unit_modes_of
 from superlora.design.network import (
     Network,
     Opened,
@@ -25,13 +26,11 @@ from superlora.design.network import (
 from superlora.design.ways import Application, application, opens_rows, rows_of
 from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
-from superlora.inner import Inner, inner_vectors
 from superlora.maps import Map, Place
-from superlora.parts import named, parts_of
 from superlora.shapes import Shape
 from superlora.spec import Spec
 from superlora.splitting import Group, Members, Split, make_group
-from superlora.supports import Supports, design_of
+from superlora.supports import Supports, design_of, parts_of
 
 
 class Layout:
@@ -60,11 +59,11 @@ class Layout:
         For each layer the names of its supports by merge operation.
     grouping : Grouping
         Where every weight lies.
-    groups : tuple of Group
+    groups : list of Group
         Every group's fold and splits.
-    specs : tuple of Spec
+    specs : list of Spec
         Every group's design, overrides applied.
-    maps : tuple of Map
+    maps : list of Map
         Every group's map, its own where it depends on the group.
 
     Raises
@@ -81,45 +80,33 @@ class Layout:
         self.spec = design_of(spec)
         self.layer_axes = check_shapes(shapes)
         self.layers = {name: axes.matrix for name, axes in self.layer_axes.items()}
-        made = parts_of(self.spec, self.layer_axes)
-        self.axes, self.supports = made.axes, made.supports
+        designs, self.axes, self.supports, shared = parts_of(self.spec, self.layer_axes)
         self.shapes = {name: axes.matrix for name, axes in self.axes.items()}
-        parts: list[Grouping] = []
-        groups: list[Group] = []
-        specs: list[Spec] = []
-        first: list[int] = []
-        alike: dict[int, tuple[Group, ...]] = {}
-        designs: list[Spec] = []
-        self._ends: dict[int, int] = {}  # of every part, by its first group
-        for own, names in made.designs:
-            # Most groups of a large model are alike: solve each distinct one once.
-            make = functools.lru_cache(maxsize=None)(functools.partial(make_group, own))
-            with named(self.spec, names):
-                held = {n: self.shapes[n] for n in names}
-                natural = own.fold == "natural"
-                stacks = {n: self.axes[n].matrices for n in names} if natural else {}
-                part = group_weights(held, own.groups, own.cut, stacks)
-                for index, size in enumerate(part.sizes):
-                    try:
-                        groups.append(make(size, self._fold_context(part, index)))
-                    except ValueError as error:
-                        members = some(map(repr, part.members[index]))
-                        raise ValueError(f"{error}; in the group of {members}") from None
-            start = len(specs)
-            designs.append(own)
-            alike[start] = tuple(dict.fromkeys(groups[start:]))
-            first += [start] * len(part.sizes)
-            specs += [own] * len(part.sizes)
-            self._ends[start] = len(specs)
-            parts.append(part)
-        self.grouping: Grouping = join(parts, self.shapes)
-        self.groups: tuple[Group, ...] = tuple(groups)
-        self._offsets = list(itertools.accumulate([g.size for g in groups], initial=0))
-        self.specs: tuple[Spec, ...] = tuple(specs)
-        self._first = first  # the first group of every group's part, which names tied blocks
-        self._alike = alike
-        self._shared = self._find_shared(made.shared)
-        self.maps: tuple[Map, ...] = self._bind(designs)
+        groupings: list[Grouping] = []
+        self.specs: list[Spec] = []
+        # Of every group all those that it can share blocks with, the first of which names them.
+        self._parts: list[range] = []
+        for own, names in designs:
+            grouping = self._grouping(own, names)
+            part = range(len(self.specs), len(self.specs) + len(grouping.sizes))
+            self._parts += [part] * len(part)
+            self.specs += [own] * len(part)
+            groupings.append(grouping)
+        self.grouping: Grouping = join(groupings, self.shapes)
+        self._offsets = list(itertools.accumulate(self.grouping.sizes, initial=0))
+        self.groups: list[Group] = self._groups()
+        self._alike = {
+            part: tuple(dict.fromkeys(self.groups[part.start : part.stop]))
+            for part in dict.fromkeys(self._parts)
+        }
+        self._shared = self._find_shared(shared)
+        plain = all(type(own.map).bind is Map.bind for own, _ in designs)
+        # Equal ones are one object, which keeps what it draws from its seed once.
+        known: dict[Map, Map] = {}
+        self.maps: list[Map] = []
+        for group, own in enumerate(self.specs):
+            bound = own.map if plain else own.map.bind(self.place(group))
+            self.maps.append(known.setdefault(bound, bound))
         self._networks: dict[str, Network] = {}
         self._applications: dict[str, Application] = {}
         self._whole_rows: dict[int, Opened] = {}
@@ -127,7 +114,7 @@ class Layout:
         self._mixed_once: dict[int, bool] = {}
         self._group_networks: dict[int, Network] = {}
         check_frozen(self)
-        if any(own.factor_map is not None for own in designs):
+        if any(own.factor_map is not None for own, _ in designs):
             self.inner  # noqa: B018  (raises where a map does not fit)
         unit_modes = unit_modes_of(self)
         if unit_modes:
@@ -137,30 +124,46 @@ class Layout:
         """Return the groups whose blocks are those of other groups."""
         found = {}
         for name, source in names.items():
-            pairs = zip(*(self.grouping.pieces[each] for each in (name, source)), strict=True)
-            for group, other in ((mine.group, theirs.group) for mine, theirs in pairs):
-                size, got = self.groups[group].before, self.groups[other].before
+            pieces = self.grouping.pieces
+            for mine, theirs in zip(pieces[name], pieces[source], strict=True):
+                size, got = self.groups[mine.group].before, self.groups[theirs.group].before
                 if size != got:
                     raise ValueError(f"{source!r} must have {size} entries for {name!r}: got {got}")
-                found[group] = other
+                found[mine.group] = theirs.group
         return found
 
-    def _fold_context(self, part: Grouping, group: int) -> Members:
-        divisor = part.padded
-        for name, _, piece in part.contents[group]:
-            divisor = math.gcd(divisor, self.shapes[name][1], piece.start, piece.stop)
-        return Members(*part.matrices(group, self.axes), divisor, part.padded, group)
+    def _grouping(self, own: Spec, names: list[str]) -> Grouping:
+        held = {name: self.shapes[name] for name in names}
+        natural = own.fold == "natural"
+        stacks = {name: self.axes[name].matrices for name in names} if natural else {}
+        try:
+            return group_weights(held, own.groups, own.cut, stacks)
+        except ValueError as error:
+            raise ValueError(f"{self._operations(names)}{error}") from None
 
-    def _bind(self, designs: list[Spec]) -> tuple[Map, ...]:
-        if all(type(own.map).bind is Map.bind for own in designs):
-            return tuple([own.map for own in self.specs])
-        # Equal ones are one object, which keeps what it draws from its seed once.
-        known: dict[Map, Map] = {}
+    def _operations(self, names: Sequence[str]) -> str:
+        """Return what an error message begins with, where a design has several operations."""
+        if isinstance(self.spec, Spec):
+            return ""
+        return ", ".join(dict.fromkeys(name.partition(".")[0] for name in names)) + ": "
+
+    def _groups(self) -> list[Group]:
+        # Most groups of a large model are alike: solve each distinct one once.
+        parts = dict.fromkeys(self._parts)
+        make = {part: functools.cache(partial(make_group, self.specs[part[0]])) for part in parts}
         found = []
-        for group, own in enumerate(self.specs):
-            bound = own.map.bind(self.place(group))
-            found.append(known.setdefault(bound, bound))
-        return tuple(found)
+        for group, room in enumerate(self.grouping.room):
+            divisor = room
+            for name, _, piece in self.grouping.contents[group]:
+                divisor = math.gcd(divisor, self.shapes[name][1], piece.start, piece.stop)
+            try:
+                members = Members(0, *self.grouping.matrices(group, self.axes), divisor, room)
+                found.append(make[self._parts[group]](self.grouping.sizes[group], members))
+            except ValueError as error:
+                names = self.grouping.members[group]
+                text = f"{self._operations(names)}{error}; in the group of {some(map(repr, names))}"
+                raise ValueError(text) from None
+        return found
 
     def place(self, group: int) -> Place:
         """Return what a group's map may depend on."""
@@ -169,10 +172,7 @@ class Layout:
 
     def joint(self, group: int) -> range:
         """Return the groups that one map takes together: the group, or all of its part."""
-        if not self.specs[group].map.joint:
-            return range(group, group + 1)
-        first = self._first[group]
-        return range(first, self._ends[first])
+        return self._parts[group] if self.specs[group].map.joint else range(group, group + 1)
 
     def position(self, piece: Piece) -> tuple[int, int]:
         """Return where a piece begins and ends in the vector of its joint groups."""
@@ -181,18 +181,11 @@ class Layout:
 
     def blocks_of_joint(self, group: int) -> tuple[str, ...]:
         """Return the names of the blocks of all groups that a group's map takes together."""
-        terms = (blocks for index in self.joint(group) for blocks in self.term_blocks(index))
+        return self._blocks_of(self.joint(group))
+
+    def _blocks_of(self, groups: Iterable[int]) -> tuple[str, ...]:
+        terms = (blocks for group in groups for blocks in self.term_blocks(group))
         return tuple(dict.fromkeys(block for blocks in terms for block in blocks))
-
-    def _sources(self, blocks: Iterable[str]) -> tuple[str, ...]:
-        inner = self.inner
-        found = (inner[block].name if block in inner else block for block in blocks)
-        return tuple(dict.fromkeys(found))
-
-    def groups_of(self, name: str) -> tuple[int, ...]:
-        """Return the groups that a weight's update is made of."""
-        pieces = self.grouping.pieces[name]
-        return tuple(dict.fromkeys(g for piece in pieces for g in self.joint(piece.group)))
 
     def scaling(self, name: str) -> float:
         """Return the number s in front of one weight's update."""
@@ -205,7 +198,7 @@ class Layout:
     def joint_sizes(self, group: int) -> tuple[int, int]:
         """Return how many entries a map takes and makes, of all groups that it takes together."""
         joint = self.joint(group)
-        size = sum(self.groups[index].size for index in joint)
+        size = self._offsets[joint.stop] - self._offsets[joint.start]
         return (self.groups[group].before if len(joint) == 1 else size), size
 
     def map_uses(self) -> dict[tuple[Map, int, int], str]:
@@ -230,9 +223,8 @@ class Layout:
         pieces = self.grouping.pieces[name]
         group = pieces[0].group
         alone = len(pieces) == 1 and len(self.grouping.members[group]) == 1
-        return (
-            alone and not self.maps[group].joint and self.maps[group].multiplies(self.shapes[name])
-        )
+        fixed = self.maps[group]
+        return alone and not fixed.joint and fixed.multiplies(self.shapes[name])
 
     def network(self, name: str) -> Network:
         """Return what a weight's update is made of."""
@@ -257,9 +249,8 @@ class Layout:
         if first not in self._mixed_once:
             names = {name for group in self.joint(first) for name in self.grouping.members[group]}
             least = min(math.prod(self.shapes[name]) for name in names)
-            mixed = self.maps[first].reads or self.maps[first].mixes(
-                self.joint_sizes(first)[0], least
-            )
+            fixed = self.maps[first]
+            mixed = fixed.reads or fixed.mixes(self.joint_sizes(first)[0], least)
             self._mixed_once[first] = mixed and len(names) > 1
         return self._mixed_once[first]
 
@@ -296,7 +287,7 @@ class Layout:
         if self._shared:
             group = self._shared.get(group, group)
         if f"{index % self.specs[group].splits}.{leaf}" in self.specs[group].tied:
-            group = self._first[group]
+            group = self._parts[group].start
         return f"{group}.{index}.{leaf}"
 
     @functools.cached_property
@@ -318,12 +309,13 @@ class Layout:
     @functools.cached_property
     def frozen(self) -> dict[str, str]:
         """Where every frozen block comes from, by name."""
-        return {
-            self.block(group, index, leaf): source
-            for group, own in enumerate(self.specs)
-            for key, source in own.frozen
-            for index, leaf in _of_terms(own.splits, own.terms, key)
-        }
+        found = {}
+        for group, own in enumerate(self.specs):
+            for key, source in own.frozen:
+                split, _, leaf = key.partition(".")
+                for index in range(int(split), own.splits * own.terms, own.splits):
+                    found[self.block(group, index, leaf)] = source
+        return found
 
     @functools.cached_property
     def factor_shapes(self) -> dict[str, Shape]:
@@ -358,20 +350,23 @@ class Layout:
             raise KeyError(
                 f"no weight is named {name!r}; the plan has {some(map(repr, self.shapes))}"
             )
-        terms = (blocks for group in self.groups_of(name) for blocks in self.term_blocks(group))
-        return tuple(dict.fromkeys(block for blocks in terms for block in blocks))
+        pieces = self.grouping.pieces[name]
+        groups = dict.fromkeys(group for piece in pieces for group in self.joint(piece.group))
+        return self._blocks_of(groups)
 
     def inputs_of(self, name: str) -> tuple[str, ...]:
         """Return the names of what a weight's update is made from, keys of `input_shapes`."""
-        return self._sources(self.blocks_of(name))
+        inner = self.inner
+        found = (inner[b].name if b in inner else b for b in self.blocks_of(name))
+        return tuple(dict.fromkeys(found))
 
     def first_group(self, group: int) -> int:
         """Return the first of the groups that a group can share blocks with."""
-        return self._first[group]
+        return self._parts[group].start
 
     def alike(self, group: int) -> tuple[Group, ...]:
         """Return the distinct groups among those that a group can share blocks with."""
-        return self._alike[self._first[group]]
+        return self._alike[self._parts[group]]
 
     def term_blocks(self, group: int) -> list[list[str]]:
         """Return the names of the blocks of each of a group's products."""
@@ -394,10 +389,3 @@ class Layout:
     def num_dense(self) -> int:
         """Entries of all adapted weights."""
         return sum(self.layer_axes[name].entries for name in self.supports)
-
-
-@functools.lru_cache
-def _of_terms(splits: int, terms: int, key: str) -> tuple[tuple[int, str], ...]:
-    """Return split and leaf in every term of a block that a spec names ``"split.block"``."""
-    split, _, leaf = key.partition(".")
-    return tuple((term * splits + int(split), leaf) for term in range(terms))

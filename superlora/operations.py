@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from superlora._backend import Array, backend_of
-from superlora.supports import OPERATIONS, check_operation, support_shape
+from superlora.supports import OF_BIAS, OPERATIONS, check_operation, support_shape
 
-# Those that change the bias; the others change the weight.
-OF_BIAS = frozenset({"weight_to_bias", "scale_bias", "add_bias"})
 # Those that give a layer without bias one.
 GIVES_BIAS = frozenset({"weight_to_bias", "add_bias"})
 

@@ -15,16 +15,20 @@ from superlora.algebra.form import (
     weight_delta,
     weight_deltas,
 )
+from superlora.axes import Axes
+from superlora.describe import describe
 from superlora.design.network import Network
 from superlora.design.ways import Application, check_apply, no_factored_way
 from superlora.errors import some
 from superlora.frozen import frozen_blocks
 from superlora.init import init_factors
+from superlora.layout import Layout
 from superlora.operations import merge
-from superlora.planned import Planned
+from superlora.spec import Spec
+from superlora.supports import Supports
 
 
-class Plan(Planned):
+class Plan:
     """A spec joined with the weights it adapts. Building one touches integers only.
 
     Parameters
@@ -71,6 +75,77 @@ class Plan(Planned):
     >>> plan.delta(factors, "q").shape
     (6, 4)
     """
+
+    def __init__(
+        self,
+        spec: Spec | Supports | Mapping[Any, Any],
+        shapes: Mapping[str, tuple[int, ...] | Axes],
+    ) -> None:
+        self.layout = Layout(spec, shapes)
+
+    @property
+    def spec(self) -> Spec | Supports:
+        """The design, or those of the merge operations."""
+        return self.layout.spec
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight, in order: (output width, input width), or all its axes."""
+        return {name: axes.shape for name, axes in self.layout.axes.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable entries of all blocks."""
+        return self.layout.num_parameters
+
+    @property
+    def num_dense(self) -> int:
+        """Entries of all adapted weights."""
+        return self.layout.num_dense
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every trainable block by name."""
+        return dict(self.layout.factor_shapes)
+
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every frozen block by name."""
+        return {name: self.layout.block_shapes[name] for name in self.layout.frozen}
+
+    @property
+    def scale(self) -> float:
+        """The number s in front of the equation, where no override says another."""
+        return self.spec.scaling
+
+    @property
+    def ratio(self) -> float:
+        """Entries before the maps over entries after them, in all groups; 1 without a map."""
+        layout = self.layout
+        pairs = zip(layout.groups, layout.specs, strict=True)
+        mapped = [group for group, own in pairs if not own.map.keeps_size]
+        if not mapped:
+            return 1.0
+        return sum(group.before for group in mapped) / sum(group.size for group in mapped)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({len(self.layout.supports)} weights, {len(self.layout.groups)} groups, "
+            f"{self.num_parameters:,} of {self.num_dense:,} parameters)"
+        )
+
+    def describe(self) -> str:
+        """Return a table of the groups: folds, splits, ranks and parameter counts.
+
+        Returns
+        -------
+        str
+            Alike groups share a row, whose last column says how their updates are applied
+            while they are trained, and from how many tokens on they are formed: of the first
+            weight of each shape. Below stand the totals and what a user may not expect: ranks
+            that were capped, entries that a cover crops.
+        """
+        return describe(self.layout)
 
     def init(self, seed: int = 0, like: Any = numpy.float32) -> dict[str, Array]:
         """Draw initial factors for which every update is zero, but with one vector for all blocks.
@@ -286,8 +361,6 @@ class Plan(Planned):
                 f"{some(map(repr, self.layout.supports))}"
             )
         own, axes = self.layout.supports[layer].items(), self.layout.layer_axes[layer]
-        if axes.plain:
-            return merge(weight, bias, {op: self.delta(factors, name, scale) for op, name in own})
         if tuple(weight.shape) != axes.shape:
             raise ValueError(f"weight must have shape {axes.shape}: got {tuple(weight.shape)}")
         for _, name in own:

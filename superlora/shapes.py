@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from superlora.values import check_count
-
 Shape = tuple[int, ...]
 
 # A cofactor left after this bound counts as one prime: two primes above it can
@@ -74,11 +72,6 @@ def balanced(size: int, order: int) -> Shape:
         sum is the least, so that a rank-r CP or LoRA of it has the fewest
         parameters, r times that sum.
 
-    Raises
-    ------
-    ValueError
-        If `size` or `order` is below 1.
-
     Notes
     -----
     The greedy choice is not optimal for three modes or more; this is a search
@@ -91,8 +84,6 @@ def balanced(size: int, order: int) -> Shape:
     >>> balanced(97, 2)
     (1, 97)
     """
-    check_count("size", size)
-    check_count("order", order)
     best: list[Shape] = []
 
     def search(rest: int, modes: int, least: int, chosen: Shape, total: int) -> None:
@@ -168,18 +159,11 @@ def cover(size: int, order: int) -> Shape:
         the fold would not cover `size`, so no slice of mode 0 lies wholly in
         the cropped tail.
 
-    Raises
-    ------
-    ValueError
-        If `size` or `order` is below 1.
-
     Examples
     --------
     >>> cover(1415578, 2)
     (1190, 1190)
     """
-    check_count("size", size)
-    check_count("order", order)
     modes: list[int] = []
     rest = size
     for remaining in range(order, 0, -1):
@@ -282,7 +266,17 @@ def balanced_splits(size: int, order: int, splits: int) -> tuple[Shape, ...]:
     ((101, 100),)
     """
     exact = split_modes(balanced(size, order), splits)
-    return _prefer_exact(exact, cover(size, order * splits), order, splits, size)
+    # Ascending over the splits in each mode, then trim the most significant
+    # digit so that no slice lies wholly beyond the end.
+    covering = cover(size, order * splits)
+    digits = [sorted(covering[mode * splits : (mode + 1) * splits]) for mode in range(order)]
+    digits[0][0] = 1
+    digits[0][0] = ceil_divide(size, math.prod(map(math.prod, digits)))
+    candidate = tuple(tuple(mode[k] for mode in digits) for k in range(splits))
+    if _is_degenerate(candidate):
+        return exact
+    dear = _is_degenerate(exact) or _total(exact) > _LOPSIDED * _total(candidate)
+    return candidate if dear else exact
 
 
 def aligned_splits(size: int, order: int, splits: int, divisor: int) -> tuple[Shape, ...]:
@@ -320,32 +314,12 @@ def aligned_splits(size: int, order: int, splits: int, divisor: int) -> tuple[Sh
             "fold='aligned' must find a divisor above 1 common to all input widths and group "
             "boundaries: got 1; use fold='balanced', or groups=1 or 'layer'"
         )
-    best: tuple[Shape, ...] | None = None
+    found = []
     for last in divisors(divisor)[1:]:
         leading = balanced_splits(size // last, order - 1, splits)
         lasts = balanced(last, splits)
-        sizes = tuple((*leading[k], lasts[k]) for k in range(splits))
-        if not _is_degenerate(sizes) and (best is None or _total(sizes) < _total(best)):
-            best = sizes
-    if best is None:
-        raise ValueError(
-            f"splits must leave every split more than one entry: got splits={splits} for "
-            f"{size} entries"
-        )
+        found.append(tuple((*leading[k], lasts[k]) for k in range(splits)))
+    best = min(found, key=lambda sizes: (_is_degenerate(sizes), _total(sizes)))
+    if _is_degenerate(best):
+        raise ValueError(f"splits must leave every split more than one entry: got sizes {best}")
     return best
-
-
-def _prefer_exact(
-    exact: tuple[Shape, ...], covering: Shape, order: int, splits: int, size: int
-) -> tuple[Shape, ...]:
-    # Ascending over the splits in each mode, then trim the most significant
-    # digit so that no slice lies wholly beyond the end.
-    digits = [sorted(covering[mode * splits : (mode + 1) * splits]) for mode in range(order)]
-    digits[0][0] = 1
-    digits[0][0] = ceil_divide(size, math.prod(map(math.prod, digits)))
-    candidate = tuple(tuple(digits[m][k] for m in range(order)) for k in range(splits))
-    if _is_degenerate(candidate) or (
-        not _is_degenerate(exact) and _total(exact) <= _LOPSIDED * _total(candidate)
-    ):
-        return exact
-    return candidate

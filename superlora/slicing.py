@@ -94,23 +94,18 @@ def boxes(radices: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     >>> list(boxes((3, 4), 2, 9))
     [((0, 1), (2, 4)), ((1, 2), (0, 4)), ((2, 3), (0, 1))]
     """
-    if start >= stop:
-        return
     if not radices:
         yield ()
         return
     stride = math.prod(radices[1:])
-    first, skipped = divmod(start, stride)
-    last, remaining = divmod(stop, stride)
-    if first == last:
-        for box in boxes(radices[1:], skipped, remaining):
-            yield ((first, first + 1), *box)
-        return
-    if skipped:
-        for box in boxes(radices[1:], skipped, stride):
-            yield ((first, first + 1), *box)
-        first += 1
-    if first < last:
-        yield ((first, last), *((0, radix) for radix in radices[1:]))
-    for box in boxes(radices[1:], 0, remaining):
-        yield ((last, last + 1), *box)
+    while start < stop:
+        digit, skipped = divmod(start, stride)
+        if not skipped and start + stride <= stop:
+            last = stop // stride
+            yield ((digit, last), *((0, radix) for radix in radices[1:]))
+            start = last * stride
+            continue
+        end = min(stop, (digit + 1) * stride)
+        for box in boxes(radices[1:], skipped, end - digit * stride):
+            yield ((digit, digit + 1), *box)
+        start = end

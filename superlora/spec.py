@@ -175,17 +175,14 @@ class Spec:
         for item in dataclasses.fields(self):
             if item.name not in ("map", "factor_map"):
                 object.__setattr__(self, item.name, hashable(getattr(self, item.name)))
-        checks.check_counts(self)
-        checks.check_groups(self.groups)
-        checks.check_choices(self)
+        checks.check_values(self)
         checks.check_fold(self)
-        self.split_ranks  # noqa: B018  (raises for a wrongly nested rank)
         checks.check_map(self)
         checks.check_factor_map(self)
         checks.check_scale(self)
         checks.check_blocks(self)
         for pattern, fields in self.overrides:
-            self._check_override(pattern, {} if fields is None else fields)
+            self._check_override(pattern, () if fields is None else fields)
 
     @property
     def orders(self) -> tuple[int, ...]:
@@ -272,6 +269,7 @@ class Spec:
     def _check_override(self, pattern: str, changes: Any) -> None:
         known = {item.name for item in dataclasses.fields(self)} - {"overrides"}
         place = f"overrides[{pattern!r}]"
+        changes = checks.pairs(place, changes)
         try:
             _compile(pattern)
         except re.error as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -19,8 +19,8 @@ from superlora.shapes import (
 )
 from superlora.spec import Spec
 
-# A fold before a map may have this many entries, and 16 times as many as the group.
-_MOST_BEFORE = 1 << 24
+# What costs nothing to write down may have this many entries, and 16 times as many as weights.
+_MOST = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -99,19 +99,11 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Members:
+class Members(Place):
     """What a group's fold may depend on besides its size."""
 
-    shapes: tuple[tuple[int, int], ...]
-    whole: bool  # no weight is cut by the group's boundary
     divisor: int  # of all input widths and cut positions
-    padded: int
-    index: int = field(default=0, compare=False)
-
-    @property
-    def place(self) -> Place:
-        """What a map may depend on."""
-        return Place(self.index, self.shapes, self.whole)
+    room: int  # entries, those of padding too
 
 
 def make_group(spec: Spec, size: int, members: Members) -> Group:
@@ -136,7 +128,7 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
     ValueError
         If fold, splits or rank cannot serve the group.
     """
-    before = _entries(spec, members.padded or size, members)
+    before = _entries(spec, members)
     if spec.combine == "kronecker":
         sizes = _split_sizes(spec, spec.splits, before, members)
         fold = tuple(map(math.prod, zip(*sizes, strict=True)))
@@ -153,24 +145,22 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
                 f"in every mode for a fold of {before} entries; use fewer splits"
             )
     own, before = sizes, math.prod(fold)
-    fixed = spec.map.bind(members.place)
+    fixed = spec.map.bind(members)
     name = f"map={type(fixed).__name__}()"
-    if fixed.mapped(spec.modes):
-        count = len(fixed.mapped(spec.modes))
-        share = spec.ratio ** (1 / (count * (len(sizes) if spec.combine == "kronecker" else 1)))
+    mapped = fixed.mapped(spec.modes)
+    if mapped:
+        share = spec.ratio ** (1 / (len(mapped) * len(sizes)))
         own = tuple(fixed.sizes_before(split, share) for split in sizes)
-        before = math.prod(map(math.prod, own if spec.combine == "kronecker" else own[:1]))
+        before = math.prod(map(math.prod, own))
         for index, (after, smaller) in enumerate(zip(sizes, own, strict=True)):
-            for mode in fixed.mapped(spec.modes):
+            for mode in mapped:
                 of_mode = fixed.mode(index * spec.modes + mode)
                 check_serves(of_mode, smaller[mode], after[mode], f"mode {mode} of {name}")
     elif not fixed.in_place:
         check_serves(fixed, before, size, name)
     splits = tuple(
-        _make_split(spec, index, split_sizes, before_sizes, rank)
-        for index, (split_sizes, before_sizes, rank) in enumerate(
-            zip(sizes, own, spec.split_ranks, strict=True)
-        )
+        _make_split(spec, index, sizes[index], own[index], rank)
+        for index, rank in enumerate(spec.split_ranks)
     )
     return Group(size, fold, before, splits * spec.terms)
 
@@ -192,22 +182,26 @@ def check_serves(fixed: Map, before: int, size: int, name: str) -> None:
     ValueError
         If it is so.
     """
-    # A fold costs nothing to write down, and a file may hold a few numbers for it.
-    most, largest = _MOST_BEFORE + 16 * size, max(before, fixed.most_between())
-    if largest > most:
-        raise ValueError(
-            f"{name} must take at most {most:,} entries to {size:,}: got {largest:,}; take a "
-            "smaller size or fold"
-        )
+    check_memory(f"{name} must take", max(before, fixed.most_between()), size)
     try:
         fixed.check(before, size)
     except ValueError as error:
         raise ValueError(f"{name} must serve {before:,} entries to {size:,}: {error}") from None
 
 
-def _entries(spec: Spec, held: int, members: Members) -> int:
+def check_memory(rule: str, entries: int, size: int) -> None:
+    """Refuse tensors that would take far more memory than the weights, and nothing in a file."""
+    most = _MOST + 16 * size
+    if entries > most:
+        raise ValueError(
+            f"{rule} at most {most:,} entries, for weights of {size:,}: got {entries:,}; take a "
+            "smaller rank, size or fold"
+        )
+
+
+def _entries(spec: Spec, members: Members) -> int:
     """Return how many entries the fold has to have."""
-    fixed = spec.map.fixed_entries(members.place)
+    fixed = spec.map.fixed_entries(members)
     if fixed is not None:
         if spec.ratio != 1 or spec.size is not None:
             raise ValueError(
@@ -216,66 +210,45 @@ def _entries(spec: Spec, held: int, members: Members) -> int:
             )
         return fixed
     if spec.map.keeps_fold:
-        return held
-    return spec.size or _scaled(spec.ratio, held)
+        return members.room
+    # 0.07 of 100 is 7, and not the 8 that binary fractions round up to.
+    return spec.size or math.ceil(Fraction(repr(float(spec.ratio))) * members.room)
 
 
 def _split_sizes(spec: Spec, splits: int, before: int, members: Members) -> tuple[Shape, ...]:
-    fold: Shape
     if isinstance(spec.fold, tuple):
-        return _check_explicit(spec, _filled(spec, members), splits, before, members)
-    if spec.fold == "balanced" and spec.first_split is None:
-        return balanced_splits(before, spec.modes, splits)
+        return _explicit(spec, splits, before, members)
+    parts = splits if spec.first_split is None else 1
     if spec.fold == "balanced":
-        fold = balanced_splits(before, spec.modes, 1)[0]
+        sizes = balanced_splits(before, spec.modes, parts)
     elif spec.modes == 1:
-        fold = (before,)
+        sizes = ((before,),)
     elif not spec.map.keeps_fold:
         raise ValueError(
             f"fold must be 'balanced' or a tuple with map={type(spec.map).__name__}, whose fold is "
             f"not the weights' own: got {spec.fold!r}"
         )
     elif spec.fold == "aligned":
-        if spec.first_split is None:
-            return aligned_splits(before, spec.modes, splits, members.divisor)
-        fold = aligned_splits(before, spec.modes, 1, members.divisor)[0]
+        sizes = aligned_splits(before, spec.modes, parts, members.divisor)
+    elif spec.fold == "stack":
+        sizes = (_stack(spec, before, members),)
     else:
-        fold = _natural(spec, members) if spec.fold == "natural" else _stack(spec, before, members)
-    return bounded_splits(fold, splits, spec.first_split)
+        rows, columns = _one_weight(spec, members)
+        outputs = ceil_divide(spec.modes, 2)
+        sizes = (balanced(rows, outputs) + balanced(columns, spec.modes - outputs),)
+    return sizes if len(sizes) == splits else bounded_splits(sizes[0], splits, spec.first_split)
 
 
-def _filled(spec: Spec, members: Members) -> tuple[Any, ...]:
-    """Return a fold of sizes with what is left of one weight's sides in the place of None."""
+def _explicit(spec: Spec, splits: int, before: int, members: Members) -> tuple[Shape, ...]:
+    """Return the sizes that the fold says, of every split where it says one for all."""
     given: Any = spec.fold if spec.has_sizes else (spec.fold,)
-    if not any(None in sizes for sizes in given):
-        return tuple(spec.fold)
-    outputs = ceil_divide(spec.modes, 2)
-    filled = [list(sizes) for sizes in given]
-    sides = zip(_one_weight(spec, members), ("outputs", "inputs"), strict=True)
-    for (width, side), modes in zip(
-        sides, (range(outputs), range(outputs, spec.modes)), strict=True
-    ):
-        places = [(sizes, mode) for sizes in filled for mode in modes]
-        known = math.prod(sizes[mode] or 1 for sizes, mode in places)
-        opened = [(sizes, mode) for sizes, mode in places if sizes[mode] is None]
-        if width % known or (known != width and not opened):
-            raise ValueError(f"fold must divide the {width} {side} of a weight: got {spec.fold}")
-        for sizes, mode in opened:
-            sizes[mode] = width // known
-    return tuple(map(tuple, filled)) if spec.has_sizes else tuple(filled[0])
-
-
-def _check_explicit(
-    spec: Spec, given: tuple[Any, ...], splits: int, before: int, members: Members
-) -> tuple[Shape, ...]:
-    if spec.has_sizes:
-        sizes: tuple[Shape, ...] = given
-        fold = tuple(map(math.prod, zip(*sizes, strict=True)))
-    else:
-        fold = given
+    opened = any(None in own for own in given)
+    sizes: tuple[Shape, ...] = _filled(spec, given, members) if opened else given
+    fold = tuple(map(math.prod, zip(*sizes, strict=True)))
+    if not spec.has_sizes:
         sizes = bounded_splits(fold, splits, spec.first_split)
     says_it = not spec.map.keeps_fold and spec.ratio == 1
-    if says_it and spec.size is None and spec.map.fixed_entries(members.place) is None:
+    if says_it and spec.size is None and spec.map.fixed_entries(members) is None:
         return sizes
     if math.prod(fold) < before:
         raise ValueError(
@@ -293,9 +266,19 @@ def _check_explicit(
     return sizes
 
 
-def _scaled(ratio: float, entries: int) -> int:
-    # 0.07 of 100 is 7, and not the 8 that binary fractions round up to.
-    return math.ceil(Fraction(repr(float(ratio))) * entries)
+def _filled(spec: Spec, given: tuple[Any, ...], members: Members) -> tuple[Shape, ...]:
+    """Return sizes with what is left of one weight's outputs and inputs in the place of None."""
+    outputs = ceil_divide(spec.modes, 2)
+    filled = [list(sizes) for sizes in given]
+    sides = (("outputs", slice(outputs)), ("inputs", slice(outputs, None)))
+    for (side, modes), width in zip(sides, _one_weight(spec, members), strict=True):
+        found = [size for sizes in given for size in sizes[modes]]
+        known = math.prod([size for size in found if size is not None])
+        if width % known or (known != width and None not in found):
+            raise ValueError(f"fold must divide the {width} {side} of a weight: got {spec.fold}")
+        for sizes in filled:
+            sizes[modes] = [width // known if size is None else size for size in sizes[modes]]
+    return tuple(map(tuple, filled))
 
 
 def _one_weight(spec: Spec, members: Members) -> tuple[int, int]:
@@ -308,16 +291,11 @@ def _one_weight(spec: Spec, members: Members) -> tuple[int, int]:
     return members.shapes[0]
 
 
-def _natural(spec: Spec, members: Members) -> Shape:
-    rows, columns = _one_weight(spec, members)
-    output_modes = ceil_divide(spec.modes, 2)
-    return balanced(rows, output_modes) + balanced(columns, spec.modes - output_modes)
-
-
 def _stack(spec: Spec, before: int, members: Members) -> Shape:
     distinct = sorted(set(members.shapes))
     if spec.modes == 3:
-        if len(distinct) != 1 or not members.whole or members.padded:
+        padded = sum(map(math.prod, members.shapes)) < members.room
+        if len(distinct) != 1 or not members.whole or padded:
             raise ValueError(
                 "fold='stack' of order 3 must have whole weights of one shape in each group: got "
                 f"{distinct}{'' if members.whole else ' cut by a group boundary'}"
@@ -334,65 +312,56 @@ def _stack(spec: Spec, before: int, members: Members) -> Shape:
     return (before // widths[0], widths[0])
 
 
-def _make_split(spec: Spec, index: int, shape: Shape, before: Shape, rank: object) -> Split:
+def _make_split(spec: Spec, index: int, shape: Shape, before: Shape, rank: Any) -> Split:
     sizes = _neighbours(before, spec.orders[index])
-    order = len(sizes)
-    core = spec.cores[index]
-    everything = (False,) * order
+    order, core = len(sizes), spec.cores[index]
+    dense = Split(shape, sizes, sizes, (False,) * order, "full")
     if rank == "full":
-        return Split(shape, sizes, sizes, everything, "full")
+        return dense
     if order == 1:
         # A vector is its own factor: any rank above 1 is redundant (row sums of A).
-        explicit = rank[0] if isinstance(rank, tuple) else None
-        if isinstance(explicit, int) and explicit > 1:
-            raise ValueError(
-                f"rank[{index}][0] must be 1 or 'full' with order=1, a dense vector: got {explicit}"
-            )
-        return Split(shape, sizes, sizes, everything, "full")
+        explicit: Any = rank[0] if isinstance(rank, tuple) else "full"
+        if explicit != "full" and explicit > 1:
+            raise ValueError(f"rank[{index}][0] must be 1 or 'full' with order=1: got {explicit}")
+        return dense
     if core == "train":
-        return _make_train(spec, index, shape, sizes, rank)
-    if isinstance(rank, int):
-        kept = [source for key, source in spec.frozen if key.partition(".")[0] == str(index)]
-        if core in ("identity", "diagonal") or (core is None and order <= 2):
-            # A matrix has rank min(sizes) at most: above it dense has fewer parameters.
-            # A CP rank has no such bound. Frozen factors are not made trainable by it.
-            dense_from = {"rank": min(sizes) + 1, "half": max(sizes) / 2, "never": math.inf}
-            if order == 2 and rank >= dense_from[spec.dense_from] and not kept:
-                return Split(shape, sizes, sizes, everything, "full", capped=True)
-            return Split(shape, sizes, (rank,) * order, (True,) * order, core or "identity")
-        factored = tuple(rank <= size or bool(kept) for size in sizes)
+        return _make_train(spec, index, dense, rank)
+    kept = [source for key, source in spec.frozen if key.partition(".")[0] == str(index)]
+    if isinstance(rank, tuple):
+        return _make_nested(spec, index, dense, rank, kept=bool(kept))
+    if core in ("identity", "diagonal") or (core is None and order <= 2):
+        # A matrix has rank min(sizes) at most: above it dense has fewer parameters.
+        # A CP rank has no such bound. Frozen factors are not made trainable by it.
+        dense_from = {"rank": min(sizes) + 1, "half": max(sizes) / 2, "never": math.inf}
+        if order == 2 and rank >= dense_from[spec.dense_from] and not kept:
+            return replace(dense, capped=True)
+        return Split(shape, sizes, (rank,) * order, (True,) * order, core or "identity")
+    bounds = sizes
+    if any(source.startswith("singular") for source in kept):
         # There are as many singular vectors of the outputs as of the inputs.
-        least = min(sizes[-2:]) if any(s.startswith("singular") for s in kept) else rank
-        sides = (False,) * (order - 2) + (True, True)
-        ranks = tuple(
-            min(rank, size, least) if side else min(rank, size)
-            for size, side in zip(sizes, sides, strict=True)
-        )
-        return Split(shape, sizes, ranks, factored, "full", capped=any(r < rank for r in ranks))
-    assert isinstance(rank, tuple)
-    return _make_nested(spec, index, shape, sizes, rank)
+        bounds = (*sizes[:-2], *(min(sizes[-2:]),) * 2)
+    ranks = tuple(min(rank, bound) for bound in bounds)
+    factored = tuple(rank <= size or bool(kept) for size in sizes)
+    return Split(shape, sizes, ranks, factored, "full", capped=min(ranks) < rank)
 
 
-def _make_train(spec: Spec, index: int, shape: Shape, sizes: Shape, rank: Any) -> Split:
+def _make_train(spec: Spec, index: int, dense: Split, rank: Any) -> Split:
     """Make a split of one core a mode; beyond the sizes on one side a rank is redundant."""
+    sizes = dense.sizes
     bounds = [
         min(math.prod(sizes[:mode]), math.prod(sizes[mode:])) for mode in range(1, len(sizes))
     ]
-    if isinstance(rank, int):
-        ranks = tuple(min(rank, bound) for bound in bounds)
-        capped = min(ranks) < rank
-        return Split(shape, sizes, ranks, (False,) * len(sizes), "train", capped=capped)
-    for place, (value, bound) in enumerate(zip(rank, bounds, strict=True)):
-        if isinstance(value, int) and value > bound:
+    asked = rank if isinstance(rank, tuple) else (rank,) * len(bounds)
+    ranks = []
+    for place, (value, bound) in enumerate(zip(asked, bounds, strict=True)):
+        if isinstance(rank, tuple) and value != "full" and value > bound:
             raise ValueError(
                 f"{_place(spec, index)}[{place}] must be at most {bound}, the largest rank between "
                 f"modes {place} and {place + 1} of split {index}: got {value}"
             )
-    ranks = tuple(
-        value if isinstance(value, int) else bound
-        for value, bound in zip(rank, bounds, strict=True)
-    )
-    return Split(shape, sizes, ranks, (False,) * len(sizes), "train")
+        ranks.append(bound if value == "full" else min(value, bound))
+    capped = not isinstance(rank, tuple) and min(ranks) < rank
+    return replace(dense, ranks=tuple(ranks), core="train", capped=capped)
 
 
 def _place(spec: Spec, index: int) -> str:
@@ -410,10 +379,9 @@ def _neighbours(shape: Shape, order: int) -> Shape:
 
 
 def _make_nested(
-    spec: Spec, index: int, shape: Shape, sizes: Shape, rank: tuple[object, ...]
+    spec: Spec, index: int, dense: Split, rank: tuple[Any, ...], *, kept: bool
 ) -> Split:
-    order = len(sizes)
-    core = spec.cores[index]
+    sizes, order, core = dense.sizes, len(dense.sizes), spec.cores[index]
     uniform = len(set(rank)) == 1 and rank[0] != "full"
     if core in ("identity", "diagonal") and not uniform:
         raise ValueError(
@@ -421,21 +389,18 @@ def _make_nested(
         )
     if core is None:
         core = "identity" if order <= 2 and uniform else "full"
-    frozen = {block for block, _ in spec.frozen}
-    kept = any(block.partition(".")[0] == str(index) for block in frozen)
-    place = _place(spec, index)
     # A core beyond a mode's size is redundant, and so is a matrix of such a rank; where
     # blocks are fixed it is not.
-    bounded = core == "full" and f"{index}.core" not in frozen
+    bounded = core == "full" and f"{index}.core" not in dict(spec.frozen)
     bounded |= order == 2 and not kept and spec.dense_from != "never"
-    for mode, (value, size) in enumerate(zip(rank, sizes, strict=True)):
-        if bounded and isinstance(value, int) and value > size:
-            raise ValueError(
-                f"{place}[{mode}] must be at most {size}, the size of mode {mode} of split "
-                f"{index}: got {value}"
-            )
+    factored = tuple(value != "full" for value in rank)
     ranks = tuple(
-        value if isinstance(value, int) else size for value, size in zip(rank, sizes, strict=True)
+        size if value == "full" else value for value, size in zip(rank, sizes, strict=True)
     )
-    factored = tuple(isinstance(value, int) for value in rank)
-    return Split(shape, sizes, ranks, factored, core)
+    for mode, (value, size) in enumerate(zip(ranks, sizes, strict=True)):
+        if bounded and value > size:
+            raise ValueError(
+                f"{_place(spec, index)}[{mode}] must be at most {size}, the size of mode {mode} of "
+                f"split {index}: got {value}"
+            )
+    return replace(dense, ranks=ranks, factored=factored, core=core)

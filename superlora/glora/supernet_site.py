@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from superlora.errors import AdapterError
 from superlora.glora.space import Option
 from superlora.glora.supernet_storage import formed, parts
-from superlora.operations import OF_BIAS, change, changes
-from superlora.supports import support_shape
+from superlora.operations import change, changes
+from superlora.supports import OF_BIAS, support_shape
 from superlora.torch.autograd import is_traced, without_autocast
 from superlora.torch.layers import bias_of, input_name, parameter_of, shape_of, weight_of
 from superlora.torch.operands import Operands

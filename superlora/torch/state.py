@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from superlora.design.ways import check_apply
 from superlora.errors import AdapterError, some
-from superlora.operations import OF_BIAS
 from superlora.plan import Plan
+from superlora.supports import OF_BIAS
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_free, check_model, frozen_of, host_of, placed, register
 from superlora.torch.files import Header, read_tensors, write_tensors

@@ -165,7 +165,7 @@ def _other_layers(
 def _other_scales(adapter: Adapter, spec: Spec | Supports, scale: float) -> list[str]:
     """Return the layers whose scale the adapter's would not give, since overrides have another."""
     plan = adapter.plan
-    if not spec.overrides or spec.scaling == plan.scale:
+    if isinstance(spec, Supports) or not spec.overrides or spec.scaling == plan.scale:
         return []
     wrong = []
     for name in plan.shapes:

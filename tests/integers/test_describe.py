@@ -15,11 +15,24 @@ def rows_of(plan):
 def test_alike_groups_share_a_row():
     shapes = {"0.q": (6, 4), "0.v": (6, 4), "1.q": (8, 4)}
     assert sl.Plan(sl.lora(rank=2), shapes).describe().splitlines() == [
-        "groups  entries  fold   splits (size:rank)        parameters",
-        "2       24       6 x 4  6:2 x 4:2, identity core  40",
-        "1       32       8 x 4  8:2 x 4:2, identity core  24",
+        "groups  entries  fold   splits (size:rank)        parameters  applied",
+        "2       24       6 x 4  6:2 x 4:2, identity core  40          "
+        "factored, formed from 12 tokens",
+        "1       32       8 x 4  8:2 x 4:2, identity core  24          "
+        "factored, formed from 14 tokens",
         "3 weights, 64 trainable parameters for 80 entries (80.0000%)",
     ]
+
+
+def test_a_row_says_how_its_updates_are_applied():
+    shapes = {"q": (600, 40), "v": (600, 40), "down": (40, 600)}
+    plan = sl.Plan(sl.lora(rank=2, groups=1, fold="aligned"), shapes)
+    found = list(dict.fromkeys(str(plan.layout.application(name)) for name in ("q", "down")))
+    assert len(found) == 2
+    assert plan.describe().splitlines()[1].endswith(f"  {found[0]} or {found[1]}")
+    # What changes a bias meets no inputs.
+    bias = sl.Plan({"add_bias": sl.lora(rank=1)}, shapes)
+    assert all(row.endswith("  formed") for row in bias.describe().splitlines()[1:3])
 
 
 def test_every_split_shows_its_sizes_and_ranks():

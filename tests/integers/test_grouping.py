@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import superlora as sl
-from superlora.grouping import Piece, check_shapes, group_weights, layer_of, layers_of
+from superlora.grouping import Piece, check_shapes, group_weights, layers_of
 from tests.oracles import entries, groups_of
 from tests.strategies import bounds_of, weight_shapes
 
@@ -61,7 +61,8 @@ def test_members_and_whole_agree_with_the_pieces(shapes, groups, cut):
         axes = {name: sl.Axes.of(shape) for name, shape in shapes.items()}
         assert grouping.matrices(group, axes) == (tuple(shapes[n] for n in members), whole)
     padded = isinstance(groups, int) and cut == "pad" and total % groups > 0
-    assert grouping.padded == (math.ceil(total / groups) if padded else 0)
+    padding = (math.ceil(total / groups),) * groups if padded else grouping.sizes
+    assert grouping.room == padding
 
 
 @given(st.integers(1, 10**15), st.integers(1, 300))
@@ -82,7 +83,7 @@ def test_even_sizes_are_those_of_array_split():
 
 def test_pad_gives_every_group_one_size_and_drops_the_tail():
     grouping = group_weights({"q": (2, 5), "v": (1, 7)}, 3, "pad")
-    assert grouping.padded == 6
+    assert grouping.room == (6, 6, 6)
     assert grouping.sizes == (6, 6, 5)
     assert grouping.pieces["q"] == (Piece(0, 0, 6), Piece(1, 0, 4))
     assert grouping.pieces["v"] == (Piece(1, 4, 6), Piece(2, 0, 5))
@@ -121,7 +122,7 @@ def test_layers_stand_in_the_order_of_their_first_weight_also_when_interleaved()
     ],
 )
 def test_the_layer_is_the_path_up_to_the_first_whole_number(name, layer):
-    assert layer_of(name) == layer
+    assert layers_of([name]) == {name: layer}
 
 
 SWIN = [

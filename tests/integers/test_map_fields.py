@@ -328,9 +328,10 @@ def test_the_table_names_the_maps():
     override = {"v": {"map": maps.Shuffle(), "fold": "natural"}}
     lines = sl.Plan(sl.lora(1, overrides=override), TWO).describe().splitlines()
     assert lines[:3] == [
-        "groups  entries  map       fold   splits (size:rank)        parameters",
-        "1       24       Identity  6 x 4  6:1 x 4:1, identity core  10",
-        "1       24       Shuffle   6 x 4  6:1 x 4:1, identity core  10",
+        "groups  entries  map       fold   splits (size:rank)        parameters  applied",
+        "1       24       Identity  6 x 4  6:1 x 4:1, identity core  10          "
+        "factored, formed from 14 tokens",
+        "1       24       Shuffle   6 x 4  6:1 x 4:1, identity core  10          formed",
     ]
 
 

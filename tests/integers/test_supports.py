@@ -182,17 +182,6 @@ def test_a_spec_comes_back_as_a_spec():
     assert design_of(sl.lora(3)) == sl.lora(3)
 
 
-def test_the_spec_of_one_support():
-    spec = sl.lora(2, overrides={"add_weight.head": None, "q": {"rank": 1}})
-    design = design_of({("scale_weight", "add_weight"): spec, "left_weight": sl.lora(3)})
-    assert design.of("scale_weight.head") == sl.lora(2)
-    assert design.of("add_weight.head") is None
-    assert design.of("add_weight.blocks.0.q") == sl.lora(1)
-    assert design.of("left_weight.head") == sl.lora(3)
-    assert design.of("add_bias.head") is None
-    assert design_of(sl.ssf()).of("scale_bias.head") == support("scale_weight", "vector")
-
-
 REFUSED = {
     "unknown": ({"scale_wieght": sl.dense()}, "did you mean 'scale_weight'"),
     "no string": ({3: sl.dense()}, "operations must be among"),

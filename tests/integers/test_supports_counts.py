@@ -97,11 +97,16 @@ def test_glora_refuses_other_options(options, message):
 def test_the_table_shows_the_operations():
     shapes = {"q": (6, 4), "v": (6, 4)}
     assert sl.Plan(sl.glora(2, scale_bias="none", add_weight="vector"), shapes).describe() == (
-        "operations      groups  entries  map        fold   splits (size:rank)        parameters\n"
-        "scale_weight    2       24       Identity   6 x 4  6:2 x 4:2, identity core  40\n"
-        "add_weight      2       24       Broadcast  6      6                         12\n"
-        "weight_to_bias  2       4        Identity   4 x 1  4:2 x 1:2, identity core  20\n"
-        "add_bias        2       6        Identity   6      6                         12\n"
+        "operations      groups  entries  map        fold   splits (size:rank)        parameters"
+        "  applied\n"
+        "scale_weight    2       24       Identity   6 x 4  6:2 x 4:2, identity core  40        "
+        "  factored, formed from 3 tokens\n"
+        "add_weight      2       24       Broadcast  6      6                         12        "
+        "  formed\n"
+        "weight_to_bias  2       4        Identity   4 x 1  4:2 x 1:2, identity core  20        "
+        "  formed\n"
+        "add_bias        2       6        Identity   6      6                         12        "
+        "  formed\n"
         "2 weights, 84 trainable parameters for 48 entries (175.0000%)\n"
         "note: realised ratio 0.25, that of the map"
     )
