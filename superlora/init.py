@@ -10,6 +10,7 @@ import numpy
 
 from superlora._backend import Array, from_numpy
 from superlora.layout import Layout
+from superlora.maps import Separable
 from superlora.random import check_seed, normal
 from superlora.splitting import Split
 
@@ -203,10 +204,10 @@ def _variance(layout: Layout, group: int, term: int) -> float:
 
 def _gain(layout: Layout, group: int) -> float:
     """Return the mean square of an entry of the update for an entry 1 of the product."""
-    item, own = layout.groups[group], layout.specs[group]
-    # Where modes are mapped on their own, every split has maps of its own.
-    splits = [(split.sizes, split.shape) for split in item.splits[: own.splits]]
-    return layout.maps[group].joined(splits).gain(item.before, item.size)
+    item, own, fixed = layout.groups[group], layout.specs[group], layout.maps[group]
+    if isinstance(fixed, Separable):  # every split has maps of its own
+        fixed = fixed.joined([(split.sizes, split.shape) for split in item.splits[: own.splits]])
+    return fixed.gain(item.before, item.size)
 
 
 def _summed(split: Split) -> int:

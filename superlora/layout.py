@@ -26,7 +26,7 @@ from superlora.design.ways import Application, application, opens_rows, rows_of
 from superlora.errors import some
 from superlora.grouping import Grouping, Piece, check_shapes, group_weights, join
 from superlora.inner import Inner, inner_vectors
-from superlora.maps import Map, Place
+from superlora.maps import Map, Place, Separable
 from superlora.parts import named, parts_of
 from superlora.shapes import Shape
 from superlora.spec import Spec
@@ -201,6 +201,11 @@ class Layout:
         """Return whether weights are cut from the product itself, whose entries stay in place."""
         return self.maps[group].in_place
 
+    def mapped_modes(self, group: int, order: int) -> tuple[int, ...]:
+        """Return which of so many modes of a group's fold are mapped on their own."""
+        fixed = self.maps[group]
+        return fixed.mapped(order) if isinstance(fixed, Separable) else ()
+
     def joint_sizes(self, group: int) -> tuple[int, int]:
         """Return how many entries a map takes and makes, of all groups that it takes together."""
         joint = self.joint(group)
@@ -218,20 +223,20 @@ class Layout:
         uses: dict[tuple[Map, int, int], str] = {}
         for group, fixed in enumerate(self.maps):
             own = self.groups[group].splits[: self.specs[group].splits]
-            fixed = fixed.joined([(split.sizes, split.shape) for split in own])
+            if isinstance(fixed, Separable):
+                fixed = fixed.joined([(split.sizes, split.shape) for split in own])
             uses.setdefault((fixed, *self.joint_sizes(group)), str(group))
         for inner in self.inner.values():
             uses.setdefault((inner.map, inner.before, inner.size), inner.name)
         return uses
 
-    def multiplies(self, name: str) -> bool:
-        """Return whether a weight's map multiplies inputs by the update without forming it."""
+    def multiplies(self, name: str) -> tuple[int, int] | None:
+        """Return what a weight's map costs that multiplies inputs without forming the update."""
         pieces = self.grouping.pieces[name]
         group = pieces[0].group
-        alone = len(pieces) == 1 and len(self.grouping.members[group]) == 1
-        return (
-            alone and not self.maps[group].joint and self.maps[group].multiplies(self.shapes[name])
-        )
+        if len(pieces) > 1 or len(self.grouping.members[group]) > 1 or self.maps[group].joint:
+            return None
+        return self.maps[group].product_operations(self.groups[group].before, self.shapes[name])
 
     def network(self, name: str) -> Network:
         """Return what a weight's update is made of."""
@@ -254,9 +259,7 @@ class Layout:
         if first not in self._mixed_once:
             names = {name for group in self.joint(first) for name in self.grouping.members[group]}
             least = min(math.prod(self.shapes[name]) for name in names)
-            mixed = self.maps[first].reads or self.maps[first].mixes(
-                self.joint_sizes(first)[0], least
-            )
+            mixed = self.maps[first].mixes(self.joint_sizes(first)[0], least)
             self._mixed_once[first] = mixed and len(names) > 1
         return self._mixed_once[first]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from superlora.axes import Axes
 from superlora.errors import some
+from superlora.maps import Broadcast, Identity
 from superlora.spec import Spec
 from superlora.supports import ADD, Supports, support_axes
 
@@ -108,7 +109,7 @@ def parts_of(design: Spec | Supports, layers: Mapping[str, Axes]) -> Parts:
                 designs.append((vector, [own[name] for name in taken]))
                 shared |= {own[name]: name for name in taken}
         # What scales the inputs of a layer leaves its bias alone.
-        if not all(_is_vector(spec) or spec.map.repeated() == "outputs" for spec in sources):
+        if not all(_is_vector(spec) or spec.map == Broadcast(along="outputs") for spec in sources):
             raise ValueError(
                 f"spec[{operation!r}] must share a vector, of order 1 and a group a weight: the "
                 f"design of {source!r} is another"
@@ -133,7 +134,7 @@ def _is_vector(spec: Spec) -> bool:
     """Return whether a design's trained entries are a vector of one entry an output."""
     if spec.modes > 1 or spec.frozen or spec.factor_map is not None or spec.groups != "weight":
         return False
-    return spec.map.is_identity or spec.map.repeated() == "inputs"
+    return spec.map in (Identity(), Broadcast(along="inputs"))
 
 
 def _designs(spec: Spec, names: list[str]) -> list[tuple[Spec, list[str]]]:

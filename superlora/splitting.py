@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from superlora.maps import Map, Place
+from superlora.maps import Map, Place, Separable
 from superlora.shapes import (
     Shape,
     aligned_splits,
@@ -155,7 +155,7 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
     own, before = sizes, math.prod(fold)
     fixed = spec.map.bind(members.place)
     name = f"map={type(fixed).__name__}()"
-    if fixed.mapped(spec.modes):
+    if isinstance(fixed, Separable):
         count = len(fixed.mapped(spec.modes))
         share = spec.ratio ** (1 / (count * (len(sizes) if spec.combine == "kronecker" else 1)))
         own = tuple(fixed.sizes_before(split, share) for split in sizes)
@@ -193,10 +193,10 @@ def check_serves(fixed: Map, before: int, size: int, name: str) -> None:
         If it is so.
     """
     # A fold costs nothing to write down, and a file may hold a few numbers for it.
-    most, largest = _MOST_BEFORE + 16 * size, max(before, fixed.most_between())
-    if largest > most:
+    most = _MOST_BEFORE + 16 * size
+    if before > most:
         raise ValueError(
-            f"{name} must take at most {most:,} entries to {size:,}: got {largest:,}; take a "
+            f"{name} must take at most {most:,} entries to {size:,}: got {before:,}; take a "
             "smaller size or fold"
         )
     try:

@@ -21,7 +21,7 @@ from superlora.design.network import (
 from superlora.design.ways import Factored, row_pair
 from superlora.folding import ravel
 from superlora.layout import Layout
-from superlora.maps import Map
+from superlora.maps import Map, Separable
 
 # Gives the vector that a group's map makes, or some of its entries.
 Vector = Callable[[int, int, int], Array]
@@ -92,8 +92,10 @@ def source_array(layout: Layout, source: Source, block: Array) -> Array:
     """Return the leading slices of a block, its modes mapped."""
     if tuple(block.shape) != source.shape:
         block = block[tuple(map(slice, source.shape))]
+    fixed = layout.maps[source.group]
     for axis, index, size in source.modes:
-        block = layout.maps[source.group].map_mode(block, axis, index, size)
+        assert isinstance(fixed, Separable)  # no other map has modes
+        block = fixed.map_mode(block, axis, index, size)
     return block
 
 

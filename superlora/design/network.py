@@ -373,7 +373,7 @@ class Factorisation:
         """Return the axes of a block that the group's map of single modes is applied to."""
         modes = len(split.shape)
         found = []
-        for own in self.layout.maps[self.group].mapped(modes):
+        for own in self.layout.mapped_modes(self.group, modes):
             axis = (f"factor{own}", 0) if split.factored[own] else ("core", own)
             if axis[0] == leaf:
                 found.append((axis[1], place * modes + own, split.shape[own]))

@@ -111,10 +111,10 @@ class PlacedMap(SeededMap):
 
 
 def freeze_counts(fixed: Map, name: str, least: int) -> None:
-    """Make a field a tuple of integers, or refuse it; None stays."""
+    """Make a field a tuple of integers, or refuse it; None stays where it is the default."""
     values = hashable(getattr(fixed, name))
     object.__setattr__(fixed, name, values)
-    if values is None:
+    if values is None and hasattr(type(fixed), name):
         return
     if not isinstance(values, tuple) or not values:
         raise TypeError(f"{name} must be a tuple of integers: got {values!r}")

@@ -10,8 +10,7 @@ import numpy
 from superlora._backend import Array, backend_of, ones, scatter_add, take
 from superlora.maps._base import Place
 from superlora.maps._seeded import CheckedMap
-from superlora.maps._shaped import weight_shape
-from superlora.values import check_count, hashable
+from superlora.maps._shaped import freeze_counts, weight_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +52,6 @@ class Broadcast(CheckedMap):
                 f"along must be one of ('all', 'inputs', 'outputs'): got {self.along!r}"
             )
 
-    def repeated(self) -> str:  # noqa: D102  (inherited)
-        return self.along
-
     def fixed_entries(self, place: Place) -> int:
         """Return how many entries the vector has.
 
@@ -94,21 +90,6 @@ class Broadcast(CheckedMap):
             raise ValueError(f"size must be a multiple of {before}, the entries of x: got {size}")
         if self.along == "all" and before != 1:
             raise ValueError(f"x must have one entry to be broadcast along all: got {before}")
-
-    def gain(self, before: int, size: int) -> float:
-        """Return the mean square of an output for inputs of mean square 1.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the vector and of the group.
-
-        Returns
-        -------
-        float
-            1.
-        """
-        return 1.0
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
         library = backend_of(x)
@@ -163,11 +144,7 @@ class Selection(CheckedMap):
     sliced: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "positions", hashable(self.positions))
-        if not isinstance(self.positions, tuple) or not self.positions:
-            raise TypeError(f"positions must be a tuple of integers: got {self.positions!r}")
-        for index, value in enumerate(self.positions):
-            check_count(f"positions[{index}]", value, least=0)
+        freeze_counts(self, "positions", least=0)
 
     def check(self, before: int, size: int) -> None:
         """Refuse positions beyond the fold, and another number of them than of outputs.
@@ -209,13 +186,10 @@ class Selection(CheckedMap):
         return 8 * size
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
-        return take(x, self._where(x)[start:stop])
+        return take(x, self.kept(x, "_draw_positions")[start:stop])
 
     def _backward(self, y: Array, before: int) -> Array:
-        return scatter_add(y, self._where(y), before)
-
-    def _where(self, like: Array) -> Array:
-        return self.kept(like, "_draw_positions")
+        return scatter_add(y, self.kept(y, "_draw_positions"), before)
 
     def _draw_positions(self) -> numpy.ndarray:
         return numpy.array(self.positions)

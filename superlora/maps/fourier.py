@@ -117,10 +117,11 @@ class Fourier(PlacedMap):
         """
         return 2 * before * position_type(size).itemsize
 
-    def multiplies(self, shape: tuple[int, int]) -> bool:  # noqa: D102  (inherited)
-        return self.shape == shape
-
-    def product_operations(self, before: int, shape: tuple[int, int]) -> tuple[int, int]:  # noqa: D102  (inherited)
+    def product_operations(  # noqa: D102  (inherited)
+        self, before: int, shape: tuple[int, int]
+    ) -> tuple[int, int] | None:
+        if self.shape != shape:
+            return None
         butterflies = sum(size * size.bit_length() for size in shape)
         return 8 * butterflies, 2 * sum(shape) + 5 * before
 

@@ -26,7 +26,6 @@ class Identity(Map):
     keeps_size: ClassVar[bool] = True
     keeps_fold: ClassVar[bool] = True
     in_place: ClassVar[bool] = True
-    is_identity: ClassVar[bool] = True
     sliced: ClassVar[bool] = True
 
     def check(self, before: int, size: int) -> None:

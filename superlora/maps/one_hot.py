@@ -88,7 +88,6 @@ class OneHot(SeededMap):
     window: int | None = None
 
     sliced: ClassVar[bool] = True
-    reads: ClassVar[bool] = True
     choices: ClassVar = {
         "tiled": (True, False),
         "signed": (True, False),
@@ -113,6 +112,9 @@ class OneHot(SeededMap):
         if self.window is None:
             del fields["window"]
         return fields
+
+    def mixes(self, before: int, size: int) -> bool:  # noqa: D102  (inherited)
+        return True  # inputs are normalised for any slice
 
     def check(self, before: int, size: int) -> None:
         """Refuse fewer outputs than inputs.

@@ -14,6 +14,7 @@ from superlora.design.network import Source
 from superlora.design.ways import check_apply
 from superlora.frozen import each_frozen
 from superlora.init import each_factor
+from superlora.maps import Separable
 from superlora.plan import Plan
 from superlora.torch.autograd import without_autocast
 from superlora.torch.scope import Scope
@@ -147,7 +148,7 @@ class Blocks(nn.Module):
                 done.add(key)
                 if not fixed.in_place:
                     map_slice(fixed, torch.zeros(before, device=device), size, *bounds)
-                elif fixed.mapped(len(layout.groups[piece.group].fold)):
+                elif isinstance(fixed, Separable):
                     self.sources(layout.network(name).sources)
                 if layout.multiplies(name):
                     x = torch.zeros((1, layout.shapes[name][1]), device=device)

@@ -33,6 +33,7 @@ from superlora.design.network import (
 from superlora.design.ways import rows_of
 from superlora.grouping import cut_pieces
 from superlora.layout import Layout
+from superlora.maps import OneHot, Separable
 from superlora.torch.autograd import made, moved
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def _mapped(layout: Layout, source: Source, adapter: Blocks) -> Tensor:
 
     def back(y: Tensor) -> Tensor:
         for axis, index, _ in source.modes:
+            assert isinstance(fixed, Separable)  # no other map has modes
             y = fixed.map_mode(y, axis, index, source.shape[axis], adjoint=True)
         rest = [whole - own for whole, own in zip(shape, y.shape, strict=True)]
         ends = [entry for own in reversed(rest) for entry in (0, own)]
@@ -208,7 +210,7 @@ class SharedVector(Shared):
             return found
 
         x = made(entries, tensors)
-        if fixed.reads:
+        if isinstance(fixed, OneHot):
             return moved(x, *[lambda y: fixed.normalized(y, size)] * 2), 0
         start, stop = (0, size) if whole else self.range((0, layout.shapes[self.name][0]))
         part = fixed.sliced and (start, stop) != (0, size)
@@ -229,7 +231,7 @@ class SharedVector(Shared):
     def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
         """Return what some rows of the support need of it."""
         first, last = self.range(rows)
-        if self.map.reads:
+        if isinstance(self.map, OneHot):
             part: Tensor = self.map.gather(value, self.size, first, last)
             return part
         found: Tensor = cut(value, first - start, last - first)
@@ -238,7 +240,7 @@ class SharedVector(Shared):
     def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
         """Add the adjoint of `cut` to a sum, in place."""
         first, last = self.range(rows)
-        if self.map.reads:
+        if isinstance(self.map, OneHot):
             self.map.scatter(gradient, sums, self.size, first)
         else:
             sums[first - start : last - start] += gradient

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from superlora.algebra.form import joint_entries
 from superlora.design.ways import FORMED
+from superlora.maps import Broadcast
 from superlora.supports import ADD
 from superlora.torch.autograd import autocasts, is_traced, without_autocast
 from superlora.torch.operands import Operands, formed_operands
@@ -59,7 +60,8 @@ class Support:
         self.shape = layout.shapes[name]
         group = layout.grouping.pieces[name][0].group
         of_weight = self.operation in (ADD, "scale_weight")
-        self.along = layout.maps[group].repeated() if of_weight else ""
+        fixed = layout.maps[group]
+        self.along = fixed.along if of_weight and isinstance(fixed, Broadcast) else ""
         # Whether it is an update of the weight, and no repeated vector.
         self.plain = self.operation == ADD and not self.along
         self.scales = self.operation == "scale_weight"
