@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from superlora._backend import Array, cast, check_floating, widened
+from superlora._backend import Array, backend_of, cast, check_floating, widened
 from superlora.maps._base import Map, Place
 from superlora.random import VERSION, check_seed
 from superlora.values import check_count
@@ -149,11 +149,11 @@ class SeededMap(CheckedMap):
             raise ValueError(f"version must be {VERSION}, the derivation here: got {self.version}")
         if check_count("substream", self.substream, least=0) >= _GROUPS:
             raise ValueError(f"substream must be below {_GROUPS}: got {self.substream}")
-        choices = {"shared": (True, False), **self.choices}
-        for name, allowed in choices.items():
-            value = getattr(self, name)
+        for item in dataclasses.fields(self):
+            name, value = item.name, getattr(self, item.name)
+            allowed = (True, False) if item.type == "bool" else self.choices.get(name)
             # 1 is not True here: a file would hold the number.
-            if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            if allowed and not any(type(value) is type(one) and value == one for one in allowed):
                 raise ValueError(f"{name} must be one of {allowed}: got {value!r}")
 
     def bind(self, place: Place) -> Map:
@@ -202,6 +202,18 @@ def scale_of(normalize: str | None, before: int, size: int) -> float:
         return 1.0
     scale: float = (size if normalize == "isometric" else before) ** -0.5
     return scale
+
+
+def chunks(width: int, size: int, start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the bounds of those runs of `width` entries, of `size` in all, that hold a slice."""
+    return [
+        (first, min(first + width, size)) for first in range(start // width * width, stop, width)
+    ]
+
+
+def joined(runs: list[Array]) -> Array:
+    """Return vectors one after the other, which takes no copy of one alone."""
+    return runs[0] if len(runs) == 1 else backend_of(runs[0]).concatenate(runs, axis=0)
 
 
 def check_vector(name: str, array: Array) -> None:

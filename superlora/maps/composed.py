@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy
 
-from superlora._backend import Array, backend_of
+from superlora._backend import Array
 from superlora.maps._base import Map, Place
-from superlora.maps._seeded import CheckedMap
+from superlora.maps._seeded import CheckedMap, joined
 from superlora.values import check_count
 
 # Entries that may lie between two maps, besides 16 times as many as the group has.
@@ -306,14 +306,14 @@ class BlockDiagonal(CombinedMap):
             if low < high:
                 bounds = low - made.start, high - made.start
                 runs.append(part.apply_slice(x[given], made.stop - made.start, *bounds))
-        return backend_of(x).concatenate(runs, axis=0)
+        return joined(runs)
 
     def _backward(self, y: Array, before: int) -> Array:
         runs = [
             part.adjoint(y[made], given.stop - given.start)
             for part, given, made in self._cut(before, y.shape[0])
         ]
-        return backend_of(y).concatenate(runs, axis=0)
+        return joined(runs)
 
 
 def part_of(place: Place) -> Place:

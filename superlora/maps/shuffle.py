@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy
 
-from superlora._backend import Array, backend_of, take
-from superlora.maps._seeded import CHECKED, ORDERS, SeededMap
+from superlora._backend import Array, take
+from superlora.maps._seeded import CHECKED, ORDERS, SeededMap, joined
 from superlora.maps.identity import padded
 from superlora.permutations import Permutation
 
@@ -62,7 +62,7 @@ class Shuffle(SeededMap):
     keeps_size: ClassVar[bool] = True
     keeps_fold: ClassVar[bool] = True
     sliced: ClassVar[bool] = True
-    choices: ClassVar = {"scope": ("group", "all"), "stored": (True, False)}
+    choices: ClassVar = {"scope": ("group", "all")}
 
     @property
     def joint(self) -> bool:  # type: ignore[override]
@@ -132,7 +132,7 @@ class Shuffle(SeededMap):
         for first in range(start, stop, CHUNK):
             last = min(first + CHUNK, stop)
             parts.append(take(x, self.kept(x, "_draw", size, first, last, inverse, keep=False)))
-        return backend_of(x).concatenate(parts, axis=0)
+        return joined(parts)
 
     def _draw(self, size: int, first: int, last: int, inverse: bool) -> numpy.ndarray:
         permutation = self._permutation(size)
