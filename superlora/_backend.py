@@ -169,13 +169,6 @@ def eye(size: int, like: Array) -> Array:
     return library.eye(size, **context)
 
 
-def at_least_single(array: Array) -> Array:
-    """Return `array` in single precision if it is of less."""
-    library, context = _context(array)
-    # A product promotes; conversions have another name in every library.
-    return array * library.ones((1,), **{**context, "dtype": library.float32})
-
-
 def check_floating(name: str, array: Array) -> None:
     """Refuse an array of integers, booleans or complex numbers."""
     backend_of(array)
