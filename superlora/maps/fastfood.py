@@ -19,8 +19,7 @@ from superlora.maps._seeded import (
     joined,
     scale_of,
 )
-from superlora.maps.identity import padded
-from superlora.maps.shuffle import position_type
+from superlora.maps.moves import padded, position_type
 from superlora.permutations import Permutation, check_size, permutation_rows
 from superlora.random import coarse_normals, signs
 from superlora.walsh_hadamard import (

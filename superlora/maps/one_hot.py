@@ -19,7 +19,7 @@ from superlora.maps._seeded import (
     chunks,
     joined,
 )
-from superlora.maps.shuffle import position_type
+from superlora.maps.moves import position_type
 from superlora.permutations import Permutation, permutation_rows
 from superlora.random import signs
 from superlora.values import check_count
