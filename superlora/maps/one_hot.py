@@ -214,14 +214,10 @@ class OneHot(SeededMap):
         array, (stop - start,)
             Library and dtype of `x`.
         """
-        before = x.shape[0]
         parts = []
-        for first, last in self._chunks(before, size, start, stop):
-            inside = slice(max(start - first, 0), min(stop, last) - first)
-            part = take(x, self._fixed(x, "_sources", before, size, first, last)[inside])
-            if self.signed:
-                part = part * self._fixed(x, "_signs", first, last)[inside]
-            parts.append(part)
+        for _, sources, drawn in self._runs(x, x.shape[0], size, start, stop):
+            part = take(x, sources)
+            parts.append(part if drawn is None else part * drawn)
         return joined(parts)
 
     def scatter(self, y: Array, into: Array, size: int, start: int) -> None:
@@ -238,24 +234,33 @@ class OneHot(SeededMap):
         start : int
             The first of them.
         """
-        before, stop = into.shape[0], start + y.shape[0]
-        for first, last in self._chunks(before, size, start, stop):
-            inside = slice(max(start - first, 0), min(stop, last) - first)
-            part = y[max(first - start, 0) : last - start]
-            if self.signed:
-                part = part * self._fixed(y, "_signs", first, last)[inside]
-            into.index_add_(0, self._fixed(y, "_sources", before, size, first, last)[inside], part)
+        for own, sources, drawn in self._runs(y, into.shape[0], size, start, start + y.shape[0]):
+            into.index_add_(0, sources, y[own] if drawn is None else y[own] * drawn)
+
+    def _runs(
+        self, like: Array, before: int, size: int, start: int, stop: int
+    ) -> list[tuple[slice, Array, Array | None]]:
+        """Return the runs of a slice of the outputs, which inputs they take, and their signs."""
+        # Whole tiles, a fixed number at a time.
+        tile = self._tile(before, size)
+        runs = []
+        for first, last in chunks(max(1, _CHUNK // tile) * tile, size, start, stop):
+            low, high = max(start, first), min(stop, last)
+            inside = slice(low - first, high - first)
+            sources = self._fixed(like, "_sources", before, size, first, last)[inside]
+            drawn = self._fixed(like, "_signs", first, last)[inside] if self.signed else None
+            runs.append((slice(low - start, high - start), sources, drawn))
+        return runs
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
         return self.gather(self.normalized(x, size), size, start, stop)
 
     def _backward(self, y: Array, before: int) -> Array:
-        size = y.shape[0]
-        bounds = self._chunks(before, size, 0, size)
-        if self.signed:
-            y = joined([y[a:b] * self._fixed(y, "_signs", a, b) for a, b in bounds])
-        sources = [self._fixed(y, "_sources", before, size, a, b) for a, b in bounds]
-        return self.normalized(scatter_add(y, joined(sources), before), size)
+        total = None
+        for own, sources, drawn in self._runs(y, before, y.shape[0], 0, y.shape[0]):
+            part = scatter_add(y[own] if drawn is None else y[own] * drawn, sources, before)
+            total = part if total is None else total + part
+        return self.normalized(total, y.shape[0])
 
     def _signs(self, first: int, last: int) -> numpy.ndarray:
         return signs(self.seed, self._stream(SIGNS), first, last)
@@ -297,11 +302,6 @@ class OneHot(SeededMap):
             deal = Permutation(self.seed, self._stream(ORDERS), size)
             found = deal.forward(first, last) % before
         return found.astype(position_type(before))
-
-    def _chunks(self, before: int, size: int, start: int, stop: int) -> list[tuple[int, int]]:
-        """Return the bounds of whole tiles, a fixed number at a time, that hold a slice."""
-        tile = self._tile(before, size)
-        return chunks(max(1, _CHUNK // tile) * tile, size, start, stop)
 
     def _tile(self, before: int, size: int) -> int:
         """Return how many outputs are permuted together."""

@@ -358,19 +358,17 @@ class Separable(CombinedMap):
         return matrix
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
-        assert self.before is not None
-        assert self.after is not None
-        library = backend_of(x)
-        tensor = library.reshape(x, self.before)
-        for mode in self.mapped(len(self.after)):
-            tensor = self.map_mode(tensor, mode, mode, self.after[mode])
-        return library.reshape(tensor, (-1,))[start:stop]
+        return self._moved(x, self.before, self.after, adjoint=False)[start:stop]
 
     def _backward(self, y: Array, before: int) -> Array:
-        assert self.before is not None
-        assert self.after is not None
-        library = backend_of(y)
-        tensor = library.reshape(padded(y, math.prod(self.after)), self.after)
-        for mode in self.mapped(len(self.after)):
-            tensor = self.map_mode(tensor, mode, mode, self.before[mode], adjoint=True)
-        return library.reshape(tensor, (-1,))
+        return self._moved(y, self.after, self.before, adjoint=True)
+
+    def _moved(
+        self, x: Array, given: tuple[int, ...] | None, made: tuple[int, ...] | None, adjoint: bool
+    ) -> Array:
+        assert given is not None
+        assert made is not None
+        tensor = backend_of(x).reshape(padded(x, math.prod(given)), given)
+        for mode in self.mapped(len(made)):
+            tensor = self.map_mode(tensor, mode, mode, made[mode], adjoint=adjoint)
+        return backend_of(x).reshape(tensor, (-1,))
