@@ -124,6 +124,7 @@ def each_factor(
     """
     check_seed(seed)
     deviations: dict[str, float] = {}
+    multiplied: set[str] = set()  # vectors that two blocks of one product are made of
     for group in range(len(layout.groups)):
         for term, blocks in enumerate(layout.term_blocks(group)):
             zero = zero_block(layout, group, term)
@@ -132,7 +133,8 @@ def each_factor(
             for name in drawn:
                 deviations.setdefault(name, variance ** (0.5 / len(drawn)))
             deviations[zero] = 0.0
-    multiplied = _multiplied(layout)
+            vectors = [layout.inner[block].name for block in blocks if block in layout.inner]
+            multiplied |= {name for name in vectors if vectors.count(name) > 1}
     for block, inner in layout.inner.items():
         gain = inner.map.gain(inner.before, inner.size)
         own = deviations[block] * gain**-0.5 if gain else 0.0
@@ -143,16 +145,6 @@ def each_factor(
             continue
         deviation = deviations[name]
         yield name, normal(seed, stream, shape) * deviation if deviation else numpy.zeros(shape)
-
-
-def _multiplied(layout: Layout) -> set[str]:
-    """Return the vectors that two blocks of one product are made of."""
-    found = set()
-    for group in range(len(layout.groups)):
-        for blocks in layout.term_blocks(group):
-            names = [layout.inner[block].name for block in blocks if block in layout.inner]
-            found |= {name for name in names if names.count(name) > 1}
-    return found
 
 
 def frozen_variance(source: str, shape: tuple[int, ...], last: bool) -> float:
@@ -215,6 +207,4 @@ def _summed(split: Split) -> int:
     if split.core == "train":
         return math.prod(split.ranks)
     ranks = [rank for rank, factored in zip(split.ranks, split.factored, strict=True) if factored]
-    if not ranks:
-        return 1
-    return math.prod(ranks) if split.core == "full" else ranks[0]
+    return math.prod(ranks if split.core == "full" else ranks[:1])

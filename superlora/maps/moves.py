@@ -339,14 +339,13 @@ class Broadcast(CheckedMap):
         before = x.shape[0]
         if before == 1:
             return x * ones((stop - start,), like=x)
-        each = size // before
+        width = before if self.along == "outputs" else size // before
+        first, last = start // width, -(-stop // width)
         if self.along == "outputs":
-            first, last = start // before, -(-stop // before)
             rows = x[None] * ones((last - first, 1), like=x)
-            return library.reshape(rows, (-1,))[start - first * before : stop - first * before]
-        first, last = start // each, -(-stop // each)
-        columns = x[first:last, None] * ones((1, each), like=x)
-        return library.reshape(columns, (-1,))[start - first * each : stop - first * each]
+        else:
+            rows = x[first:last, None] * ones((1, width), like=x)
+        return library.reshape(rows, (-1,))[start - first * width : stop - first * width]
 
     def _backward(self, y: Array, before: int) -> Array:
         library = backend_of(y)
