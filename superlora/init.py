@@ -182,7 +182,10 @@ def _variance(layout: Layout, group: int, term: int) -> float:
     count = layout.specs[group].splits
     splits = layout.terms(group)[term]
     terms, largest = layout.specs[group].terms, 1
-    known = _gain(layout, group)
+    item, fixed = layout.groups[group], layout.maps[group]
+    if isinstance(fixed, Separable):  # every split has maps of its own
+        fixed = fixed.joined([(split.sizes, split.shape) for split in item.splits[:count]])
+    known = fixed.gain(item.before, item.size)
     for index, split in enumerate(splits):
         terms *= _summed(split)
         for leaf, shape in split.block_shapes.items():
@@ -192,14 +195,6 @@ def _variance(layout: Layout, group: int, term: int) -> float:
             elif leaf != "core":  # of a factor its rank, of a train's core those on both sides
                 largest = max(largest, *(shape[::2] if split.core == "train" else shape[1:]))
     return largest / (width * terms * known)
-
-
-def _gain(layout: Layout, group: int) -> float:
-    """Return the mean square of an entry of the update for an entry 1 of the product."""
-    item, own, fixed = layout.groups[group], layout.specs[group], layout.maps[group]
-    if isinstance(fixed, Separable):  # every split has maps of its own
-        fixed = fixed.joined([(split.sizes, split.shape) for split in item.splits[: own.splits]])
-    return fixed.gain(item.before, item.size)
 
 
 def _summed(split: Split) -> int:

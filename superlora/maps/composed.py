@@ -151,7 +151,9 @@ class Composed(CombinedMap):
         # A file may hold any number here.
         most = max(before, _MOST_BETWEEN + 16 * size)
         if self._middle(before, size) > most:
-            raise ValueError(f"between must be at most {most}: got {self.between}")
+            raise ValueError(
+                f"second must take at most {most:,} entries to {size:,}: got between={self.between}"
+            )
         super().check(before, size)
 
     def _among(self, count: int, index: int) -> Map:

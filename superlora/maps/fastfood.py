@@ -265,26 +265,21 @@ class Fastfood(SeededMap):
 
     def _middle(self, z: Array, width: int, first: int, last: int, permuted: bool) -> Array:
         """Multiply rows by G and permute them by Π, or the other way round by its inverse."""
+        library = backend_of(z)
         numbers = self._rows(z, "_draw_values", width, first, last)
-        if permuted:
-            return self._reordered(z * numbers, first // width, inverse=False)
-        return self._reordered(z, first // width, inverse=True) * numbers
+        z = z * numbers if permuted else z
+        blocks = first // width, last // width
+        positions = self._fixed(z, "_draw_positions", width, *blocks, not permuted)
+        z = library.reshape(take(library.reshape(z, (-1,)), positions), (-1, width))
+        return z if permuted else z * numbers
 
     def _rows(self, like: Array, draw: str, width: int, first: int, last: int) -> Array:
         return self._fixed(like, draw, first, last).reshape((-1, width))
 
-    def _reordered(self, z: Array, first: int, inverse: bool) -> Array:
-        """Permute every block, the rows of `z`, from block `first` on."""
-        library = backend_of(z)
-        width = z.shape[-1]
-        count = z.shape[0] if len(z.shape) == 2 else 1
-        found = self._fixed(z, "_draw_positions", width, first, count, inverse)
-        return library.reshape(take(library.reshape(z, (-1,)), found), z.shape)
-
-    def _draw_positions(self, width: int, first: int, count: int, inverse: bool) -> numpy.ndarray:
+    def _draw_positions(self, width: int, first: int, last: int, inverse: bool) -> numpy.ndarray:
         stream = self._stream(ROWS)
-        rows = permutation_rows(self.seed, stream, width, first, first + count, inverse=inverse)
-        rows = rows + numpy.arange(count)[:, None] * width
+        rows = permutation_rows(self.seed, stream, width, first, last, inverse=inverse)
+        rows = rows + numpy.arange(last - first)[:, None] * width
         return rows.reshape(-1).astype(position_type(rows.size))
 
     def _draw_values(self, start: int, stop: int) -> numpy.ndarray:

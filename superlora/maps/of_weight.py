@@ -189,16 +189,11 @@ class Fourier(PlacedMap):
         """Return where the inputs' half spectrum has each frequency, real and imaginary."""
         columns = self._axes(0)[1]
         _, v = self._upper(before)
-        half = numpy.minimum(v, columns - v)
-        both = numpy.concatenate([half, half + columns // 2 + 1])
-        return both.astype(position_type(2 * columns))
+        return _both_parts(numpy.minimum(v, columns - v), columns)
 
     def _targets(self, before: int) -> numpy.ndarray:
         """Return where the outputs' half spectrum has each frequency, real and imaginary."""
-        rows = self._axes(0)[0]
-        u, _ = self._upper(before)
-        both = numpy.concatenate([u, u + rows // 2 + 1])
-        return both.astype(position_type(2 * rows))
+        return _both_parts(self._upper(before)[0], self._axes(0)[0])
 
     def _weights(self, before: int) -> numpy.ndarray:
         """Return what multiplies the real and imaginary parts."""
@@ -253,6 +248,12 @@ class Fourier(PlacedMap):
 
 # The four outputs of a coefficient.
 _CORNERS = tuple(itertools.product((0, 1), (0, 1)))
+
+
+def _both_parts(places: numpy.ndarray, size: int) -> numpy.ndarray:
+    """Return places in the real parts of a half spectrum, and then in its imaginary parts."""
+    both = numpy.concatenate([places, places + size // 2 + 1])
+    return both.astype(position_type(2 * size))
 
 
 @dataclass(frozen=True, kw_only=True)
