@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import inspect
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,6 +55,9 @@ class Map(abc.ABC):
         Of the class or the map: whether it takes all groups together.
     sliced : bool
         Of the class or the map: whether `apply_slice` costs less than `apply`.
+    reads : bool
+        Of the class: whether each output is one entry, maybe with a sign, of inputs that
+        `normalized` scales; such a map has `gather` and `scatter` too.
     in_place : bool
         Of the class: whether the entries of the folded tensor stay where they are, or are mapped
         mode by mode, so that one weight is made without the others.
@@ -77,6 +80,8 @@ class Map(abc.ABC):
     joint: ClassVar[bool] = False
     sliced: ClassVar[bool] = False
     in_place: ClassVar[bool] = False
+    reads: ClassVar[bool] = False
+    is_identity: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -167,6 +172,47 @@ class Map(abc.ABC):
             Itself, unless it depends on the group.
         """
         return self
+
+    def repeated(self) -> str:
+        """Return what a vector is repeated along to make a weight; empty where it is no vector."""
+        return ""
+
+    def mapped(self, order: int) -> tuple[int, ...]:
+        """Return which of so many modes are mapped on their own, by `map_mode`."""
+        return ()
+
+    def mode(self, index: int) -> Map:
+        """Return the map of one mode; those of split k of M modes begin at ``k M``."""
+        return self
+
+    def joined(self, splits: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Map:
+        """Return the map of all modes of splits, of whose sizes before and after it is made."""
+        return self
+
+    def sizes_before(self, after: tuple[int, ...], share: float) -> tuple[int, ...]:
+        """Return the mode sizes before, where every mapped mode has a share of its entries."""
+        return after
+
+    def check_fold(self, order: int) -> None:  # noqa: B027
+        """Refuse a fold of an order that the map cannot serve."""
+
+    def map_mode(
+        self, tensor: Array, axis: int, index: int, size: int, *, adjoint: bool = False
+    ) -> Array:
+        """Apply the map of one mode, or its adjoint, along an axis of a tensor."""
+        raise NotImplementedError(f"{type(self).__name__}() is no map of single modes")
+
+    def normalized(self, x: Array, size: int) -> Array:
+        """Return the entries before the map as `gather` reads them; this is its own adjoint."""
+        raise NotImplementedError(f"{type(self).__name__}() reads no single entries")
+
+    def gather(self, x: Array, size: int, start: int, stop: int) -> Array:
+        """Return some entries of F x, of inputs that are normalised already."""
+        raise NotImplementedError(f"{type(self).__name__}() reads no single entries")
+
+    def scatter(self, y: Array, into: Array, size: int, start: int) -> None:
+        """Add the adjoint of `gather`, of entries from `start` on, to a torch tensor in place."""
+        raise NotImplementedError(f"{type(self).__name__}() reads no single entries")
 
     def product_operations(self, before: int, shape: tuple[int, int]) -> tuple[int, int] | None:
         """Return what `multiply` costs for each input, where the map has it.

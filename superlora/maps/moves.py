@@ -38,6 +38,7 @@ class Identity(Map):
     keeps_size: ClassVar[bool] = True
     keeps_fold: ClassVar[bool] = True
     in_place: ClassVar[bool] = True
+    is_identity: ClassVar[bool] = True
     sliced: ClassVar[bool] = True
 
     def check(self, before: int, size: int) -> None:
@@ -294,6 +295,9 @@ class Broadcast(CheckedMap):
             raise ValueError(
                 f"along must be one of ('all', 'inputs', 'outputs'): got {self.along!r}"
             )
+
+    def repeated(self) -> str:  # noqa: D102  (inherited)
+        return self.along
 
     def fixed_entries(self, place: Place) -> int:
         """Return how many entries the vector has.

@@ -88,6 +88,7 @@ class OneHot(SeededMap):
     window: int | None = None
 
     sliced: ClassVar[bool] = True
+    reads: ClassVar[bool] = True
     choices: ClassVar = {"normalize": NORMALIZE}
 
     def __post_init__(self) -> None:
