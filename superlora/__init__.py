@@ -1,6 +1,8 @@
 """Parameter-efficient adaptation by one equation; this import leaves torch and jax alone."""
 
-from typing import TYPE_CHECKING
+# `__all__` names the presets, which a type checker finds by it.
+# ruff: noqa: F405
+import importlib
 
 from superlora import maps, operations, presets
 from superlora.algebra.kronecker import kronecker
@@ -9,52 +11,13 @@ from superlora.axes import Axes
 from superlora.errors import AdapterError
 from superlora.folding import fold_group, unfold_group
 from superlora.plan import Plan
-from superlora.presets import (
-    bitfit,
-    c3a,
-    cdka,
-    dense,
-    did,
-    fact_tk,
-    fact_tt,
-    fourierft,
-    gralora,
-    ia3,
-    krona,
-    loha,
-    lokr,
-    lonkr,
-    lora,
-    lora_fa,
-    lora_xs,
-    lorta,
-    lorta_cp,
-    lotr,
-    metatt,
-    miss,
-    monarch,
-    nola,
-    prompt_add,
-    repadapter,
-    said,
-    share_lora,
-    ssf,
-    tenslora,
-    tied_lora,
-    tinylora,
-    tt_lora,
-    unilora,
-    vera,
-    waveft,
-)
+from superlora.presets import *  # noqa: F403
 from superlora.spec import Spec
 from superlora.supports import OPERATIONS, support_shape
 from superlora.walsh_hadamard import fwht
 
-if TYPE_CHECKING:
-    from superlora.presets import glora
-else:  # the package of this name, which can be called as the preset
-    from superlora import glora
+# The package of this name, which can be called as the preset, takes its place.
+importlib.import_module("superlora.glora")
 
 __version__ = "0.1.0"
 

@@ -31,14 +31,6 @@ _name_of_type: dict[type, str] = {}
 _loaded: dict[str, Any] = {}
 
 
-def _find_name(kind: type) -> str | None:
-    for base in kind.__mro__:
-        name = _NAMES.get(base.__module__.partition(".")[0])
-        if name is not None:
-            return name
-    return None
-
-
 def _load(name: str) -> Any:
     load = functools.partial(tensorly.backend.BackendManager.load_backend, name)
     jax = sys.modules.get("jax") if name == "jax" else None
@@ -89,7 +81,8 @@ def backend_of(*arrays: Array) -> Any:
         kind = type(array)
         name = _name_of_type.get(kind)
         if name is None:
-            name = _find_name(kind)
+            roots = (base.__module__.partition(".")[0] for base in kind.__mro__)
+            name = next((_NAMES[root] for root in roots if root in _NAMES), None)
             if name is None:
                 raise TypeError(
                     "arrays must be of numpy, torch, jax, cupy, tensorflow or paddle: got "
@@ -107,20 +100,13 @@ def backend_of(*arrays: Array) -> Any:
 
 def _context(like: Array) -> tuple[Any, dict[str, Any]]:
     """Return the backend and the dtype and device of an array or of a dtype alone."""
-    context: dict[str, Any]
-    if isinstance(like, (type, numpy.dtype)) or not hasattr(like, "shape"):
-        owner = like if isinstance(like, type) else type(like)
-        root = owner.__module__.partition(".")[0]
-        library, context = (
-            _library("numpy" if root == "builtins" else _NAMES.get(root)),
-            {"dtype": like},
-        )
-    else:
+    if hasattr(like, "shape") and not isinstance(like, (type, numpy.dtype)):
         library = backend_of(like)
-        context = {
-            key: value for key, value in library.context(like).items() if key != "requires_grad"
-        }
-    return library, context
+        context = library.context(like).items()
+        return library, {key: value for key, value in context if key != "requires_grad"}
+    owner = like if isinstance(like, type) else type(like)
+    root = owner.__module__.partition(".")[0]
+    return _library("numpy" if root == "builtins" else _NAMES.get(root)), {"dtype": like}
 
 
 def from_numpy(values: numpy.ndarray, like: Array) -> Array:
@@ -167,13 +153,6 @@ def eye(size: int, like: Array) -> Array:
     """Return the identity matrix in the library, dtype and device of `like`."""
     library, context = _context(like)
     return library.eye(size, **context)
-
-
-def at_least_single(array: Array) -> Array:
-    """Return `array` in single precision if it is of less."""
-    library, context = _context(array)
-    # A product promotes; conversions have another name in every library.
-    return array * library.ones((1,), **{**context, "dtype": library.float32})
 
 
 def check_floating(name: str, array: Array) -> None:

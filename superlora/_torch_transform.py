@@ -64,10 +64,11 @@ class _Transform(torch.autograd.Function):
 
 
 def _block(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the Hadamard matrix by operations that can be traced: of signs by common bits."""
-    at, bits = torch.arange(size, device=device), torch.arange(6, device=device)
-    common = (at[:, None, None] & at[:, None]) >> bits & 1
-    return (1 - 2 * (common.sum(-1) % 2)).to(dtype)
+    """Return the Hadamard matrix by operations that can be traced, none larger than itself."""
+    block = torch.ones((1, 1), dtype=dtype, device=device)
+    while block.shape[0] < size:
+        block = torch.cat((torch.cat((block, block)), torch.cat((block, -block))), dim=1)
+    return block
 
 
 _kept = cache(_block)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import numpy
 
-from superlora._backend import Array, at_least_single, backend_of, from_numpy
+from superlora._backend import Array, backend_of, from_numpy, widened
 from superlora.init import frozen_variance, is_last
 from superlora.layout import Layout
 from superlora.random import normal
@@ -130,21 +129,12 @@ def fingerprint(block: numpy.ndarray) -> float:
         a relative e changes it by at most ``e sqrt(n)``, other values by about 1.
     """
     entries = block.reshape(-1)
-    cosines, sines = _waves()
     total = squares = 0.0
     for start in range(0, entries.size, _CHUNK):
         part = entries[start : start + _CHUNK].astype(numpy.float64)
-        # cos(1 + start + k) of the numbers that are kept for start = 0.
-        total += math.cos(start) * float(part @ cosines[: part.size])
-        total -= math.sin(start) * float(part @ sines[: part.size])
+        total += float(part @ numpy.cos(1.0 + start + numpy.arange(part.size)))
         squares += float(part @ part)
     return round(total / (math.sqrt(squares) or 1.0), 6)
-
-
-@functools.cache
-def _waves() -> tuple[numpy.ndarray, numpy.ndarray]:
-    angles = 1.0 + numpy.arange(_CHUNK)
-    return numpy.cos(angles), numpy.sin(angles)
 
 
 def _decompose(
@@ -159,7 +149,7 @@ def _decompose(
     weight = weights[name]
     if tuple(weight.shape) != shape:
         raise ValueError(f"weights[{name!r}] must have shape {shape}: got {tuple(weight.shape)}")
-    weight = at_least_single(weight)
+    weight = widened(weight)
     library = backend_of(weight)
     if not layout.axes[held].plain:  # of a stack only the group's own rows
         rows = slice(start // width, (start + piece.stop - piece.start) // width)

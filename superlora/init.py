@@ -123,6 +123,7 @@ def each_factor(
     """
     check_seed(seed)
     deviations: dict[str, float] = {}
+    multiplied: set[str] = set()  # vectors that two blocks of one product are made of
     for group in range(len(layout.groups)):
         for term, blocks in enumerate(layout.term_blocks(group)):
             zero = zero_block(layout, group, term)
@@ -131,7 +132,8 @@ def each_factor(
             for name in drawn:
                 deviations.setdefault(name, variance ** (0.5 / len(drawn)))
             deviations[zero] = 0.0
-    multiplied = _multiplied(layout)
+            vectors = [layout.inner[block].name for block in blocks if block in layout.inner]
+            multiplied |= {name for name in vectors if vectors.count(name) > 1}
     for block, inner in layout.inner.items():
         gain = inner.map.gain(inner.before, inner.size)
         own = deviations[block] * gain**-0.5 if gain else 0.0
@@ -142,16 +144,6 @@ def each_factor(
             continue
         deviation = deviations[name]
         yield name, normal(seed, stream, shape) * deviation if deviation else numpy.zeros(shape)
-
-
-def _multiplied(layout: Layout) -> set[str]:
-    """Return the vectors that two blocks of one product are made of."""
-    found = set()
-    for group in range(len(layout.groups)):
-        for blocks in layout.term_blocks(group):
-            names = [layout.inner[block].name for block in blocks if block in layout.inner]
-            found |= {name for name in names if names.count(name) > 1}
-    return found
 
 
 def frozen_variance(source: str, shape: tuple[int, ...], last: bool) -> float:
@@ -189,7 +181,10 @@ def _variance(layout: Layout, group: int, term: int) -> float:
     count = layout.specs[group].splits
     splits = layout.terms(group)[term]
     terms, largest = layout.specs[group].terms, 1
-    known = _gain(layout, group)
+    item = layout.groups[group]
+    # Where modes are mapped on their own, every split has maps of its own.
+    fixed = layout.maps[group].joined([(own.sizes, own.shape) for own in item.splits[:count]])
+    known = fixed.gain(item.before, item.size)
     for index, split in enumerate(splits):
         terms *= _summed(split)
         for leaf, shape in split.block_shapes.items():
@@ -201,19 +196,9 @@ def _variance(layout: Layout, group: int, term: int) -> float:
     return largest / (width * terms * known)
 
 
-def _gain(layout: Layout, group: int) -> float:
-    """Return the mean square of an entry of the update for an entry 1 of the product."""
-    item, own = layout.groups[group], layout.specs[group]
-    # Where modes are mapped on their own, every split has maps of its own.
-    splits = [(split.sizes, split.shape) for split in item.splits[: own.splits]]
-    return layout.maps[group].joined(splits).gain(item.before, item.size)
-
-
 def _summed(split: Split) -> int:
     """Return the number of products that sum to one entry of a split."""
     if split.core == "train":
         return math.prod(split.ranks)
     ranks = [rank for rank, factored in zip(split.ranks, split.factored, strict=True) if factored]
-    if not ranks:
-        return 1
-    return math.prod(ranks) if split.core == "full" else ranks[0]
+    return math.prod(ranks if split.core == "full" else ranks[:1])

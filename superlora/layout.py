@@ -218,13 +218,13 @@ class Layout:
             uses.setdefault((inner.map, inner.before, inner.size), inner.name)
         return uses
 
-    def multiplies(self, name: str) -> bool:
-        """Return whether a weight's map multiplies inputs by the update without forming it."""
+    def multiplies(self, name: str) -> tuple[int, int] | None:
+        """Return what a weight's map costs that multiplies inputs without forming the update."""
         pieces = self.grouping.pieces[name]
         group = pieces[0].group
-        alone = len(pieces) == 1 and len(self.grouping.members[group]) == 1
-        fixed = self.maps[group]
-        return alone and not fixed.joint and fixed.multiplies(self.shapes[name])
+        if len(pieces) > 1 or len(self.grouping.members[group]) > 1 or self.maps[group].joint:
+            return None
+        return self.maps[group].product_operations(self.groups[group].before, self.shapes[name])
 
     def network(self, name: str) -> Network:
         """Return what a weight's update is made of."""
@@ -249,8 +249,7 @@ class Layout:
         if first not in self._mixed_once:
             names = {name for group in self.joint(first) for name in self.grouping.members[group]}
             least = min(math.prod(self.shapes[name]) for name in names)
-            fixed = self.maps[first]
-            mixed = fixed.reads or fixed.mixes(self.joint_sizes(first)[0], least)
+            mixed = self.maps[first].mixes(self.joint_sizes(first)[0], least)
             self._mixed_once[first] = mixed and len(names) > 1
         return self._mixed_once[first]
 

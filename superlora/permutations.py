@@ -84,10 +84,7 @@ class Permutation:
         ValueError
             If they are not within it.
         """
-        self._check(start, stop)
-        if self.size <= _SORTED:
-            return self._order[start:stop].copy()
-        return self._chunked(start, stop, inverse=False)
+        return self._images(start, stop, inverse=False)
 
     def inverse(self, start: int, stop: int) -> numpy.ndarray:
         """Return what goes to the positions ``start … stop - 1``.
@@ -107,22 +104,7 @@ class Permutation:
         ValueError
             If they are not within it.
         """
-        self._check(start, stop)
-        if self.size <= _SORTED:
-            places: numpy.ndarray = _inverted(self._order[None])[0, start:stop]
-            return places
-        return self._chunked(start, stop, inverse=True)
-
-    def _check(self, start: int, stop: int) -> None:
-        if not 0 <= start <= stop <= self.size:
-            raise ValueError(
-                f"start and stop must be a slice of {self.size} positions: got {start} and {stop}"
-            )
-
-    @functools.cached_property
-    def _order(self) -> numpy.ndarray:
-        order: numpy.ndarray = permutation_rows(self.seed, self.stream, self.size, 0, 1)[0]
-        return order
+        return self._images(start, stop, inverse=True)
 
     @functools.cached_property
     def _tables(self) -> list[numpy.ndarray]:
@@ -133,19 +115,22 @@ class Permutation:
             for turn, (bound, size) in enumerate(sizes)
         ]
 
-    def _chunked(self, start: int, stop: int, inverse: bool) -> numpy.ndarray:
+    def _images(self, start: int, stop: int, inverse: bool) -> numpy.ndarray:
+        if not 0 <= start <= stop <= self.size:
+            raise ValueError(
+                f"start and stop must be a slice of {self.size} positions: got {start} and {stop}"
+            )
+        if self.size <= _SORTED:
+            (row,) = permutation_rows(self.seed, self.stream, self.size, 0, 1, inverse=inverse)
+            return numpy.array(row[start:stop])
         found = numpy.arange(start, stop, dtype=numpy.int64)
         for first in range(0, len(found), _CHUNK):
             part = found[first : first + _CHUNK]
-            part[:] = self._walk(part, inverse)
-        return found
-
-    def _walk(self, positions: numpy.ndarray, inverse: bool) -> numpy.ndarray:
-        found = self._turn(positions, inverse)
-        beyond = numpy.flatnonzero(found >= self.size)
-        while beyond.size:
-            found[beyond] = self._turn(found[beyond], inverse)
-            beyond = beyond[found[beyond] >= self.size]
+            part[:] = self._turn(part, inverse)
+            beyond = numpy.flatnonzero(part >= self.size)
+            while beyond.size:
+                part[beyond] = self._turn(part[beyond], inverse)
+                beyond = beyond[part[beyond] >= self.size]
         return found
 
     def _turn(self, positions: numpy.ndarray, inverse: bool) -> numpy.ndarray:
@@ -218,10 +203,8 @@ def permutation_rows(
         return numpy.stack([p.inverse(0, size) if inverse else p.forward(0, size) for p in each])
     keys = bits(seed, stream, first * size, last * size).reshape(-1, size)
     rows = numpy.argsort(keys, axis=1, kind="stable")
-    return _inverted(rows) if inverse else rows
-
-
-def _inverted(rows: numpy.ndarray) -> numpy.ndarray:
+    if not inverse:
+        return rows
     places = numpy.empty_like(rows)
-    numpy.put_along_axis(places, rows, numpy.arange(rows.shape[1])[None], axis=1)
+    numpy.put_along_axis(places, rows, numpy.arange(size)[None], axis=1)
     return places

@@ -182,7 +182,7 @@ def check_serves(fixed: Map, before: int, size: int, name: str) -> None:
     ValueError
         If it is so.
     """
-    check_memory(f"{name} must take", max(before, fixed.most_between()), size)
+    check_memory(f"{name} must take", before, size)
     try:
         fixed.check(before, size)
     except ValueError as error:

@@ -18,30 +18,7 @@ _failures: list[Exception] = []
 
 
 def next_power_of_two(n: int) -> int:
-    """Return the least power of two that is not less than `n`.
-
-    Parameters
-    ----------
-    n : int
-        At least 1.
-
-    Returns
-    -------
-    int
-        ``n`` itself if it is one.
-
-    Raises
-    ------
-    ValueError
-        If `n` is less than 1.
-
-    Examples
-    --------
-    >>> [next_power_of_two(n) for n in (1, 2, 3, 1025)]
-    [1, 2, 4, 2048]
-    """
-    if n < 1:
-        raise ValueError(f"n must be at least 1: got {n}")
+    """Return the least power of two that is not less than `n`, of at least 1."""
     return 1 << (n - 1).bit_length()
 
 
@@ -104,7 +81,11 @@ def fwht(x: Array, axis: int = -1, *, orthonormal: bool = False) -> Array:
     if not -rank <= axis < rank:
         raise ValueError(f"axis must lie in {-rank} … {rank - 1}: got {axis}")
     n, at = int(x.shape[axis]), axis % rank
-    _check_power(f"x must have a power of two of entries along axis {axis}", n)
+    if n < 1 or n & (n - 1):
+        raise ValueError(
+            f"x must have a power of two of entries along axis {axis}: got {n}; the next is "
+            f"{next_power_of_two(max(1, n))}"
+        )
     y = _transform(move_axis(x, at, rank - 1), n**-0.5 if orthonormal else 1.0)
     return move_axis(y, rank - 1, at)
 
@@ -126,13 +107,6 @@ def transform_padded(x: Array, n: int, scale: float = 1.0) -> Array:
     array, (..., n)
         ``scale H_n [x, 0]``.
 
-    Raises
-    ------
-    TypeError
-        If `x` is not of a floating-point dtype.
-    ValueError
-        If n is no power of two, or p is not in 1 … n.
-
     Notes
     -----
     With d the power of two that follows p, the result is the transform of length d,
@@ -146,7 +120,7 @@ def transform_padded(x: Array, n: int, scale: float = 1.0) -> Array:
     """
     _check_array("x", x)
     library, p = backend_of(x), int(x.shape[-1])
-    d = _check_lengths("x must have", p, n)
+    d = next_power_of_two(p)
     if d > p:
         x = library.concatenate([x, zeros((*x.shape[:-1], d - p), x)], axis=-1)
     y = _transform(x, scale)
@@ -172,13 +146,6 @@ def transform_cropped(y: Array, p: int, scale: float = 1.0) -> Array:
     array, (..., p)
         ``scale (H_n y)[..., :p]``.
 
-    Raises
-    ------
-    TypeError
-        If `y` is not of a floating-point dtype.
-    ValueError
-        If n is no power of two, or p is not in 1 … n.
-
     Examples
     --------
     >>> import numpy as np
@@ -187,8 +154,7 @@ def transform_cropped(y: Array, p: int, scale: float = 1.0) -> Array:
     """
     _check_array("y", y)
     library, n = backend_of(y), int(y.shape[-1])
-    d = _check_lengths("p must be", p, n)
-    wide = widened(y)
+    d, wide = next_power_of_two(p), widened(y)
     if d < n:
         wide = library.sum(library.reshape(wide, (*y.shape[:-1], n // d, d)), axis=-2)
     return cast(_transform(wide, scale)[..., :p], like=y)
@@ -202,19 +168,6 @@ def _check_array(name: str, x: Array) -> None:
     check_floating(name, x)
     if len(x.shape) == 0:
         raise ValueError(f"{name} must have at least one axis: got shape ()")
-
-
-def _check_power(rule: str, n: int) -> None:
-    if n < 1 or n & (n - 1):
-        raise ValueError(f"{rule}: got {n}; the next is {next_power_of_two(max(1, n))}")
-
-
-def _check_lengths(rule: str, p: int, n: int) -> int:
-    """Return the length to transform for p of n entries."""
-    _check_power("n must be a power of two", n)
-    if not 1 <= p <= n:
-        raise ValueError(f"{rule} 1 … {n} entries: got {p}")
-    return next_power_of_two(p)
 
 
 def _transform(x: Array, scale: float) -> Array:

@@ -213,9 +213,9 @@ def _factored(layout: Layout, name: str) -> Factored | None:
         terms = (direct.few, direct.few)
         shape = (*direct.outputs, *direct.inputs)
         return _with_switch(direct.sources, None, direct.inputs, *terms, Cost(), base=shape)
-    if layout.multiplies(name):
-        item = layout.groups[group]
-        cost = Cost(0, 0, *layout.maps[group].product_operations(item.before, (rows, columns)))
+    products = layout.multiplies(name)
+    if products is not None:
+        cost = Cost(0, 0, *products)
         return Factored((), None, (columns,), (), (), 0, (cost, cost))
     span = row_slice(layout, name)
     shared = layout.opens_rows(group)

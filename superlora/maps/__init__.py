@@ -9,17 +9,13 @@ such maps, and `check` tests them.
 from superlora._backend import scatter_add, take
 from superlora.maps._base import Map, Place, map_from_dict
 from superlora.maps._check import check
-from superlora.maps.broadcast import Broadcast, Selection
-from superlora.maps.circulant import Circulant
 from superlora.maps.composed import BlockDiagonal, Composed
 from superlora.maps.fastfood import Fastfood
-from superlora.maps.fourier import Fourier
 from superlora.maps.gaussian import Gaussian
-from superlora.maps.identity import Identity
+from superlora.maps.moves import Broadcast, Identity, Selection, Shuffle
+from superlora.maps.of_weight import Circulant, Fourier, Wavelet
 from superlora.maps.one_hot import OneHot
 from superlora.maps.separable import Separable
-from superlora.maps.shuffle import Shuffle
-from superlora.maps.wavelet import Wavelet
 
 __all__ = [
     "BlockDiagonal",

@@ -60,7 +60,7 @@ class Map(abc.ABC):
         `normalized` scales; such a map has `gather` and `scatter` too.
     in_place : bool
         Of the class: whether the entries of the folded tensor stay where they are, or are mapped
-        mode by mode (`map_mode`), so that one weight is made without the others.
+        mode by mode, so that one weight is made without the others.
 
     Notes
     -----
@@ -79,8 +79,8 @@ class Map(abc.ABC):
     keeps_fold: ClassVar[bool] = False
     joint: ClassVar[bool] = False
     sliced: ClassVar[bool] = False
-    reads: ClassVar[bool] = False
     in_place: ClassVar[bool] = False
+    reads: ClassVar[bool] = False
     is_identity: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -158,31 +158,6 @@ class Map(abc.ABC):
         """
         return self.keeps_size or not self.sliced
 
-    def joined(self, splits: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Map:
-        """Return the map of all modes of all splits, where modes are mapped on their own.
-
-        Parameters
-        ----------
-        splits : sequence of (tuple of int, tuple of int)
-            The mode sizes of every split before and after.
-
-        Returns
-        -------
-        Map
-            Itself, where it is no map of single modes.
-        """
-        return self
-
-    def repeated(self) -> str:
-        """Return what a vector is repeated along to make a weight.
-
-        Returns
-        -------
-        str
-            ``"inputs"``, ``"outputs"`` or ``"all"``; empty where the map repeats no vector.
-        """
-        return ""
-
     def bind(self, place: Place) -> Map:
         """Return the map as it is for one group of a plan.
 
@@ -198,197 +173,49 @@ class Map(abc.ABC):
         """
         return self
 
+    def repeated(self) -> str:
+        """Return what a vector is repeated along to make a weight; empty where it is no vector."""
+        return ""
+
     def mapped(self, order: int) -> tuple[int, ...]:
-        """Return the modes that are mapped on their own, by `map_mode`.
-
-        Parameters
-        ----------
-        order : int
-            The number of modes of the fold.
-
-        Returns
-        -------
-        tuple of int
-            None, but for a map that is one of single modes.
-        """
+        """Return which of so many modes are mapped on their own, by `map_mode`."""
         return ()
 
     def mode(self, index: int) -> Map:
-        """Return the map of one mode, where they are mapped on their own.
+        """Return the map of one mode; those of split k of M modes begin at ``k M``."""
+        return self
 
-        Parameters
-        ----------
-        index : int
-            Which: those of split k of M modes begin at ``k M``.
-
-        Returns
-        -------
-        Map
-            Itself, where it is no map of single modes.
-        """
+    def joined(self, splits: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Map:
+        """Return the map of all modes of splits, of whose sizes before and after it is made."""
         return self
 
     def sizes_before(self, after: tuple[int, ...], share: float) -> tuple[int, ...]:
-        """Return the mode sizes before the maps of single modes.
-
-        Parameters
-        ----------
-        after : tuple of int
-            The mode sizes after them.
-        share : float
-            What every mapped mode has of its entries.
-
-        Returns
-        -------
-        tuple of int
-            As many.
-        """
+        """Return the mode sizes before, where every mapped mode has a share of its entries."""
         return after
 
     def check_fold(self, order: int) -> None:  # noqa: B027
-        """Refuse a fold of an order that the map cannot serve.
-
-        Parameters
-        ----------
-        order : int
-            The number of modes.
-
-        Raises
-        ------
-        ValueError
-            If it cannot.
-        """
-
-    def most_between(self) -> int:
-        """Return the largest number of entries that lie between maps that this one is made of.
-
-        Returns
-        -------
-        int
-            0 where it is made of no others.
-        """
-        most = 0
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            for part in value if isinstance(value, tuple) else (value,):
-                if isinstance(part, Map):
-                    most = max(most, part.most_between())
-        return most
+        """Refuse a fold of an order that the map cannot serve."""
 
     def map_mode(
         self, tensor: Array, axis: int, index: int, size: int, *, adjoint: bool = False
     ) -> Array:
-        """Apply the map of one mode, or its adjoint, along an axis.
-
-        Parameters
-        ----------
-        tensor : array
-            Any shape.
-        axis : int
-            The axis.
-        index : int
-            Which map: those of split k of M modes begin at ``k M``.
-        size : int
-            Entries of the axis in the result.
-        adjoint : bool
-            Whether the adjoint is asked for.
-
-        Returns
-        -------
-        array
-            The same shape but for the axis.
-
-        Raises
-        ------
-        NotImplementedError
-            If it is no map of single modes.
-        """
+        """Apply the map of one mode, or its adjoint, along an axis of a tensor."""
         raise NotImplementedError(f"{type(self).__name__}() is no map of single modes")
 
-    def multiplies(self, shape: tuple[int, int]) -> bool:
-        """Return whether the map multiplies inputs by a whole weight that it makes.
-
-        Parameters
-        ----------
-        shape : (int, int)
-            Output and input width of the weight.
-
-        Returns
-        -------
-        bool
-            Whether `multiply` is there for it.
-        """
-        return False
-
     def normalized(self, x: Array, size: int) -> Array:
-        """Return the entries before the map as `gather` reads them.
-
-        Parameters
-        ----------
-        x : array, (before,)
-            The entries.
-        size : int
-            Entries after the map.
-
-        Returns
-        -------
-        array, (before,)
-            Scaled, so that this is its own adjoint.
-
-        Raises
-        ------
-        NotImplementedError
-            If outputs are no single inputs.
-        """
+        """Return the entries before the map as `gather` reads them; this is its own adjoint."""
         raise NotImplementedError(f"{type(self).__name__}() reads no single entries")
 
     def gather(self, x: Array, size: int, start: int, stop: int) -> Array:
-        """Return some entries of F x, of inputs that are normalised already.
-
-        Parameters
-        ----------
-        x : array, (before,)
-            What `normalized` gave.
-        size : int
-            Entries after the map.
-        start, stop : int
-            Which of them.
-
-        Returns
-        -------
-        array, (stop - start,)
-            Library and dtype of `x`.
-
-        Raises
-        ------
-        NotImplementedError
-            If outputs are no single inputs.
-        """
+        """Return some entries of F x, of inputs that are normalised already."""
         raise NotImplementedError(f"{type(self).__name__}() reads no single entries")
 
     def scatter(self, y: Array, into: Array, size: int, start: int) -> None:
-        """Add the adjoint of `gather` to a torch tensor, in place.
-
-        Parameters
-        ----------
-        y : torch.Tensor, (n,)
-            A gradient of the entries from `start` on.
-        into : torch.Tensor, (before,)
-            What is added to.
-        size : int
-            Entries after the map.
-        start : int
-            The first of them.
-
-        Raises
-        ------
-        NotImplementedError
-            If outputs are no single inputs.
-        """
+        """Add the adjoint of `gather`, of entries from `start` on, to a torch tensor in place."""
         raise NotImplementedError(f"{type(self).__name__}() reads no single entries")
 
-    def product_operations(self, before: int, shape: tuple[int, int]) -> tuple[int, int]:
-        """Return what `multiply` costs for each input.
+    def product_operations(self, before: int, shape: tuple[int, int]) -> tuple[int, int] | None:
+        """Return what `multiply` costs for each input, where the map has it.
 
         Parameters
         ----------
@@ -399,12 +226,10 @@ class Map(abc.ABC):
 
         Returns
         -------
-        int
-            Multiplications.
-        int
-            Entries that are read or written.
+        (int, int) or None
+            Multiplications, and entries that are read or written; None without `multiply`.
         """
-        return 0, 0
+        return None
 
     def multiply(self, values: Array, x: Array) -> Array:
         """Multiply inputs by the weight that is made of some entries, without forming it.
@@ -596,9 +421,6 @@ class Map(abc.ABC):
     # What is kept is no part of the value.
     def __getstate__(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Map:
         return self  # it cannot change

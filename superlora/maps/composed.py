@@ -2,21 +2,66 @@
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import functools
-import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy
 
-from superlora._backend import Array, backend_of
+from superlora._backend import Array
 from superlora.maps._base import Map, Place
-from superlora.maps._seeded import CheckedMap
+from superlora.maps._seeded import CheckedMap, joined
 from superlora.values import check_count
+
+# Entries that may lie between two maps, besides 16 times as many as the group has.
+_MOST_BETWEEN = 1 << 24
+
+
+class CombinedMap(CheckedMap):
+    """A map made of maps, which draw from streams of their own."""
+
+    def check(self, before: int, size: int) -> None:  # noqa: D102  (inherited)
+        for _, part, *sizes in self._each(before, size):
+            part.check(*sizes)
+
+    def gain(self, before: int, size: int) -> float:  # noqa: D102  (inherited)
+        return math.prod(part.gain(*sizes) for _, part, *sizes in self._each(before, size))
+
+    def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
+        """Return what all maps draw.
+
+        Parameters
+        ----------
+        before, size : int
+            Entries of the fold and of the group.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            With the place of its map before every name.
+        """
+        return {
+            f"{place}.{name}": values
+            for place, part, *sizes in self._each(before, size)
+            for name, values in part.constants(*sizes).items()
+        }
+
+    def operations(self, before: int, size: int) -> int:  # noqa: D102  (inherited)
+        return sum(part.operations(*sizes) for _, part, *sizes in self._each(before, size))
+
+    def nbytes(self, before: int, size: int) -> int:  # noqa: D102  (inherited)
+        return sum(part.nbytes(*sizes) for _, part, *sizes in self._each(before, size))
+
+    @abc.abstractmethod
+    def _each(self, before: int, size: int) -> Iterator[tuple[str, Map, int, int]]:
+        """Yield the place and the map of every part, and its entries before and after."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Composed(CheckedMap):
+class Composed(CombinedMap):
     """Two maps, one after the other.
 
     Parameters
@@ -68,11 +113,9 @@ class Composed(CheckedMap):
             Both parts bound.
         """
         inside = place if self.between == "after" else part_of(place)
-        return self._of(self.first.bind(inside), self.second.bind(place))
-
-    def most_between(self) -> int:  # noqa: D102  (inherited)
-        own = self.between if isinstance(self.between, int) else 0
-        return max(own, super().most_between())
+        first, second = self.first.bind(inside), self.second.bind(place)
+        bound = dataclasses.replace(self, first=first, second=second)
+        return self if bound == self else bound
 
     def fixed_entries(self, place: Place) -> int | None:
         """Return how many entries the map takes, where that is not the spec's choice.
@@ -93,7 +136,7 @@ class Composed(CheckedMap):
         return decisive.fixed_entries(place)
 
     def check(self, before: int, size: int) -> None:
-        """Refuse sizes that one of the maps cannot serve.
+        """Refuse sizes that one of the maps cannot serve, and too many entries between them.
 
         Parameters
         ----------
@@ -105,89 +148,27 @@ class Composed(CheckedMap):
         ValueError
             If it is so.
         """
-        middle = self._middle(before, size)
-        self.first.check(before, middle)
-        self.second.check(middle, size)
-
-    def gain(self, before: int, size: int) -> float:
-        """Return the mean square of an output for inputs of mean square 1.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        float
-            The product of both.
-        """
-        middle = self._middle(before, size)
-        return self.first.gain(before, middle) * self.second.gain(middle, size)
-
-    def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
-        """Return what both maps draw.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            With ``"first."`` and ``"second."`` before their names.
-        """
-        middle = self._middle(before, size)
-        first = self._own[0].constants(before, middle)
-        second = self._own[1].constants(middle, size)
-        return {f"first.{k}": v for k, v in first.items()} | {
-            f"second.{k}": v for k, v in second.items()
-        }
-
-    def operations(self, before: int, size: int) -> int:
-        """Return about how many additions and multiplications `apply` takes.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            The sum of both.
-        """
-        middle = self._middle(before, size)
-        return self.first.operations(before, middle) + self.second.operations(middle, size)
-
-    def nbytes(self, before: int, size: int) -> int:
-        """Return how many bytes of constants are kept.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            The sum of both.
-        """
-        middle = self._middle(before, size)
-        return self.first.nbytes(before, middle) + self.second.nbytes(middle, size)
-
-    def _of(self, first: Map, second: Map) -> Map:
-        same = first is self.first and second is self.second
-        return self if same else Composed(first=first, second=second, between=self.between)
+        # A file may hold any number here.
+        most = max(before, _MOST_BETWEEN + 16 * size)
+        if self._middle(before, size) > most:
+            raise ValueError(
+                f"second must take at most {most:,} entries to {size:,}: got between={self.between}"
+            )
+        super().check(before, size)
 
     def _among(self, count: int, index: int) -> Map:
-        return self._of(self.first._among(count, index), self.second._among(count, index))
+        first, second = self.first._among(count, index), self.second._among(count, index)
+        return dataclasses.replace(self, first=first, second=second)
 
     @functools.cached_property
     def _own(self) -> tuple[Map, Map]:
         """Both maps, each with streams of its own: equal seeds must not cancel out."""
         return self.first._among(2, 0), self.second._among(2, 1)
+
+    def _each(self, before: int, size: int) -> Iterator[tuple[str, Map, int, int]]:
+        middle = self._middle(before, size)
+        yield "first", self._own[0], before, middle
+        yield "second", self._own[1], middle, size
 
     def _middle(self, before: int, size: int) -> int:
         if isinstance(self.between, int):
@@ -206,7 +187,7 @@ class Composed(CheckedMap):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockDiagonal(CheckedMap):
+class BlockDiagonal(CombinedMap):
     """One map for each part of the entries: ``diag(F_1, …, F_B)``.
 
     Parameters
@@ -279,8 +260,7 @@ class BlockDiagonal(CheckedMap):
                 f"parts must be at most {min(before, size)}, the entries of {before} before and "
                 f"{size} after: got {count}"
             )
-        for part, _, sizes in self._cut(before, size):
-            part.check(*sizes)
+        super().check(before, size)
 
     def gain(self, before: int, size: int) -> float:
         """Return the mean square of an output for inputs of mean square 1.
@@ -295,57 +275,8 @@ class BlockDiagonal(CheckedMap):
         float
             The mean over the parts.
         """
-        gains = [part.gain(*sizes) * sizes[1] for part, _, sizes in self._cut(before, size)]
+        gains = [part.gain(*sizes) * sizes[1] for _, part, *sizes in self._each(before, size)]
         return sum(gains) / size
-
-    def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
-        """Return what all maps draw.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            With a part's index before its names.
-        """
-        return {
-            f"{index}.{name}": values
-            for index, (part, _, sizes) in enumerate(self._cut(before, size))
-            for name, values in part.constants(*sizes).items()
-        }
-
-    def operations(self, before: int, size: int) -> int:
-        """Return about how many additions and multiplications `apply` takes.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            The sum of all.
-        """
-        return sum(part.operations(*sizes) for part, _, sizes in self._cut(before, size))
-
-    def nbytes(self, before: int, size: int) -> int:
-        """Return how many bytes of constants are kept.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            The sum of all.
-        """
-        return sum(part.nbytes(*sizes) for part, _, sizes in self._cut(before, size))
 
     @functools.cached_property
     def _own(self) -> tuple[Map, ...]:
@@ -356,33 +287,35 @@ class BlockDiagonal(CheckedMap):
     def _among(self, count: int, index: int) -> Map:
         return BlockDiagonal(parts=tuple(part._among(count, index) for part in self.parts))
 
-    def _cut(
-        self, before: int, size: int
-    ) -> Iterator[tuple[Map, tuple[int, int], tuple[int, int]]]:
-        """Yield every part, where its entries begin before and after, and how many there are."""
+    def _cut(self, before: int, size: int) -> Iterator[tuple[Map, slice, slice]]:
+        """Yield every part, and which entries it takes and makes."""
         count = len(self.parts)
-        bounds = [
+        given, made = (
             [index * (total // count) + min(index, total % count) for index in range(count + 1)]
             for total in (before, size)
-        ]
-        pairs = zip(*(itertools.pairwise(bound) for bound in bounds), strict=True)
-        for part, ((first, last), (start, stop)) in zip(self._own, pairs, strict=True):
-            yield part, (first, start), (last - first, stop - start)
+        )
+        for index, part in enumerate(self._own):
+            yield part, slice(*given[index : index + 2]), slice(*made[index : index + 2])
+
+    def _each(self, before: int, size: int) -> Iterator[tuple[str, Map, int, int]]:
+        for index, (part, given, made) in enumerate(self._cut(before, size)):
+            yield str(index), part, given.stop - given.start, made.stop - made.start
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
         runs = []
-        for part, (first, begin), (before, width) in self._cut(x.shape[0], size):
-            low, high = max(start - begin, 0), min(stop - begin, width)
+        for part, given, made in self._cut(x.shape[0], size):
+            low, high = max(start, made.start), min(stop, made.stop)
             if low < high:
-                runs.append(part.apply_slice(x[first : first + before], width, low, high))
-        return backend_of(x).concatenate(runs, axis=0)
+                bounds = low - made.start, high - made.start
+                runs.append(part.apply_slice(x[given], made.stop - made.start, *bounds))
+        return joined(runs)
 
     def _backward(self, y: Array, before: int) -> Array:
         runs = [
-            part.adjoint(y[start : start + width], entries)
-            for part, (_, start), (entries, width) in self._cut(before, y.shape[0])
+            part.adjoint(y[made], given.stop - given.start)
+            for part, given, made in self._cut(before, y.shape[0])
         ]
-        return backend_of(y).concatenate(runs, axis=0)
+        return joined(runs)
 
 
 def part_of(place: Place) -> Place:

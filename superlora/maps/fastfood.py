@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,10 +15,11 @@ from superlora.maps._seeded import (
     ROWS,
     SIGNS,
     SeededMap,
+    chunks,
+    joined,
     scale_of,
 )
-from superlora.maps.identity import padded
-from superlora.maps.shuffle import position_type
+from superlora.maps.moves import padded, position_type
 from superlora.permutations import Permutation, check_size, permutation_rows
 from superlora.random import coarse_normals, signs
 from superlora.walsh_hadamard import (
@@ -29,7 +29,6 @@ from superlora.walsh_hadamard import (
 )
 
 _CHUNK = 1 << 18  # entries of stacked blocks that are worked out at once
-_RUN = 1 << 20  # positions of one block where none are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,6 @@ class Fastfood(SeededMap):
         "blocks": ("single", "stacked"),
         "values": ("normal", "sign"),
         "normalize": NORMALIZE,
-        "stored": (True, False),
     }
 
     def mixes(self, before: int, size: int) -> bool:  # noqa: D102  (inherited)
@@ -221,110 +219,72 @@ class Fastfood(SeededMap):
             return 1.0, 1.0
         return float(width) ** -0.5, scale_of(self.normalize, before, size)
 
-    def _chunks(self, width: int, count: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield the first and last block of fixed runs of them that hold a slice."""
-        step = max(1, _CHUNK // width)
-        for first in range(start // (step * width) * step, -(-stop // width), step):
-            yield first, min(first + step, count)
+    def _chunks(self, width: int, count: int, start: int, stop: int) -> list[tuple[int, int]]:
+        return chunks(max(1, _CHUNK // width) * width, count * width, start, stop)
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
-        before = x.shape[0]
-        width, count = self._blocks(before, size)
-        scales = self._scales(before, size, width)
-        library = backend_of(x)
-        spread = transform_padded(x, width, scales[0]) if self.order == "paper" else None
+        width, count = self._blocks(x.shape[0], size)
+        scales = self._scales(x.shape[0], size, width)
+        on_outputs = self.order == "paper"
+        spread = transform_padded(x, width, scales[0]) if on_outputs else None
         parts = []
         for first, last in self._chunks(width, count, start, stop):
-            end = min(last * width, size)
-            if self.order == "paper":
-                z = self._reordered(spread * self._numbers(width, first, last, x), first)
-                y = _leading(transform_cropped(z, min(width, size), scales[1]), end - first * width)
-                y = y * self._signs(first * width, end, x)
-            else:
-                signed = x * self._sign_rows(width, first, last, x)[:, :before]
-                z = transform_padded(signed, width, scales[0])
-                z = self._reordered(z, first, inverse=True) * self._numbers(width, first, last, x)
-                y = _leading(transform_cropped(z, min(width, size), scales[1]), end - first * width)
-            parts.append(y[max(start - first * width, 0) : stop - first * width])
-        return parts[0] if len(parts) == 1 else library.concatenate(parts, axis=0)
+            end = min(last, size)
+            if not on_outputs:
+                signed = x * self._rows(x, "_draw_signs", width, first, last)[:, : x.shape[0]]
+                spread = transform_padded(signed, width, scales[0])
+            z = self._middle(spread, width, first, last, on_outputs)
+            y = transform_cropped(z, min(width, size), scales[1])
+            y = backend_of(x).reshape(y, (-1,))[: end - first]
+            if on_outputs:
+                y = y * self._fixed(x, "_draw_signs", first, end)
+            parts.append(y[max(start - first, 0) : stop - first])
+        return joined(parts)
 
     def _backward(self, y: Array, before: int) -> Array:
         size = y.shape[0]
         width, count = self._blocks(before, size)
         scales = self._scales(before, size, width)
-        library = backend_of(y)
+        on_outputs = self.order == "paper"
         total = None
         for first, last in self._chunks(width, count, 0, size):
-            end = min(last * width, size)
-            part = y[first * width : end]
-            if self.order == "paper":
-                part = part * self._signs(first * width, end, y)
+            end = min(last, size)
+            part = y[first:end]
+            if on_outputs:
+                part = part * self._fixed(y, "_draw_signs", first, end)
             if count > 1:
-                part = library.reshape(padded(part, (last - first) * width), (-1, width))
+                part = backend_of(y).reshape(padded(part, last - first), (-1, width))
             z = transform_padded(part, width, scales[1])
-            if self.order == "paper":
-                z = self._reordered(z, first, inverse=True) * self._numbers(width, first, last, y)
-                x = transform_cropped(_summed(z), before, scales[0]) if count == 1 else _summed(z)
-            else:
-                z = self._reordered(z * self._numbers(width, first, last, y), first)
+            z = self._middle(z, width, first, last, not on_outputs)
+            if not on_outputs:
                 z = transform_cropped(z, before, scales[0])
-                x = _summed(z * self._sign_rows(width, first, last, y)[:, :before])
-            total = x if total is None else total + x
-        if self.order == "paper" and count > 1:
-            total = transform_cropped(total, before, scales[0])
-        return total
+                z = z * self._rows(y, "_draw_signs", width, first, last)[:, :before]
+            row = z[0] if last - first == width else backend_of(y).sum(z, axis=0)
+            total = row if total is None else total + row
+        return transform_cropped(total, before, scales[0]) if on_outputs else total
 
-    def _reordered(self, z: Array, first: int, inverse: bool = False) -> Array:
-        """Permute every block, the rows of `z`, from block `first` on."""
+    def _middle(self, z: Array, width: int, first: int, last: int, permuted: bool) -> Array:
+        """Multiply rows by G and permute them by Π, or the other way round by its inverse."""
         library = backend_of(z)
-        width = z.shape[-1]
-        count = z.shape[0] if len(z.shape) == 2 else 1
-        flat = library.reshape(z, (-1,))
-        if count == 1 and width > _RUN and not self.stored:
-            runs = [
-                take(flat, self._fixed(z, "_draw_run", width, first, at, inverse))
-                for at in range(0, width, _RUN)
-            ]
-            return library.reshape(library.concatenate(runs, axis=0), z.shape)
-        found = self._fixed(z, "_draw_positions", width, first, count, inverse)
-        return library.reshape(take(flat, found), z.shape)
+        numbers = self._rows(z, "_draw_values", width, first, last)
+        z = z * numbers if permuted else z
+        blocks = first // width, last // width
+        positions = self._fixed(z, "_draw_positions", width, *blocks, not permuted)
+        z = library.reshape(take(library.reshape(z, (-1,)), positions), (-1, width))
+        return z if permuted else z * numbers
 
-    def _draw_run(self, width: int, block: int, at: int, inverse: bool) -> numpy.ndarray:
-        order = Permutation(self.seed, self._stream(ROWS) + 8 * block, width)
-        draw = order.inverse if inverse else order.forward
-        return draw(at, min(at + _RUN, width)).astype(position_type(width))
+    def _rows(self, like: Array, draw: str, width: int, first: int, last: int) -> Array:
+        return self._fixed(like, draw, first, last).reshape((-1, width))
 
-    def _draw_positions(self, width: int, first: int, count: int, inverse: bool) -> numpy.ndarray:
+    def _draw_positions(self, width: int, first: int, last: int, inverse: bool) -> numpy.ndarray:
         stream = self._stream(ROWS)
-        rows = permutation_rows(self.seed, stream, width, first, first + count, inverse=inverse)
-        rows = rows + numpy.arange(count)[:, None] * width
+        rows = permutation_rows(self.seed, stream, width, first, last, inverse=inverse)
+        rows = rows + numpy.arange(last - first)[:, None] * width
         return rows.reshape(-1).astype(position_type(rows.size))
-
-    def _numbers(self, width: int, first: int, last: int, like: Array) -> Array:
-        found = self._fixed(like, "_draw_values", first * width, last * width)
-        return found.reshape((last - first, width))
-
-    def _sign_rows(self, width: int, first: int, last: int, like: Array) -> Array:
-        return self._signs(first * width, last * width, like).reshape((last - first, width))
 
     def _draw_values(self, start: int, stop: int) -> numpy.ndarray:
         draw = coarse_normals if self.values == "normal" else signs
         return draw(self.seed, self._stream(NORMALS), start, stop)
 
-    def _signs(self, start: int, stop: int, like: Array) -> Array:
-        return self._fixed(like, "_draw_signs", start, stop)
-
     def _draw_signs(self, start: int, stop: int) -> numpy.ndarray:
         return signs(self.seed, self._stream(SIGNS), start, stop)
-
-
-def _leading(z: Array, size: int) -> Array:
-    """Return the first entries of all rows joined."""
-    return backend_of(z).reshape(z, (-1,))[:size]
-
-
-def _summed(z: Array) -> Array:
-    """Return the sum of the rows."""
-    if len(z.shape) == 1:
-        return z
-    return z[0] if z.shape[0] == 1 else backend_of(z).sum(z, axis=0)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy
 
 from superlora._backend import Array, backend_of, cast
-from superlora.maps._seeded import CHECKED, NORMALIZE, NORMALS, SeededMap, scale_of
+from superlora.maps._seeded import CHECKED, NORMALIZE, NORMALS, SeededMap, chunks, joined, scale_of
 from superlora.maps.fastfood import Fastfood
 from superlora.random import coarse_normals
 from superlora.walsh_hadamard import next_power_of_two
@@ -70,11 +70,7 @@ class Gaussian(SeededMap):
     normalize: str | None = "isometric"
     stored: bool = True
 
-    choices: ClassVar = {
-        "structured": (True, False),
-        "normalize": NORMALIZE,
-        "stored": (True, False),
-    }
+    choices: ClassVar = {"normalize": NORMALIZE}
     sliced: ClassVar[bool] = True
 
     def check(self, before: int, size: int) -> None:
@@ -185,9 +181,7 @@ class Gaussian(SeededMap):
             library.tensordot(cast(rows, like=x), x, axes=([1], [0]))
             for _, rows in self._chunks(before, size, start, stop, x)
         ]
-        if len(parts) == 1:
-            return parts[0] * scale
-        return library.concatenate(parts, axis=0) * scale
+        return joined(parts) * scale
 
     def _backward(self, y: Array, before: int) -> Array:
         size = y.shape[0]
@@ -224,14 +218,13 @@ class Gaussian(SeededMap):
         stop = start + y.shape[0]
         width = max(_RUN, next_power_of_two(before))
         runs = []
-        for first in range(start // width * width, stop, width):
-            last = min(first + width, size)
+        for first, last in chunks(width, size, start, stop):
             low, high = max(start, first), min(stop, last)
             ratios = cast(self._fixed(y, "_ratios", before, first, last), like=y)
             runs.append(
                 y[low - start : high - start] * (ratios[low - first : high - first] * scale)
             )
-        return runs[0] if len(runs) == 1 else backend_of(y).concatenate(runs, axis=0)
+        return joined(runs)
 
     def _ratios(self, before: int, start: int, stop: int) -> numpy.ndarray:
         """Return the lengths of rows, where a block begins, over those that the blocks give."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy
 
-from superlora._backend import Array, backend_of, cast, scatter_add, take
+from superlora._backend import Array, cast, scatter_add, take
 from superlora.maps._seeded import (
     CHECKED,
     NORMALIZE,
@@ -16,9 +16,10 @@ from superlora.maps._seeded import (
     SIGNS,
     SeededMap,
     check_enough,
+    chunks,
+    joined,
 )
-from superlora.maps.identity import padded
-from superlora.maps.shuffle import position_type
+from superlora.maps.moves import position_type
 from superlora.permutations import Permutation, permutation_rows
 from superlora.random import signs
 from superlora.values import check_count
@@ -46,7 +47,7 @@ class OneHot(SeededMap):
         ``"variance"``, as with None, the entries are 1 or -1, and outputs are as large as
         inputs.
     stored : bool
-        Whether positions and signs are kept in memory, 9 bytes an output, or drawn anew each
+        Whether positions and signs are kept in memory, 5 bytes an output, or drawn anew each
         time.
     window : int, optional
         Deal about so many inputs at a time out to as many outputs as take them, so that near
@@ -62,10 +63,9 @@ class OneHot(SeededMap):
     Notes
     -----
     ``y_i = s_i x_j(i) / sqrt(n_j(i))``, where input j is taken n_j times, which is
-    ``size // before`` or one more. Forward and adjoint are gathers, and a slice of the outputs
-    needs only its own. With a window the inputs lie one after the other, each n_j times, and
-    every run of ``window (size // before)`` of these outputs is permuted in itself: it reads
-    at most ``window + 1`` consecutive inputs. The adjoint adds them up one by one.
+    ``size // before`` or one more. A slice of the outputs needs only its own. With a window the
+    inputs lie one after the other, each n_j times, and every run of ``window (size // before)``
+    of these outputs is permuted in itself: it reads at most ``window + 1`` consecutive inputs.
 
     References
     ----------
@@ -89,12 +89,7 @@ class OneHot(SeededMap):
 
     sliced: ClassVar[bool] = True
     reads: ClassVar[bool] = True
-    choices: ClassVar = {
-        "tiled": (True, False),
-        "signed": (True, False),
-        "normalize": NORMALIZE,
-        "stored": (True, False),
-    }
+    choices: ClassVar = {"normalize": NORMALIZE}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +108,9 @@ class OneHot(SeededMap):
         if self.window is None:
             del fields["window"]
         return fields
+
+    def mixes(self, before: int, size: int) -> bool:  # noqa: D102  (inherited)
+        return True  # inputs are normalised for any slice
 
     def check(self, before: int, size: int) -> None:
         """Refuse fewer outputs than inputs.
@@ -197,8 +195,7 @@ class OneHot(SeededMap):
         int
             0 where they are not kept.
         """
-        ways = 2 if self.window is None else 1
-        each = ways * position_type(size + before).itemsize + self.signed
+        each = position_type(before).itemsize + self.signed
         return self.stored * (each * size + 8 * before)
 
     def gather(self, x: Array, size: int, start: int, stop: int) -> Array:
@@ -218,15 +215,11 @@ class OneHot(SeededMap):
         array, (stop - start,)
             Library and dtype of `x`.
         """
-        before = x.shape[0]
         parts = []
-        for first, last in _chunks(self._tile(before, size), size, start, stop):
-            inside = slice(max(start - first, 0), min(stop, last) - first)
-            part = take(x, self._fixed(x, "_sources", before, size, first, last)[inside])
-            if self.signed:
-                part = part * self._fixed(x, "_signs", first, last)[inside]
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else backend_of(x).concatenate(parts, axis=0)
+        for _, sources, drawn in self._runs(x, x.shape[0], size, start, stop):
+            part = take(x, sources)
+            parts.append(part if drawn is None else part * drawn)
+        return joined(parts)
 
     def scatter(self, y: Array, into: Array, size: int, start: int) -> None:
         """Add the adjoint of `gather` to a torch tensor, in place.
@@ -242,36 +235,33 @@ class OneHot(SeededMap):
         start : int
             The first of them.
         """
-        before, stop = into.shape[0], start + y.shape[0]
-        for first, last in _chunks(self._tile(before, size), size, start, stop):
-            inside = slice(max(start - first, 0), min(stop, last) - first)
-            part = y[max(first - start, 0) : last - start]
-            if self.signed:
-                part = part * self._fixed(y, "_signs", first, last)[inside]
-            into.index_add_(0, self._fixed(y, "_sources", before, size, first, last)[inside], part)
+        for own, sources, drawn in self._runs(y, into.shape[0], size, start, start + y.shape[0]):
+            into.index_add_(0, sources, y[own] if drawn is None else y[own] * drawn)
+
+    def _runs(
+        self, like: Array, before: int, size: int, start: int, stop: int
+    ) -> list[tuple[slice, Array, Array | None]]:
+        """Return the runs of a slice of the outputs, which inputs they take, and their signs."""
+        # Whole tiles, a fixed number at a time.
+        tile = self._tile(before, size)
+        runs = []
+        for first, last in chunks(max(1, _CHUNK // tile) * tile, size, start, stop):
+            low, high = max(start, first), min(stop, last)
+            inside = slice(low - first, high - first)
+            sources = self._fixed(like, "_sources", before, size, first, last)[inside]
+            drawn = self._fixed(like, "_signs", first, last)[inside] if self.signed else None
+            runs.append((slice(low - start, high - start), sources, drawn))
+        return runs
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
         return self.gather(self.normalized(x, size), size, start, stop)
 
     def _backward(self, y: Array, before: int) -> Array:
-        size = y.shape[0]
-        library = backend_of(y)
-        bounds = _chunks(self._tile(before, size), size, 0, size)
-        if self.signed:
-            runs = [y[a:b] * self._fixed(y, "_signs", a, b) for a, b in bounds]
-            y = runs[0] if len(runs) == 1 else library.concatenate(runs, axis=0)
-        if self.window is not None:
-            sources = [self._fixed(y, "_sources", before, size, a, b) for a, b in bounds]
-            total = scatter_add(y, library.concatenate(sources, axis=0), before)
-            return self.normalized(total, size)
-        y = padded(y, -(-size // before) * before)
         total = None
-        for first, last in _chunks(before, y.shape[0], 0, y.shape[0]):
-            positions = self._fixed(y, "_targets", before, size, first, last)
-            rows = library.reshape(take(y, positions), (-1, before))
-            part = library.sum(rows, axis=0)
+        for own, sources, drawn in self._runs(y, before, y.shape[0], 0, y.shape[0]):
+            part = scatter_add(y[own] if drawn is None else y[own] * drawn, sources, before)
             total = part if total is None else total + part
-        return self.normalized(total, size)
+        return self.normalized(total, y.shape[0])
 
     def _signs(self, first: int, last: int) -> numpy.ndarray:
         return signs(self.seed, self._stream(SIGNS), first, last)
@@ -310,21 +300,9 @@ class OneHot(SeededMap):
             found = permutation_rows(self.seed, self._stream(ROWS), before, *tiles)
             found = found.reshape(-1)[: last - first]
         else:
-            found = self._deal(size).forward(first, last) % before
+            deal = Permutation(self.seed, self._stream(ORDERS), size)
+            found = deal.forward(first, last) % before
         return found.astype(position_type(before))
-
-    def _targets(self, before: int, size: int, first: int, last: int) -> numpy.ndarray:
-        """Return which outputs take the inputs 0 … before - 1, tile by tile, zeros beyond."""
-        if self.tiled:
-            tiles = numpy.arange(first // before, last // before)
-            found = permutation_rows(
-                self.seed, self._stream(ROWS), before, tiles[0], tiles[-1] + 1, inverse=True
-            )
-            found = (found + tiles[:, None] * before).reshape(-1)
-        else:
-            found = numpy.arange(first, last)
-            found[: max(size - first, 0)] = self._deal(size).inverse(first, min(last, size))
-        return found.astype(position_type(size + before))
 
     def _tile(self, before: int, size: int) -> int:
         """Return how many outputs are permuted together."""
@@ -337,9 +315,6 @@ class OneHot(SeededMap):
         later = rest + (places - longer) // whole
         return numpy.where(places < longer, places // (whole + 1), later)
 
-    def _deal(self, size: int) -> Permutation:
-        return Permutation(self.seed, self._stream(ORDERS), size)
-
     def _weights(self, before: int, size: int) -> numpy.ndarray:
         whole, rest = divmod(size, before)
         place = numpy.arange(before)
@@ -348,11 +323,3 @@ class OneHot(SeededMap):
                 self.seed, self._stream(ROWS), before, whole, whole + 1, inverse=True
             )[0]
         return (whole + (place < rest)) ** -0.5
-
-
-def _chunks(before: int, size: int, start: int, stop: int) -> list[tuple[int, int]]:
-    """Return the bounds of whole tiles, a fixed number at a time, that hold a slice."""
-    width = max(1, _CHUNK // before) * before
-    return [
-        (first, min(first + width, size)) for first in range(start // width * width, stop, width)
-    ]

@@ -13,18 +13,17 @@ import numpy
 
 from superlora._backend import Array, backend_of, cast, move_axis, widened
 from superlora.maps._base import Map, Place
-from superlora.maps._seeded import CheckedMap
-from superlora.maps._shaped import freeze_counts
-from superlora.maps.composed import check_part, part_of
+from superlora.maps._seeded import freeze_counts
+from superlora.maps.composed import CombinedMap, check_part, part_of
 from superlora.maps.fastfood import Fastfood
-from superlora.maps.identity import Identity, padded
+from superlora.maps.moves import Identity, padded
 
 _DENSE = 1 << 24  # entries of a mode's matrix that is kept, so that a product takes its place
 _MODES = 4096  # that can have streams of their own
 
 
 @dataclass(frozen=True, kw_only=True)
-class Separable(CheckedMap):
+class Separable(CombinedMap):
     """A Kronecker product of maps, one for each mode of the fold.
 
     Parameters
@@ -123,7 +122,19 @@ class Separable(CheckedMap):
             )
         return self if inner is self.inner else dataclasses.replace(self, inner=inner)
 
-    def check_fold(self, order: int) -> None:  # noqa: D102  (inherited)
+    def check_fold(self, order: int) -> None:
+        """Refuse a fold of an order that the map cannot serve, or sizes besides it.
+
+        Parameters
+        ----------
+        order : int
+            The number of modes.
+
+        Raises
+        ------
+        ValueError
+            If it is so.
+        """
         self.check_modes(order)
         if self.before is not None:
             raise ValueError(
@@ -290,42 +301,7 @@ class Separable(CheckedMap):
             raise ValueError(f"before must have {before} entries, those of x: got {self.before}")
         if math.prod(self.after) < size:
             raise ValueError(f"after must cover {size} entries: got {self.after}")
-        for mode in self.mapped(len(self.after)):
-            self.mode(mode).check(self.before[mode], self.after[mode])
-
-    def gain(self, before: int, size: int) -> float:
-        """Return the mean square of an output for inputs of mean square 1.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        float
-            The product of those of the modes.
-        """
-        return math.prod(self.mode(mode).gain(*sizes) for mode, *sizes in self._sizes())
-
-    def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
-        """Return what the maps of all modes draw.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            With a mode's index before its names.
-        """
-        return {
-            f"{mode}.{name}": values
-            for mode, width, after in self._sizes()
-            for name, values in self.mode(mode).constants(width, after).items()
-        }
+        super().check(before, size)
 
     def operations(self, before: int, size: int) -> int:
         """Return about how many additions and multiplications `apply` takes.
@@ -341,10 +317,10 @@ class Separable(CheckedMap):
             Of the products with all modes' matrices.
         """
         total = 0
-        for mode, width, after in self._sizes():
-            total += before * (2 * after if width * after <= _DENSE else 0)
-            if width * after > _DENSE:
-                total += before // width * self.mode(mode).operations(width, after)
+        for _, fixed, width, after in self._each(before, size):
+            dense = width * after <= _DENSE
+            each = 2 * width * after if dense else fixed.operations(width, after)
+            total += before // width * each
             before = before // width * after
         return total
 
@@ -362,15 +338,14 @@ class Separable(CheckedMap):
             For double precision; in single it is half of it.
         """
         return sum(
-            8 * width * after if width * after <= _DENSE else self.mode(mode).nbytes(width, after)
-            for mode, width, after in self._sizes()
+            8 * width * after if width * after <= _DENSE else fixed.nbytes(width, after)
+            for _, fixed, width, after in self._each(before, size)
         )
 
-    def _sizes(self) -> Iterator[tuple[int, int, int]]:
-        """Yield every mapped mode and its sizes before and after."""
+    def _each(self, before: int, size: int) -> Iterator[tuple[str, Map, int, int]]:
         if self.before is not None and self.after is not None:
             for mode in self.mapped(len(self.after)):
-                yield mode, self.before[mode], self.after[mode]
+                yield str(mode), self.mode(mode), self.before[mode], self.after[mode]
 
     def _matrix(self, index: int, before: int, after: int, double: bool) -> numpy.ndarray:
         """Return the matrix of a mode's map, (after, before)."""
@@ -383,19 +358,17 @@ class Separable(CheckedMap):
         return matrix
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
-        assert self.before is not None
-        assert self.after is not None
-        library = backend_of(x)
-        tensor = library.reshape(x, self.before)
-        for mode in self.mapped(len(self.after)):
-            tensor = self.map_mode(tensor, mode, mode, self.after[mode])
-        return library.reshape(tensor, (-1,))[start:stop]
+        return self._moved(x, self.before, self.after, adjoint=False)[start:stop]
 
     def _backward(self, y: Array, before: int) -> Array:
-        assert self.before is not None
-        assert self.after is not None
-        library = backend_of(y)
-        tensor = library.reshape(padded(y, math.prod(self.after)), self.after)
-        for mode in self.mapped(len(self.after)):
-            tensor = self.map_mode(tensor, mode, mode, self.before[mode], adjoint=True)
-        return library.reshape(tensor, (-1,))
+        return self._moved(y, self.after, self.before, adjoint=True)
+
+    def _moved(
+        self, x: Array, given: tuple[int, ...] | None, made: tuple[int, ...] | None, adjoint: bool
+    ) -> Array:
+        assert given is not None
+        assert made is not None
+        tensor = backend_of(x).reshape(padded(x, math.prod(given)), given)
+        for mode in self.mapped(len(made)):
+            tensor = self.map_mode(tensor, mode, mode, made[mode], adjoint=adjoint)
+        return backend_of(x).reshape(tensor, (-1,))

@@ -119,14 +119,8 @@ def did(size: int = 1000, seed: int = 0, **changes: Any) -> Spec:
     5
     """
     refuse_rank("did", changes)
-    return make(
-        changes,
-        rank="full",
-        order=1,
-        tied=("0.core",),
-        map=Fastfood(seed=seed, order="le", shared=False),
-        size=size,
-    )
+    fixed = Fastfood(seed=seed, order="le", shared=False)
+    return make(changes, rank="full", order=1, tied=("0.core",), map=fixed, size=size)
 
 
 def said(size: int = 1000, seed: int = 0, **changes: Any) -> Spec:
@@ -154,13 +148,8 @@ def said(size: int = 1000, seed: int = 0, **changes: Any) -> Spec:
     7
     """
     refuse_rank("said", changes)
-    return make(
-        changes,
-        rank=1,
-        fold=(1, size),
-        tied=("0.factor1",),
-        map=Fastfood(seed=seed, order="le", shared=False),
-    )
+    fixed = Fastfood(seed=seed, order="le", shared=False)
+    return make(changes, rank=1, fold=(1, size), tied=("0.factor1",), map=fixed)
 
 
 def unilora(size: int = 256, rank: int = 4, seed: int = 0, **changes: Any) -> Spec:
@@ -221,11 +210,6 @@ def nola(size: int = 256, rank: int = 4, seed: int = 0, **changes: Any) -> Spec:
     >>> sl.Plan(sl.nola(size=5, rank=2), {"q": (6, 4)}).num_parameters
     10
     """
-    return make(
-        changes,
-        rank=rank,
-        dense_from="never",
-        factor_map=Gaussian(seed=seed, shared=False),
-        factor_size=size,
-        factor_scope="block",
-    )
+    fixed = Gaussian(seed=seed, shared=False)
+    fields = {"dense_from": "never", "factor_map": fixed, "factor_size": size}
+    return make(changes, rank=rank, factor_scope="block", **fields)

@@ -86,12 +86,8 @@ def lora_xs(rank: int = 8, **changes: Any) -> Spec:
     >>> sl.Plan(sl.lora_xs(rank=2), {"q": (6, 4)}).num_parameters
     4
     """
-    return make(
-        changes,
-        rank=rank,
-        core="full",
-        frozen={"0.factor0": "singular_scaled", "0.factor1": "singular"},
-    )
+    frozen = {"0.factor0": "singular_scaled", "0.factor1": "singular"}
+    return make(changes, rank=rank, core="full", frozen=frozen)
 
 
 def tinylora(rank: int = 2, projections: int = 64, **changes: Any) -> Spec:
@@ -117,15 +113,6 @@ def tinylora(rank: int = 2, projections: int = 64, **changes: Any) -> Spec:
     >>> sl.Plan(sl.tinylora(projections=5), {"q": (6, 4)}).num_parameters
     5
     """
-    return make(
-        changes,
-        rank=(projections, rank, rank),
-        order=3,
-        fold="stack",
-        core="full",
-        frozen={
-            "0.core": "random",
-            "0.factor1": "singular_root",
-            "0.factor2": "singular_root",
-        },
-    )
+    ranks = (projections, rank, rank)
+    frozen = {"0.core": "random", "0.factor1": "singular_root", "0.factor2": "singular_root"}
+    return make(changes, rank=ranks, order=3, fold="stack", core="full", frozen=frozen)
