@@ -3,8 +3,8 @@
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import attach
 from superlora.torch.export import Export
-from superlora.torch.from_peft import from_peft
 from superlora.torch.lycoris import from_lycoris
+from superlora.torch.peft import from_peft
 from superlora.torch.row_wise import rows
 from superlora.torch.state import load
 

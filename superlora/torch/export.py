@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from superlora.algebra.form import with_blocks
 from superlora.errors import AdapterError
 from superlora.supports import Supports
 from superlora.torch.adapter import Adapter
-from superlora.torch.foreign import Matrix
+from superlora.torch.foreign import Layer, Matrix
 from superlora.values import check_count
 
 
@@ -46,31 +45,6 @@ class Export:
         return "\n".join([f"wrote {self.path}", *lines])
 
 
-@dataclass
-class Layer:
-    """One layer's update in a form that another library has.
-
-    Attributes
-    ----------
-    method : str
-        ``"lora"``, ``"lokr"``, ``"loha"`` or ``"full"``.
-    parts : tuple of Matrix
-        One pair (output, r) and (r, input) for LoRA; the two factors of LoKr; two pairs
-        for LoHa; the update itself for full.
-    scale : float
-        The number in front.
-    """
-
-    method: str
-    parts: tuple[Matrix, ...]
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        """The inner dimension of the last product; 0 where there is none."""
-        return self.parts[-1][0].shape[1] if len(self.parts[-1]) == 2 else 0
-
-
 def exact_layer(adapter: Adapter, name: str) -> Layer | None:
     """Return a layer's update if LoRA, LoKr, LoHa or a dense matrix says just this.
 
@@ -97,82 +71,47 @@ def exact_layer(adapter: Adapter, name: str) -> Layer | None:
     if own.splits == 1 and not any(item.splits[0].factored) and item.splits[0].core == "full":
         delta = adapter.plan.delta(_doubled(adapter, name), name, scale)
         return Layer("full", ((delta,),), 1.0)
-    if item.fold != layout.shapes[name] or any(split.sizes != split.shape for split in item.splits):
+    if own.splits > 2 or item.fold != layout.shapes[name]:
         return None
     blocks = _doubled(adapter, name)
-    matrices = [_matrix(adapter, blocks, group, index) for index in range(own.splits)]
-    if any(matrix is None for matrix in matrices):
+    parts: list[Matrix] = []
+    for index, split in enumerate(item.splits):
+        found = {
+            leaf: blocks[layout.block(group, index, leaf)][tuple(map(slice, shape))]
+            for leaf, shape in split.block_shapes.items()
+        }
+        if split.sizes != split.shape:
+            return None
+        if split.core == "identity":
+            parts.append((found["factor0"], found["factor1"].t()))
+        elif not any(split.factored):
+            parts.append((found["core"],))
+    if len(parts) < own.splits:
         return None
-    parts: tuple[Matrix, ...] = tuple(matrices)  # type: ignore[arg-type]
-    if own.splits == 1:
-        return Layer("lora", parts, scale)
-    if own.splits != 2:
+    method = "lora" if own.splits == 1 else "lokr" if own.combine == "kronecker" else "loha"
+    ranks = {part[0].shape[1] if len(part) == 2 else None for part in parts}
+    if method == "loha" and (len(ranks) > 1 or None in ranks):
         return None
-    if own.combine == "kronecker":
-        return Layer("lokr", parts, scale)
-    same = [len(part) == 2 and part[0].shape[1] == parts[0][0].shape[1] for part in parts]
-    return Layer("loha", parts, scale) if all(same) else None
-
-
-def _matrix(
-    adapter: Adapter, blocks: Mapping[str, Tensor], group: int, index: int
-) -> Matrix | None:
-    """Return a split of order 2 as a dense matrix or a product of two."""
-    layout = adapter.plan.layout
-    split = layout.groups[group].splits[index]
-
-    def block(leaf: str) -> Tensor:
-        shape = split.block_shapes[leaf]
-        found = blocks[layout.block(group, index, leaf)]
-        return found[tuple(slice(size) for size in shape)]
-
-    if split.core == "identity":
-        return block("factor0"), block("factor1").t()
-    return (block("core"),) if not any(split.factored) else None
+    return Layer(method, tuple(parts), scale)
 
 
 def low_rank_layer(
     adapter: Adapter, name: str, rank: int | None, energy: float | None
 ) -> tuple[Layer, float]:
-    """Return the LoRA that is nearest to a layer's update.
-
-    Parameters
-    ----------
-    adapter : Adapter
-        The adapter.
-    name : str
-        The layer.
-    rank : int or None
-        The rank to keep at most.
-    energy : float or None
-        Keep the least rank with this part of the sum of squares of the singular values.
-
-    Returns
-    -------
-    Layer
-        In double precision.
-    float
-        The relative error in the Frobenius norm, 0 where nothing was dropped.
-
-    Raises
-    ------
-    ValueError
-        If neither is given and the update is not known to be of low rank.
-
-    Notes
-    -----
-    The truncated singular value decomposition (Eckart and Young 1936). Where the fold
-    is aligned it is taken of the two thin factors, by way of their QR decompositions, and the
-    update is never formed.
-    """
+    """Return the LoRA that is nearest to a layer's update, and the relative error it leaves."""
+    # The truncated singular value decomposition (Eckart and Young 1936). Where the fold is aligned
+    # it is taken of the two thin factors, by way of their QR decompositions, and the update is
+    # never formed.
     with torch.no_grad():
         blocks, scale = _doubled(adapter, name), adapter.scale_of(name)
         thin = adapter.plan.low_rank(blocks, name, scale)
         if thin is None:
             if rank is None and energy is None:
+                layout = adapter.plan.layout
+                fold = layout.groups[layout.grouping.pieces[name][0].group].fold
                 raise ValueError(
                     f"rank or energy must be given: the update of {name!r}, of fold "
-                    f"{_fold(adapter, name)}, is not exactly one of low rank"
+                    f"{fold}, is not exactly one of low rank"
                 )
             delta = adapter.plan.delta(blocks, name, scale)
             left, numbers, right = torch.linalg.svd(delta, full_matrices=False)
@@ -214,32 +153,8 @@ def written(adapter: Adapter, values: Tensor) -> Tensor:
     return values.to(torch.promote_types(adapter.dtype, torch.float32))
 
 
-def _fold(adapter: Adapter, name: str) -> tuple[int, ...]:
-    layout = adapter.plan.layout
-    return layout.groups[layout.grouping.pieces[name][0].group].fold
-
-
 def check_export(adapter: Adapter, rank: int | None, energy: float | None) -> None:
-    """Refuse an adapter that is on no model, and a rank or an energy that says nothing.
-
-    Parameters
-    ----------
-    adapter : Adapter
-        The adapter.
-    rank : int or None
-        At least 1.
-    energy : float or None
-        In (0, 1].
-
-    Raises
-    ------
-    AdapterError
-        If the adapter is not attached.
-    TypeError
-        If `rank` is not an integer.
-    ValueError
-        If one is out of its range, or the adapter has merge operations.
-    """
+    """Refuse an adapter that is on no model, and a rank or an energy that says nothing."""
     if rank is not None:
         check_count("rank", rank)
     if energy is not None and (
@@ -277,24 +192,10 @@ def as_the_peers_build(layer: Layer, both: bool) -> Layer:
         the second one is of the same rank.
     """
     first, second = (
-        part
-        if len(part) == 2 and 2 * part[0].shape[1] < max(part[0].shape[0], part[1].shape[1])
-        else (product(part),)
-        for part in layer.parts
+        part if len(part) == 2 and 2 * part[0].shape[1] < max(size) else (product(part),)
+        for part, size in zip(layer.parts, layer.sizes, strict=True)
     )
     same = len(first) == len(second) == 2 and first[0].shape[1] == second[0].shape[1]
     if not (both and same):
         first = (product(first),)
     return Layer("lokr", (first, second), layer.scale)
-
-
-def named_parts(layer: Layer) -> dict[str, Tensor]:
-    """Return the factors of a LoKr or a LoHa by the names that PEFT and LyCORIS share."""
-    stem = "lokr_w" if layer.method == "lokr" else "hada_w"
-    found = {}
-    for index, part in enumerate(layer.parts, start=1):
-        if len(part) == 1:
-            found[f"{stem}{index}"] = part[0]
-        else:
-            found[f"{stem}{index}_a"], found[f"{stem}{index}_b"] = part
-    return found

@@ -1,9 +1,11 @@
-"""Adapters of other libraries: each layer's tensors as blocks, put together as one adapter."""
+"""Adapters of other libraries: a layer's tensors as blocks, put together as one adapter."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,21 +20,24 @@ from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_free, frozen_of, host_of, placed, register
-from superlora.torch.layers import is_adaptable, shape_of
 from superlora.torch.replaced import refuse_unfit
 from superlora.torch.state import find_layers
 from superlora.torch.targets import is_named
-from superlora.torch.walk import module_of
 
-# The names of a layer's tensors that PEFT and LyCORIS share.
-LOHA_FORMS = ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},)
-LOKR_FORMS = tuple(
-    {*first, *second}
-    for first in (["lokr_w1"], ["lokr_w1_a", "lokr_w1_b"])
-    for second in (["lokr_w2"], ["lokr_w2_a", "lokr_w2_b"])
-)
-# A matrix, or the two whose product it is.
+# A matrix, or the two whose product it is: (output, r) and (r, input).
 Matrix = tuple[Tensor, ...]
+# The names of the tensors of a layer's matrices, and for each method the forms that it has.
+Form = tuple[tuple[str, ...], ...]
+Forms = Mapping[str, Sequence[Form]]
+# Those that PEFT and LyCORIS share.
+COMMON_FORMS: Forms = {
+    "loha": [(("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))],
+    "lokr": [
+        (first, second)
+        for first in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+        for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
+    ],
+}
 
 
 @dataclass
@@ -45,13 +50,13 @@ class LayerUpdate:
         The fields of its spec.
     blocks : dict of str to torch.Tensor
         ``"split.block"`` and values.
-    shape : tuple of (int, int or None)
-        Output and input width that the tensors have; None where they do not say it.
+    shape : tuple of (int, int)
+        Output and input width.
     """
 
     fields: dict[str, Any]
     blocks: dict[str, Tensor]
-    shape: tuple[int, int | None]
+    shape: tuple[int, int]
 
 
 @dataclass
@@ -73,133 +78,98 @@ class Foreign:
     replaced: dict[str, Tensor] = field(default_factory=dict)
 
 
-def factors_of(found: Mapping[str, Tensor], stem: str) -> tuple[Matrix, Matrix]:
-    """Return both matrices of a LoKr or a LoHa, by the names that PEFT and LyCORIS share.
+@dataclass
+class Layer:
+    """One layer's update in a form that another library has.
 
-    Parameters
+    Attributes
     ----------
-    found : mapping of str to torch.Tensor
-        The layer's tensors.
-    stem : str
-        ``"lokr_w"`` or ``"hada_w"``.
-
-    Returns
-    -------
-    pair of Matrix
-        Each one matrix, or the two whose product it is.
+    method : str
+        ``"lora"``, ``"lokr"``, ``"loha"`` or ``"full"``.
+    parts : tuple of Matrix
+        One pair (output, r) and (r, input) for LoRA; the two factors of LoKr; two pairs
+        for LoHa; the update itself for full.
+    scale : float
+        The number in front.
     """
-    first, second = (
-        (found[name],) if name in found else (found[f"{name}_a"], found[f"{name}_b"])
-        for name in (f"{stem}1", f"{stem}2")
-    )
-    return first, second
+
+    method: str
+    parts: tuple[Matrix, ...]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension of the last product; 0 where there is none."""
+        return self.parts[-1][0].shape[1] if len(self.parts[-1]) == 2 else 0
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Output and input width of every matrix."""
+        return tuple((part[0].shape[0], part[-1].shape[1]) for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Output and input width of the update."""
+        if self.method != "lokr":
+            return self.sizes[0]
+        rows, columns = zip(*self.sizes, strict=True)
+        return math.prod(rows), math.prod(columns)
 
 
-def rank_of(*matrices: Matrix) -> int | None:
-    """Return the inner dimension that products have in common, None if there is no product.
+def names_of(forms: Sequence[Form]) -> list[set[str]]:
+    """Return all tensors of each form."""
+    return [set(itertools.chain(*form)) for form in forms]
 
-    Parameters
-    ----------
-    *matrices : Matrix
-        (output, r) and (r, input) each, or one matrix.
 
-    Returns
-    -------
-    int or None
-        r.
+def parts_of(found: Mapping[str, Tensor], forms: Sequence[Form]) -> tuple[Matrix, ...]:
+    """Return a layer's matrices, or refuse others such as those of a convolution."""
+    form = forms[names_of(forms).index(set(found))]
+    wrong = [f"{leaf} of shape {tuple(t.shape)}" for leaf, t in found.items() if t.dim() != 2]
+    if wrong:
+        raise ValueError(f"must have matrices: got {some(wrong)}")
+    return tuple(tuple(found[name] for name in matrix) for matrix in form)
 
-    Raises
-    ------
-    ValueError
-        If they have several.
-    """
-    pairs = [matrix for matrix in matrices if len(matrix) == 2]
+
+def named(forms: Forms, layer: Layer) -> dict[str, Tensor]:
+    """Return a layer's tensors by their names in a file."""
+    lengths = list(map(len, layer.parts))
+    form = next(form for form in forms[layer.method] if list(map(len, form)) == lengths)
+    names, tensors = itertools.chain(*form), itertools.chain(*layer.parts)
+    return dict(zip(names, tensors, strict=True))
+
+
+def rank_of(parts: Iterable[Matrix]) -> int | None:
+    """Return the inner width that products have in common, None if there is no product."""
+    pairs = [part for part in parts if len(part) == 2]
     ranks = {size for left, right in pairs for size in (left.shape[1], right.shape[0])}
     if len(ranks) > 1:
         raise ValueError(f"must have one rank: got {sorted(ranks)}")
     return next(iter(ranks), None)
 
 
-def check_matrices(found: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not matrices, such as those of a convolution.
-
-    Parameters
-    ----------
-    found : mapping of str to torch.Tensor
-        The layer's tensors.
-
-    Raises
-    ------
-    ValueError
-        If one has not two dimensions; all are listed.
-    """
-    wrong = [f"{leaf} of shape {tuple(t.shape)}" for leaf, t in found.items() if t.dim() != 2]
-    if wrong:
-        raise ValueError(f"must have matrices: got {some(wrong)}")
-
-
-def lora_update(up: Tensor, down: Tensor, **fields: Any) -> LayerUpdate:
-    """Return the update ``up @ down``, (output, r) times (r, input)."""
-    return LayerUpdate(
-        {"rank": rank_of((up, down)), "dense_from": "never", **fields},
-        {"0.factor0": up, "0.factor1": down.t()},
-        (up.shape[0], down.shape[1]),
-    )
-
-
-def loha_update(first: Matrix, second: Matrix, **fields: Any) -> LayerUpdate:
-    """Return the Hadamard product of two products.
-
-    Parameters
-    ----------
-    first, second : Matrix
-        (output, r) and (r, input) each.
-    **fields : Any
-        Other fields of the layer's spec.
-
-    Returns
-    -------
-    LayerUpdate
-        Of two splits.
-
-    Raises
-    ------
-    ValueError
-        If their shapes differ.
-    """
-    rank = rank_of(first, second)
-    shape, other = ((left.shape[0], right.shape[1]) for left, right in (first, second))
-    if shape != other:
-        raise ValueError(f"must have two products of one shape: got {shape} and {other}")
-    common = {"rank": rank, "splits": 2, "combine": "hadamard", "dense_from": "never"}
+def update_of(method: str, parts: tuple[Matrix, ...], **fields: Any) -> LayerUpdate:
+    """Return the update that the matrices of a `Layer` make; fields say its scale."""
+    layer = Layer(method, parts, 1.0)
+    if method == "full":
+        values = parts[0][0].flatten()
+        return LayerUpdate({"rank": "full", "order": 1}, {"0.core": values}, layer.shape)
     blocks = {}
-    for split, (left, right) in enumerate((first, second)):
-        blocks[f"{split}.factor0"], blocks[f"{split}.factor1"] = left, right.t()
-    return LayerUpdate({**common, **fields}, blocks, shape)
-
-
-def lokr_update(first: Matrix, second: Matrix, **fields: Any) -> LayerUpdate:
-    """Return the Kronecker product of two matrices, each dense or a product."""
-    blocks: dict[str, Tensor] = {}
-    ranks: list[int | str] = []
-    fold = []
-    for split, parts in enumerate((first, second)):
-        fold.append((parts[0].shape[0], parts[-1].shape[1]))
-        if len(parts) == 1:
-            ranks.append("full")
-            blocks[f"{split}.core"] = parts[0]
+    for split, part in enumerate(parts):
+        if len(part) == 1:
+            blocks[f"{split}.core"] = part[0]
         else:
-            ranks.append(parts[0].shape[1])
-            blocks[f"{split}.factor0"], blocks[f"{split}.factor1"] = parts[0], parts[1].t()
-    common = {"rank": tuple(ranks), "splits": 2, "fold": tuple(fold), "dense_from": "never"}
-    shape = (fold[0][0] * fold[1][0], fold[0][1] * fold[1][1])
-    return LayerUpdate({**common, **fields}, blocks, shape)
-
-
-def dense_update(difference: Tensor) -> LayerUpdate:
-    """Return the update that is a matrix itself."""
-    shape = (difference.shape[0], difference.shape[1])
-    return LayerUpdate({"rank": "full", "order": 1}, {"0.core": difference.reshape(-1)}, shape)
+            blocks[f"{split}.factor0"], blocks[f"{split}.factor1"] = part[0], part[1].t()
+    fields |= {"splits": len(parts), "dense_from": "never", "rank": rank_of(parts)}
+    if method == "lokr":
+        fields["rank"] = tuple(part[0].shape[1] if len(part) == 2 else "full" for part in parts)
+        fields["fold"] = layer.sizes
+    elif method == "loha":
+        fields["combine"] = "hadamard"
+        if layer.sizes[0] != layer.sizes[1]:
+            raise ValueError(
+                f"must have two products of one shape: got {layer.sizes[0]} and {layer.sizes[1]}"
+            )
+    return LayerUpdate(fields, blocks, layer.shape)
 
 
 def attach_foreign(model: nn.Module, foreign: Foreign, name: str) -> Adapter:
@@ -226,8 +196,9 @@ def attach_foreign(model: nn.Module, foreign: Foreign, name: str) -> Adapter:
     ValueError
         If layers are missing or of other shapes: they are listed, and nothing is attached.
     """
-    plan = Plan(_spec_of(foreign.updates), _shapes_of(model, foreign))
-    modules = find_layers(model, plan, foreign.source)
+    shapes = {layer: update.shape for layer, update in foreign.updates.items()}
+    plan = Plan(_spec_of(foreign.updates), shapes)
+    modules = find_layers(model, plan.layout.layers, foreign.source)
     check_free(model, host_of(model, modules), name)
     refuse_unfit(model, foreign.replaced, foreign.source)
     factors = frozen_of(plan, modules)
@@ -244,20 +215,6 @@ def attach_foreign(model: nn.Module, foreign: Foreign, name: str) -> Adapter:
     dtype = functools.reduce(torch.promote_types, kinds, torch.float32)
     blocks = placed(plan, modules, factors, dtype)
     return register(model, plan, modules, blocks, name, replaced=foreign.replaced)
-
-
-def _shapes_of(model: nn.Module, foreign: Foreign) -> dict[str, tuple[int, int]]:
-    """Return the shapes that the tensors say, the input width by the model where they do not."""
-    shapes = {}
-    for layer, update in foreign.updates.items():
-        rows, columns = update.shape
-        if columns is None:
-            module = module_of(model, layer)
-            columns = 1
-            if module is not None and is_adaptable(module):
-                columns = shape_of(module)[1]
-        shapes[layer] = (rows, columns)
-    return shapes
 
 
 def _spec_of(updates: Mapping[str, LayerUpdate]) -> Spec:
@@ -293,19 +250,6 @@ def _pattern(layers: Sequence[str], everything: Iterable[str]) -> str:
 
 
 def refuse(source: object, problems: list[str]) -> None:
-    """Raise with all that is wrong with a file, if anything is.
-
-    Parameters
-    ----------
-    source : object
-        The file.
-    problems : list of str
-        What is wrong.
-
-    Raises
-    ------
-    ValueError
-        If there is any problem.
-    """
+    """Raise with all that is wrong with a file, if anything is."""
     if problems:
         raise ValueError(f"{source} cannot be read: {some(problems, 20)}")

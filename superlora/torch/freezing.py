@@ -47,17 +47,12 @@ def release(frozen: Frozen, later: Sequence[tuple[nn.Module, Frozen]]) -> None:
         Model and list of the adapters attached after it. They found the
         parameters frozen, and so have to release them in turn.
     """
-    modules: dict[int, set[nn.Module]] = {}  # of each model that is asked for
+    models = dict.fromkeys(model for model, _ in later)
+    modules = {model: {module for _, module in outside_adapters(model)} for model in models}
     for owner, key in frozen:
-        heir = next((heir for model, heir in later if owner in _covered(model, modules)), None)
+        heir = next((heir for model, heir in later if owner in modules[model]), None)
         parameter = owner._parameters.get(key)
         if heir is not None:
             heir.append((owner, key))
         elif parameter is not None:
             parameter.requires_grad_(True)
-
-
-def _covered(model: nn.Module, known: dict[int, set[nn.Module]]) -> set[nn.Module]:
-    if id(model) not in known:
-        known[id(model)] = {module for _, module in outside_adapters(model)}
-    return known[id(model)]
