@@ -19,10 +19,10 @@ from superlora.torch.freezing import Frozen, release
 from superlora.torch.layers import parameter_of
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
-from superlora.torch.walk import outside_adapters, registered
+from superlora.torch.walk import outside_adapters
 
 if TYPE_CHECKING:
-    from superlora.torch.export import Export
+    from superlora.torch.peers import Export
 
 
 class Adapter(Blocks):
@@ -284,8 +284,7 @@ class Adapter(Blocks):
         for site in self._sites.values():
             site.remove(self)
         del host._modules[self.name]
-        others = [part for _, part in registered(model) if isinstance(part, Adapter)]
-        shared = any(other._homes[:1] == (model,) for other in others)
+        shared = any(other._homes[:1] == (model,) for other in registered(model))
         for hook in (*(() if shared else self._hooks), *self._scope_hooks):
             hook.remove()
         self._hooks = self._scope_hooks = ()
@@ -470,9 +469,19 @@ class Adapter(Blocks):
             raise AdapterError(f"adapter {self.name!r} must be attached to be {verb}")
 
 
+def registered(model: nn.Module) -> dict[Adapter, str]:
+    """Return the adapters that a model or a part of it registers, and their dotted names."""
+    found: dict[Adapter, str] = {}
+    for name, module in outside_adapters(model):
+        for key, part in module._modules.items():
+            if isinstance(part, Adapter):
+                found.setdefault(part, f"{name}.{key}".lstrip("."))
+    return found
+
+
 def adapters_of(model: nn.Module) -> set[Adapter]:
     """Return the adapters that `model` or a part of it registers, or whose layers it has."""
-    found = {part for _, part in registered(model) if isinstance(part, Adapter)}
+    found = set(registered(model))
     for _, module in outside_adapters(model):
         site = Site.of(module)
         if site is not None:

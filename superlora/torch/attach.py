@@ -19,13 +19,12 @@ from superlora.maps._check import check, is_own
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.supports import Supports, design_of
-from superlora.torch.adapter import Adapter, adapters_of
+from superlora.torch.adapter import Adapter, adapters_of, registered
 from superlora.torch.freezing import freeze
 from superlora.torch.layers import parameter_of, shape_of, weight_of
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
-from superlora.torch.walk import registered
 
 
 def attach(
@@ -125,16 +124,15 @@ def register(
     # Both kinds, for what torch.compile cannot trace, or would trace again once it is known.
     backend_of(*adapter.factors().values(), torch.empty(0))
     adapter.train(model.training)
-    others = [part for _, part in registered(model) if isinstance(part, Adapter)]
     # Those of another model on these layers too.
-    adapter._order = 1 + max((other._order for other in adapters_of(model)), default=0)
+    adapter._order = 1 + max([other._order for other in adapters_of(model)], default=0)
     adapter._frozen = freeze(model)
     for target in plan.layout.supports:
         adapter._sites[target] = Site.add(modules[target], target, adapter)
     host = host_of(model, modules)
     adapter._homes = (model, host)
     host.add_module(name, adapter)
-    hooks = [other._hooks for other in others if other._homes[:1] == (model,)]
+    hooks = [other._hooks for other in registered(model) if other._homes[:1] == (model,)]
     adapter._hooks = (
         hooks[0]
         if hooks
@@ -173,7 +171,7 @@ def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
     """Refuse a name that is in use already, or that torch cannot register."""
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be a Python identifier: got {name!r}")
-    adapters = [part for _, part in registered(model) if isinstance(part, Adapter)]
+    adapters = registered(model)
     taken = [part for part in adapters if part.name == name and part._homes[:1] == (model,)]
     if taken or hasattr(host, name):
         kind = type(taken[0] if taken else getattr(host, name)).__name__
@@ -186,9 +184,8 @@ def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
 def _refuse_merged(model: nn.Module, state_dict: Any, *_: Any) -> None:
     # An adapter is loaded last: on its own it would refuse when the base has changed.
     metadata = getattr(state_dict, "_metadata", {})
-    for path, part in registered(model):
-        if isinstance(part, Adapter):
-            part.check_loadable(metadata.get(path, {}))
+    for adapter, path in registered(model).items():
+        adapter.check_loadable(metadata.get(path, {}))
 
 
 def check_model(model: object) -> None:
@@ -213,7 +210,7 @@ def _initial(
                 "weights must be loaded where a spec takes their singular vectors: "
                 f"{_layer(plan, block)!r} lies on the meta device"
             )
-    found = _drawn(plan, modules, seed, dtype, empty, _weights(modules))
+    found = _drawn(plan, modules, seed, dtype, set(empty), _weights(modules))
     for block in empty:
         shape = plan.layout.input_shapes[block]
         found[block] = torch.empty(shape, device="meta", dtype=dtype)
@@ -243,9 +240,8 @@ def _drawn(
 
 def _fill_after_loading(model: nn.Module, *_: Any) -> None:
     """Draw the blocks of a model's adapters that a state dict left without memory."""
-    for _path, part in registered(model):
-        if isinstance(part, Adapter):
-            _fill(part)
+    for adapter in registered(model):
+        _fill(adapter)
 
 
 @torch.inference_mode(False)

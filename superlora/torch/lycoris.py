@@ -11,37 +11,16 @@ from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
 from superlora.shapes import bounded_splits
+from superlora.torch import peers
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_model
-from superlora.torch.export import (
-    Export,
-    as_the_peers_build,
-    check_export,
-    exact_layer,
-    low_rank_layer,
-    written,
-)
 from superlora.torch.files import Header, read_tensors, unfit_dtypes, write_tensors
-from superlora.torch.foreign import (
-    COMMON_FORMS,
-    Foreign,
-    Forms,
-    Layer,
-    LayerUpdate,
-    attach_foreign,
-    named,
-    names_of,
-    parts_of,
-    rank_of,
-    refuse,
-    update_of,
-)
 from superlora.torch.layers import is_adaptable, is_transposed
 from superlora.torch.walk import outside_adapters
 
-FORMS: Forms = {
+FORMS: peers.Forms = {
     "lora": [(("lora_up.weight", "lora_down.weight"),)],
-    **COMMON_FORMS,
+    **peers.COMMON_FORMS,
     "full": [(("diff",),)],
 }
 # The tensors of a layer beside its matrices.
@@ -86,11 +65,11 @@ def from_lycoris(
 
     def check(_: Mapping[str, str], header: Header) -> dict[str, dict[str, str]]:
         layers, problems = _sort_keys(model, prefix, header)
-        refuse(path, problems)
+        peers.refuse(path, problems)
         return layers
 
     layers, tensors = read_tensors(path, check)
-    updates: dict[str, LayerUpdate] = {}
+    updates: dict[str, peers.LayerUpdate] = {}
     replaced: dict[str, Tensor] = {}
     problems: list[str] = []
     for layer, keys in layers.items():
@@ -106,8 +85,8 @@ def from_lycoris(
                 problems.append(f"{layer!r} has no bias of shape {tuple(change.shape)}")
             else:
                 replaced[f"{layer}.bias"] = bias.detach() + change.to(bias)
-    refuse(path, problems)
-    return attach_foreign(model, Foreign(path, updates, replaced), name)
+    peers.refuse(path, problems)
+    return peers.attach_foreign(model, path, updates, replaced, name)
 
 
 def _sort_keys(
@@ -140,23 +119,23 @@ def _sort_keys(
 
 def _method(found: Collection[str]) -> str | None:
     own = set(found) - {_ALPHA} - ({_BIAS} if "diff" in found else set())
-    return next((method for method, forms in FORMS.items() if own in names_of(forms)), None)
+    return next((method for method, forms in FORMS.items() if own in peers.names_of(forms)), None)
 
 
-def _update(found: Mapping[str, Tensor], alpha: Tensor) -> LayerUpdate:
+def _update(found: Mapping[str, Tensor], alpha: Tensor) -> peers.LayerUpdate:
     method = _method(found)
     assert method is not None  # or the keys were refused
-    parts = parts_of(found, FORMS[method])
+    parts = peers.parts_of(found, FORMS[method])
     if method == "full":
-        return update_of(method, parts)
-    rank = rank_of(parts)
+        return peers.update_of(method, parts)
+    rank = peers.rank_of(parts)
     if alpha.numel() != 1 or not torch.isfinite(alpha).all():
         raise ValueError(f"must have one finite number alpha: got {alpha}")
     # Without an alpha, or with 0, the scale is 1; two dense factors have no rank to divide by.
     number = float(alpha) if rank and float(alpha) else float(rank or 1)
     if method == "lokr":
-        return update_of(method, parts, scale=number / (rank or 1))
-    return update_of(method, parts, alpha=number)
+        return peers.update_of(method, parts, scale=number / (rank or 1))
+    return peers.update_of(method, parts, alpha=number)
 
 
 def save_lycoris(
@@ -165,9 +144,9 @@ def save_lycoris(
     rank: int | None = None,
     energy: float | None = None,
     prefix: str = "lycoris",
-) -> Export:
+) -> peers.Export:
     """Write an adapter as one of LyCORIS's files."""
-    check_export(adapter, rank, energy)
+    peers.check_export(adapter, rank, energy)
     if adapter.replaced is not None:
         raise AdapterError(
             f"adapter {adapter.name!r} has replaced parameters of the model, which the format "
@@ -184,34 +163,34 @@ def save_lycoris(
         raise ValueError(
             f"layers must have names that differ once dots are underscores: got {some(alike)}"
         )
-    export = Export(path)
+    export = peers.Export(path)
     tensors: dict[str, Tensor] = {}
     for name in adapter.plan.shapes:
-        layer, error = _loadable(exact_layer(adapter, name)), 0.0
+        layer, error = _loadable(peers.exact_layer(adapter, name)), 0.0
         if layer is None:
-            layer, error = low_rank_layer(adapter, name, rank, energy)
+            layer, error = peers.low_rank_layer(adapter, name, rank, energy)
         export.methods[name], export.errors[name] = layer.method, error
         for leaf, values in _tensors(layer).items():
-            tensors[f"{stems[name]}.{leaf}"] = written(adapter, values)
+            tensors[f"{stems[name]}.{leaf}"] = peers.written(adapter, values)
     write_tensors(path, tensors)
     return export
 
 
-def _loadable(layer: Layer | None) -> Layer | None:
+def _loadable(layer: peers.Layer | None) -> peers.Layer | None:
     """Return a layer in blocks that LyCORIS makes when it reads their shapes off the file."""
     if layer is None or layer.method != "lokr":
         return layer
-    built = as_the_peers_build(layer, True)
+    built = peers.as_the_peers_build(layer, True)
     bound = _inferred(built)
     if bounded_splits(built.shape, 2, bound) != built.sizes:
         return None
     if built.rank:
         return built
     first, second = built.parts  # of two dense factors it takes no scale
-    return Layer("lokr", ((first[0] * layer.scale,), second), 1.0)
+    return peers.Layer("lokr", ((first[0] * layer.scale,), second), 1.0)
 
 
-def _inferred(layer: Layer) -> int | None:
+def _inferred(layer: peers.Layer) -> int | None:
     """Return the bound that LyCORIS takes these sizes for: the larger of a side that fits both."""
     if bounded_splits(layer.shape, 2, None)[0] == layer.sizes[0]:
         return None
@@ -224,12 +203,12 @@ def _inferred(layer: Layer) -> int | None:
     return min(bounds)
 
 
-def _tensors(layer: Layer) -> dict[str, Tensor]:
+def _tensors(layer: peers.Layer) -> dict[str, Tensor]:
     if layer.method == "full":
-        return named(FORMS, layer)
+        return peers.named(FORMS, layer)
     number = layer.scale * max(layer.rank, 1)
     if not number:  # an alpha of 0 is read as the rank
         number = 1.0
         (first, *others), *parts = layer.parts
-        layer = Layer(layer.method, ((0 * first, *others), *parts), 1.0)
-    return {_ALPHA: torch.tensor(number), **named(FORMS, layer)}
+        layer = peers.Layer(layer.method, ((0 * first, *others), *parts), 1.0)
+    return {_ALPHA: torch.tensor(number), **peers.named(FORMS, layer)}

@@ -18,31 +18,11 @@ from torch import Tensor, nn
 from superlora.errors import some
 from superlora.presets import vera
 from superlora.shapes import bounded_splits, ceil_divide
+from superlora.spec import Spec
+from superlora.torch import peers
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_model
-from superlora.torch.export import (
-    Export,
-    as_the_peers_build,
-    check_export,
-    exact_layer,
-    low_rank_layer,
-    written,
-)
 from superlora.torch.files import Header, read_tensors, unfit_dtypes, write_tensors
-from superlora.torch.foreign import (
-    COMMON_FORMS,
-    Foreign,
-    Forms,
-    Layer,
-    LayerUpdate,
-    attach_foreign,
-    named,
-    names_of,
-    parts_of,
-    rank_of,
-    refuse,
-    update_of,
-)
 from superlora.torch.layers import is_adaptable, is_transposed, shape_of
 from superlora.torch.targets import is_named
 from superlora.torch.walk import outside_adapters
@@ -50,9 +30,9 @@ from superlora.torch.walk import outside_adapters
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # By PEFT's name of the method in lower case.
-FORMS: Forms = {
+FORMS: peers.Forms = {
     "lora": [(("lora_B.weight", "lora_A.weight"),)],
-    **COMMON_FORMS,
+    **peers.COMMON_FORMS,
     "vera": [(("vera_lambda_b",), ("vera_lambda_d",))],
 }
 _METHODS = [method.upper() for method in FORMS]
@@ -115,7 +95,7 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
     def check(_: Mapping[str, str], header: Header) -> _Keys:
         keys = _sort_keys(config, header)
         problems = [*keys.problems, *_check_targets(model, config, keys.layers)]
-        refuse(folder / WEIGHTS, problems + _check_replaced(model, config, keys))
+        peers.refuse(folder / WEIGHTS, problems + _check_replaced(model, config, keys))
         return keys
 
     pickled = folder / "adapter_model.bin"
@@ -123,7 +103,7 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
     if not path.exists() and pickled.exists():
         path = pickled
     keys, tensors = read_tensors(path, check)
-    updates: dict[str, LayerUpdate] = {}
+    updates: dict[str, peers.LayerUpdate] = {}
     problems = []
     for parameter, key in keys.base.items():
         own, value = model.get_parameter(parameter).detach(), tensors[key]
@@ -139,9 +119,9 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
             updates[layer] = _update(config, model.get_submodule(layer), layer, found)
         except ValueError as error:
             problems.append(f"{layer!r}: {error}")
-    refuse(path, problems)
+    peers.refuse(path, problems)
     replaced = {parameter: tensors[key] for parameter, key in keys.replaced.items()}
-    return attach_foreign(model, Foreign(folder, updates, replaced), name)
+    return peers.attach_foreign(model, folder, updates, replaced, name)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -194,7 +174,8 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
         fits[key] = isinstance(pattern, dict) and all(
             _is_number(number, least) for number in pattern.values()
         )
-        problems += [f"{key} {name!r}" for name in pattern if fits[key] and not _are_names(name)]
+        names = pattern if fits[key] else ()
+        problems += [f"{key} {name!r}" for name in names if not _are_names(name)]
     problems += [f"{key}={config.get(key)!r}" for key, good in fits.items() if not good]
     if problems:
         raise ValueError(f"{path} must have valid values: got {some(problems)}")
@@ -231,7 +212,7 @@ class _Keys:
 
 def _sort_keys(config: Mapping[str, Any], header: Header) -> _Keys:
     method = config["peft_type"].lower()
-    known = set().union(*names_of(FORMS[method]))
+    known = set().union(*peers.names_of(FORMS[method]))
     shared = _SHARED.get(config["peft_type"], ())
     keys = _Keys({}, {}, {}, unfit_dtypes(header))
     rest: dict[str, str] = {}
@@ -258,7 +239,7 @@ def _sort_keys(config: Mapping[str, Any], header: Header) -> _Keys:
             keys.problems.append(f"extra {key!r}")
     keys.problems += [f"missing {key!r}" for key in shared if key not in header]
     for layer, found in keys.layers.items():
-        if set(found) not in names_of(FORMS[method]):
+        if set(found) not in peers.names_of(FORMS[method]):
             keys.problems.append(f"{layer!r} has {sorted(found)}, none of the forms of its method")
     if not keys.layers:
         keys.problems.append(f"no tensor of a {config['peft_type']} layer")
@@ -341,32 +322,32 @@ def _is_transformed(config: Mapping[str, Any], layer: str) -> bool:
 
 def _update(
     config: Mapping[str, Any], module: nn.Module, layer: str, found: Mapping[str, Tensor]
-) -> LayerUpdate:
+) -> peers.LayerUpdate:
     method = config["peft_type"].lower()
     rank = _of_pattern(config.get("rank_pattern"), layer, config["r"])
     if method == "vera":
         return _vera_update(rank, shape_of(module)[1] if is_adaptable(module) else 1, found)
     alpha = _of_pattern(config.get("alpha_pattern"), layer, config[_ALPHAS[method]])
-    parts = parts_of(found, FORMS[method])
-    if rank_of(parts) not in (None, rank):
-        raise ValueError(f"must have rank {rank}, as the config says: got {rank_of(parts)}")
+    parts = peers.parts_of(found, FORMS[method])
+    if peers.rank_of(parts) not in (None, rank):
+        raise ValueError(f"must have rank {rank}, as the config says: got {peers.rank_of(parts)}")
     if method == "lokr":  # its rank sets the scale of dense factors too
-        return update_of(method, parts, scale=alpha / rank)
+        return peers.update_of(method, parts, scale=alpha / rank)
     rslora = method == "lora" and bool(config.get("use_rslora"))
-    return update_of(method, parts, alpha=alpha, rslora=rslora)
+    return peers.update_of(method, parts, alpha=alpha, rslora=rslora)
 
 
-def _vera_update(rank: int, columns: int, found: Mapping[str, Tensor]) -> LayerUpdate:
+def _vera_update(rank: int, columns: int, found: Mapping[str, Tensor]) -> peers.LayerUpdate:
     right, left = found["vera_A"], found["vera_B"]
     b, d = found["vera_lambda_b"], found["vera_lambda_d"]
-    if rank_of([(left, right)]) != rank or d.shape != (rank,) or b.dim() != 1:
+    if peers.rank_of([(left, right)]) != rank or d.shape != (rank,) or b.dim() != 1:
         shapes = {leaf: tuple(tensor.shape) for leaf, tensor in found.items()}
         raise ValueError(f"must have rank {rank}, as the config says: got {shapes}")
     spec = vera(rank)
     fields = {key: getattr(spec, key) for key in ("rank", "splits", "combine", "core", "tied")}
     fields["frozen"] = {"0.factor0": "stored", "0.factor1": "stored", "1.factor1": "ones"}
     blocks = {"0.core": d, "0.factor0": left, "0.factor1": right.t(), "1.factor0": b[:, None]}
-    return LayerUpdate(fields, blocks, (len(b), columns))
+    return peers.LayerUpdate(Spec(**fields), blocks, (len(b), columns))
 
 
 def _of_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
@@ -378,9 +359,9 @@ def _of_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) ->
 
 def save_peft(
     adapter: Adapter, directory: Path, rank: int | None = None, energy: float | None = None
-) -> Export:
+) -> peers.Export:
     """Write an adapter as PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``."""
-    check_export(adapter, rank, energy)
+    peers.check_export(adapter, rank, energy)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a folder: got {directory}")
     for name in (CONFIG, WEIGHTS):
@@ -388,9 +369,9 @@ def save_peft(
             raise IsADirectoryError(f"directory must have no folder {name}: got {directory}")
     layers, errors, options = _layers(adapter, rank, energy)
     tensors = {
-        f"{PREFIX}{name}.{leaf}": written(adapter, values)
+        f"{PREFIX}{name}.{leaf}": peers.written(adapter, values)
         for name, layer in layers.items()
-        for leaf, values in named(FORMS, layer).items()
+        for leaf, values in peers.named(FORMS, layer).items()
     }
     replaced, saved = _replaced(adapter)
     tensors |= {PREFIX + key: value for key, value in replaced.items()}
@@ -403,14 +384,14 @@ def save_peft(
         os.replace(temporary, directory / CONFIG)
     finally:
         temporary.unlink(missing_ok=True)
-    return Export(directory, {name: layer.method for name, layer in layers.items()}, errors)
+    return peers.Export(directory, {name: layer.method for name, layer in layers.items()}, errors)
 
 
 def _layers(
     adapter: Adapter, rank: int | None, energy: float | None
-) -> tuple[dict[str, Layer], dict[str, float], dict[str, Any]]:
+) -> tuple[dict[str, peers.Layer], dict[str, float], dict[str, Any]]:
     """Return all layers in the one method that a folder can hold, their errors, its options."""
-    exact = {name: exact_layer(adapter, name) for name in adapter.plan.shapes}
+    exact = {name: peers.exact_layer(adapter, name) for name in adapter.plan.shapes}
     found = {name: layer for name, layer in exact.items() if layer is not None}
     methods = {layer.method if layer else "" for layer in exact.values()}
     errors = dict.fromkeys(exact, 0.0)
@@ -420,21 +401,21 @@ def _layers(
     options = _lokr_options(found) if methods == {"lokr"} and not conv else None
     if options is not None:
         both = options["decompose_both"]
-        built = {name: as_the_peers_build(layer, both) for name, layer in found.items()}
+        built = {name: peers.as_the_peers_build(layer, both) for name, layer in found.items()}
         return built, errors, options
     for name in exact:
         if name not in found or found[name].method != "lora":
-            found[name], errors[name] = low_rank_layer(adapter, name, rank, energy)
+            found[name], errors[name] = peers.low_rank_layer(adapter, name, rank, energy)
     return {name: found[name] for name in exact}, errors, {}
 
 
-def _lokr_options(layers: dict[str, Layer]) -> dict[str, Any] | None:
+def _lokr_options(layers: dict[str, peers.Layer]) -> dict[str, Any] | None:
     """Return the options with which PEFT makes blocks of just these shapes, if there are any."""
     # Of both factors the outputs, and the inputs.
     pairs = [pair for layer in layers.values() for pair in zip(*layer.sizes, strict=True)]
     for bound in [-1, *sorted({first for first, _ in pairs})]:
         if all(_factorised(first * second, bound) == (first, second) for first, second in pairs):
-            built = [as_the_peers_build(layer, True) for layer in layers.values()]
+            built = [peers.as_the_peers_build(layer, True) for layer in layers.values()]
             both = all(len(layer.parts[0]) == 2 for layer in built)
             return {"decompose_factor": bound, "decompose_both": both}
     return None
@@ -448,14 +429,14 @@ def _factorised(size: int, bound: int) -> tuple[int, int]:
     return first, second
 
 
-def _rank_to_say(layer: Layer) -> int:
+def _rank_to_say(layer: peers.Layer) -> int:
     """Return the rank that the config has to say; of dense factors the least that makes them so."""
     if layer.rank or layer.method != "lokr":
         return layer.rank
     return max(ceil_divide(max(size), 2) for size in layer.sizes)
 
 
-def _config(adapter: Adapter, layers: dict[str, Layer]) -> dict[str, Any]:
+def _config(adapter: Adapter, layers: dict[str, peers.Layer]) -> dict[str, Any]:
     method = next(iter(layers.values())).method
     ranks = {name: _rank_to_say(layer) for name, layer in layers.items()}
     alphas = {name: layer.scale * ranks[name] for name, layer in layers.items()}

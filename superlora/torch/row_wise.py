@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
-from superlora.torch.walk import outside_adapters, registered
+from superlora.torch.walk import outside_adapters
 
 if TYPE_CHECKING:
     from superlora.torch.adapter import Adapter
@@ -192,14 +192,23 @@ def _rows_of_names(model: nn.Module, names: Sequence[str | None]) -> Rows:
         if not isinstance(name, str):
             raise TypeError(f"names[{index}] must be a string or None: got {name!r}")
         places.setdefault(name, []).append(index)
-    from superlora.torch.adapter import Adapter
+    from superlora.torch.adapter import registered
     from superlora.torch.site import Link
 
     adapters: dict[str, list[Adapter]] = {}
-    for _, part in registered(model):
-        if isinstance(part, Adapter):
-            adapters.setdefault(part.name, []).append(part)
-            _check_base(part)
+    for adapter in registered(model):
+        adapters.setdefault(adapter.name, []).append(adapter)
+        # Else the base would not be that of all rows.
+        if adapter.merged:
+            raise AdapterError(
+                f"adapter {adapter.name!r} must be unmerged to serve rows of a batch, its own or "
+                "others: call unmerge() first"
+            )
+        if adapter.replaced is not None and adapter.replaced.in_use:
+            raise AdapterError(
+                f"adapter {adapter.name!r} must be detached for rows of a batch: it has replaced "
+                f"{some(adapter.replaced.names)}, which all rows would go through"
+            )
     unknown = [f"names[{own[0]}]={name!r}" for name, own in places.items() if name not in adapters]
     if unknown:
         raise ValueError(
@@ -219,17 +228,3 @@ def _rows_of_names(model: nn.Module, names: Sequence[str | None]) -> Rows:
         links = {id(site.module): Link(adapter, key) for key, site in adapter._sites.items()}
         parts.append(_Part(adapter, own, links))
     return Rows(len(names), parts, {id(module) for _, module in outside_adapters(model)})
-
-
-def _check_base(adapter: Adapter) -> None:
-    """Refuse an adapter that changes the base of all rows."""
-    if adapter.merged:
-        raise AdapterError(
-            f"adapter {adapter.name!r} must be unmerged to serve rows of a batch, its own or "
-            "others: call unmerge() first"
-        )
-    if adapter.replaced is not None and adapter.replaced.in_use:
-        raise AdapterError(
-            f"adapter {adapter.name!r} must be detached for rows of a batch: it has replaced "
-            f"{some(adapter.replaced.names)}, which all rows would go through"
-        )

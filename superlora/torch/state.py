@@ -214,13 +214,16 @@ def _without_bias(plan: Plan, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def other_shapes(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    words: tuple[str, str, str] = ("missing", "extra", "of"),
 ) -> list[str]:
-    """Return the tensors that are missing, extra or of another shape."""
-    problems = [f"missing {name!r}" for name in expected if name not in found]
-    problems += [f"extra {name!r}" for name in found if name not in expected]
+    """Return what is missing, extra or of another shape, in such words."""
+    missing, extra, of = words
+    problems = [f"{missing} {name!r}" for name in expected if name not in found]
+    problems += [f"{extra} {name!r}" for name in found if name not in expected]
     problems += [
-        f"{name!r} of shape {found[name]} instead of {shape}"
+        f"{name!r} {of} shape {found[name]} instead of {shape}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]

@@ -13,22 +13,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from superlora.errors import AdapterError, some
 from superlora.spec import Spec
 from superlora.supports import Supports
+from superlora.torch import state
 from superlora.torch.adapter import Adapter
 from superlora.torch.blocks import scale_in_force
 from superlora.torch.files import DTYPES, Header, read_tensors
-from superlora.torch.state import (
-    MODEL,
-    TOLERANCE,
-    Description,
-    check_biases,
-    check_frozen,
-    check_maps,
-    check_tensors,
-    description_of,
-    other_shapes,
-    print_of,
-    stored_shapes,
-)
 
 # The fields of a spec that decide its scale alone.
 _SCALES = ("alpha", "rslora", "scale")
@@ -40,14 +28,14 @@ def swap_adapter(adapter: Adapter, path: Path) -> None:
     """Give an adapter the factors and the scale of a file of the same design."""
     own = _own_tensors(adapter)
 
-    def check(metadata: Mapping[str, str], tensors: Header) -> Description:
-        description = description_of(metadata, path)
+    def check(metadata: Mapping[str, str], tensors: Header) -> state.Description:
+        description = state.description_of(metadata, path)
         _check_design(adapter, description, path)
         if isinstance(adapter.plan.spec, Supports):
-            check_biases(adapter.plan, adapter.layers(), description, path)
-        check_tensors(adapter.plan, tensors, path)
+            state.check_biases(adapter.plan, adapter.layers(), description, path)
+        state.check_tensors(adapter.plan, tensors, path)
         _check_replaced(own, tensors, path)
-        check_maps(adapter.plan, description, path)
+        state.check_maps(adapter.plan, description, path)
         _check_frozen(adapter, description, tensors, path)
         return description
 
@@ -70,9 +58,9 @@ def _own_tensors(adapter: Adapter) -> dict[str, Tensor]:
             "first"
         )
     blocks = adapter.factors()
-    own: dict[str, Tensor] = {name: blocks[name] for name in stored_shapes(adapter.plan)}
+    own: dict[str, Tensor] = {name: blocks[name] for name in state.stored_shapes(adapter.plan)}
     if adapter.replaced is not None:
-        own |= {MODEL + name: value for name, value in adapter.replaced.parameters().items()}
+        own |= {state.MODEL + name: value for name, value in adapter.replaced.parameters().items()}
     empty = [name for name, tensor in own.items() if tensor.is_meta]
     if empty:
         raise AdapterError(
@@ -82,17 +70,11 @@ def _own_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return own
 
 
-def _check_design(adapter: Adapter, description: Description, path: Path) -> None:
+def _check_design(adapter: Adapter, description: state.Description, path: Path) -> None:
     """Refuse a file of another design than the adapter's, or list what differs."""
     own, found = adapter.plan.layout.layers, description.layers
     problems = _other_fields(adapter.plan.spec, description.spec)
-    problems += [f"no layer {name!r}" for name in own if name not in found]
-    problems += [f"another layer {name!r}" for name in found if name not in own]
-    problems += [
-        f"{name!r} has shape {found[name]} instead of {shape}"
-        for name, shape in own.items()
-        if name in found and found[name] != shape
-    ]
+    problems += state.other_shapes(own, found, ("no layer", "another layer", "has"))
     if not problems and list(own) != list(found):
         problems = ["the layers in another order"]
     if not problems:
@@ -128,7 +110,7 @@ def _fields(design: Spec | Supports) -> dict[str, Any]:
     }
 
 
-def _other_scales(adapter: Adapter, description: Description) -> list[str]:
+def _other_scales(adapter: Adapter, description: state.Description) -> list[str]:
     """Return the layers whose scale the adapter's would not give, since overrides have another."""
     plan, spec, scale = adapter.plan, description.spec, description.scale
     if not spec.overrides or spec.scaling == plan.scale:
@@ -146,9 +128,11 @@ def _other_scales(adapter: Adapter, description: Description) -> list[str]:
 
 def _check_replaced(own: Mapping[str, Tensor], tensors: Header, path: Path) -> None:
     """Refuse a file whose parameters of the model itself are not those that were replaced."""
-    expected = {name: tuple(value.shape) for name, value in own.items() if name.startswith(MODEL)}
-    found = {name: shape for name, (shape, _) in tensors.items() if name.startswith(MODEL)}
-    problems = other_shapes(expected, found)
+    expected = {
+        name: tuple(value.shape) for name, value in own.items() if name.startswith(state.MODEL)
+    }
+    found = {name: shape for name, (shape, _) in tensors.items() if name.startswith(state.MODEL)}
+    problems = state.other_shapes(expected, found)
     if problems:
         raise ValueError(
             f"{path} must hold the parameters that the adapter replaced in the model: "
@@ -156,8 +140,10 @@ def _check_replaced(own: Mapping[str, Tensor], tensors: Header, path: Path) -> N
         )
 
 
-def _check_frozen(adapter: Adapter, description: Description, tensors: Header, path: Path) -> None:
-    stored = stored_shapes(adapter.plan)
+def _check_frozen(
+    adapter: Adapter, description: state.Description, tensors: Header, path: Path
+) -> None:
+    stored = state.stored_shapes(adapter.plan)
     made = {name: block for name, block in adapter.factors().items() if name not in stored}
     if not made:
         return
@@ -167,18 +153,18 @@ def _check_frozen(adapter: Adapter, description: Description, tensors: Header, p
     if kind is adapter.dtype or theirs < ours:
         found = {name: _print_of(block) for name, block in made.items()}
     else:
-        found = {name: print_of(block.to(kind)) for name, block in made.items()}
-    tolerance = TOLERANCE if kind is adapter.dtype else TOLERANCE + 4 * ours
-    check_frozen(found, description, path, tolerance)
+        found = {name: state.print_of(block.to(kind)) for name, block in made.items()}
+    tolerance = state.TOLERANCE if kind is adapter.dtype else state.TOLERANCE + 4 * ours
+    state.check_frozen(found, description, path, tolerance)
 
 
 def _print_of(block: Tensor) -> float:
     """Return a frozen block's fingerprint, taken once while it stays as it is."""
     if block.is_inference():  # does not count its changes
-        return print_of(block)
+        return state.print_of(block)
     known: tuple[int, float] | None = _PRINTS.get(block)
     if known is None or known[0] != block._version:
-        known = (block._version, print_of(block))
+        known = (block._version, state.print_of(block))
         _PRINTS[block] = known
     return known[1]
 

@@ -39,29 +39,6 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         rest += children[::-1]
 
 
-def registered(model: nn.Module) -> list[tuple[str, Blocks]]:
-    """Return the adapters that a model or a part of it registers, and their dotted names.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-
-    Returns
-    -------
-    list of (str, Blocks)
-        Each once.
-    """
-    found: dict[int, tuple[str, Blocks]] = {}
-    for name, module in outside_adapters(model):
-        before = f"{name}." if name else ""
-        own = [
-            (before + k, part) for k, part in module._modules.items() if isinstance(part, Blocks)
-        ]
-        found |= {id(part): (path, part) for path, part in own if id(part) not in found}
-    return list(found.values())
-
-
 def module_of(model: nn.Module, name: str) -> nn.Module | None:
     """Return the part of a model that has a dotted name, if any.
 

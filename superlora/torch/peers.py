@@ -1,20 +1,206 @@
-"""What an adapter's layers are in the formats of other libraries, exactly or nearly."""
+"""The formats of other libraries: what a layer's tensors are here, and a layer's update there."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from superlora.algebra.form import with_blocks
-from superlora.errors import AdapterError
+from superlora.errors import AdapterError, some
+from superlora.plan import Plan
+from superlora.spec import Spec
 from superlora.supports import Supports
 from superlora.torch.adapter import Adapter
-from superlora.torch.foreign import Layer, Matrix
+from superlora.torch.attach import check_free, frozen_of, host_of, placed, register
+from superlora.torch.replaced import refuse_unfit
+from superlora.torch.state import find_layers
+from superlora.torch.targets import is_named
 from superlora.values import check_count
+
+# A matrix, or the two whose product it is: (output, r) and (r, input).
+Matrix = tuple[Tensor, ...]
+# The names of the tensors of a layer's matrices, and for each method the forms that it has.
+Form = tuple[tuple[str, ...], ...]
+Forms = Mapping[str, Sequence[Form]]
+# Those that PEFT and LyCORIS share.
+COMMON_FORMS: Forms = {
+    "loha": [(("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))],
+    "lokr": [
+        (first, second)
+        for first in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+        for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
+    ],
+}
+
+
+@dataclass
+class LayerUpdate:
+    """What a file says of one layer: its spec, blocks by ``"split.block"``, and the widths."""
+
+    spec: Spec
+    blocks: dict[str, Tensor]
+    shape: tuple[int, int]
+
+
+@dataclass
+class Layer:
+    """One layer's update in a form that another library has.
+
+    Attributes
+    ----------
+    method : str
+        ``"lora"``, ``"lokr"``, ``"loha"`` or ``"full"``.
+    parts : tuple of Matrix
+        One pair (output, r) and (r, input) for LoRA; the two factors of LoKr; two pairs
+        for LoHa; the update itself for full.
+    scale : float
+        The number in front.
+    """
+
+    method: str
+    parts: tuple[Matrix, ...]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension of the last product; 0 where there is none."""
+        return self.parts[-1][0].shape[1] if len(self.parts[-1]) == 2 else 0
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Output and input width of every matrix."""
+        return tuple((part[0].shape[0], part[-1].shape[1]) for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Output and input width of the update."""
+        if self.method != "lokr":
+            return self.sizes[0]
+        rows, columns = zip(*self.sizes, strict=True)
+        return math.prod(rows), math.prod(columns)
+
+
+def names_of(forms: Sequence[Form]) -> list[set[str]]:
+    """Return all tensors of each form."""
+    return [set(itertools.chain(*form)) for form in forms]
+
+
+def parts_of(found: Mapping[str, Tensor], forms: Sequence[Form]) -> tuple[Matrix, ...]:
+    """Return a layer's matrices, or refuse others such as those of a convolution."""
+    form = forms[names_of(forms).index(set(found))]
+    wrong = [f"{leaf} of shape {tuple(t.shape)}" for leaf, t in found.items() if t.dim() != 2]
+    if wrong:
+        raise ValueError(f"must have matrices: got {some(wrong)}")
+    return tuple(tuple(found[name] for name in matrix) for matrix in form)
+
+
+def named(forms: Forms, layer: Layer) -> dict[str, Tensor]:
+    """Return a layer's tensors by their names in a file."""
+    lengths = list(map(len, layer.parts))
+    form = next(form for form in forms[layer.method] if list(map(len, form)) == lengths)
+    names, tensors = itertools.chain(*form), itertools.chain(*layer.parts)
+    return dict(zip(names, tensors, strict=True))
+
+
+def rank_of(parts: Iterable[Matrix]) -> int | None:
+    """Return the inner width that products have in common, None if there is no product."""
+    pairs = [part for part in parts if len(part) == 2]
+    ranks = {size for left, right in pairs for size in (left.shape[1], right.shape[0])}
+    if len(ranks) > 1:
+        raise ValueError(f"must have one rank: got {sorted(ranks)}")
+    return next(iter(ranks), None)
+
+
+def update_of(method: str, parts: tuple[Matrix, ...], **fields: Any) -> LayerUpdate:
+    """Return the update that the matrices of a `Layer` make; fields say its scale."""
+    layer = Layer(method, parts, 1.0)
+    if method == "full":
+        blocks = {"0.core": parts[0][0].flatten()}
+        return LayerUpdate(Spec(rank="full", order=1), blocks, layer.shape)
+    blocks = {}
+    for split, part in enumerate(parts):
+        if len(part) == 1:
+            blocks[f"{split}.core"] = part[0]
+        else:
+            blocks[f"{split}.factor0"], blocks[f"{split}.factor1"] = part[0], part[1].t()
+    fields |= {"splits": len(parts), "dense_from": "never", "rank": rank_of(parts)}
+    if method == "lokr":
+        fields["rank"] = tuple(part[0].shape[1] if len(part) == 2 else "full" for part in parts)
+        fields["fold"] = layer.sizes
+    elif method == "loha":
+        fields["combine"] = "hadamard"
+        if layer.sizes[0] != layer.sizes[1]:
+            raise ValueError(
+                f"must have two products of one shape: got {layer.sizes[0]} and {layer.sizes[1]}"
+            )
+    return LayerUpdate(Spec(**fields), blocks, layer.shape)
+
+
+def attach_foreign(
+    model: nn.Module,
+    source: Path,
+    updates: Mapping[str, LayerUpdate],
+    replaced: Mapping[str, Tensor],
+    name: str,
+) -> Adapter:
+    """Attach an adapter that another library wrote: updates by layer, new values by parameter."""
+    plan = Plan(_common_spec(updates), {layer: update.shape for layer, update in updates.items()})
+    modules = find_layers(model, plan.layout.layers, source)
+    check_free(model, host_of(model, modules), name)
+    refuse_unfit(model, replaced, source)
+    blocks = frozen_of(plan, modules)
+    dtype = torch.float32
+    for layer, update in updates.items():
+        group = plan.layout.grouping.pieces[layer][0].group
+        for block, values in update.blocks.items():
+            split, _, leaf = block.partition(".")
+            own = plan.layout.block(group, int(split), leaf)
+            whole = tuple(map(slice, plan.layout.block_shapes[own]))
+            blocks[own] = values[whole].contiguous()
+            dtype = torch.promote_types(dtype, values.dtype)
+    blocks = placed(plan, modules, blocks, dtype)
+    return register(model, plan, modules, blocks, name, replaced=replaced)
+
+
+def _common_spec(updates: Mapping[str, LayerUpdate]) -> Spec:
+    """Return the spec that most layers have, with overrides for the others."""
+    kinds: dict[Spec, list[str]] = {}
+    for layer, update in updates.items():
+        kinds.setdefault(update.spec, []).append(layer)
+    # Scales are in proportion to that of the spec, which must not be 0 where another is not.
+    common = max(kinds, key=lambda spec: (spec.scaling != 0, len(kinds[spec])))
+    overrides = {}
+    for spec, layers in kinds.items():
+        fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+        changes = {key: own for key, own in fields.items() if own != getattr(common, key)}
+        if changes:
+            overrides[_pattern(layers, updates)] = changes
+    return common.replace(overrides=overrides)
+
+
+def _pattern(layers: Sequence[str], everything: Iterable[str]) -> str:
+    """Return a pattern that matches these layers and no others, short where that can be."""
+    wanted = set(layers)
+    for count in (1, 2):
+        ends = dict.fromkeys(".".join(layer.split(".")[-count:]) for layer in layers)
+        if {layer for layer in everything if is_named(layer, ends)} == wanted:
+            return "|".join(map(re.escape, ends))
+    return "^(?:" + "|".join(map(re.escape, layers)) + ")"
+
+
+def refuse(source: object, problems: list[str]) -> None:
+    """Raise with all that is wrong with a file, if anything is."""
+    if problems:
+        raise ValueError(f"{source} cannot be read: {some(problems, 20)}")
 
 
 @dataclass
