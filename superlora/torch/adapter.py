@@ -15,11 +15,10 @@ from superlora.errors import AdapterError, some
 from superlora.operations import GIVES_BIAS
 from superlora.plan import Plan
 from superlora.torch.blocks import Blocks
-from superlora.torch.freezing import Frozen, release
 from superlora.torch.layers import parameter_of
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
-from superlora.torch.walk import outside_adapters
+from superlora.torch.walk import Frozen, outside_adapters, release
 
 if TYPE_CHECKING:
     from superlora.torch.peers import Export
@@ -65,9 +64,8 @@ class Adapter(Blocks):
         # torch would make them submodules of their own part.
         self._homes: tuple[nn.Module, ...] = ()
         self._frozen: Frozen = []
-        # Before and after the model loads a state dict; its adapters share them.
-        self._hooks: tuple[RemovableHandle, ...] = ()
-        self._scope_hooks: tuple[RemovableHandle, ...] = ()  # before and after its forward
+        # Before and after the model loads a state dict, and its forward.
+        self._hooks: list[RemovableHandle] = []
         self._order = 0  # of attachment
 
     def __prepare_scriptable__(self) -> Adapter:
@@ -274,7 +272,7 @@ class Adapter(Blocks):
                 f"detach or unmerge {', '.join(map(repr, below))} first"
             )
         model, host = self._homes
-        if not (keep_merged and self.merged):
+        if not self.merged:
             self._use_replaced(False)
         self.replaced = None
         gained = {site.module for site in self._sites.values() if site.link_of(self).bare}
@@ -284,15 +282,14 @@ class Adapter(Blocks):
         for site in self._sites.values():
             site.remove(self)
         del host._modules[self.name]
-        shared = any(other._homes[:1] == (model,) for other in registered(model))
-        for hook in (*(() if shared else self._hooks), *self._scope_hooks):
+        for hook in self._hooks:
             hook.remove()
-        self._hooks = self._scope_hooks = ()
         if self._frozen:
             ordered = sorted(adapters_of(model), key=operator.attrgetter("_order"))
             later = [(a._homes[0], a._frozen) for a in ordered if a._order > self._order]
             release(self._frozen, later)
-        self._sites, self._homes, self._frozen, self.merged = {}, (), [], False
+        self._sites, self._homes, self._frozen, self._hooks = {}, (), [], []
+        self.merged = False
         self.scope.clear()
         self._merge_again = False
 
@@ -444,10 +441,15 @@ class Adapter(Blocks):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        self.check_loadable(local_metadata)
+        self._check_loadable(local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
-    def check_loadable(self, metadata: Mapping[str, Any]) -> None:
+    def refuse_to_load(self, model: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+        """Refuse before any of the model is loaded what `_load_from_state_dict` refuses."""
+        metadata = getattr(state_dict, "_metadata", {})
+        self._check_loadable(metadata.get(prefix + registered(model).get(self, self.name), {}))
+
+    def _check_loadable(self, metadata: Mapping[str, Any]) -> None:
         """Refuse to load a state dict, with this metadata, that would count an update twice."""
         self._check_in_use()
         if self.merged or metadata.get("merged"):

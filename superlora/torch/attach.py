@@ -20,11 +20,11 @@ from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.supports import Supports, design_of
 from superlora.torch.adapter import Adapter, adapters_of, registered
-from superlora.torch.freezing import freeze
 from superlora.torch.layers import parameter_of, shape_of, weight_of
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
+from superlora.torch.walk import freeze
 
 
 def attach(
@@ -132,20 +132,15 @@ def register(
     host = host_of(model, modules)
     adapter._homes = (model, host)
     host.add_module(name, adapter)
-    hooks = [other._hooks for other in registered(model) if other._homes[:1] == (model,)]
-    adapter._hooks = (
-        hooks[0]
-        if hooks
-        else (
-            model.register_load_state_dict_pre_hook(_refuse_merged),
-            model.register_load_state_dict_post_hook(_fill_after_loading),
-        )
-    )
+    adapter._hooks = [
+        model.register_load_state_dict_pre_hook(adapter.refuse_to_load),
+        model.register_load_state_dict_post_hook(functools.partial(_fill, adapter)),
+    ]
     if adapter.shares:
-        adapter._scope_hooks = (
+        adapter._hooks += [
             model.register_forward_pre_hook(adapter.scope.open),
             model.register_forward_hook(adapter.scope.close, always_call=True),
-        )
+        ]
     if pending is not None:
         adapter.replaced = pending
         pending.use(True)
@@ -179,13 +174,6 @@ def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
             f"name must be free: the model has an attribute {name!r} already, of type {kind}; "
             "detach() it or choose another name"
         )
-
-
-def _refuse_merged(model: nn.Module, state_dict: Any, *_: Any) -> None:
-    # An adapter is loaded last: on its own it would refuse when the base has changed.
-    metadata = getattr(state_dict, "_metadata", {})
-    for adapter, path in registered(model).items():
-        adapter.check_loadable(metadata.get(path, {}))
 
 
 def check_model(model: object) -> None:
@@ -238,15 +226,9 @@ def _drawn(
         }
 
 
-def _fill_after_loading(model: nn.Module, *_: Any) -> None:
-    """Draw the blocks of a model's adapters that a state dict left without memory."""
-    for adapter in registered(model):
-        _fill(adapter)
-
-
 @torch.inference_mode(False)
-def _fill(adapter: Adapter) -> None:
-    """Draw an adapter's blocks that have no memory, where the weights have.
+def _fill(adapter: Adapter, *_: Any) -> None:
+    """Draw an adapter's blocks that a state dict left without memory, where the weights have some.
 
     Singular vectors, which the weights decide, come with a state dict.
     """

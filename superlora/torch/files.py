@@ -32,6 +32,23 @@ def unfit_dtypes(header: Header) -> list[str]:
     return [f"{key!r} of dtype {kind}" for key, (_, kind) in header.items() if kind not in DTYPES]
 
 
+def other_shapes(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    words: tuple[str, str, str] = ("missing", "extra", "of"),
+) -> list[str]:
+    """Return what is missing, extra or of another shape, in such words."""
+    missing, extra, of = words
+    problems = [f"{missing} {name!r}" for name in expected if name not in found]
+    problems += [f"{extra} {name!r}" for name in found if name not in expected]
+    problems += [
+        f"{name!r} {of} shape {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    return problems
+
+
 def read_tensors(
     path: Path, check: Callable[[Mapping[str, str], Header], Checked], *, owned: bool = True
 ) -> tuple[Checked, dict[str, Tensor]]:

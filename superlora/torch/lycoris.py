@@ -139,11 +139,7 @@ def _update(found: Mapping[str, Tensor], alpha: Tensor) -> peers.LayerUpdate:
 
 
 def save_lycoris(
-    adapter: Adapter,
-    path: Path,
-    rank: int | None = None,
-    energy: float | None = None,
-    prefix: str = "lycoris",
+    adapter: Adapter, path: Path, rank: int | None, energy: float | None, prefix: str
 ) -> peers.Export:
     """Write an adapter as one of LyCORIS's files."""
     peers.check_export(adapter, rank, energy)

@@ -257,15 +257,23 @@ def _check_replaced(model: nn.Module, config: Mapping[str, Any], keys: _Keys) ->
     """Return the parameters that PEFT would have saved and the file lacks."""
     kind = config.get("bias", "none")
     problems = []
-    for path, module in outside_adapters(model):
-        for leaf, _ in module.named_parameters(recurse=False):
-            name = f"{path}.{leaf}".lstrip(".")
-            # "lora_only", "vera_only"
-            chosen = kind == "all" or (kind.endswith("_only") and path in keys.layers)
-            biased = chosen and leaf == "bias"
-            if (biased or _is_saved_whole(config, path)) and name not in keys.replaced:
-                problems.append(f"missing {name!r}, which the config says was saved")
+    for name in _parameters_of(model):
+        path, _, leaf = name.rpartition(".")
+        # "lora_only", "vera_only"
+        chosen = kind == "all" or (kind.endswith("_only") and path in keys.layers)
+        biased = chosen and leaf == "bias"
+        if (biased or _is_saved_whole(config, path)) and name not in keys.replaced:
+            problems.append(f"missing {name!r}, which the config says was saved")
     return problems
+
+
+def _parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a model but its adapters'."""
+    return {
+        f"{path}.{leaf}".lstrip("."): parameter.detach()
+        for path, module in outside_adapters(model)
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def _check_targets(
@@ -358,7 +366,7 @@ def _of_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) ->
 
 
 def save_peft(
-    adapter: Adapter, directory: Path, rank: int | None = None, energy: float | None = None
+    adapter: Adapter, directory: Path, rank: int | None, energy: float | None
 ) -> peers.Export:
     """Write an adapter as PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``."""
     peers.check_export(adapter, rank, energy)
@@ -474,11 +482,7 @@ def _replaced(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if adapter.replaced is None:
         return {}, {}
     layers, values = adapter.layers(), adapter.replaced.parameters()
-    own = {
-        f"{path}.{leaf}".lstrip("."): parameter.detach()
-        for path, module in outside_adapters(adapter.model)
-        for leaf, parameter in module.named_parameters(recurse=False)
-    }
+    own = _parameters_of(adapter.model)
     biases = [name for name in own if name.rpartition(".")[2] == "bias"]
     kind = "all" if set(biases) <= set(values) else "lora_only"
     if kind == "lora_only":

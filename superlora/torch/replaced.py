@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
+from superlora.torch.files import other_shapes
 from superlora.torch.site import Site
 
 
@@ -119,15 +120,11 @@ def _like(value: Tensor, own: Tensor) -> nn.Parameter:
 
 def refuse_unfit(model: nn.Module, values: Mapping[str, Tensor], source: object) -> None:
     """Raise if a model cannot take these values."""
-    own = dict(model.named_parameters(remove_duplicate=False))
-    problems = []
-    for name, value in values.items():
-        if name not in own:
-            problems.append(f"no parameter {name!r}")
-        elif own[name].shape != value.shape:
-            found = tuple(own[name].shape)
-            problems.append(f"{name!r} has shape {found} instead of {tuple(value.shape)}")
-        elif own[name].is_meta:
-            problems.append(f"{name!r} lies on the meta device")
+    every = dict(model.named_parameters(remove_duplicate=False))
+    own = {name: every[name] for name in values if name in every}
+    expected = {name: tuple(value.shape) for name, value in values.items()}
+    found = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    problems = other_shapes(expected, found, ("no parameter", "extra", "has"))
+    problems += [f"{name!r} lies on the meta device" for name in own if own[name].is_meta]
     if problems:
         raise ValueError(f"the model must have the parameters of {source}: {some(problems, 20)}")

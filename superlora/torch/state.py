@@ -23,12 +23,17 @@ from superlora.spec import Spec
 from superlora.supports import Supports, design_from_dict
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_free, check_model, frozen_of, host_of, placed, register
-from superlora.torch.files import Header, read_tensors, unfit_dtypes, write_tensors
+from superlora.torch.files import (
+    Header,
+    other_shapes,
+    read_tensors,
+    unfit_dtypes,
+    write_tensors,
+)
 from superlora.torch.layers import is_adaptable, parameter_of, shape_of
 from superlora.torch.replaced import refuse_unfit
 from superlora.torch.site import Site
 from superlora.torch.targets import find_targets
-from superlora.torch.walk import module_of
 
 FORMAT_VERSION = 1
 # Before the names of the model's own parameters that come with the adapter.
@@ -213,23 +218,6 @@ def _without_bias(plan: Plan, modules: Mapping[str, nn.Module]) -> list[str]:
     ]
 
 
-def other_shapes(
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    words: tuple[str, str, str] = ("missing", "extra", "of"),
-) -> list[str]:
-    """Return what is missing, extra or of another shape, in such words."""
-    missing, extra, of = words
-    problems = [f"{missing} {name!r}" for name in expected if name not in found]
-    problems += [f"{extra} {name!r}" for name in found if name not in expected]
-    problems += [
-        f"{name!r} {of} shape {found[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    return problems
-
-
 def check_tensors(plan: Plan, header: Header, path: Path) -> None:
     """Refuse a file whose tensors are not the factors of a plan, all of one dtype."""
     own = {key: value for key, value in header.items() if not key.startswith(MODEL)}
@@ -299,19 +287,22 @@ def find_layers(
     model: nn.Module, layers: Mapping[str, tuple[int, int]], path: Path
 ) -> dict[str, nn.Module]:
     """Return the layers of a model that a file names, or list those that it has not."""
-    found = {name: module_of(model, name) for name in layers}
+    modules: dict[str, nn.Module] = {}
     problems = []
     for name, shape in layers.items():
-        module = found[name]
-        if module is None:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
             problems.append(f"no layer {name!r}")
-        elif not is_adaptable(module):
+            continue
+        if not is_adaptable(module):
             problems.append(f"{name!r} is a {type(module).__name__}")
         elif shape_of(module) != shape:
             problems.append(f"{name!r} has shape {shape_of(module)} instead of {shape}")
+        else:
+            modules[name] = module
     if problems:
         raise ValueError(f"the model must have the layers of {path}: {some(problems, 20)}")
-    modules = {name: module for name, module in found.items() if module is not None}
     chosen = set(map(id, modules.values()))
     find_targets(model, lambda _, module: id(module) in chosen)  # refuses unfit ones
     empty = [layer for layer, module in modules.items() if parameter_of(module).is_meta]

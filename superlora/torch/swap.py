@@ -16,7 +16,7 @@ from superlora.supports import Supports
 from superlora.torch import state
 from superlora.torch.adapter import Adapter
 from superlora.torch.blocks import scale_in_force
-from superlora.torch.files import DTYPES, Header, read_tensors
+from superlora.torch.files import DTYPES, Header, other_shapes, read_tensors
 
 # The fields of a spec that decide its scale alone.
 _SCALES = ("alpha", "rslora", "scale")
@@ -74,7 +74,7 @@ def _check_design(adapter: Adapter, description: state.Description, path: Path) 
     """Refuse a file of another design than the adapter's, or list what differs."""
     own, found = adapter.plan.layout.layers, description.layers
     problems = _other_fields(adapter.plan.spec, description.spec)
-    problems += state.other_shapes(own, found, ("no layer", "another layer", "has"))
+    problems += other_shapes(own, found, ("no layer", "another layer", "has"))
     if not problems and list(own) != list(found):
         problems = ["the layers in another order"]
     if not problems:
@@ -132,7 +132,7 @@ def _check_replaced(own: Mapping[str, Tensor], tensors: Header, path: Path) -> N
         name: tuple(value.shape) for name, value in own.items() if name.startswith(state.MODEL)
     }
     found = {name: shape for name, (shape, _) in tensors.items() if name.startswith(state.MODEL)}
-    problems = state.other_shapes(expected, found)
+    problems = other_shapes(expected, found)
     if problems:
         raise ValueError(
             f"{path} must hold the parameters that the adapter replaced in the model: "
