@@ -15,7 +15,7 @@ from superlora.errors import AdapterError, some
 from superlora.operations import GIVES_BIAS
 from superlora.plan import Plan
 from superlora.torch.blocks import Blocks
-from superlora.torch.layers import parameter_of
+from superlora.torch.layers import parameter_of, refuse_empty
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
 from superlora.torch.walk import Frozen, outside_adapters, release
@@ -201,12 +201,8 @@ class Adapter(Blocks):
             raise AdapterError(f"adapter {self.name!r} is merged already")
         if self._disabled:
             raise AdapterError(f"adapter {self.name!r} must not be disabled to be merged")
-        empty = [name for name, site in self._sites.items() if parameter_of(site.module).is_meta]
-        if empty:
-            raise AdapterError(
-                f"weights must be loaded to be merged: {len(empty)} lie on the meta device, first "
-                f"{empty[0]!r}"
-            )
+        weights = {name: parameter_of(site.module) for name, site in self._sites.items()}
+        refuse_empty("weights must be loaded to be merged", weights)
         done: list[Site] = []
         try:
             with self.scope.opened():

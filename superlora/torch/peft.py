@@ -348,7 +348,8 @@ def _update(
 def _vera_update(rank: int, columns: int, found: Mapping[str, Tensor]) -> peers.LayerUpdate:
     right, left = found["vera_A"], found["vera_B"]
     b, d = found["vera_lambda_b"], found["vera_lambda_d"]
-    if peers.rank_of([(left, right)]) != rank or d.shape != (rank,) or b.dim() != 1:
+    fits = left.dim() == right.dim() == 2 and peers.rank_of([(left, right)]) == rank
+    if not fits or d.shape != (rank,) or b.dim() != 1:
         shapes = {leaf: tuple(tensor.shape) for leaf, tensor in found.items()}
         raise ValueError(f"must have rank {rank}, as the config says: got {shapes}")
     spec = vera(rank)

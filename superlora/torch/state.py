@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora.design.ways import check_apply
-from superlora.errors import AdapterError, some
+from superlora.errors import some
 from superlora.frozen import fingerprint
 from superlora.operations import OF_BIAS
 from superlora.plan import Plan
@@ -30,7 +30,7 @@ from superlora.torch.files import (
     unfit_dtypes,
     write_tensors,
 )
-from superlora.torch.layers import is_adaptable, parameter_of, shape_of
+from superlora.torch.layers import is_adaptable, parameter_of, refuse_empty, shape_of
 from superlora.torch.replaced import refuse_unfit
 from superlora.torch.site import Site
 from superlora.torch.targets import find_targets
@@ -50,11 +50,7 @@ _CHECKSUMS: weakref.WeakKeyDictionary[Plan, dict[str, int]] = weakref.WeakKeyDic
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
     """Write an adapter's factors and description to `path`, atomically."""
-    if any(block.is_meta for block in adapter.factors().values()):
-        raise AdapterError(
-            f"adapter {adapter.name!r} must not lie on the meta device to be saved: load the "
-            "model's weights first"
-        )
+    refuse_empty(f"adapter {adapter.name!r} must have memory to be saved", adapter.factors())
     blocks = {name: block.detach().cpu() for name, block in adapter.factors().items()}
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -305,10 +301,7 @@ def find_layers(
         raise ValueError(f"the model must have the layers of {path}: {some(problems, 20)}")
     chosen = set(map(id, modules.values()))
     find_targets(model, lambda _, module: id(module) in chosen)  # refuses unfit ones
-    empty = [layer for layer, module in modules.items() if parameter_of(module).is_meta]
-    if empty:  # giving the model memory later would wipe the factors
-        raise AdapterError(
-            f"weights must be loaded before an adapter: {len(empty)} lie on the meta device, first "
-            f"{empty[0]!r}"
-        )
+    # Giving the model memory later would wipe the factors.
+    weights = {name: parameter_of(module) for name, module in modules.items()}
+    refuse_empty("weights must be loaded before an adapter", weights)
     return modules

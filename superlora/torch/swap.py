@@ -17,6 +17,7 @@ from superlora.torch import state
 from superlora.torch.adapter import Adapter
 from superlora.torch.blocks import scale_in_force
 from superlora.torch.files import DTYPES, Header, other_shapes, read_tensors
+from superlora.torch.layers import refuse_empty
 
 # The fields of a spec that decide its scale alone.
 _SCALES = ("alpha", "rslora", "scale")
@@ -61,12 +62,7 @@ def _own_tensors(adapter: Adapter) -> dict[str, Tensor]:
     own: dict[str, Tensor] = {name: blocks[name] for name in state.stored_shapes(adapter.plan)}
     if adapter.replaced is not None:
         own |= {state.MODEL + name: value for name, value in adapter.replaced.parameters().items()}
-    empty = [name for name, tensor in own.items() if tensor.is_meta]
-    if empty:
-        raise AdapterError(
-            f"adapter {adapter.name!r} must have memory to be given another file: {len(empty)} "
-            f"tensors lie on the meta device, first {empty[0]!r}"
-        )
+    refuse_empty(f"adapter {adapter.name!r} must have memory to be given another file", own)
     return own
 
 
