@@ -19,9 +19,9 @@ from superlora.glora.supernet_storage import LEFT, RIGHT, Stored, initial, parts
 from superlora.random import check_seed
 from superlora.torch.adapter import Adapter, adapters_of
 from superlora.torch.attach import attach, check_free, check_model, host_of
-from superlora.torch.freezing import Frozen, freeze, release
 from superlora.torch.layers import bias_of, parameter_of, shape_of
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
+from superlora.torch.walk import Frozen, freeze, release
 
 
 class Supernet(Choice, nn.Module):

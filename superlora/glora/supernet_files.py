@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from superlora.errors import some
 from superlora.glora.space import Space
 from superlora.glora.supernet_storage import LEFT, stored_shapes
-from superlora.plan import Plan
-from superlora.presets import dense
 from superlora.random import check_seed
 from superlora.torch.attach import check_model
 from superlora.torch.files import Header, read_tensors, unfit_dtypes, write_tensors
-from superlora.torch.headers import valid_header
 from superlora.torch.layers import bias_of
-from superlora.torch.state import find_layers
+from superlora.torch.state import find_layers, valid_header
 from superlora.torch.targets import find_targets
 
 if TYPE_CHECKING:
@@ -77,7 +74,7 @@ def load_supernet(model: nn.Module, path: Path, name: str) -> Supernet:
     check_model(model)
     space, seed, tensors = _read(path)
     shapes = dict(space.layers)
-    modules = find_layers(model, Plan(dense(), shapes), path)
+    modules = find_layers(model, shapes, path)
     found = [name for name, module in modules.items() if bias_of(module) is None]
     if found != list(space.without_bias):
         both = (space.without_bias, found)
@@ -123,17 +120,15 @@ def _key(layer: str, operation: str, side: str) -> str:
 
 
 def _read(path: Path) -> tuple[Space, int, dict[str, Tensor]]:
-    found: list[tuple[Space, int]] = []
-
-    def check(metadata: Mapping[str, str], tensors: Header) -> None:
+    def check(metadata: Mapping[str, str], tensors: Header) -> tuple[Space, int]:
         header = _header_of(metadata, path)
         with valid_header(path):
             space, seed = Space.from_dict(header["space"]), check_seed(header["seed"])
-            found.append((space, seed))
-        _check_tensors(found[0][0], tensors, path)
+        _check_tensors(space, tensors, path)
+        return space, seed
 
-    tensors = read_tensors(path, check)
-    return *found[0], tensors
+    (space, seed), tensors = read_tensors(path, check)
+    return space, seed, tensors
 
 
 def _header_of(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:

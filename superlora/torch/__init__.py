@@ -2,9 +2,9 @@
 
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import attach
-from superlora.torch.export import Export
-from superlora.torch.from_peft import from_peft
 from superlora.torch.lycoris import from_lycoris
+from superlora.torch.peers import Export
+from superlora.torch.peft import from_peft
 from superlora.torch.row_wise import rows
 from superlora.torch.state import load
 

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -15,15 +15,16 @@ from superlora.errors import AdapterError, some
 from superlora.operations import GIVES_BIAS
 from superlora.plan import Plan
 from superlora.torch.blocks import Blocks
-from superlora.torch.exporting import Exporting
-from superlora.torch.freezing import Frozen, release
-from superlora.torch.layers import parameter_of
+from superlora.torch.layers import parameter_of, refuse_empty
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
-from superlora.torch.walk import outside_adapters, registered
+from superlora.torch.walk import Frozen, outside_adapters, release
+
+if TYPE_CHECKING:
+    from superlora.torch.peers import Export
 
 
-class Adapter(Exporting, Blocks):
+class Adapter(Blocks):
     """The factors of a plan, attached to a model's layers.
 
     Made by `attach`, `load`, `from_peft` and `from_lycoris`. Its parameters are named
@@ -63,9 +64,8 @@ class Adapter(Exporting, Blocks):
         # torch would make them submodules of their own part.
         self._homes: tuple[nn.Module, ...] = ()
         self._frozen: Frozen = []
-        # Before and after the model loads a state dict; its adapters share them.
-        self._hooks: tuple[RemovableHandle, ...] = ()
-        self._scope_hooks: tuple[RemovableHandle, ...] = ()  # before and after its forward
+        # Before and after the model loads a state dict, and its forward.
+        self._hooks: list[RemovableHandle] = []
         self._order = 0  # of attachment
 
     def __prepare_scriptable__(self) -> Adapter:
@@ -201,12 +201,8 @@ class Adapter(Exporting, Blocks):
             raise AdapterError(f"adapter {self.name!r} is merged already")
         if self._disabled:
             raise AdapterError(f"adapter {self.name!r} must not be disabled to be merged")
-        empty = [name for name, site in self._sites.items() if parameter_of(site.module).is_meta]
-        if empty:
-            raise AdapterError(
-                f"weights must be loaded to be merged: {len(empty)} lie on the meta device, first "
-                f"{empty[0]!r}"
-            )
+        weights = {name: parameter_of(site.module) for name, site in self._sites.items()}
+        refuse_empty("weights must be loaded to be merged", weights)
         done: list[Site] = []
         try:
             with self.scope.opened():
@@ -272,7 +268,7 @@ class Adapter(Exporting, Blocks):
                 f"detach or unmerge {', '.join(map(repr, below))} first"
             )
         model, host = self._homes
-        if not (keep_merged and self.merged):
+        if not self.merged:
             self._use_replaced(False)
         self.replaced = None
         gained = {site.module for site in self._sites.values() if site.link_of(self).bare}
@@ -282,16 +278,14 @@ class Adapter(Exporting, Blocks):
         for site in self._sites.values():
             site.remove(self)
         del host._modules[self.name]
-        others = [part for _, part in registered(model) if isinstance(part, Adapter)]
-        shared = any(other._homes[:1] == (model,) for other in others)
-        for hook in (*(() if shared else self._hooks), *self._scope_hooks):
+        for hook in self._hooks:
             hook.remove()
-        self._hooks = self._scope_hooks = ()
         if self._frozen:
             ordered = sorted(adapters_of(model), key=operator.attrgetter("_order"))
             later = [(a._homes[0], a._frozen) for a in ordered if a._order > self._order]
             release(self._frozen, later)
-        self._sites, self._homes, self._frozen, self.merged = {}, (), [], False
+        self._sites, self._homes, self._frozen, self._hooks = {}, (), [], []
+        self.merged = False
         self.scope.clear()
         self._merge_again = False
 
@@ -356,6 +350,84 @@ class Adapter(Exporting, Blocks):
 
         swap_adapter(self, Path(path))
 
+    def to_peft(
+        self, directory: str | Path, *, rank: int | None = None, energy: float | None = None
+    ) -> Export:
+        """Write a folder that ``peft.PeftModel.from_pretrained`` loads.
+
+        Parameters
+        ----------
+        directory : str or pathlib.Path
+            The folder; made if there is none.
+        rank : int, optional
+            Where PEFT has no exact counterpart, the rank of the LoRA that is nearest.
+        energy : float, optional
+            Instead, or besides: keep the least rank with this part, in (0, 1], of the sum of
+            squares of the update's singular values.
+
+        Returns
+        -------
+        Export
+            The format of every layer, and its relative error; printed it is a table.
+
+        Raises
+        ------
+        AdapterError
+            If the adapter is not attached.
+        NotADirectoryError
+            If `directory` is a file.
+        ValueError
+            If an update needs a rank or an energy and none is given.
+
+        Notes
+        -----
+        LoRA, LoKr and LoHa are written as what they are. Any other update whose fold
+        is aligned has two thin factors, which are a LoRA of their inner width exactly; with a
+        rank or an energy it is truncated by its singular values.
+        """
+        from superlora.torch.peft import save_peft
+
+        return save_peft(self, Path(directory), rank, energy)
+
+    def to_lycoris(
+        self,
+        path: str | Path,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        prefix: str = "lycoris",
+    ) -> Export:
+        """Write a safetensors file that LyCORIS loads.
+
+        Parameters
+        ----------
+        path : str or pathlib.Path
+            The file; replaced if it exists.
+        rank : int, optional
+            Where LyCORIS has no exact counterpart, the rank of the LoRA that is nearest.
+        energy : float, optional
+            Instead, or besides: keep the least rank with this part, in (0, 1], of the sum of
+            squares of the update's singular values.
+        prefix : str
+            What the keys begin with, before the layer's name with underscores.
+
+        Returns
+        -------
+        Export
+            The format of every layer, and its relative error; printed it is a table.
+
+        Raises
+        ------
+        AdapterError
+            If the adapter is not attached, or has replaced parameters that LyCORIS cannot hold.
+        ValueError
+            If an update needs a rank or an energy and none is given, or a layer is
+            none of LyCORIS's, or has another's name once its dots are underscores.
+        """
+        from superlora.torch.lycoris import save_lycoris
+
+        return save_lycoris(self, Path(path), rank, energy, prefix)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._check_in_use()
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -365,10 +437,15 @@ class Adapter(Exporting, Blocks):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        self.check_loadable(local_metadata)
+        self._check_loadable(local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
-    def check_loadable(self, metadata: Mapping[str, Any]) -> None:
+    def refuse_to_load(self, model: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+        """Refuse before any of the model is loaded what `_load_from_state_dict` refuses."""
+        metadata = getattr(state_dict, "_metadata", {})
+        self._check_loadable(metadata.get(prefix + registered(model).get(self, self.name), {}))
+
+    def _check_loadable(self, metadata: Mapping[str, Any]) -> None:
         """Refuse to load a state dict, with this metadata, that would count an update twice."""
         self._check_in_use()
         if self.merged or metadata.get("merged"):
@@ -390,9 +467,19 @@ class Adapter(Exporting, Blocks):
             raise AdapterError(f"adapter {self.name!r} must be attached to be {verb}")
 
 
+def registered(model: nn.Module) -> dict[Adapter, str]:
+    """Return the adapters that a model or a part of it registers, and their dotted names."""
+    found: dict[Adapter, str] = {}
+    for name, module in outside_adapters(model):
+        for key, part in module._modules.items():
+            if isinstance(part, Adapter):
+                found.setdefault(part, f"{name}.{key}".lstrip("."))
+    return found
+
+
 def adapters_of(model: nn.Module) -> set[Adapter]:
     """Return the adapters that `model` or a part of it registers, or whose layers it has."""
-    found = {part for _, part in registered(model) if isinstance(part, Adapter)}
+    found = set(registered(model))
     for _, module in outside_adapters(model):
         site = Site.of(module)
         if site is not None:

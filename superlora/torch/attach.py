@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from superlora._backend import backend_of
 from superlora.design.ways import check_apply
@@ -20,14 +19,12 @@ from superlora.maps._check import check, is_own
 from superlora.plan import Plan
 from superlora.spec import Spec
 from superlora.supports import Supports, design_of
-from superlora.torch.adapter import Adapter, adapters_of
-from superlora.torch.empty import fill_after_loading, first_weight
-from superlora.torch.freezing import freeze
+from superlora.torch.adapter import Adapter, adapters_of, registered
 from superlora.torch.layers import parameter_of, shape_of, weight_of
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
-from superlora.torch.walk import outside_adapters, registered
+from superlora.torch.walk import freeze
 
 
 def attach(
@@ -113,57 +110,37 @@ def register(
     name: str,
     replaced: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
-    """Put an adapter with the given factors on a model; all checks lie behind us.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-    plan : Plan
-        What lies where.
-    modules : mapping of str to torch.nn.Module
-        The layers, in the plan's order.
-    factors : mapping of str to torch.Tensor
-        One tensor for each block of the plan.
-    name : str
-        A free attribute of the model.
-    replaced : mapping of str to torch.Tensor, optional
-        New values of the model's own parameters, which fit it.
-
-    Returns
-    -------
-    Adapter
-        The adapter.
-
-    Raises
-    ------
-    AdapterError
-        If another adapter has replaced the same parameter, or is merged into it.
-    """
-    pending = None
-    if replaced:
-        _refuse_replaced_twice(model, replaced)
-        pending = Replaced(model, replaced)
+    """Put an adapter with the given blocks on a model; the checks of these lie behind us."""
+    pending = Replaced(model, replaced) if replaced else None
+    if pending is not None:
+        for other in adapters_of(model):
+            twice = pending.overlap(other.replaced) if other.replaced is not None else []
+            if twice:
+                raise AdapterError(
+                    f"adapter {other.name!r} has replaced {twice[0]!r} already: detach it first"
+                )
         pending.refuse_merged()
     adapter = Adapter(plan, factors, name)
     # Both kinds, for what torch.compile cannot trace, or would trace again once it is known.
     backend_of(*adapter.factors().values(), torch.empty(0))
     adapter.train(model.training)
-    others = [part for _, part in registered(model) if isinstance(part, Adapter)]
-    adapter._order = 1 + _last_order(model, others)
+    # Those of another model on these layers too.
+    adapter._order = 1 + max([other._order for other in adapters_of(model)], default=0)
     adapter._frozen = freeze(model)
     for target in plan.layout.supports:
         adapter._sites[target] = Site.add(modules[target], target, adapter)
     host = host_of(model, modules)
     adapter._homes = (model, host)
     host.add_module(name, adapter)
-    hooks = [other._hooks for other in others if other._homes[:1] == (model,)]
-    adapter._hooks = hooks[0] if hooks else _hooks_of(model)
+    adapter._hooks = [
+        model.register_load_state_dict_pre_hook(adapter.refuse_to_load),
+        model.register_load_state_dict_post_hook(functools.partial(_fill, adapter)),
+    ]
     if adapter.shares:
-        adapter._scope_hooks = (
+        adapter._hooks += [
             model.register_forward_pre_hook(adapter.scope.open),
             model.register_forward_hook(adapter.scope.close, always_call=True),
-        )
+        ]
     if pending is not None:
         adapter.replaced = pending
         pending.use(True)
@@ -178,73 +155,18 @@ def _fitting(design: Spec | Supports, modules: Mapping[str, nn.Module]) -> Spec 
     return design.without("scale_bias", bare, all_of=len(bare) == len(modules))
 
 
-def _hooks_of(model: nn.Module) -> tuple[RemovableHandle, ...]:
-    return (
-        model.register_load_state_dict_pre_hook(_refuse_merged),
-        model.register_load_state_dict_post_hook(fill_after_loading),
-    )
-
-
-def _last_order(model: nn.Module, adapters: Sequence[Adapter]) -> int:
-    """Return the largest order of the adapters of a model."""
-    orders = [adapter._order for adapter in adapters]
-    sites = [Site.of(module) for _, module in outside_adapters(model)]
-    # Those of another model too; every layer has its own in order.
-    orders += [site.links[-1].adapter._order for site in sites if site is not None]
-    return max(orders, default=0)
-
-
-def _refuse_replaced_twice(model: nn.Module, replaced: Mapping[str, Tensor]) -> None:
-    for other in adapters_of(model):
-        name = other.replaced.overlaps(replaced, model) if other.replaced is not None else None
-        if name is not None:
-            raise AdapterError(
-                f"adapter {other.name!r} has replaced {name!r} already: detach it first"
-            )
-
-
 def host_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """Return the module that registers the adapter.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-    modules : mapping of str to torch.nn.Module
-        The layers to adapt.
-
-    Returns
-    -------
-    torch.nn.Module
-        The model; but the first layer for a container, whose children are
-        counted, indexed and called one after the other.
-    """
+    """Return what registers the adapter: the model, or the first layer of a container."""
+    # The children of a container are counted, indexed and called one after the other.
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return next(iter(modules.values())) if isinstance(model, containers) else model
 
 
 def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
-    """Refuse a name that is in use already, or that torch cannot register.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-    host : torch.nn.Module
-        The module that is to register the adapter.
-    name : str
-        The adapter's name.
-
-    Raises
-    ------
-    AdapterError
-        If the module has an attribute of that name, or the model an adapter.
-    ValueError
-        If it is not an identifier.
-    """
+    """Refuse a name that is in use already, or that torch cannot register."""
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be a Python identifier: got {name!r}")
-    adapters = [part for _, part in registered(model) if isinstance(part, Adapter)]
+    adapters = registered(model)
     taken = [part for part in adapters if part.name == name and part._homes[:1] == (model,)]
     if taken or hasattr(host, name):
         kind = type(taken[0] if taken else getattr(host, name)).__name__
@@ -252,14 +174,6 @@ def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
             f"name must be free: the model has an attribute {name!r} already, of type {kind}; "
             "detach() it or choose another name"
         )
-
-
-def _refuse_merged(model: nn.Module, state_dict: Any, *_: Any) -> None:
-    # An adapter is loaded last: on its own it would refuse when the base has changed.
-    metadata = getattr(state_dict, "_metadata", {})
-    for path, part in registered(model):
-        if isinstance(part, Adapter):
-            part.check_loadable(metadata.get(path, {}))
 
 
 def check_model(model: object) -> None:
@@ -276,81 +190,96 @@ def _initial(
     if dtype is None:
         weights = (parameter_of(module).dtype for module in modules.values())
         dtype = functools.reduce(torch.promote_types, weights, torch.float32)
-    devices = {
-        block: first_weight(plan, modules, block).device for block in plan.layout.input_shapes
-    }
     # A block without memory is not drawn before it has some.
-    empty = {
-        block
-        for block, device in devices.items()
-        if device.type == "meta" and not plan.layout.frozen.get(block, "").startswith("singular")
-    }
-    found = {}
-    # Whatever contexts we are called in, the factors hold values and can be trained.
-    with torch.device("cpu"), torch.inference_mode(False):
-        drawn = each_factor(plan.layout, seed, skipped=empty)
-        made = each_frozen(plan.layout, _Weights(modules), skipped=empty)
-        # One at a time: all of them in float64 would be twice the adapter.
-        for block, values in itertools.chain(drawn, made):
-            found[block] = torch.from_numpy(values).to(devices[block], dtype)
-        for block in empty:
-            shape = plan.layout.input_shapes[block]
-            found[block] = torch.empty(shape, device="meta", dtype=dtype)
+    empty = [name for name in plan.layout.input_shapes if _weight(plan, modules, name).is_meta]
+    for block in empty:
+        if plan.layout.frozen.get(block, "").startswith("singular"):
+            raise AdapterError(
+                "weights must be loaded where a spec takes their singular vectors: "
+                f"{_layer(plan, block)!r} lies on the meta device"
+            )
+    found = _drawn(plan, modules, seed, dtype, set(empty), _weights(modules))
+    for block in empty:
+        shape = plan.layout.input_shapes[block]
+        found[block] = torch.empty(shape, device="meta", dtype=dtype)
     return found
 
 
-def placed(
+def _drawn(
     plan: Plan,
     modules: Mapping[str, nn.Module],
-    factors: Mapping[str, Tensor],
-    dtype: torch.dtype | None = None,
+    seed: int,
+    dtype: torch.dtype,
+    skipped: Container[str],
+    weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Move blocks to their group's first weight, all in one dtype.
+    """Return initial factors and frozen blocks, singular vectors only of given weights."""
+    layout = plan.layout
+    # Whatever contexts we are called in, the factors hold values and can be trained.
+    with torch.device("cpu"), torch.inference_mode(False):
+        factors = each_factor(layout, seed, skipped=skipped)
+        frozen = each_frozen(layout, weights, singular=weights is not None, skipped=skipped)
+        # One at a time: all of them in float64 would be twice the adapter.
+        return {
+            block: torch.from_numpy(values).to(_weight(plan, modules, block).device, dtype)
+            for block, values in itertools.chain(factors, frozen)
+        }
 
-    Parameters
-    ----------
-    plan : Plan
-        What lies where.
-    modules : mapping of str to torch.nn.Module
-        The layers.
-    factors : mapping of str to torch.Tensor
-        The blocks by name.
-    dtype : torch.dtype, optional
-        That of the first trainable block by default.
 
-    Returns
-    -------
-    dict of str to torch.Tensor
-        The same values.
+@torch.inference_mode(False)
+def _fill(adapter: Adapter, *_: Any) -> None:
+    """Draw an adapter's blocks that a state dict left without memory, where the weights have some.
+
+    Singular vectors, which the weights decide, come with a state dict.
     """
-    dtype = dtype or factors[next(iter(plan.factor_shapes))].dtype
+    blocks, modules = adapter.factors(), adapter.layers()
+    if not any(block.is_meta for block in blocks.values()):
+        return
+    skipped = {
+        name
+        for name, block in blocks.items()
+        if not block.is_meta or _weight(adapter.plan, modules, name).is_meta
+    }
+    # Of the dtype that the factors have now, which may have come with the state dict.
+    made = _drawn(adapter.plan, modules, adapter._seed, adapter.dtype, skipped)
+    for name, values in made.items():
+        owner, leaf = adapter.place(name)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(values, blocks[name].requires_grad)
+        else:
+            owner._buffers[leaf] = values
+    adapter.scope.clear()
+    adapter._prepare()
+
+
+def _layer(plan: Plan, block: str) -> str:
+    """Return the first layer of a block's group."""
+    layout = plan.layout
+    return layout.layer_of[layout.grouping.members[int(block.partition(".")[0])][0]]
+
+
+def _weight(plan: Plan, modules: Mapping[str, nn.Module], block: str) -> Tensor:
+    """Return the weight on whose device a block lives."""
+    return parameter_of(modules[_layer(plan, block)])
+
+
+def _weights(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {name: weight_of(module).detach() for name, module in modules.items()}
+
+
+def placed(
+    plan: Plan, modules: Mapping[str, nn.Module], blocks: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Move blocks to their group's first weight, all in one dtype."""
     return {
-        block: factor.to(device=first_weight(plan, modules, block).device, dtype=dtype)
-        for block, factor in factors.items()
+        name: block.to(device=_weight(plan, modules, name).device, dtype=dtype)
+        for name, block in blocks.items()
     }
 
 
 def frozen_of(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Make the frozen blocks of a model's adapter, in float64 and on the CPU.
-
-    Parameters
-    ----------
-    plan : Plan
-        What lies where.
-    modules : mapping of str to torch.nn.Module
-        The layers, whose weights' singular vectors may be asked for.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        All but those that a file stores.
-
-    Raises
-    ------
-    AdapterError
-        If singular vectors are asked for and a weight lies on the meta device.
-    """
-    frozen: dict[str, Tensor] = plan.frozen(_Weights(modules), like=torch.float64)
+    """Make the frozen blocks that no file stores, in float64 and on the CPU."""
+    frozen: dict[str, Tensor] = plan.frozen(_weights(modules), like=torch.float64)
     return frozen
 
 
@@ -361,25 +290,3 @@ def _refuse_stored(plan: Plan) -> None:
             f"spec must say how frozen blocks are made to be attached: {some(stored)} are 'stored' "
             "in a file"
         )
-
-
-class _Weights(Mapping[str, Tensor]):
-    """The weights of layers by name; one is read at a time."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = modules
-
-    def __getitem__(self, name: str) -> Tensor:
-        weight = weight_of(self._modules[name]).detach()
-        if weight.is_meta:
-            raise AdapterError(
-                f"weights must be loaded where a spec takes their singular vectors: {name!r} lies "
-                "on the meta device"
-            )
-        return weight
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def __len__(self) -> int:
-        return len(self._modules)

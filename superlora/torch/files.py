@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,28 +24,34 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # What a file's header says of its tensors: shape and dtype by name.
 Header = dict[str, tuple[tuple[int, ...], str]]
+Checked = TypeVar("Checked")
 
 
 def unfit_dtypes(header: Header) -> list[str]:
-    """Return what to say of tensors that are not of a floating-point type.
+    """Return what to say of tensors that are not of a floating-point type."""
+    return [f"{key!r} of dtype {kind}" for key, (_, kind) in header.items() if kind not in DTYPES]
 
-    Parameters
-    ----------
-    header : dict of str to (tuple of int, str)
-        Shape and dtype of every tensor.
 
-    Returns
-    -------
-    list of str
-        One entry for each of them.
-    """
-    kinds = {key: dtype for key, (_, dtype) in header.items()}
-    return [f"{key!r} of dtype {kind}" for key, kind in kinds.items() if kind not in DTYPES]
+def other_shapes(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    words: tuple[str, str, str] = ("missing", "extra", "of"),
+) -> list[str]:
+    """Return what is missing, extra or of another shape, in such words."""
+    missing, extra, of = words
+    problems = [f"{missing} {name!r}" for name in expected if name not in found]
+    problems += [f"{extra} {name!r}" for name in found if name not in expected]
+    problems += [
+        f"{name!r} {of} shape {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    return problems
 
 
 def read_tensors(
-    path: Path, check: Callable[[Mapping[str, str], Header], None], *, owned: bool = True
-) -> dict[str, Tensor]:
+    path: Path, check: Callable[[Mapping[str, str], Header], Checked], *, owned: bool = True
+) -> tuple[Checked, dict[str, Tensor]]:
     """Read the tensors of a safetensors file, after its header was found good.
 
     Parameters
@@ -52,14 +59,16 @@ def read_tensors(
     path : pathlib.Path
         The file.
     check : callable
-        Takes the metadata and the header, and raises if they are not as they must be: no
-        tensor is read then.
+        Takes the metadata and the header, returns what they say, and raises if they are not
+        as they must be: no tensor is read then.
     owned : bool
         Whether the tensors must outlive the file as it lies on the disk.
 
     Returns
     -------
-    dict of str to torch.Tensor
+    checked : object
+        What `check` returned.
+    tensors : dict of str to torch.Tensor
         All tensors, in memory of their own or perhaps views of the file.
 
     Raises
@@ -81,9 +90,11 @@ def read_tensors(
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             header = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
-            check(file.metadata() or {}, header)
+            checked = check(file.metadata() or {}, header)
             found = {key: file.get_tensor(key) for key in header}
-            return {key: value.clone() for key, value in found.items()} if owned else found
+            if owned:
+                found = {key: value.clone() for key, value in found.items()}
+            return checked, found
     except SafetensorError as error:
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
 

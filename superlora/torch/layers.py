@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
+
+from superlora.errors import AdapterError
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -66,3 +70,10 @@ def computes_plainly(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward or (
         is_transposed(module) and type(module).__name__ == "Conv1D"
     )
+
+
+def refuse_empty(rule: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise with a rule if tensors have no memory."""
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise AdapterError(f"{rule}: {len(empty)} lie on the meta device, first {empty[0]!r}")

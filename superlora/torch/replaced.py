@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
+from superlora.torch.files import other_shapes
 from superlora.torch.site import Site
 
 
@@ -35,23 +36,9 @@ class Replaced:
         self.names = list(values)
         self.in_use = False
         self._model = (model,)
-        self._owners = [model.get_submodule(name.rpartition(".")[0]) for name in values]
-        self._others = [_like(value, model.get_parameter(n)) for n, value in values.items()]
-
-    def values(self) -> dict[str, Tensor]:
-        """Return the new values by name, whether they are in use or not.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            Copies.
-
-        Raises
-        ------
-        AdapterError
-            If a module that has one was exchanged, or another adapter is merged into one.
-        """
-        return {name: value.detach().clone() for name, value in self.parameters().items()}
+        parts = [name.rpartition(".") for name in values]
+        self._places = [(model.get_submodule(path), leaf) for path, _, leaf in parts]
+        self._others = list(map(_like, values.values(), self._own()))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the new parameters by name, whether they are in use or not.
@@ -67,7 +54,7 @@ class Replaced:
             If a module that has one was exchanged, or another adapter is merged into one.
         """
         self.refuse_merged()
-        for owner, name in zip(self._owners, self.names, strict=True):
+        for (owner, _), name in zip(self._places, self.names, strict=True):
             path = name.rpartition(".")[0]
             if self._model[0].get_submodule(path) is not owner:
                 raise AdapterError(
@@ -95,78 +82,49 @@ class Replaced:
         self.refuse_merged()
         own = self._own()
         # The model may have moved since.
-        others = [_like(other, now) for other, now in zip(self._others, own, strict=True)]
-        for owner, name, other in zip(self._owners, self.names, others, strict=True):
-            owner._parameters[name.rpartition(".")[2]] = other
+        others = list(map(_like, self._others, own))
+        for (owner, leaf), other in zip(self._places, others, strict=True):
+            owner._parameters[leaf] = other
         self._others = own
         self.in_use = new
 
     def refuse_merged(self) -> None:
         """Raise if some adapter is merged into one of them."""
-        for owner, name in zip(self._owners, self.names, strict=True):
+        for (owner, leaf), name in zip(self._places, self.names, strict=True):
             site = Site.of(owner)
-            merged = [] if site is None else site.holders(name.rpartition(".")[2])
+            merged = [] if site is None else site.holders(leaf)
             if merged:
                 raise AdapterError(
                     f"{name!r}, which an adapter has replaced, must not hold merged updates for "
                     f"this: unmerge {some(map(repr, merged))} first"
                 )
 
-    def overlaps(self, names: Mapping[str, Tensor], model: nn.Module) -> str | None:
-        """Return one of a model's parameter names that is replaced here already, if any."""
-        mine = {
-            (id(owner), name.rpartition(".")[2])
-            for owner, name in zip(self._owners, self.names, strict=True)
-        }
-        for name in names:
-            path, _, leaf = name.rpartition(".")
-            if (id(model.get_submodule(path)), leaf) in mine:
-                return name
-        return None
+    def overlap(self, other: Replaced) -> list[str]:
+        """Return the parameters that another one replaces too."""
+        taken = set(other._places)
+        return [
+            name for name, place in zip(self.names, self._places, strict=True) if place in taken
+        ]
 
     def _own(self) -> list[nn.Parameter]:
-        pairs = zip(self._owners, self.names, strict=True)
-        return [owner.get_parameter(name.rpartition(".")[2]) for owner, name in pairs]
+        return [owner.get_parameter(leaf) for owner, leaf in self._places]
 
 
 def _like(value: Tensor, own: Tensor) -> nn.Parameter:
     """Return a value as a parameter of the device and dtype of another, itself where it is."""
+    if isinstance(value, nn.Parameter) and (value.device, value.dtype) == (own.device, own.dtype):
+        return value
     with torch.inference_mode(False):
-        if isinstance(value, nn.Parameter) and (value.device, value.dtype) == (
-            own.device,
-            own.dtype,
-        ):
-            return value
-        grad = value.requires_grad if isinstance(value, nn.Parameter) else False
-        return nn.Parameter(value.detach().clone().to(own), requires_grad=grad)
+        return nn.Parameter(value.detach().clone().to(own), requires_grad=value.requires_grad)
 
 
 def refuse_unfit(model: nn.Module, values: Mapping[str, Tensor], source: object) -> None:
-    """Raise if a model cannot take these values.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-    values : mapping of str to torch.Tensor
-        New values by the parameters' dotted names.
-    source : object
-        Where they come from, for the message.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is missing or of another shape; all are listed.
-    """
-    own = dict(model.named_parameters(remove_duplicate=False))
-    problems = []
-    for name, value in values.items():
-        if name not in own:
-            problems.append(f"no parameter {name!r}")
-        elif own[name].shape != value.shape:
-            found = tuple(own[name].shape)
-            problems.append(f"{name!r} has shape {found} instead of {tuple(value.shape)}")
-        elif own[name].is_meta:
-            problems.append(f"{name!r} lies on the meta device")
+    """Raise if a model cannot take these values."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    own = {name: every[name] for name in values if name in every}
+    expected = {name: tuple(value.shape) for name, value in values.items()}
+    found = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    problems = other_shapes(expected, found, ("no parameter", "extra", "has"))
+    problems += [f"{name!r} lies on the meta device" for name in own if own[name].is_meta]
     if problems:
         raise ValueError(f"the model must have the parameters of {source}: {some(problems, 20)}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
-from superlora.torch.walk import outside_adapters, registered
+from superlora.torch.walk import outside_adapters
 
 if TYPE_CHECKING:
     from superlora.torch.adapter import Adapter
@@ -192,55 +192,39 @@ def _rows_of_names(model: nn.Module, names: Sequence[str | None]) -> Rows:
         if not isinstance(name, str):
             raise TypeError(f"names[{index}] must be a string or None: got {name!r}")
         places.setdefault(name, []).append(index)
-    from superlora.torch.adapter import Adapter
+    from superlora.torch.adapter import registered
     from superlora.torch.site import Link
 
-    modules = {id(module) for _, module in outside_adapters(model)}
     adapters: dict[str, list[Adapter]] = {}
-    for _, part in registered(model):
-        if isinstance(part, Adapter):
-            adapters.setdefault(part.name, []).append(part)
-    _check_named(places, adapters)
-    _check_base(adapters)
-    parts = []
-    for name, own in places.items():
-        (adapter,) = adapters[name]
-        links = {id(site.module): Link(adapter, key) for key, site in adapter._sites.items()}
-        parts.append(_Part(adapter, own, links))
-    return Rows(len(names), parts, modules)
-
-
-def _check_named(
-    places: Mapping[str, Sequence[int]], adapters: Mapping[str, Sequence[Adapter]]
-) -> None:
+    for adapter in registered(model):
+        adapters.setdefault(adapter.name, []).append(adapter)
+        # Else the base would not be that of all rows.
+        if adapter.merged:
+            raise AdapterError(
+                f"adapter {adapter.name!r} must be unmerged to serve rows of a batch, its own or "
+                "others: call unmerge() first"
+            )
+        if adapter.replaced is not None and adapter.replaced.in_use:
+            raise AdapterError(
+                f"adapter {adapter.name!r} must be detached for rows of a batch: it has replaced "
+                f"{some(adapter.replaced.names)}, which all rows would go through"
+            )
     unknown = [f"names[{own[0]}]={name!r}" for name, own in places.items() if name not in adapters]
     if unknown:
         raise ValueError(
             f"names must be those of the model's adapters, {some(map(repr, adapters)) or 'none'}: "
             f"got {some(unknown)}"
         )
-    twice = [name for name in places if len(adapters[name]) > 1]
-    if twice:
-        raise ValueError(
-            f"names must be those of one adapter each: {len(adapters[twice[0]])} parts of the "
-            f"model have one named {twice[0]!r}"
-        )
-    disabled = [name for name in places if adapters[name][0]._disabled]
-    if disabled:
-        raise AdapterError(f"adapter {disabled[0]!r} must not be disabled to serve rows")
-
-
-def _check_base(adapters: Mapping[str, Sequence[Adapter]]) -> None:
-    """Refuse a model whose base is not that of all rows."""
-    for name, own in adapters.items():
-        for adapter in own:
-            if adapter.merged:
-                raise AdapterError(
-                    f"adapter {name!r} must be unmerged to serve rows of a batch, its own or "
-                    "others: call unmerge() first"
-                )
-            if adapter.replaced is not None and adapter.replaced.in_use:
-                raise AdapterError(
-                    f"adapter {name!r} must be detached for rows of a batch: it has replaced "
-                    f"{some(adapter.replaced.names)}, which all rows would go through"
-                )
+    parts = []
+    for name, own in places.items():
+        adapter, *others = adapters[name]
+        if others:
+            raise ValueError(
+                f"names must be those of one adapter each: {1 + len(others)} parts of the model "
+                f"have one named {name!r}"
+            )
+        if adapter._disabled:
+            raise AdapterError(f"adapter {name!r} must not be disabled to serve rows")
+        links = {id(site.module): Link(adapter, key) for key, site in adapter._sites.items()}
+        parts.append(_Part(adapter, own, links))
+    return Rows(len(names), parts, {id(module) for _, module in outside_adapters(model)})

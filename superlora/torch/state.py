@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,55 +15,41 @@ import torch
 from torch import Tensor, nn
 
 from superlora.design.ways import check_apply
-from superlora.errors import AdapterError, some
+from superlora.errors import some
+from superlora.frozen import fingerprint
 from superlora.plan import Plan
-from superlora.supports import OF_BIAS
+from superlora.spec import Spec
+from superlora.supports import OF_BIAS, Supports, design_from_dict
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_free, check_model, frozen_of, host_of, placed, register
-from superlora.torch.files import Header, read_tensors, write_tensors
-from superlora.torch.headers import (
-    FORMAT_VERSION,
-    KEY,
-    MODEL,
-    check_frozen,
-    check_maps,
-    check_tensors,
-    checksums_of,
-    header_of,
-    print_of,
-    scale_of,
-    shapes_of,
-    spec_of,
-    stored_shapes,
-    valid_header,
+from superlora.torch.files import (
+    Header,
+    other_shapes,
+    read_tensors,
+    unfit_dtypes,
+    write_tensors,
 )
-from superlora.torch.layers import is_adaptable, parameter_of, shape_of
+from superlora.torch.layers import is_adaptable, parameter_of, refuse_empty, shape_of
 from superlora.torch.replaced import refuse_unfit
 from superlora.torch.site import Site
 from superlora.torch.targets import find_targets
-from superlora.torch.walk import module_of
+
+FORMAT_VERSION = 1
+# Before the names of the model's own parameters that come with the adapter.
+MODEL = "model."
+# One metadata key: safetensors writes several in no fixed order.
+KEY = "superlora"
+# What reading a header of other values than ours can raise.
+_UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# Between fingerprints: rounding changes one by less.
+TOLERANCE = 1e-3
+# What the maps of a plan draw never changes.
+_CHECKSUMS: weakref.WeakKeyDictionary[Plan, dict[str, int]] = weakref.WeakKeyDictionary()
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
-    """Write an adapter's factors and description to `path`, atomically.
-
-    Parameters
-    ----------
-    adapter : Adapter
-        The adapter.
-    path : pathlib.Path
-        The file; replaced if it exists.
-
-    Raises
-    ------
-    AdapterError
-        If a factor lies on the meta device.
-    """
-    if any(block.is_meta for block in adapter.factors().values()):
-        raise AdapterError(
-            f"adapter {adapter.name!r} must not lie on the meta device to be saved: load the "
-            "model's weights first"
-        )
+    """Write an adapter's factors and description to `path`, atomically."""
+    refuse_empty(f"adapter {adapter.name!r} must have memory to be saved", adapter.factors())
     blocks = {name: block.detach().cpu() for name, block in adapter.factors().items()}
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -78,7 +68,7 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
     if checksums:
         header["maps"] = checksums
     if adapter.replaced is not None:
-        tensors |= {MODEL + name: value for name, value in adapter.replaced.values().items()}
+        tensors |= {MODEL + name: value for name, value in adapter.replaced.parameters().items()}
     write_tensors(path, tensors, {KEY: json.dumps(header, separators=(",", ":"))})
 
 
@@ -119,55 +109,94 @@ def load(
     """
     check_model(model)
     path = Path(path)
-    plan, header, tensors = _read(path)
+
+    def check(metadata: Mapping[str, str], tensors: Header) -> tuple[Plan, Description]:
+        description = description_of(metadata, path)
+        with valid_header(path):
+            plan = Plan(description.spec, description.layers)
+        check_tensors(plan, tensors, path)
+        return plan, description
+
+    (plan, description), tensors = read_tensors(path, check)
     check_apply(apply, plan.layout)
     factors = {key: value for key, value in tensors.items() if not key.startswith(MODEL)}
     replaced = {
         key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)
     }
-    modules = find_layers(model, plan, path)
-    check_biases(plan, modules, header, path)
+    modules = find_layers(model, plan.layout.layers, path)
+    check_biases(plan, modules, description, path)
     check_free(model, host_of(model, modules), name)
-    check_maps(plan, header, path)
+    check_maps(plan, description, path)
     refuse_unfit(model, replaced, path)
+    # Rounded as they were when they were saved.
     dtype = factors[next(iter(plan.factor_shapes))].dtype
-    factors |= _make_frozen(plan, modules, header, path, dtype)
-    adapter = register(
-        model, plan, modules, placed(plan, modules, factors), name, replaced=replaced
-    )
-    adapter.scale = scale_of(header, plan.spec)
+    made = {name: block.to(dtype) for name, block in frozen_of(plan, modules).items()}
+    check_frozen({name: print_of(block) for name, block in made.items()}, description, path)
+    blocks = placed(plan, modules, factors | made, dtype)
+    adapter = register(model, plan, modules, blocks, name, replaced=replaced)
+    adapter.scale = description.scale
     adapter.applied = apply
     return adapter
 
 
-def check_biases(
-    plan: Plan, modules: Mapping[str, nn.Module], header: Mapping[str, Any], path: Path
-) -> None:
-    """Refuse layers that have a bias where a file's had none, or the other way round.
+@dataclass
+class Description:
+    """What a file's header says of its adapter: the scale and the layers' shapes as saved."""
 
-    Parameters
-    ----------
-    plan : Plan
-        The file's design.
-    modules : mapping of str to torch.nn.Module
-        The layers.
-    header : mapping
-        The file's.
-    path : pathlib.Path
-        The file, for the message.
+    spec: Spec | Supports
+    scale: float
+    layers: dict[str, tuple[int, int]]
+    without_bias: set[str]
+    prints: dict[str, float]
+    checksums: dict[str, int]
 
-    Raises
-    ------
-    ValueError
-        If an operation of the bias would find another; all layers are listed.
-    """
+
+def description_of(metadata: Mapping[str, str], path: Path) -> Description:
+    """Return what a file's metadata says; the layers' shapes are not checked."""
+    if KEY not in metadata:
+        raise ValueError(f"{path} must be a superlora adapter: its header does not say so")
+    try:
+        header: dict[str, Any] = json.loads(metadata[KEY])
+        version = header["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} must have a readable superlora header: {error!r}") from None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(f"{path} must be of format version {FORMAT_VERSION}: got {version!r}")
     with valid_header(path):
-        expected = set(header.get("without_bias", ()))
+        spec = design_from_dict(header["spec"])
+        in_force = spec.scaled(0.0 + header["scale"]) if "scale" in header else spec
+        prints = dict(header.get("frozen", {}))
+        for number in prints.values():
+            if isinstance(number, bool) or not math.isfinite(number):
+                raise ValueError(f"fingerprints must be numbers: got {number!r}")
+        return Description(
+            spec,
+            in_force.scaling,
+            {name: tuple(shape) for name, shape in header["weights"]},
+            set(header.get("without_bias", ())),
+            prints,
+            dict(header.get("maps", {})),
+        )
+
+
+@contextmanager
+def valid_header(path: Path) -> Iterator[None]:
+    """Name the file in the error that a value of another kind than ours raises."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} must have a valid superlora header: {error}") from None
+
+
+def check_biases(
+    plan: Plan, modules: Mapping[str, nn.Module], description: Description, path: Path
+) -> None:
+    """Refuse layers whose bias an operation changes and that have one only here or in the file."""
     found = set(_without_bias(plan, modules))
     problems = [
         f"{name!r} has {'no' if name in found else 'a'} bias"
         for name in plan.layout.layers
-        if (name in found) != (name in expected)
+        if (name in found) != (name in description.without_bias)
     ]
     if problems:
         raise ValueError(
@@ -184,82 +213,94 @@ def _without_bias(plan: Plan, modules: Mapping[str, nn.Module]) -> list[str]:
     ]
 
 
-def _make_frozen(
-    plan: Plan,
-    modules: Mapping[str, nn.Module],
-    header: Mapping[str, Any],
+def check_tensors(plan: Plan, header: Header, path: Path) -> None:
+    """Refuse a file whose tensors are not the factors of a plan, all of one dtype."""
+    own = {key: value for key, value in header.items() if not key.startswith(MODEL)}
+    problems = other_shapes(stored_shapes(plan), {key: shape for key, (shape, _) in own.items()})
+    problems += unfit_dtypes(header)
+    kinds = sorted({dtype for _, dtype in own.values()})
+    if len(kinds) > 1:
+        problems.append(f"more than one dtype: {', '.join(kinds)}")
+    if problems:
+        raise ValueError(f"{path} must hold the factors of its spec: {some(problems, 20)}")
+
+
+def stored_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the blocks that a file holds: all but those that are made anew."""
+    frozen = plan.layout.frozen
+    shapes = plan.layout.input_shapes
+    return {n: shape for n, shape in shapes.items() if frozen.get(n, "stored") == "stored"}
+
+
+def check_frozen(
+    found: Mapping[str, float],
+    description: Description,
     path: Path,
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    # Rounded as they were when they were saved.
-    made = {name: block.to(dtype) for name, block in frozen_of(plan, modules).items()}
-    check_frozen({name: print_of(block) for name, block in made.items()}, header, path)
-    return made
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Refuse a file whose frozen blocks had other fingerprints than those at hand."""
+    expected = description.prints
+    wrong = [
+        name
+        for name, number in found.items()
+        if not abs(number - expected.get(name, math.nan)) < tolerance
+    ]
+    if wrong:
+        raise ValueError(
+            f"frozen blocks must be made as they were when {path} was saved, from a seed or from "
+            f"the model's weights, which must be the same: {some(wrong, 20)} differ"
+        )
 
 
-def _read(path: Path) -> tuple[Plan, dict[str, Any], dict[str, Tensor]]:
-    found: list[tuple[Plan, dict[str, Any]]] = []
-
-    def check(metadata: Mapping[str, str], tensors: Header) -> None:
-        header = header_of(metadata, path)
-        plan = _plan_of(header, path)
-        found.append((plan, header))
-        check_tensors(plan, tensors, path)
-
-    tensors = read_tensors(path, check)
-    return *found[0], tensors
+def print_of(block: Tensor) -> float:
+    """Return a frozen block's fingerprint."""
+    held = block.detach().cpu()  # numpy has no bfloat16
+    return fingerprint((held.float() if held.dtype is torch.bfloat16 else held).numpy())
 
 
-def _plan_of(header: Mapping[str, Any], path: Path) -> Plan:
-    spec, shapes = spec_of(header, path), shapes_of(header, path)
-    with valid_header(path):
-        return Plan(spec, shapes)
+def checksums_of(plan: Plan) -> dict[str, int]:
+    """Return a number for what each different map draws, by its first group or its vector."""
+    if plan not in _CHECKSUMS:
+        uses = plan.layout.map_uses()
+        found = {name: use[0].checksum(*use[1:]) for use, name in uses.items()}
+        _CHECKSUMS[plan] = {name: n for name, n in found.items() if n is not None}
+    return _CHECKSUMS[plan]
 
 
-def find_layers(model: nn.Module, plan: Plan, path: Path) -> dict[str, nn.Module]:
-    """Return the layers of a model that a plan names.
+def check_maps(plan: Plan, description: Description, path: Path) -> None:
+    """Refuse a file whose maps drew something else from their seeds."""
+    expected, found = description.checksums, checksums_of(plan)
+    wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    if wrong:
+        raise ValueError(
+            f"maps must be drawn from their seeds as they were when {path} was saved: those of the "
+            f"groups or vectors {some(map(repr, sorted(wrong)), 20)} differ"
+        )
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-    plan : Plan
-        Whose weights are named like the layers.
-    path : pathlib.Path
-        The file that the plan was read from, for the message.
 
-    Returns
-    -------
-    dict of str to torch.nn.Module
-        In the plan's order.
-
-    Raises
-    ------
-    AdapterError
-        If a weight lies on the meta device.
-    ValueError
-        If a layer is missing, of another shape or not adaptable; all are listed.
-    """
-    layers = plan.layout.layers
-    found = {name: module_of(model, name) for name in layers}
+def find_layers(
+    model: nn.Module, layers: Mapping[str, tuple[int, int]], path: Path
+) -> dict[str, nn.Module]:
+    """Return the layers of a model that a file names, or list those that it has not."""
+    modules: dict[str, nn.Module] = {}
     problems = []
     for name, shape in layers.items():
-        module = found[name]
-        if module is None:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
             problems.append(f"no layer {name!r}")
-        elif not is_adaptable(module):
+            continue
+        if not is_adaptable(module):
             problems.append(f"{name!r} is a {type(module).__name__}")
         elif shape_of(module) != shape:
             problems.append(f"{name!r} has shape {shape_of(module)} instead of {shape}")
+        else:
+            modules[name] = module
     if problems:
         raise ValueError(f"the model must have the layers of {path}: {some(problems, 20)}")
-    modules = {name: module for name, module in found.items() if module is not None}
     chosen = set(map(id, modules.values()))
     find_targets(model, lambda _, module: id(module) in chosen)  # refuses unfit ones
-    empty = [layer for layer, module in modules.items() if parameter_of(module).is_meta]
-    if empty:  # giving the model memory later would wipe the factors
-        raise AdapterError(
-            f"weights must be loaded before an adapter: {len(empty)} lie on the meta device, first "
-            f"{empty[0]!r}"
-        )
+    # Giving the model memory later would wipe the factors.
+    weights = {name: parameter_of(module) for name, module in modules.items()}
+    refuse_empty("weights must be loaded before an adapter", weights)
     return modules

@@ -13,23 +13,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from superlora.errors import AdapterError, some
 from superlora.spec import Spec
 from superlora.supports import Supports
+from superlora.torch import state
 from superlora.torch.adapter import Adapter
 from superlora.torch.blocks import scale_in_force
-from superlora.torch.files import DTYPES, Header, read_tensors
-from superlora.torch.headers import (
-    MODEL,
-    TOLERANCE,
-    check_frozen,
-    check_maps,
-    check_tensors,
-    header_of,
-    print_of,
-    scale_of,
-    shapes_of,
-    spec_of,
-    stored_shapes,
-)
-from superlora.torch.state import check_biases
+from superlora.torch.files import DTYPES, Header, other_shapes, read_tensors
+from superlora.torch.layers import refuse_empty
 
 # The fields of a spec that decide its scale alone.
 _SCALES = ("alpha", "rslora", "scale")
@@ -38,44 +26,27 @@ _PRINTS: Any = WeakTensorKeyDictionary()
 
 
 def swap_adapter(adapter: Adapter, path: Path) -> None:
-    """Give an adapter the factors and the scale of a file of the same design.
-
-    Parameters
-    ----------
-    adapter : Adapter
-        The adapter; its parameters stay the tensors that they are.
-    path : pathlib.Path
-        The file.
-
-    Raises
-    ------
-    AdapterError
-        If the adapter is merged, not attached, or lies on the meta device.
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file does not fit, or its layers' biases do not; nothing is changed then.
-    """
+    """Give an adapter the factors and the scale of a file of the same design."""
     own = _own_tensors(adapter)
-    scales: list[float] = []
 
-    def check(metadata: Mapping[str, str], tensors: Header) -> None:
-        header = header_of(metadata, path)
-        scales.append(_check_design(adapter, header, path))
+    def check(metadata: Mapping[str, str], tensors: Header) -> state.Description:
+        description = state.description_of(metadata, path)
+        _check_design(adapter, description, path)
         if isinstance(adapter.plan.spec, Supports):
-            check_biases(adapter.plan, adapter.layers(), header, path)
-        check_tensors(adapter.plan, tensors, path)
+            state.check_biases(adapter.plan, adapter.layers(), description, path)
+        state.check_tensors(adapter.plan, tensors, path)
         _check_replaced(own, tensors, path)
-        check_maps(adapter.plan, header, path)
-        _check_frozen(adapter, header, tensors, path)
+        state.check_maps(adapter.plan, description, path)
+        _check_frozen(adapter, description, tensors, path)
+        return description
 
     # Not cloned: they are copied below, while the file lies there.
-    found = read_tensors(path, check, owned=False)
+    description, found = read_tensors(path, check, owned=False)
     fitted = {name: _fitted(name, found[name], tensor, path) for name, tensor in own.items()}
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(fitted[name])
-    adapter.scale = scales[0]
+    adapter.scale = description.scale
     adapter.scope.clear()
 
 
@@ -88,38 +59,26 @@ def _own_tensors(adapter: Adapter) -> dict[str, Tensor]:
             "first"
         )
     blocks = adapter.factors()
-    own: dict[str, Tensor] = {name: blocks[name] for name in stored_shapes(adapter.plan)}
+    own: dict[str, Tensor] = {name: blocks[name] for name in state.stored_shapes(adapter.plan)}
     if adapter.replaced is not None:
-        own |= {MODEL + name: value for name, value in adapter.replaced.parameters().items()}
-    empty = [name for name, tensor in own.items() if tensor.is_meta]
-    if empty:
-        raise AdapterError(
-            f"adapter {adapter.name!r} must have memory to be given another file: {len(empty)} "
-            f"tensors lie on the meta device, first {empty[0]!r}"
-        )
+        own |= {state.MODEL + name: value for name, value in adapter.replaced.parameters().items()}
+    refuse_empty(f"adapter {adapter.name!r} must have memory to be given another file", own)
     return own
 
 
-def _check_design(adapter: Adapter, header: Mapping[str, Any], path: Path) -> float:
-    """Return the scale of a file of the adapter's design, or list what differs."""
-    plan = adapter.plan
-    own, found = plan.spec.to_dict(), header.get("spec")
-    weights = [[name, list(shape)] for name, shape in plan.layout.layers.items()]
-    # Most files say it in the very words of `save`: nothing is planned for them.
-    if found == own and header.get("weights") == weights:
-        asked = header.get("scale", plan.scale)
-        return plan.scale if asked == plan.scale else scale_of(header, spec_of(header, path))
-    spec = spec_of(header, path)
-    problems = _other_fields(plan.spec, spec)
-    problems += _other_layers(plan.layout.layers, shapes_of(header, path))
-    scale = scale_of(header, spec)
+def _check_design(adapter: Adapter, description: state.Description, path: Path) -> None:
+    """Refuse a file of another design than the adapter's, or list what differs."""
+    own, found = adapter.plan.layout.layers, description.layers
+    problems = _other_fields(adapter.plan.spec, description.spec)
+    problems += other_shapes(own, found, ("no layer", "another layer", "has"))
+    if not problems and list(own) != list(found):
+        problems = ["the layers in another order"]
     if not problems:
-        problems = _other_scales(adapter, spec, scale)
+        problems = _other_scales(adapter, description)
     if problems:
         raise ValueError(
             f"{path} must be of the design of adapter {adapter.name!r}: {some(problems, 20)}"
         )
-    return scale
 
 
 def _other_fields(ours: Spec | Supports, theirs: Spec | Supports) -> list[str]:
@@ -147,24 +106,9 @@ def _fields(design: Spec | Supports) -> dict[str, Any]:
     }
 
 
-def _other_layers(
-    own: Mapping[str, tuple[int, int]], found: Mapping[str, tuple[int, int]]
-) -> list[str]:
-    problems = [f"no layer {name!r}" for name in own if name not in found]
-    problems += [f"another layer {name!r}" for name in found if name not in own]
-    problems += [
-        f"{name!r} has shape {found[name]} instead of {shape}"
-        for name, shape in own.items()
-        if name in found and found[name] != shape
-    ]
-    if not problems and list(own) != list(found):
-        problems.append("the layers in another order")
-    return problems
-
-
-def _other_scales(adapter: Adapter, spec: Spec | Supports, scale: float) -> list[str]:
+def _other_scales(adapter: Adapter, description: state.Description) -> list[str]:
     """Return the layers whose scale the adapter's would not give, since overrides have another."""
-    plan = adapter.plan
+    plan, spec, scale = adapter.plan, description.spec, description.scale
     if isinstance(spec, Supports) or not spec.overrides or spec.scaling == plan.scale:
         return []
     wrong = []
@@ -180,15 +124,11 @@ def _other_scales(adapter: Adapter, spec: Spec | Supports, scale: float) -> list
 
 def _check_replaced(own: Mapping[str, Tensor], tensors: Header, path: Path) -> None:
     """Refuse a file whose parameters of the model itself are not those that were replaced."""
-    held = {name: tuple(value.shape) for name, value in own.items() if name.startswith(MODEL)}
-    found = {name: shape for name, (shape, _) in tensors.items() if name.startswith(MODEL)}
-    problems = [f"missing {name!r}" for name in held if name not in found]
-    problems += [f"extra {name!r}" for name in found if name not in held]
-    problems += [
-        f"{name!r} of shape {found[name]} instead of {shape}"
-        for name, shape in held.items()
-        if name in found and found[name] != shape
-    ]
+    expected = {
+        name: tuple(value.shape) for name, value in own.items() if name.startswith(state.MODEL)
+    }
+    found = {name: shape for name, (shape, _) in tensors.items() if name.startswith(state.MODEL)}
+    problems = other_shapes(expected, found)
     if problems:
         raise ValueError(
             f"{path} must hold the parameters that the adapter replaced in the model: "
@@ -196,8 +136,10 @@ def _check_replaced(own: Mapping[str, Tensor], tensors: Header, path: Path) -> N
         )
 
 
-def _check_frozen(adapter: Adapter, header: Mapping[str, Any], tensors: Header, path: Path) -> None:
-    stored = stored_shapes(adapter.plan)
+def _check_frozen(
+    adapter: Adapter, description: state.Description, tensors: Header, path: Path
+) -> None:
+    stored = state.stored_shapes(adapter.plan)
     made = {name: block for name, block in adapter.factors().items() if name not in stored}
     if not made:
         return
@@ -207,18 +149,18 @@ def _check_frozen(adapter: Adapter, header: Mapping[str, Any], tensors: Header, 
     if kind is adapter.dtype or theirs < ours:
         found = {name: _print_of(block) for name, block in made.items()}
     else:
-        found = {name: print_of(block.to(kind)) for name, block in made.items()}
-    tolerance = TOLERANCE if kind is adapter.dtype else TOLERANCE + 4 * ours
-    check_frozen(found, header, path, tolerance)
+        found = {name: state.print_of(block.to(kind)) for name, block in made.items()}
+    tolerance = state.TOLERANCE if kind is adapter.dtype else state.TOLERANCE + 4 * ours
+    state.check_frozen(found, description, path, tolerance)
 
 
 def _print_of(block: Tensor) -> float:
     """Return a frozen block's fingerprint, taken once while it stays as it is."""
     if block.is_inference():  # does not count its changes
-        return print_of(block)
+        return state.print_of(block)
     known: tuple[int, float] | None = _PRINTS.get(block)
     if known is None or known[0] != block._version:
-        known = (block._version, print_of(block))
+        known = (block._version, state.print_of(block))
         _PRINTS[block] = known
     return known[1]
 

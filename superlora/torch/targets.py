@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from superlora.errors import some
-from superlora.torch.layers import is_adaptable
+from superlora.torch.layers import is_adaptable, parameter_of
 from superlora.torch.walk import outside_adapters
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -57,10 +57,17 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
             f"{', '.join(kinds)}"
         )
     found = {name: modules[name] for name in chosen}
-    _check_weights(found)
-    _check_read_by_forward({"": model, **modules}, found)
+    parents = {"": model, **modules}
+    for name, module in found.items():
+        wrong = _unfit(name, module, parents.get(name.rpartition(".")[0]))
+        if wrong:
+            raise ValueError(f"targets must {wrong}")
+        dtype = parameter_of(module).dtype
+        if not dtype.is_floating_point:
+            raise TypeError(
+                f"targets must match weights of a floating-point type: {name!r} is {dtype}"
+            )
     _check_untied(model, found)
-    _check_alone(found)
     return found
 
 
@@ -70,37 +77,30 @@ def is_named(name: str, ends: Iterable[str]) -> bool:
 
 
 def _choose(model: nn.Module, modules: dict[str, nn.Module], targets: Targets) -> list[str]:
+    none = "the model has none"
     if callable(targets) and not isinstance(targets, nn.Module):
         chosen = [name for name, module in modules.items() if targets(name, module)]
-        if not chosen:
-            raise ValueError("targets must match at least one layer: the predicate chose none")
-        return chosen
-    if targets == ALL_LINEAR:
+        none = "the predicate chose none"
+    elif targets == ALL_LINEAR:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = [n for n, module in modules.items() if is_adaptable(module) and module is not head]
-        if not chosen:
+    elif isinstance(targets, str):
+        try:
+            compiled = re.compile(targets)
+        except re.error as error:
             raise ValueError(
-                f"targets={targets!r} must match at least one layer: the model has none"
+                f"targets must be a valid regular expression: got {targets!r} ({error})"
+            ) from None
+        chosen = [name for name in modules if compiled.fullmatch(name)]
+        if not chosen:
+            none = (
+                f"{targets!r} matched no layer; a string must match a whole name, a list holds "
+                f"suffixes; the nearest names are {_nearest(targets, modules)}"
             )
-        return chosen
-    if isinstance(targets, str):
-        return _match_pattern(modules, targets)
-    return _match_suffixes(modules, targets)
-
-
-def _match_pattern(modules: dict[str, nn.Module], pattern: str) -> list[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"targets must be a valid regular expression: got {pattern!r} ({error})"
-        ) from None
-    chosen = [name for name in modules if compiled.fullmatch(name)]
+    else:
+        return _match_suffixes(modules, targets)
     if not chosen:
-        raise ValueError(
-            f"targets={pattern!r} matched no layer; a string must match a whole name, a list holds "
-            f"suffixes; the nearest names are {_nearest(pattern, modules)}"
-        )
+        raise ValueError(f"targets must match at least one layer: {none}")
     return chosen
 
 
@@ -135,49 +135,31 @@ def _nearest(wanted: str, modules: dict[str, nn.Module]) -> str:
     return some(map(repr, dict.fromkeys(ends[end] for end in close) or names)) or "none: no layers"
 
 
-def _check_weights(found: dict[str, nn.Module]) -> None:
-    for name, module in found.items():
-        weight = module._parameters.get("weight")
-        if weight is None:
-            raise ValueError(
-                f"targets must match layers with a weight of their own: {name!r} has none, or "
-                "computes it (pruned, parametrized)"
-            )
-        if is_lazy(weight):
-            raise ValueError(
-                f"targets must match layers whose shape is known: {name!r} is lazy; call the model "
-                "once first"
-            )
-        if weight.is_inference():
-            raise ValueError(
-                f"targets must match weights made outside torch.inference_mode(): {name!r} was not"
-            )
-        if not weight.is_floating_point():
-            raise TypeError(
-                f"targets must match weights of a floating-point type: {name!r} is {weight.dtype}"
-            )
-
-
-def _check_read_by_forward(modules: dict[str, nn.Module], found: dict[str, nn.Module]) -> None:
+def _unfit(name: str, module: nn.Module, parent: nn.Module | None) -> str:
+    """Return the rule that a layer breaks, if any."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return (
+            f"match layers with a weight of their own: {name!r} has none, or computes it "
+            "(pruned, parametrized)"
+        )
+    if is_lazy(weight):
+        return f"match layers whose shape is known: {name!r} is lazy; call the model once first"
+    if weight.is_inference():
+        return f"match weights made outside torch.inference_mode(): {name!r} was not"
     # These read a layer's weight themselves, so the layer's forward, and with it
     # the adapter, would be passed over in silence.
-    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    for name in found:
-        parent = modules.get(name.rpartition(".")[0])
-        if isinstance(parent, readers):
-            raise ValueError(
-                f"targets must match layers whose own forward is called: {name!r} is read directly "
-                f"by its parent, a {type(parent).__name__}"
-            )
-
-
-def _check_alone(found: dict[str, nn.Module]) -> None:
-    for name, module in found.items():
-        if getattr(module.__dict__.get("forward"), "alone", False):
-            raise ValueError(
-                f"targets must not match layers of a supernet: {name!r} is one; extract an adapter "
-                "or detach it first"
-            )
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return (
+            f"match layers whose own forward is called: {name!r} is read directly by its parent, "
+            f"a {type(parent).__name__}"
+        )
+    if getattr(module.__dict__.get("forward"), "alone", False):
+        return (
+            f"not match layers of a supernet: {name!r} is one; extract an adapter or detach it "
+            "first"
+        )
+    return ""
 
 
 def _check_untied(model: nn.Module, found: dict[str, nn.Module]) -> None:

@@ -1,12 +1,15 @@
-"""Walk a model without its adapters' own parts, of which there may be thousands."""
+"""Walk a model, and freeze it, without its adapters' own parts: there may be thousands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from superlora.torch.blocks import Blocks
+
+# By owner and key: a parameter may be replaced, as by `Module.to_empty`.
+Frozen = list[tuple[nn.Module, str]]
 
 
 def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -39,8 +42,8 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         rest += children[::-1]
 
 
-def registered(model: nn.Module) -> list[tuple[str, Blocks]]:
-    """Return the adapters that a model or a part of it registers, and their dotted names.
+def freeze(model: nn.Module) -> Frozen:
+    """Let no parameter of a model but its adapters' require gradients.
 
     Parameters
     ----------
@@ -49,35 +52,37 @@ def registered(model: nn.Module) -> list[tuple[str, Blocks]]:
 
     Returns
     -------
-    list of (str, Blocks)
-        Each once.
+    list of (torch.nn.Module, str)
+        Owner and key of every parameter that was frozen.
     """
-    found: dict[int, tuple[str, Blocks]] = {}
-    for name, module in outside_adapters(model):
-        before = f"{name}." if name else ""
-        own = [
-            (before + k, part) for k, part in module._modules.items() if isinstance(part, Blocks)
-        ]
-        found |= {id(part): (path, part) for path, part in own if id(part) not in found}
-    return list(found.values())
+    frozen = [
+        (owner, key)
+        for _, owner in outside_adapters(model)
+        for key, parameter in owner._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    for owner, key in frozen:
+        owner._parameters[key].requires_grad_(False)  # type: ignore[union-attr]
+    return frozen
 
 
-def module_of(model: nn.Module, name: str) -> nn.Module | None:
-    """Return the part of a model that has a dotted name, if any.
+def release(frozen: Frozen, later: Sequence[tuple[nn.Module, Frozen]]) -> None:
+    """Let parameters require gradients again, or hand them on.
 
     Parameters
     ----------
-    model : torch.nn.Module
-        The model.
-    name : str
-        The name, empty for the model itself.
-
-    Returns
-    -------
-    torch.nn.Module or None
-        The part, also where it has other names too.
+    frozen : list of (torch.nn.Module, str)
+        What an adapter that leaves had frozen.
+    later : sequence of (torch.nn.Module, list)
+        Model and list of the adapters attached after it. They found the
+        parameters frozen, and so have to release them in turn.
     """
-    found: nn.Module | None = model
-    for key in name.split(".") if name else ():
-        found = None if found is None else found._modules.get(key)
-    return found
+    models = dict.fromkeys(model for model, _ in later)
+    modules = {model: {module for _, module in outside_adapters(model)} for model in models}
+    for owner, key in frozen:
+        heir = next((heir for model, heir in later if owner in modules[model]), None)
+        parameter = owner._parameters.get(key)
+        if heir is not None:
+            heir.append((owner, key))
+        elif parameter is not None:
+            parameter.requires_grad_(True)

@@ -83,6 +83,7 @@ def assert_refused(folder, message, error=ValueError, model=None):
         ("LOHA", {BASE + "hada_w2_a": torch.zeros(15, 2)}, "must have two products of one shape"),
         ("VERA", {"base_model.vera_A": torch.zeros(3, 24)}, "must have one rank"),
         ("VERA", {"base_model.vera_A": torch.zeros(2, 20)}, "must"),
+        ("VERA", {"base_model.vera_A": torch.zeros(24)}, "must have rank 2"),
         ("VERA", {BASE + "vera_lambda_d": torch.zeros(3)}, "must have rank 2"),
     ],
 )
@@ -129,6 +130,7 @@ def test_missing_layers_are_all_listed(copy_of):
         ({"rank_pattern": {"q": "x"}}, "rank_pattern="),
         ({"rank_pattern": {"(": 2}}, "rank_pattern '\\('"),
         ({"rank_pattern": [2]}, "rank_pattern="),
+        ({"rank_pattern": 2}, "rank_pattern=2"),
         ({"rank_pattern": {"q": 5}}, "must have rank 5"),
         ({"modules_to_save": None}, r"extra .*head\.bias"),
         ({"modules_to_save": 3}, "modules_to_save=3"),
