@@ -39,7 +39,7 @@ BASE, MERGED, UNMERGED, LORA = "base", "GLoRA merged", "GLoRA unmerged", "LoRA u
 TINY = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
 
 
-def models(rank: int, device: str, *, tiny: bool = False) -> dict[str, nn.Module]:
+def models(rank: int, device: str = "cpu", *, tiny: bool = False) -> dict[str, nn.Module]:
     """Return the rows' models, all with the same base weights."""
     torch.manual_seed(0)
     base = (
@@ -74,7 +74,7 @@ def flops(model: nn.Module, images: Tensor) -> int:
 
 
 def measure(
-    found: dict[str, nn.Module], batch: int, resolution: int, rounds: int, device: str
+    found: dict[str, nn.Module], batch: int, resolution: int, rounds: int, device: str = "cpu"
 ) -> list[dict[str, Any]]:
     """Return a row for each model at one batch size."""
     images = torch.randn(batch, 3, resolution, resolution, device=device)

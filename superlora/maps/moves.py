@@ -296,7 +296,14 @@ class Broadcast(CheckedMap):
                 f"along must be one of ('all', 'inputs', 'outputs'): got {self.along!r}"
             )
 
-    def repeated(self) -> str:  # noqa: D102  (inherited)
+    def repeated(self) -> str:
+        """Return what the vector is repeated along.
+
+        Returns
+        -------
+        str
+            `along`.
+        """
         return self.along
 
     def fixed_entries(self, place: Place) -> int:

@@ -68,7 +68,7 @@ def test_loras_forward_goes_through_few_files(mode):
 
 def test_every_call_of_the_library_is_counted_and_no_other():
     plan = sl.Plan(sl.lora(2), {"q": (4, 4)})
-    assert calls_of(lambda: plan.num_parameters)[0] == ("num_parameters", "/planned.py")
+    assert calls_of(lambda: plan.num_parameters)[0] == ("num_parameters", "/plan.py")
     assert len(calls_of(lambda: [plan.num_parameters for _ in range(9)])) == 9 * len(
         calls_of(lambda: plan.num_parameters)
     )

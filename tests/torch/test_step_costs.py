@@ -197,15 +197,14 @@ CASES = {
     "vera": low_rank(sl.vera(8), 8, passes=(3, 2)),
     "unilora": low_rank(sl.unilora(256, 4), 4),
     "fourierft": Case(sl.fourierft(100), "factored", lambda rows, columns: 0),
-    # Large once are a group's opened rows and their gradient; beside those of a separable map the
-    # matrices that its transforms multiply by, which are made anew where operations are counted.
+    # Large once are a group's opened rows and their gradient.
     "2-D aligned": low_rank(one_group("aligned", 4), 4, 32, large_once=1),
     "3-D aligned": low_rank(sl.lorta(4, fold="aligned"), 4, 32, 3, large_once=4),
     "4-D aligned": low_rank(sl.lorta(2, order=4, fold="aligned"), 2, 16, 4, large_once=4),
     "2-D balanced": formed(one_group("balanced", 8), 8, opened=784),
     "3-D balanced": formed(sl.lorta(8), 8, opened=98, large_once=4),
     "2-D + separable": replace(
-        low_rank(one_group("aligned", 4, ratio=0.1, map=maps.Separable()), 4, 32, large_once=90),
+        low_rank(one_group("aligned", 4, ratio=0.1, map=maps.Separable()), 4, 32, large_once=58),
         once=lambda shapes: SEPARABLE,
     ),
     "2-D + one-hot": mapped(maps.OneHot(), 10, 8),
