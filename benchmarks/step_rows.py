@@ -191,12 +191,15 @@ OURS = (
     _row("LoRTA 3-D balanced r8", lambda sl: sl.lorta(rank=8), 1.1, 3.0),
     _row("LoRTA 4-D balanced r8", lambda sl: sl.lorta(rank=8, order=4), 1.1, 3.0),
     _row("2-D + separable", lambda sl: _mapped(sl, sl.maps.Separable(), "aligned"), 1.05, 1.4),
-    _row("2-D + one-hot", lambda sl: _mapped(sl, sl.maps.OneHot()), 1.08, 3.0),
+    _row("2-D + one-hot", lambda sl: _mapped(sl, sl.maps.OneHot()), 1.08, 6.0),
+    _row(
+        "2-D + one-hot, window 4096", lambda sl: _mapped(sl, sl.maps.OneHot(window=4096)), 1.08, 6.0
+    ),
     _row(
         "2-D + fastfood, stacked",
         lambda sl: _mapped(sl, sl.maps.Fastfood(blocks="stacked")),
         1.5,
-        10.0,
+        7.0,
         memory=(GROUP, 2.0),
     ),
     Row("GLoRA r8", "ours", _ours(lambda sl: sl.glora(rank=8)), {"llama": 2.5}, memory=AS_PEFT),
