@@ -11,7 +11,7 @@ import numpy
 from superlora._backend import Array, from_numpy
 from superlora.layout import Layout
 from superlora.random import check_seed, normal
-from superlora.splitting import Split
+from superlora.splitting import Split, mode_of
 
 # The deviation of numbers in ±0.02, which Uni-LoRA starts its vector with.
 _SHARED_VECTOR = 0.02 / math.sqrt(3)
@@ -171,7 +171,7 @@ def frozen_variance(source: str, shape: tuple[int, ...], last: bool) -> float:
 
 def is_last(split: Split, leaf: str) -> bool:
     """Return whether a block is of a split's last mode, a train's core or a factor."""
-    return leaf.removeprefix("core").removeprefix("factor") == str(len(split.sizes) - 1)
+    return mode_of(leaf) == len(split.sizes) - 1
 
 
 def _variance(layout: Layout, group: int, term: int) -> float:

@@ -76,6 +76,12 @@ class Split:
         return len(self.sizes) < len(self.shape)
 
 
+def mode_of(leaf: str) -> int | None:
+    """Return the mode of ``factorM``, or of a train's ``coreM``; None of a ``core``."""
+    mode = leaf.removeprefix("core").removeprefix("factor")
+    return int(mode) if mode else None
+
+
 @dataclass(frozen=True)
 class Group:
     """One tensor of the equation.

@@ -435,7 +435,7 @@ def low_rank_factors(
     ends = source_arrays(layout, factors, opened.ends)
     leading = source_arrays(layout, factors, opened.sources)
     lefts, rights = [], []
-    for index, (ranks, completed) in enumerate(zip(opened.ranks, opened.forms, strict=True)):
+    for index, (ranks, completed) in enumerate(zip(opened.ranks, opened.completed, strict=True)):
         rows = open_rows(opened, leading, index)
         library = backend_of(rows)
         count = math.prod(ranks)

@@ -16,10 +16,10 @@ from superlora.design.contraction import TOKENS, Contraction, Cost, Labels, cont
 from superlora.grouping import Piece, cut_pieces
 from superlora.shapes import Shape
 from superlora.slicing import Box, slice_of
+from superlora.splitting import Split, mode_of
 
 if TYPE_CHECKING:
     from superlora.layout import Layout
-    from superlora.splitting import Split
 
 
 # The numbers of tokens that paths are planned for.
@@ -242,12 +242,12 @@ class Factorisation:
     def _split(self, place: int, term: int, split: Split) -> tuple[list[Operand], End]:
         order, modes = len(split.sizes), len(split.shape)
         least, extra = divmod(modes, order)
-        ends = [mode * least + min(mode, extra) for mode in range(order + 1)]
+        bounds = [mode * least + min(mode, extra) for mode in range(order + 1)]
         digits = [
-            [self._digit(place, mode) for mode in range(ends[own], ends[own + 1])]
+            [self._digit(place, mode) for mode in range(bounds[own], bounds[own + 1])]
             for own in range(order)
         ]
-        sizes = [split.shape[ends[own] : ends[own + 1]] for own in range(order)]
+        sizes = [split.shape[bounds[own] : bounds[own + 1]] for own in range(order)]
         ranks = self._ranks(split)
         index = term * self.layout.specs[self.group].splits + place
         last = f"core{order - 1}" if split.core == "train" else f"factor{order - 1}"
@@ -292,7 +292,7 @@ class Factorisation:
         shape = split.block_shapes[leaf]
         # For every axis its digits, or the labels of its rank.
         axes: list[tuple[list[int] | None, Shape, Labels]] = []
-        mode = int(leaf.lstrip("corefat") or 0)
+        mode = mode_of(leaf) or 0
         if leaf == "core":
             for own, size in enumerate(shape):
                 bare = split.core == "full" and not split.factored[own]
@@ -427,6 +427,8 @@ def group_network(layout: Layout, group: int) -> Network:
 class Opened:
     """Rows of a fold's leading modes, the ranks of its last mode left open.
 
+    Of ``factor0 @ factor1.T`` the rows are those of `factor0` itself, and `factor1` is the end.
+
     Attributes
     ----------
     sources, ends : tuple of Source
@@ -438,7 +440,7 @@ class Opened:
         Which rows of the boxes.
     ranks : tuple of tuples of int
         For every term the sizes of its open labels.
-    forms : tuple of Term
+    completed : tuple of Term
         For every term the contraction of rows, the first operand, with the last factors.
     """
 
@@ -448,7 +450,7 @@ class Opened:
     skip: int
     rows: int
     ranks: tuple[Shape, ...]
-    forms: tuple[Term, ...]
+    completed: tuple[Term, ...]
 
     @property
     def width(self) -> int:

@@ -262,7 +262,7 @@ def _forming(layout: Layout, name: str) -> Cost:
     group = layout.grouping.pieces[name][0].group
     if layout.opens_rows(group):
         opened = opened_rows(layout, group, *rows_of(layout, name))
-        return sum((t.contraction.cost.at(opened.rows) for t in opened.forms), opened.cost)
+        return sum((t.contraction.cost.at(opened.rows) for t in opened.completed), opened.cost)
     total = layout.network(name).cost
     for piece in layout.grouping.pieces[name]:
         if not layout.in_place(piece.group):

@@ -198,7 +198,7 @@ class Blocks(nn.Module):
     def shares(self) -> bool:
         """Whether layers share anything during one call of the model."""
         ways = [way for own in self.supports.values() if (way := own.way) is not None]
-        operands = [own.formed for own in self.supports.values()]
+        operands = [own.operands for own in self.supports.values()]
         operands += [own for way in ways for own in way.operands]
         return any(own.shares for own in operands)
 

@@ -263,7 +263,7 @@ class Operands:
         The support.
     sources : sequence of Source
         The blocks that networks take.
-    rows : Opened, optional
+    opened : Opened, optional
         The rows that are opened before them.
     vectors : bool
         Whether what a map mixes is mapped; else its networks are the user's own.
@@ -272,7 +272,7 @@ class Operands:
     ----------
     shared : tuple of Shared
         What layers may share; those tensors come first.
-    first : int
+    leading : int
         How many of these are no blocks.
     own : tuple of Source
         The blocks whose tensors follow.
@@ -288,34 +288,34 @@ class Operands:
         layout: Layout,
         name: str,
         sources: Sequence[Source],
-        rows: Opened | None = None,
+        opened: Opened | None = None,
         *,
         vectors: bool = True,
     ) -> None:
-        self.layout, self.name, self.rows = layout, name, rows
+        self.layout, self.name, self.opened = layout, name, opened
         self.height, self.columns = layout.shapes[name]
         pieces = layout.grouping.pieces[name]
         shared: list[Shared] = []
-        if rows is not None:
-            shared += [SharedRows(layout, name, rows, index) for index in range(len(rows.ranks))]
+        if opened is not None:
+            shared += [SharedRows(layout, name, opened, i) for i in range(len(opened.ranks))]
         elif vectors and not layout.in_place(pieces[0].group):
             firsts = dict.fromkeys(layout.joint(piece.group)[0] for piece in pieces)
             shared += [SharedVector(layout, name, first) for first in firsts]
-        self.first = len(shared)
+        self.leading = len(shared)
         blocks = [_shared_block(layout, source) for source in sources]
         shared += [each for each in blocks if each is not None]
         self.shared = tuple(shared)
         self.shares = any(each.several for each in shared)
         self.own = tuple(s for s, each in zip(sources, blocks, strict=True) if each is None)
         # Where the array of each source stands among all tensors.
-        made, own = iter(range(self.first, len(shared))), iter(range(len(shared), 1 << 30))
+        made, own = iter(range(self.leading, len(shared))), iter(range(len(shared), 1 << 30))
         self.places = tuple(next(own if each is None else made) for each in blocks)
         self._sources = {source: place for source, place in zip(sources, self.places, strict=True)}
         self.networks: dict[Rows, Network] = {}
         self.owners: list[tuple[nn.Module, str, bool]] | None = None
         # What all of it is where that is one term, as of a weight of its own.
         self.term: Term | None = None
-        if rows is None and vectors:
+        if opened is None and vectors:
             whole = layout.network(name)
             self.networks[0, self.height] = whole  # compiled code only reads it
         if not self.shared and vectors:
@@ -341,17 +341,17 @@ class Operands:
     def form(self, arrays: Sequence[Tensor], rows: Rows) -> Tensor:
         """Form rows of the support of what `cut` gave and the blocks, differentiably."""
         count = rows[1] - rows[0]
-        if self.rows is not None:
+        if self.opened is not None:
             ends = [arrays[place] for place in self.places]
-            terms = zip(self.rows.forms, arrays, strict=False)
+            terms = zip(self.opened.completed, arrays, strict=False)
             entries = total(run_term(term, ends, [own]) for term, own in terms).reshape(-1)
             first = self.shared[0]
             assert isinstance(first, SharedRows)
             skip = first.offset + rows[0] * self.columns - first.range(rows)[0] * first.width
             found: Tensor = cut(entries, skip, count * self.columns)
             return found.reshape(count, self.columns)
-        if self.first:
-            vector: Tensor = joined(arrays[: self.first])
+        if self.leading:
+            vector: Tensor = joined(arrays[: self.leading])
             return vector.reshape(count, self.columns)
         if self.term is not None and count == self.height:
             values = []
@@ -387,7 +387,8 @@ def _shared_block(layout: Layout, source: Source) -> Shared | None:
 
 
 def formed_operands(layout: Layout, name: str) -> Operands:
-    """Return the operands of a support that is formed."""
+    """Return the operands of a support that is formed, where it pays of its group's opened rows."""
+    # The same blocks as in the weight's network, which `Plan.delta` contracts at once.
     group = layout.grouping.pieces[name][0].group
     if layout.opens_rows(group):
         rows = opened_rows(layout, group, *rows_of(layout, name))

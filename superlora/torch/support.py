@@ -66,18 +66,18 @@ class Support:
         self.scale: float = 1.0
         self.number = torch.empty(0)
         self.application = layout.application(name)
-        self.formed = formed_operands(layout, name)
+        self.operands = formed_operands(layout, name)
         self.way: Way | None = None
         if layout.multiplies(name) and not self.scales:
             self.way = MultipliedWay(layout, name)
         elif self.application.factored is not None:
             self.way = FactoredWay(layout, name, self.application.factored)
-        for own in (self.formed, *(self.way.operands if self.way else ())):
+        for own in (self.operands, *(self.way.operands if self.way else ())):
             own.owners = _owners(adapter, own)
         copied = self.application.forming.multiplications <= math.prod(self.shape)
-        mixed = self.formed.first and self.formed.rows is None
+        mixed = self.operands.leading and self.operands.opened is None
         # How many rows are best formed at once; 0 for all of them.
-        self.rows = 0 if copied or mixed else max(1, _CHUNK // self.shape[1])
+        self.chunk = 0 if copied or mixed else max(1, _CHUNK // self.shape[1])
 
     def given(
         self, operands: Operands, device: torch.device
@@ -180,7 +180,7 @@ class Support:
 
     def form(self, device: torch.device) -> Tensor:
         """Return the support tensor itself, the scale multiplied in; autocasting must be off."""
-        own = self.formed
+        own = self.operands
         tensors, starts, _ = self.given(own, device)
         rows = (0, self.shape[0])
         if own.shared:
@@ -302,7 +302,7 @@ def _formed_product(
     starts: tuple[int, ...] = ()
     kept: list[Values | None] = []
     for support in supports:
-        tensors, own_starts, values = support.given(support.formed, x.device)
+        tensors, own_starts, values = support.given(support.operands, x.device)
         count = len(own_starts)
         shared += tensors[:count]
         blocks += tensors[count:]
@@ -313,16 +313,16 @@ def _formed_product(
         assert own_weight is not None
         blocks.append(own_weight)
     way = FormedWay(
-        [support.formed for support in supports],
+        [support.operands for support in supports],
         scaling,
         [support.number if compiled else support.scale for support in supports],
-        min([support.rows for support in supports]),
+        min([support.chunk for support in supports]),
     )
     call = Call(x, weight, bias, [*shared, *blocks], starts, 1.0)
     y, handed = apply_way(way, call, any([values is not None for values in kept]))
     for support, values in zip(supports, kept, strict=True) if handed else ():
-        count = len(support.formed.shared)
+        count = len(support.operands.shared)
         if values is not None:
-            _hand_on(support.formed, values, handed[:count])
+            _hand_on(support.operands, values, handed[:count])
         handed = handed[count:]
     return y

@@ -64,7 +64,7 @@ class Way:
 
     def __init__(self, *operands: Operands) -> None:
         self.operands = operands
-        self.shared = sum(len(own.shared) for own in operands)  # tensors that layers may share
+        self.shared_count = sum(len(own.shared) for own in operands)
 
     def plain(self, call: Call) -> Tensor:
         """Return the output by operations that torch differentiates itself."""
@@ -173,8 +173,8 @@ class FactoredWay(Way):
         self, tensors: Sequence[Tensor], starts: Sequence[int], device: torch.device
     ) -> Sequence[Tensor]:
         (own,) = self.operands
-        cuts = own.cut(tensors[: self.shared], starts, (0, self.height), device)
-        return [*cuts, *tensors[self.shared :]]
+        cuts = own.cut(tensors[: self.shared_count], starts, (0, self.height), device)
+        return [*cuts, *tensors[self.shared_count :]]
 
     def _values(
         self, x: Tensor, arrays: Sequence[Tensor], places: Sequence[Place], index: int
@@ -194,7 +194,7 @@ class FactoredWay(Way):
 
     def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
         """Return the update's part of the output, not scaled, by plain operations."""
-        arrays = self._arrays(tensors, starts, x.device) if self.shared else tensors
+        arrays = self._arrays(tensors, starts, x.device) if self.shared_count else tensors
         # No compiler is to see a number of tokens compared.
         terms = self.many if is_traced() else self._terms(x.shape[0])
         found = total(
@@ -207,7 +207,7 @@ class FactoredWay(Way):
     def forward(self, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """Return the output, and what is kept for the backward pass."""
         x, weight, bias, arrays, starts, scale = call
-        if self.shared:
+        if self.shared_count:
             arrays = self._arrays(arrays, starts, x.device)
         y = None if weight is None else linear(x, weight, bias)
         kept: list[Tensor] = []
@@ -247,7 +247,7 @@ class FactoredWay(Way):
         back.of_x = back.through_base()
         (own,) = self.operands
         arrays: Sequence[Tensor] = back.tensors
-        if self.shared:
+        if self.shared_count:
             arrays = self._arrays(back.tensors, back.starts, back.x.device)
         found: list[Tensor | None] = [None] * len(arrays)
         kept = iter(back.kept)
@@ -260,7 +260,7 @@ class FactoredWay(Way):
             # Where each operand stands among the arrays; the inputs stand nowhere.
             stand = [place for place, _ in places]
             if count > 1 + len(places):
-                stand.insert(0, index if own.first else len(arrays) - 1)
+                stand.insert(0, index if own.leading else len(arrays) - 1)
             wanted = [back.of_x is not None, *(back.wanted[place] for place in stand)]
             of_inputs, *pulled = _pull(path, values, wanted, back)
             if of_inputs is not None:
@@ -270,8 +270,8 @@ class FactoredWay(Way):
             for place, operand, gradient in zip(stand, slices, pulled, strict=True):
                 if gradient is not None:
                     found[place] = _untaken(gradient, operand, arrays[place], found[place])
-        back.add(own, 0, found[: self.shared], (0, self.height))
-        found[: self.shared] = [None] * self.shared
+        back.add(own, 0, found[: self.shared_count], (0, self.height))
+        found[: self.shared_count] = [None] * self.shared_count
         back.take(found)
 
 
@@ -362,8 +362,8 @@ def _none(*_: int) -> Tensor:
 class FormedWay(Way):
     """``W₀ + ΔW``, formed some rows at a time, dropped, and formed again in the backward pass.
 
-    Supports that are `scaling` are multiplied by the base weight, the last of the tensors. `rows`
-    are best formed at once; 0 stands for all.
+    Supports that are `scaling` are multiplied by the base weight, the last of the tensors. `chunk`
+    rows are best formed at once; 0 stands for all.
     """
 
     def __init__(
@@ -371,14 +371,14 @@ class FormedWay(Way):
         operands: Sequence[Operands],
         scaling: Sequence[bool],
         scale: Sequence[Scale],
-        rows: int,
+        chunk: int,
     ) -> None:
         super().__init__(*operands)
-        self.scales, self.rows = any(scaling), rows
+        self.scales, self.chunk = any(scaling), chunk
         self.height, self.columns = operands[0].height, operands[0].columns
         # Of every support where its leaves stand, whether it scales, and its number.
         self.parts: list[tuple[Operands, list[int], bool, Scale]] = []
-        first, block = 0, self.shared
+        first, block = 0, self.shared_count
         for own, scales, number in zip(operands, scaling, scale, strict=True):
             last, end = first + len(own.shared), block + len(own.own)
             places = [*range(first, last), *range(block, end)]
@@ -439,10 +439,10 @@ class FormedWay(Way):
 
     def _in_chunks(self, x: Tensor) -> bool:
         # Elsewhere a kernel's launch costs more than what a cache saves.
-        return bool(self.rows) and x.device.type == "cpu"
+        return bool(self.chunk) and x.device.type == "cpu"
 
     def _chunks(self) -> Iterator[Rows]:
-        count = max(1, round(self.height / self.rows)) if self.rows else 1
+        count = max(1, round(self.height / self.chunk)) if self.chunk else 1
         for index in range(count):
             yield index * self.height // count, (index + 1) * self.height // count
 
@@ -513,8 +513,10 @@ _FIXED = 4
 class Applied(torch.autograd.Function):
     """A layer's output by one way, with a backward pass that keeps little.
 
-    What layers share is kept out of saved tensors, whose hooks a checkpointed layer replays; a
-    layer that was handed it hands it on, and adds its gradient to the sum on the way back.
+    What layers share goes through them as a chain: each is handed it and hands it on, as in
+    R → q → R → k → R → v. On the way back each adds its gradient, in place, to the sum that it is
+    handed; nobody else holds that sum. Shared tensors are kept out of the saved ones, whose hooks
+    a checkpointed layer replays.
     """
 
     @staticmethod
@@ -532,8 +534,8 @@ class Applied(torch.autograd.Function):
         """Return the output, and what is kept for the backward pass."""
         y, kept = way.forward(Call(x, weight, bias, tensors, starts, scale), True)
         ctx.way, ctx.starts, ctx.scale = way, starts, scale
-        ctx.shared, ctx.kept = tensors[: way.shared], len(kept)
-        ctx.save_for_backward(x, weight, *tensors[way.shared :], *kept)
+        ctx.shared, ctx.kept = tensors[: way.shared_count], len(kept)
+        ctx.save_for_backward(x, weight, *tensors[way.shared_count :], *kept)
         ctx.set_materialize_grads(False)
         if not carried:
             return y
@@ -547,16 +549,16 @@ class Applied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *handed: Tensor | None) -> Any:
         """Gather the gradients that are asked for."""
-        before = [*handed, *[None] * (ctx.way.shared - len(handed))]
+        of_handed = [*handed, *[None] * (ctx.way.shared_count - len(handed))]
         none: list[Tensor | None] = [None] * _FIXED
         if gradient is None:
-            rest = len(ctx.needs_input_grad) - _FIXED - 3 - len(before)
-            return (*none, None, None, None, *before, *[None] * rest)
+            rest = len(ctx.needs_input_grad) - _FIXED - 3 - len(of_handed)
+            return (*none, None, None, None, *of_handed, *[None] * rest)
         with without_autocast(gradient.device):
             if torch.is_grad_enabled():
-                return (*none, *_differentiable(ctx, gradient, before))
+                return (*none, *_differentiable(ctx, gradient, of_handed))
             back = Backward(ctx, gradient)
-            back.sums[: len(before)] = before
+            back.sums[: len(of_handed)] = of_handed
             ctx.way.backward(back)
             of_weight = gradient.t() @ back.x if back.wants_weight else None
             of_bias = gradient.sum(0) if ctx.needs_input_grad[_FIXED + 2] else None
@@ -566,7 +568,7 @@ class Applied(torch.autograd.Function):
 
 
 def _differentiable(
-    ctx: Any, gradient: Tensor, before: Sequence[Tensor | None]
+    ctx: Any, gradient: Tensor, of_handed: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Return the gradients by operations that are differentiated themselves."""
     way: Way = ctx.way
@@ -575,7 +577,7 @@ def _differentiable(
     weight = None if weight is None else weight.view_as(weight)
     y = way.plain(Call(x, weight, None, tensors, ctx.starts, ctx.scale))
     of_x, of_weight, *found = gradients(y, [x, weight, *tensors], gradient, again=True)
-    found[: len(before)] = map(_added, before, found)
+    found[: len(of_handed)] = map(_added, of_handed, found)
     wants_bias = ctx.needs_input_grad[_FIXED + 2]
     return [of_x, of_weight, gradient.sum(0) if wants_bias else None, *found]
 

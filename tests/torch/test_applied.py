@@ -138,7 +138,7 @@ def test_the_way_that_was_asked_for_is_taken(monkeypatch, key, way, traced):
     kind = {"formed": FormedWay, "factored": FactoredWay}[way]
     if (key, way) == ("fourierft", "factored"):
         kind = MultipliedWay
-    assert (adapter.supports["blocks.0.q"].way.operands[0].rows is None) == (key != "aligned-3")
+    assert (adapter.supports["blocks.0.q"].way.operands[0].opened is None) == (key != "aligned-3")
     for tokens in (1, 1 << 12):
         inputs = x.detach()[:1, :1].expand(1, tokens, WIDTH)
         for autocast in (False, True):  # under which no two products are one
