@@ -48,8 +48,7 @@ def fold_group(vector: Array, fold: Sequence[int]) -> Array:
             f"fold must cover the vector: expected at least {vector.shape[0]} entries, got "
             f"{tuple(fold)} with {covered}"
         )
-    folded = library.reshape(Identity().adjoint(vector, covered), tuple(fold))
-    return library.copy(folded) if covered == vector.shape[0] else folded
+    return library.reshape(Identity().adjoint(vector, covered), tuple(fold))
 
 
 def unfold_group(tensor: Array, size: int) -> Array:
@@ -78,9 +77,7 @@ def unfold_group(tensor: Array, size: int) -> Array:
     >>> unfold_group(np.arange(6.0).reshape(2, 3), 5)
     array([0., 1., 2., 3., 4.])
     """
-    return backend_of(tensor).copy(
-        Identity().apply(ravel(tensor), check_count("size", size, least=0))
-    )
+    return Identity().apply(ravel(tensor), check_count("size", size, least=0))
 
 
 def ravel(tensor: Array) -> Array:

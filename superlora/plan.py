@@ -417,10 +417,10 @@ class Plan:
 
         Notes
         -----
-        The factors can be applied where the last mode of the fold divides the input width, as
-        that of a natural fold of order 2, a stack or an aligned fold does; where a weight's own
-        group is a Kronecker product of matrices; and where the map is Fourier's. A count of
-        operations, which depends on the number of tokens, decides.
+        The factors can be applied where the digits of the fold tell a weight's inputs from its
+        outputs, as those of natural folds, stacks and aligned folds do, and where the map
+        multiplies inputs itself, as Fourier's does. A count of operations, which depends on the
+        number of tokens, decides.
         """
         check_apply(apply)
         self._check(factors, name)
@@ -491,7 +491,8 @@ class Plan:
         >>> print(sl.Plan(sl.lora(rank=2), {"q": (6, 4)}).network("q"))
         ac,bc->ab  a=6 c=2 b=4  0.0.factor0, 0.0.factor1
         """
-        name = name if operation is None else f"{operation}.{name}"
+        if operation is not None:
+            name = self.layout.supports.get(name, {}).get(operation, f"{operation}.{name}")
         self.blocks_of(name)  # names the weights there are, if this is none
         return self.layout.network(name)
 

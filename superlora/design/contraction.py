@@ -1,7 +1,8 @@
 """In which order the operands of a network are contracted, and what it costs. Integers only.
 
-opt_einsum finds the order from shapes; every step of it is prepared as a transpose, a reshape and
-a matrix product, so that nothing is searched or counted where arrays are at hand.
+The order is found from shapes: by trying all for a few operands, by opt_einsum for many. Every step
+of it is prepared as a transpose, a reshape and a matrix product, so that nothing is searched or
+counted where arrays are at hand.
 """
 
 from __future__ import annotations

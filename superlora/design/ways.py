@@ -25,7 +25,8 @@ FORMED = "formed"
 APPLY = ("auto", "factored", "formed")
 _NO_PRODUCT = (
     "apply must be 'auto' or 'formed' for {}, whose fold has no digits or last mode of the input "
-    "width alone, as that of fold='aligned' has, and whose map offers no product: got 'factored'"
+    "width alone, as that of fold='aligned' has, and whose map offers no product, or "
+    "whose contraction with inputs makes results many times larger than they are: got 'factored'"
 )
 # Rows are opened for a whole group if they are this many times fewer than its entries.
 _LEAST = 8
@@ -232,6 +233,8 @@ def _factored(layout: Layout, name: str) -> Factored | None:
         return None
     inputs = tuple(size for size in (blocks, *digits) if size > 1)
     few, many = opened_products(layout, group, (rows, columns))
+    if not _fits(layout, name, few, many):
+        return None
     lead = (rows, blocks) if blocks > 1 else (rows,)
     return _with_switch(opened.ends, opened, inputs, few, many, opened.cost, lead)
 

@@ -70,7 +70,7 @@ class Identity(Map):
         Returns
         -------
         array, (size,)
-            A slice of `x`.
+            A copy.
 
         Raises
         ------
@@ -81,7 +81,7 @@ class Identity(Map):
         """
         _check_rank("x", x)
         self.check(x.shape[0], size)
-        return x[:size]
+        return backend_of(x).copy(x[:size])
 
     def adjoint(self, y: Array, size: int) -> Array:
         """Return `y` followed by zeros.
@@ -108,7 +108,8 @@ class Identity(Map):
         _check_rank("y", y)
         if check_count("size", size) < y.shape[0]:
             raise ValueError(f"size must be at least {y.shape[0]}, the entries of y: got {size}")
-        return padded(y, size)
+        x = padded(y, size)
+        return backend_of(y).copy(x) if x is y else x
 
 
 def _check_rank(name: str, array: Array) -> None:

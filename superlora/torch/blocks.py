@@ -175,6 +175,11 @@ class Blocks(nn.Module):
         KeyError
             If the adapter has no layer of that name.
         """
+        with self.scope.opened():  # which has nothing of a pass that was interrupted
+            return self._delta(name)
+
+    def _delta(self, name: str) -> Tensor:
+        """Form one layer's update in the pass that is open, if one is."""
         device = self._device(name)
         # The same bits as where layers share what they are cut from.
         shared = nullcontext() if self.scope.values() is not None else self.scope.opened()
@@ -192,7 +197,7 @@ class Blocks(nn.Module):
             ``scale * ΔW`` for each layer, (output width, input width).
         """
         with self.scope.opened():
-            return {name: self.delta(name) for name in self.plan.layout.shapes}
+            return {name: self._delta(name) for name in self.plan.layout.shapes}
 
     @property
     def shares(self) -> bool:

@@ -20,7 +20,8 @@ class Scope:
 
     A layer that differentiates hands on the value that it read: gradients of all of them are added
     up on their way back, in one tensor. Outside of a pass, and where each operation is traced,
-    nothing is shared. Every thread has a pass of its own.
+    nothing is shared. Every thread has a pass of its own. A pass that no `Exception` but a keyboard
+    interrupt ended is open until the next call of the model.
     """
 
     def __init__(self) -> None:
@@ -47,11 +48,15 @@ class Scope:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Share values inside a ``with`` block as during a pass."""
+        thread = threading.get_ident()
+        before = self._passes.get(thread)
         self.open()
         try:
             yield
         finally:
             self.close()
+            if before is not None:
+                self._passes[thread] = before
 
     @contextmanager
     def kept(self) -> Iterator[None]:

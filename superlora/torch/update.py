@@ -6,6 +6,7 @@ second derivatives), and as one function whose backward pass makes again what is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class Call(NamedTuple):
     starts : sequence of int
         Where each of the first begins in the whole that layers share.
     scale : float or torch.Tensor
-        What multiplies the update.
+        What multiplies the update; formed supports have numbers of their own.
     """
 
     x: Tensor
@@ -375,7 +376,7 @@ class FormedWay(Way):
     ) -> None:
         super().__init__(*operands)
         self.scales, self.chunk = any(scaling), chunk
-        self.height, self.columns = operands[0].height, operands[0].columns
+        self.height = operands[0].height
         # Of every support where its leaves stand, whether it scales, and its number.
         self.parts: list[tuple[Operands, list[int], bool, Scale]] = []
         first, block = 0, self.shared_count
@@ -384,10 +385,6 @@ class FormedWay(Way):
             places = [*range(first, last), *range(block, end)]
             self.parts.append((own, places, scales, number))
             first, block = last, end
-
-    def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
-        """Return the update's part of the output, not scaled, by plain operations."""
-        return linear(x, self.delta(tensors, starts, x.device).to(x.dtype))
 
     def plain(self, call: Call) -> Tensor:
         """Return the output by operations that torch differentiates itself."""
@@ -398,14 +395,15 @@ class FormedWay(Way):
     def delta(
         self, tensors: Sequence[Tensor], starts: Sequence[int], device: torch.device
     ) -> Tensor:
-        """Return the sum of all changes of the weight, not scaled."""
+        """Return the sum of all changes of the weight."""
         rows = (0, self.height)
         leaves = self._leaves(tensors, starts, rows, device)
         found = []
-        for own, places, scales, scale in self.parts:
-            delta = scaled(own.form([leaves[place] for place in places], rows), scale)
-            found.append(leaves[-1].to(delta.dtype) * delta if scales else delta)
-        y: Tensor = total(found)
+        with without_autocast(device):  # forward is merged, which is formed as exactly
+            for own, places, scales, scale in self.parts:
+                delta = scaled(own.form([leaves[place] for place in places], rows), scale)
+                found.append(leaves[-1].to(delta.dtype) * delta if scales else delta)
+            y: Tensor = total(found)
         return y
 
     def _leaves(
@@ -433,7 +431,8 @@ class FormedWay(Way):
             leaves = self._leaves(tensors, starts, rows, x.device)
             before, out = weight[slice(*rows)], changed[slice(*rows)]
             for own, places, scales, scale in self.parts:
-                delta = own.form([leaves[place] for place in places], rows)
+                with without_autocast(x.device):
+                    delta = own.form([leaves[place] for place in places], rows)
                 before = _plus(before, delta, leaves[-1] if scales else None, scale, out)
         return linear(x, changed, bias), []
 
@@ -452,9 +451,11 @@ class FormedWay(Way):
         whole = weight is None or back.wants_weight or not self._in_chunks(x)
         for rows in [(0, self.height)] if whole else self._chunks():
             leaves = self._leaves(back.tensors, back.starts, rows, x.device)
-            dtype, part = leaves[0].dtype, gradient[:, slice(*rows)]
+            part = gradient[:, slice(*rows)]
+            made = leaves[:-1] if self.scales else leaves
+            dtype = functools.reduce(torch.promote_types, [leaf.dtype for leaf in made])
             of_sum = part.t().to(dtype) @ x.to(dtype) if any(back.wanted) else None
-            changed = leaves[0].new_zeros(()) if weight is None else weight[slice(*rows)]
+            changed = part.new_zeros(()) if weight is None else weight[slice(*rows)]
             found: list[Tensor | None] = [None] * len(leaves)
             for own, places, scales, scale in self.parts:
                 delta, pull = linearized(
@@ -462,12 +463,15 @@ class FormedWay(Way):
                     [leaves[place] for place in places],
                     [back.wanted[place] for place in places],
                 )
-                base = leaves[-1].to(dtype) if scales else None
+                base = leaves[-1].to(delta.dtype) if scales else None
                 if back.wants_x:
                     changed = _plus(changed, delta, base, scale)
                 if of_sum is None:
                     continue
-                of_scaled = of_sum if scale == 1 else of_sum * scale
+                of_scaled = of_sum.to(delta.dtype)
+                # No two parameters may have one memory as their gradients.
+                if scale != 1 or len(self.parts) > 1:
+                    of_scaled = of_scaled * scale
                 pulled = pull(of_scaled if base is None else of_scaled * base)
                 for place, each in zip(places, pulled, strict=True):
                     found[place] = each
@@ -560,7 +564,9 @@ class Applied(torch.autograd.Function):
             back = Backward(ctx, gradient)
             back.sums[: len(of_handed)] = of_handed
             ctx.way.backward(back)
-            of_weight = gradient.t() @ back.x if back.wants_weight else None
+            of_weight = None
+            if back.wants_weight:
+                of_weight = gradient.t() @ back.x.to(gradient.dtype)
             of_bias = gradient.sum(0) if ctx.needs_input_grad[_FIXED + 2] else None
             if back.of_x is not None:
                 back.of_x = back.of_x.to(back.x.dtype)

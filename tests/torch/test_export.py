@@ -25,6 +25,7 @@ pytestmark = [
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     SPECS = dict(specs())
+    SPECS |= {"lora_xs": sl.lora_xs(2), "tinylora": sl.tinylora(2), "said": sl.said(8)}
 BATCH = {0: torch.export.Dim("batch")}
 every_preset = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
