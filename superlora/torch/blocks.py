@@ -175,14 +175,10 @@ class Blocks(nn.Module):
         KeyError
             If the adapter has no layer of that name.
         """
-        with self.scope.opened():  # which has nothing of a pass that was interrupted
-            return self._delta(name)
-
-    def _delta(self, name: str) -> Tensor:
-        """Form one layer's update in the pass that is open, if one is."""
         device = self._device(name)
-        # The same bits as where layers share what they are cut from.
-        shared = nullcontext() if self.scope.values() is not None else self.scope.opened()
+        # The same bits as where layers share what they are cut from; never what a pass of the
+        # model made, which may have been interrupted.
+        shared = nullcontext() if self.scope.in_block else self.scope.opened()
         with without_autocast(device), shared:
             found = self.supports[name].form(device)
         # What the caller changes must be no factor: a support of one block alone may be one.
@@ -197,7 +193,7 @@ class Blocks(nn.Module):
             ``scale * ΔW`` for each layer, (output width, input width).
         """
         with self.scope.opened():
-            return {name: self._delta(name) for name in self.plan.layout.shapes}
+            return {name: self.delta(name) for name in self.plan.layout.shapes}
 
     @property
     def shares(self) -> bool:

@@ -179,7 +179,7 @@ def merged_changes(site: Site, supports: Sequence[Support]) -> tuple[Tensor | No
         None where no operation changes the bias.
     """
     weight, bias = site.own_weight, site.own_bias
-    found = {own.operation: own.adapter._delta(own.name).to(weight.device) for own in supports}
+    found = {own.operation: own.adapter.delta(own.name).to(weight.device) for own in supports}
     if found.keys() == {ADD}:
         return found[ADD], None
     wide = torch.promote_types(weight.dtype, next(iter(found.values())).dtype)

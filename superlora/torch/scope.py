@@ -26,10 +26,11 @@ class Scope:
 
     def __init__(self) -> None:
         self._passes: dict[int, dict[object, Values]] = {}
+        self._blocks: set[int] = set()  # the threads that are inside `opened`
         self._kept: dict[int, dict[object, Values]] = {}  # over several passes, without gradients
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_passes": {}, "_kept": {}}
+        return {"_passes": {}, "_blocks": set(), "_kept": {}}
 
     def open(self, *_: Any) -> None:
         """Begin a pass of this thread.
@@ -49,14 +50,22 @@ class Scope:
     def opened(self) -> Iterator[None]:
         """Share values inside a ``with`` block as during a pass."""
         thread = threading.get_ident()
-        before = self._passes.get(thread)
+        before, outer = self._passes.get(thread), self.in_block
         self.open()
+        self._blocks.add(thread)
         try:
             yield
         finally:
             self.close()
             if before is not None:
                 self._passes[thread] = before
+            if not outer:
+                self._blocks.discard(thread)
+
+    @property
+    def in_block(self) -> bool:
+        """Whether this thread is inside `opened`."""
+        return threading.get_ident() in self._blocks
 
     @contextmanager
     def kept(self) -> Iterator[None]:

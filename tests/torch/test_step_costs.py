@@ -348,7 +348,7 @@ class Plain:
     @staticmethod
     def apply(way, starts, carried, scale, x, weight, bias, *tensors):
         y = way.plain(update.Call(x, weight, bias, tensors, starts, scale))
-        return (y, *tensors[: way.shared]) if carried else y
+        return (y, *tensors[: way.shared_count]) if carried else y
 
 
 class FormedOnTheWay:
