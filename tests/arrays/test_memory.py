@@ -76,3 +76,10 @@ def test_a_scale_of_another_type_leaves_the_dtype(xp):
     factors = plan.init(like=xp.array(numpy.ones(1, numpy.float32)))
     found = plan.delta(factors, "a", scale=numpy.float64(2))
     assert found.dtype == factors["0.0.factor0"].dtype
+
+
+def test_the_identity_copies():
+    x = numpy.arange(6.0)
+    for y in (sl.maps.Identity().apply(x, 6), sl.maps.Identity().adjoint(x, 6)):
+        y += 1
+    assert (x == numpy.arange(6.0)).all()
