@@ -9,6 +9,7 @@ import pytest
 
 import superlora as sl
 from superlora import _backend, maps, shapes
+from superlora.design import contraction
 from superlora.design.network import row_slice
 from tests.strategies import make_plan
 
@@ -107,7 +108,8 @@ def _no_arrays(monkeypatch):
 
 @pytest.fixture
 def _empty_caches():
-    for function in (shapes.divisors, shapes.balanced, shapes.cover):
+    cached = (shapes.divisors, shapes.balanced, shapes.cover, contraction._contract)
+    for function in cached:
         function.cache_clear()
 
 
@@ -144,11 +146,19 @@ def test_planning_and_its_table_are_integers_only(spec, model):
     assert 0 < plan.num_parameters <= plan.num_dense
 
 
-def operations(spec, model):
-    """Count the calls that a plan and its table take, for each weight."""
+def operations(spec, model, *, table=True):
+    """Count the calls that a plan takes, and its table if asked for, for each weight."""
     weights = weights_of(model, spec)
-    calls, _ = count_calls(lambda: make_plan(spec, weights).describe())
+    calls, _ = count_calls(
+        lambda: make_plan(spec, weights).describe() if table else make_plan(spec, weights)
+    )
     return calls / len(weights)
+
+
+@pytest.mark.usefixtures("_no_arrays", "_empty_caches")
+@every_spec
+def test_a_plan_takes_few_operations(spec):
+    assert operations(spec, "8B", table=False) < 200
 
 
 @pytest.mark.usefixtures("_no_arrays", "_empty_caches")
