@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -149,6 +149,33 @@ class Linear(torch.autograd.Function):
         """Return the gradients."""
         with without_autocast(gradient.device):
             return Linear.apply(gradient, ctx.back, ctx.move), None, None  # type: ignore[no-untyped-call]
+
+
+class Parts(torch.autograd.Function):
+    """Ranges of a tensor's first axis, whose gradients are added up once all of them are known."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, *ranges: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Return the parts."""
+        ctx.shape, ctx.ranges = whole.shape, ranges
+        ctx.set_materialize_grads(False)
+        return tuple(whole[start:stop] for start, stop in ranges)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients."""
+        found = None
+        for (start, stop), gradient in zip(ctx.ranges, gradients, strict=True):
+            if gradient is not None:
+                found = gradient.new_zeros(ctx.shape) if found is None else found
+                found[start:stop] += gradient
+        return found, *[None] * len(ctx.ranges)
+
+
+def parts(whole: Tensor, ranges: Iterable[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """Return ranges of a tensor's first axis, which many layers take their gradients back to."""
+    found: tuple[Tensor, ...] = Parts.apply(whole, *ranges)  # type: ignore[no-untyped-call]
+    return found
 
 
 def made(make: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:

@@ -201,7 +201,7 @@ class Blocks(nn.Module):
         ways = [way for own in self.supports.values() if (way := own.way) is not None]
         operands = [own.operands for own in self.supports.values()]
         operands += [own for way in ways for own in way.operands]
-        return any(own.shares for own in operands)
+        return any(each.several for own in operands for each in own.shared)
 
     @contextmanager
     def shared(self) -> Iterator[None]:

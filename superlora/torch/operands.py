@@ -33,7 +33,7 @@ from superlora.design.network import (
 from superlora.design.ways import rows_of
 from superlora.grouping import cut_pieces
 from superlora.layout import Layout
-from superlora.torch.autograd import made, moved
+from superlora.torch.autograd import made, moved, parts
 
 if TYPE_CHECKING:
     from superlora.torch.blocks import Blocks
@@ -56,24 +56,46 @@ class Shared:
     ----------
     key : tuple
         What the scope calls it.
+    part : str
+        What it calls this layer's part; empty where every layer reads the whole.
+    start : int
+        Where that begins in the whole.
     several : bool
         Whether it pays to make it at once for several layers.
     """
+
+    part = ""
+    start = 0
 
     def __init__(self, layout: Layout, source: Source) -> None:
         self.layout, self.source = layout, source
         self.key: tuple[Any, ...] = ("modes", source)
         self.several = _is_mapped_once(layout, source)
 
-    def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
-        """Return the whole, or what this layer needs of it, and where that begins."""
-        return _mapped(self.layout, self.source, adapter), 0
+    def make(self, adapter: Blocks, whole: bool) -> Tensor:
+        """Return the whole, or what this layer needs of it."""
+        return _mapped(self.layout, self.source, adapter)
 
-    def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
-        """Return what some rows of the support need of it."""
+    def ranges(self) -> dict[str, Rows]:
+        """Return every layer's part of the whole; empty where each reads all of it."""
+        return {}
+
+    def take(self, adapter: Blocks) -> Tensor:
+        """Return this layer's part, of the whole where that is shared now."""
+        values = adapter.scope.values() if self.several else None
+        if values is None:
+            return self.make(adapter, False)
+        if self.key not in values:
+            whole, ranges = self.make(adapter, True), self.ranges()
+            own = dict(zip(ranges, parts(whole, ranges.values()), strict=True))
+            values[self.key] = own or {self.part: whole}
+        return values[self.key][self.part]
+
+    def cut(self, value: Tensor, rows: Rows) -> Tensor:
+        """Return what some rows of the support need of this layer's part."""
         return value
 
-    def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
+    def add(self, sums: Tensor, gradient: Tensor, rows: Rows) -> None:
         """Add the adjoint of `cut` to a sum, in place."""
         sums += gradient
 
@@ -99,17 +121,6 @@ def _is_mapped_once(layout: Layout, source: Source) -> bool:
     return len(layout.grouping.members[source.group]) > 1
 
 
-def _mapped_once(layout: Layout, source: Source, adapter: Blocks) -> Tensor:
-    """Return the same, which is made once for all layers in a pass."""
-    values = adapter.scope.values() if _is_mapped_once(layout, source) else None
-    if values is None:
-        return _mapped(layout, source, adapter)
-    key = ("modes", source)
-    if key not in values:
-        values[key] = _mapped(layout, source, adapter)
-    return values[key]
-
-
 class SharedBlock(Shared):
     """The vector that a mixing F_in makes, of which a block is a part."""
 
@@ -117,44 +128,51 @@ class SharedBlock(Shared):
         super().__init__(layout, source)
         self.inner = layout.inner[source.block]
         self.key = ("inner", self.inner.name)
+        self.part = source.block
         self.several = True
 
-    def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
-        """Return the whole, or what this layer needs of it, and where that begins."""
+    def make(self, adapter: Blocks, whole: bool) -> Tensor:
+        """Return the whole, or what this layer needs of it."""
         item = self.inner
         (theta,) = adapter.tensors([item.name])
         move, back = item.map.apply, item.map.adjoint
-        return moved(theta, lambda x: move(x, item.size), lambda y: back(y, item.before)), 0
+        found = moved(theta, lambda x: move(x, item.size), lambda y: back(y, item.before))
+        return found if whole else found[item.start : item.stop]
 
-    def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
-        """Return what some rows of the support need of it."""
-        return value[self.inner.start : self.inner.stop].view(self.source.shape)
+    def ranges(self) -> dict[str, Rows]:
+        """Return every layer's part of the whole; empty where each reads all of it."""
+        inner, name = self.layout.inner, self.inner.name
+        return {b: (each.start, each.stop) for b, each in inner.items() if each.name == name}
 
-    def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
+    def cut(self, value: Tensor, rows: Rows) -> Tensor:
+        """Return what some rows of the support need of this layer's part."""
+        return value.view(self.source.shape)
+
+    def add(self, sums: Tensor, gradient: Tensor, rows: Rows) -> None:
         """Add the adjoint of `cut` to a sum, in place."""
-        sums[self.inner.start : self.inner.stop] += gradient.reshape(-1)
+        sums += gradient.reshape(-1)
 
 
 class SharedRows(Shared):
     """The opened rows of one term of a group."""
 
     def __init__(self, layout: Layout, name: str, own: Opened, index: int) -> None:
-        (piece,) = layout.grouping.pieces[name]
-        self.layout, self.own, self.index, self.group = layout, own, index, piece.group
-        self.offset, self.columns = piece.start, layout.shapes[name][1]
-        self.width = layout.groups[piece.group].fold[-1]
-        self.key = ("rows", piece.group, index)
-        self.several = layout.opens_rows(piece.group)
+        self.layout, self.own, self.index, self.part = layout, own, index, name
+        self.group = layout.grouping.pieces[name][0].group
+        self.width = layout.groups[self.group].fold[-1]
+        self.key = ("rows", self.group, index)
+        self.several = layout.opens_rows(self.group)
+        self.start = self.range(name)[0]
 
-    def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
-        """Return the whole, or what this layer needs of it, and where that begins."""
+    def make(self, adapter: Blocks, whole: bool) -> Tensor:
+        """Return the whole, or what this layer needs of it."""
         layout, index = self.layout, self.index
         opened = layout.whole_rows(self.group) if whole else self.own
         used = {operand.source for box in opened.boxes for operand in box[index].operands}
         # What a map made of a block is kept, as it would be mapped again else.
         fixed = [place for place in used if opened.sources[place].modes]
         rest = [place for place in used if not opened.sources[place].modes]
-        mapped = [_mapped_once(layout, opened.sources[place], adapter) for place in fixed]
+        mapped = [Shared(layout, opened.sources[place]).take(adapter) for place in fixed]
         tensors, blocks = adapter.inputs_of([opened.sources[place].block for place in rest])
 
         def rows(*own: Tensor) -> Tensor:
@@ -164,24 +182,31 @@ class SharedRows(Shared):
             found: Tensor = open_rows(opened, arrays, index)
             return found
 
-        return made(rows, [*mapped, *tensors]), 0 if whole else self.range((0, 1))[0]
+        return made(rows, [*mapped, *tensors])
 
-    def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
-        """Return what some rows of the support need of it."""
-        first, last = self.range(rows)
-        found: Tensor = cut(value, first - start, last - first)
+    def ranges(self) -> dict[str, Rows]:
+        """Return every layer's part of the whole; empty where each reads all of it."""
+        return {name: self.range(name) for name in self.layout.grouping.members[self.group]}
+
+    def cut(self, value: Tensor, rows: Rows) -> Tensor:
+        """Return what some rows of the support need of this layer's part."""
+        first, last = self.range(self.part, rows)
+        found: Tensor = cut(value, first - self.start, last - first)
         return found
 
-    def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
+    def add(self, sums: Tensor, gradient: Tensor, rows: Rows) -> None:
         """Add the adjoint of `cut` to a sum, in place."""
-        first, last = self.range(rows)
-        sums[first - start : last - start] += gradient
+        first, last = self.range(self.part, rows)
+        sums[first - self.start : last - self.start] += gradient
 
-    def range(self, rows: Rows) -> Rows:
-        """Return the opened rows that some rows of the weight lie in."""
-        start = self.offset + rows[0] * self.columns
-        stop = self.offset + rows[1] * self.columns
+    def range(self, name: str, rows: Rows | None = None) -> Rows:
+        """Return the opened rows that some rows of a weight lie in, or all of them."""
+        start, stop = _entries(self.layout, name, rows)
         return start // self.width, -(-stop // self.width)
+
+    def skipped(self, rows: Rows) -> int:
+        """Return how many entries lie before some rows of the weight in the first opened row."""
+        return _entries(self.layout, self.part, rows)[0] % self.width
 
 
 class SharedVector(Shared):
@@ -193,11 +218,13 @@ class SharedVector(Shared):
         self.before, self.size = layout.joint_sizes(first)
         self.key = ("vector", first)
         self.several = layout.is_mixed_once(first)
+        if not self.map.reads:
+            self.part, self.start = name, self.range(name)[0]
         for group in layout.joint(first):  # no compiler is to see it found
             layout.group_network(group)
 
-    def make(self, adapter: Blocks, whole: bool) -> tuple[Tensor, int]:
-        """Return the whole, or what this layer needs of it, and where that begins."""
+    def make(self, adapter: Blocks, whole: bool) -> Tensor:
+        """Return the whole, or what this layer needs of it."""
         layout, first, fixed, size = self.layout, self.first, self.map, self.size
         names = layout.blocks_of_joint(first)
         tensors, blocks = adapter.inputs_of(names)
@@ -209,8 +236,8 @@ class SharedVector(Shared):
 
         x = made(entries, tensors)
         if fixed.reads:
-            return moved(x, *[lambda y: fixed.normalized(y, size)] * 2), 0
-        start, stop = (0, size) if whole else self.range((0, layout.shapes[self.name][0]))
+            return moved(x, *[lambda y: fixed.normalized(y, size)] * 2)
+        start, stop = (0, size) if whole else self.range(self.name)
         part = fixed.sliced and (start, stop) != (0, size)
 
         def move(own: Tensor) -> Tensor:
@@ -224,30 +251,39 @@ class SharedVector(Shared):
             y: Tensor = fixed.adjoint(own, self.before)
             return y
 
-        return moved(x, move, back), start if part else 0
+        found = moved(x, move, back)
+        return found if part else found[start:stop]
 
-    def cut(self, value: Tensor, start: int, rows: Rows) -> Tensor:
-        """Return what some rows of the support need of it."""
-        first, last = self.range(rows)
+    def ranges(self) -> dict[str, Rows]:
+        """Return every layer's part of the whole; empty where each reads all of it."""
+        if self.map.reads:
+            return {}
+        members, joint = self.layout.grouping.members, self.layout.joint(self.first)
+        return {name: self.range(name) for group in joint for name in members[group]}
+
+    def cut(self, value: Tensor, rows: Rows) -> Tensor:
+        """Return what some rows of the support need of this layer's part."""
+        first, last = self.range(self.name, rows)
         if self.map.reads:
             part: Tensor = self.map.gather(value, self.size, first, last)
             return part
-        found: Tensor = cut(value, first - start, last - first)
+        found: Tensor = cut(value, first - self.start, last - first)
         return found
 
-    def add(self, sums: Tensor, gradient: Tensor, start: int, rows: Rows) -> None:
+    def add(self, sums: Tensor, gradient: Tensor, rows: Rows) -> None:
         """Add the adjoint of `cut` to a sum, in place."""
-        first, last = self.range(rows)
+        first, last = self.range(self.name, rows)
         if self.map.reads:
             self.map.scatter(gradient, sums, self.size, first)
         else:
-            sums[first - start : last - start] += gradient
+            sums[first - self.start : last - self.start] += gradient
 
-    def range(self, rows: Rows) -> Rows:
-        """Return the entries of the vector that some rows of the weight are."""
-        layout, columns = self.layout, self.layout.shapes[self.name][1]
-        own = layout.grouping.pieces[self.name]
-        pieces = cut_pieces(own, rows[0] * columns, rows[1] * columns)
+    def range(self, name: str, rows: Rows | None = None) -> Rows:
+        """Return the entries of the vector that some rows of a weight are, or all of them."""
+        layout = self.layout
+        height, columns = layout.shapes[name]
+        first, last = rows or (0, height)
+        pieces = cut_pieces(layout.grouping.pieces[name], first * columns, last * columns)
         places = [layout.position(p) for p in pieces if layout.joint(p.group)[0] == self.first]
         return (places[0][0], places[-1][1]) if places else (0, 0)
 
@@ -305,7 +341,6 @@ class Operands:
         blocks = [_shared_block(layout, source) for source in sources]
         shared += [each for each in blocks if each is not None]
         self.shared = tuple(shared)
-        self.shares = any(each.several for each in shared)
         self.own = tuple(s for s, each in zip(sources, blocks, strict=True) if each is None)
         # Where the array of each source stands among all tensors.
         made, own = iter(range(self.leading, len(shared))), iter(range(len(shared), 1 << 30))
@@ -323,20 +358,16 @@ class Operands:
             entries = whole.runs[0].size if len(whole.runs) == 1 == len(terms) else 0
             order = tuple(range(len(self.own)))
             if (
-                entries == _entries(terms[0])
+                entries == _size(terms[0])
                 and order == tuple(o.source for o in terms[0].operands)
                 and whole.sources == self.own
             ):
                 self.term = terms[0]
 
-    def cut(
-        self, tensors: Sequence[Tensor], starts: Sequence[int], rows: Rows, device: torch.device
-    ) -> list[Tensor]:
+    def cut(self, tensors: Sequence[Tensor], rows: Rows, device: torch.device) -> list[Tensor]:
         """Return what some rows of the support need of the tensors that layers may share."""
-        return [
-            each.cut(tensor, start, rows).to(device)
-            for each, tensor, start in zip(self.shared, tensors, starts, strict=True)
-        ]
+        pairs = zip(self.shared, tensors, strict=True)
+        return [each.cut(tensor, rows).to(device) for each, tensor in pairs]
 
     def form(self, arrays: Sequence[Tensor], rows: Rows) -> Tensor:
         """Form rows of the support of what `cut` gave and the blocks, differentiably."""
@@ -347,8 +378,7 @@ class Operands:
             entries = total(run_term(term, ends, [own]) for term, own in terms).reshape(-1)
             first = self.shared[0]
             assert isinstance(first, SharedRows)
-            skip = first.offset + rows[0] * self.columns - first.range(rows)[0] * first.width
-            found: Tensor = cut(entries, skip, count * self.columns)
+            found: Tensor = cut(entries, first.skipped(rows), count * self.columns)
             return found.reshape(count, self.columns)
         if self.leading:
             vector: Tensor = joined(arrays[: self.leading])
@@ -366,7 +396,15 @@ class Operands:
         return found
 
 
-def _entries(term: Term) -> int:
+def _entries(layout: Layout, name: str, rows: Rows | None) -> Rows:
+    """Return the entries of its group that some rows of a weight in one piece are, or all."""
+    height, columns = layout.shapes[name]
+    first, last = rows or (0, height)
+    (piece,) = layout.grouping.pieces[name]
+    return piece.start + first * columns, piece.start + last * columns
+
+
+def _size(term: Term) -> int:
     path = term.contraction
     return math.prod(path.sizes[label] for label in path.output)
 

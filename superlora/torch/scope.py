@@ -12,14 +12,13 @@ from torch import Tensor
 
 from superlora.torch.autograd import is_traced
 
-Values = dict[Hashable, Tensor]
+Values = dict[Hashable, dict[str, Tensor]]
 
 
 class Scope:
     """Values that layers make once and read in turn, while a forward pass of the model is open.
 
-    A layer that differentiates hands on the value that it read: gradients of all of them are added
-    up on their way back, in one tensor. Outside of a pass, and where each operation is traced,
+    Each value is a dict of parts by layer. Outside of a pass, and where each operation is traced,
     nothing is shared. Every thread has a pass of its own. A pass that no `Exception` but a keyboard
     interrupt ended is open until the next call of the model.
     """

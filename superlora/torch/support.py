@@ -14,7 +14,6 @@ from superlora.design.ways import FORMED
 from superlora.supports import ADD
 from superlora.torch.autograd import autocasts, is_traced, without_autocast
 from superlora.torch.operands import Operands, formed_operands
-from superlora.torch.scope import Values
 from superlora.torch.update import (
     Call,
     FactoredWay,
@@ -79,9 +78,7 @@ class Support:
         # How many rows are best formed at once; 0 for all of them.
         self.chunk = 0 if copied or mixed else max(1, _CHUNK // self.shape[1])
 
-    def given(
-        self, operands: Operands, device: torch.device
-    ) -> tuple[list[Tensor], tuple[int, ...], Values | None]:
+    def given(self, operands: Operands, device: torch.device) -> list[Tensor]:
         """Return the tensors that operands are made of.
 
         Parameters
@@ -94,11 +91,7 @@ class Support:
         Returns
         -------
         list of torch.Tensor
-            First those that layers may share, then blocks.
-        tuple of int
-            For each of the first where it begins in the whole that layers share.
-        dict, or None
-            Where such wholes are kept, to be handed on to the next layer.
+            First this layer's part of what layers may share, then blocks.
         """
         adapter = self.adapter
         owners = operands.owners
@@ -111,18 +104,8 @@ class Support:
                 assert block is not None
                 blocks.append(block if block.device == device else block.to(device))
         if not operands.shared:
-            return blocks, (), None
-        values = adapter.scope.values() if operands.shares else None
-        pairs: list[tuple[Tensor, int]] = []
-        for each in operands.shared:
-            if values is None or not each.several:
-                pairs.append(each.make(adapter, False))
-                continue
-            if each.key not in values:
-                values[each.key] = each.make(adapter, True)[0]
-            pairs.append((values[each.key], 0))
-        starts = tuple([start for _, start in pairs])
-        return [*[tensor for tensor, _ in pairs], *blocks], starts, values
+            return blocks
+        return [*[each.take(adapter) for each in operands.shared], *blocks]
 
     def is_formed(self, tokens: int, fused: bool) -> bool:
         """Return whether the support is best formed for so many inputs."""
@@ -161,31 +144,27 @@ class Support:
         way = self.way
         assert way is not None
         operands = way.operands[0]
-        tensors, starts, values = self.given(operands, x.device)
+        tensors = self.given(operands, x.device)
         if base is not None:
             tensors = [*tensors, base]
+        values = self.adapter.scope.values() if way.whole else None
         if weight is None:
             dtype = tensors[0].dtype
             if autocasts(x.device):
-                dtype, values = torch.get_autocast_dtype(x.device.type), None
+                values, dtype = None, torch.get_autocast_dtype(x.device.type)
             tensors = [tensor.to(dtype) for tensor in tensors]
             x = x.to(dtype)
         scale = self.number if torch.compiler.is_compiling() else self.scale
-        y, handed = apply_way(
-            way, Call(x, weight, bias, tensors, starts, scale), values is not None
-        )
-        if values is not None and handed:
-            _hand_on(operands, values, handed)
-        return y
+        return apply_way(way, Call(x, weight, bias, tensors, scale), values)
 
     def form(self, device: torch.device) -> Tensor:
         """Return the support tensor itself, the scale multiplied in; autocasting must be off."""
         own = self.operands
-        tensors, starts, _ = self.given(own, device)
+        tensors = self.given(own, device)
         rows = (0, self.shape[0])
         if own.shared:
             count = len(own.shared)
-            tensors = [*own.cut(tensors[:count], starts, rows, device), *tensors[count:]]
+            tensors = [*own.cut(tensors[:count], rows, device), *tensors[count:]]
         found = own.form(tensors, rows)
         if torch.compiler.is_compiling():
             return found * self.number
@@ -214,13 +193,6 @@ def _owners(adapter: Blocks, operands: Operands) -> list[tuple[nn.Module, str, b
     if any(block in layout.inner for block in blocks):
         return None
     return [(*adapter.place(block), block in layout.frozen) for block in blocks]
-
-
-def _hand_on(operands: Operands, values: Values, handed: Sequence[Tensor]) -> None:
-    """Keep what a layer has read, for the next layer."""
-    for each, tensor in zip(operands.shared, handed, strict=True):
-        if each.several:
-            values[each.key] = tensor
 
 
 def sum_output(
@@ -299,15 +271,11 @@ def _formed_product(
     compiled = torch.compiler.is_compiling()
     shared: list[Tensor] = []
     blocks: list[Tensor] = []
-    starts: tuple[int, ...] = ()
-    kept: list[Values | None] = []
     for support in supports:
-        tensors, own_starts, values = support.given(support.operands, x.device)
-        count = len(own_starts)
+        tensors = support.given(support.operands, x.device)
+        count = len(support.operands.shared)
         shared += tensors[:count]
         blocks += tensors[count:]
-        starts += own_starts
-        kept.append(values)
     scaling = [support.scales for support in supports]
     if any(scaling):
         assert own_weight is not None
@@ -318,11 +286,5 @@ def _formed_product(
         [support.number if compiled else support.scale for support in supports],
         min([support.chunk for support in supports]),
     )
-    call = Call(x, weight, bias, [*shared, *blocks], starts, 1.0)
-    y, handed = apply_way(way, call, any([values is not None for values in kept]))
-    for support, values in zip(supports, kept, strict=True) if handed else ():
-        count = len(support.operands.shared)
-        if values is not None:
-            _hand_on(support.operands, values, handed[:count])
-        handed = handed[count:]
-    return y
+    values = supports[0].adapter.scope.values() if way.whole else None
+    return apply_way(way, Call(x, weight, bias, [*shared, *blocks], 1.0), values)

@@ -29,6 +29,7 @@ from superlora.torch.autograd import (
     without_autocast,
 )
 from superlora.torch.operands import Operands, Rows
+from superlora.torch.scope import Values
 
 # A number, or a tensor of one, which compiled code multiplies by.
 Scale = float | Tensor
@@ -45,9 +46,7 @@ class Call(NamedTuple):
     weight, bias : torch.Tensor or None
         The layer's; without a weight the update alone is asked for.
     tensors : sequence of torch.Tensor
-        First those that layers may share, of all supports; then the blocks.
-    starts : sequence of int
-        Where each of the first begins in the whole that layers share.
+        First what layers may share, of all supports; then the blocks.
     scale : float or torch.Tensor
         What multiplies the update; formed supports have numbers of their own.
     """
@@ -56,7 +55,6 @@ class Call(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     tensors: Sequence[Tensor]
-    starts: Sequence[int]
     scale: Scale
 
 
@@ -65,16 +63,21 @@ class Way:
 
     def __init__(self, *operands: Operands) -> None:
         self.operands = operands
-        self.shared_count = sum(len(own.shared) for own in operands)
+        shared = [each for own in operands for each in own.shared]
+        self.shared_count = len(shared)
+        # What every layer reads all of: where it stands among the tensors, and its key.
+        self.whole = [
+            (i, each.key) for i, each in enumerate(shared) if each.several and not each.part
+        ]
 
     def plain(self, call: Call) -> Tensor:
         """Return the output by operations that torch differentiates itself."""
-        update: Tensor = scaled(self.update(call.x, call.tensors, call.starts), call.scale)
+        update: Tensor = scaled(self.update(call.x, call.tensors), call.scale)
         if call.weight is None:
             return update
         return linear(call.x, call.weight, call.bias) + update
 
-    def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+    def update(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Return the update's part of the output, not scaled, by plain operations."""
         raise NotImplementedError
 
@@ -87,11 +90,7 @@ class Way:
         back.of_x = back.through_base()
         rest = [back.x, *back.tensors]
         wanted = [back.of_x is not None, *back.wanted]
-
-        def update(x: Tensor, *tensors: Tensor) -> Tensor:
-            return self.update(x, tensors, back.starts)
-
-        _, pull = linearized(update, rest, wanted)
+        _, pull = linearized(lambda x, *own: self.update(x, own), rest, wanted)
         of_x, *found = pull(back.gradient * back.scale)
         if back.of_x is not None and of_x is not None:
             back.of_x += of_x
@@ -113,15 +112,15 @@ class Backward:
         Those of `tensors`.
     """
 
-    def __init__(self, ctx: Any, gradient: Tensor) -> None:
+    def __init__(self, ctx: Any, gradient: Tensor, sums: list[Tensor | None]) -> None:
         self.x, self.weight, *rest = ctx.saved_tensors
         own = len(rest) - ctx.kept
         self.tensors = [*ctx.shared, *rest[:own]]
         self.kept = rest[own:]
-        self.gradient, self.starts, self.scale = gradient, ctx.starts, ctx.scale
+        self.gradient, self.scale = gradient, ctx.scale
         self.wants_x, self.wants_weight, _, *self.wanted = ctx.needs_input_grad[_FIXED:]
         self.of_x: Tensor | None = None
-        self.sums: list[Tensor | None] = [None] * len(self.tensors)
+        self.sums = sums
 
     def through_base(self) -> Tensor | None:
         """Return the inputs' gradient without the update; None where it is not asked for."""
@@ -150,7 +149,7 @@ class Backward:
         for index, (each, gradient) in enumerate(zip(own.shared, gradients, strict=True), first):
             if gradient is not None:
                 total = self.sum_of(index)
-                each.add(total, gradient.to(total.device), self.starts[index], rows)
+                each.add(total, gradient.to(total.device), rows)
 
 
 class FactoredWay(Way):
@@ -170,11 +169,9 @@ class FactoredWay(Way):
     def _terms(self, tokens: int) -> Sequence[tuple[Contraction, Sequence[Place]]]:
         return self.many if tokens >= self.factored.switch else self.few
 
-    def _arrays(
-        self, tensors: Sequence[Tensor], starts: Sequence[int], device: torch.device
-    ) -> Sequence[Tensor]:
+    def _arrays(self, tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
         (own,) = self.operands
-        cuts = own.cut(tensors[: self.shared_count], starts, (0, self.height), device)
+        cuts = own.cut(tensors[: self.shared_count], (0, self.height), device)
         return [*cuts, *tensors[self.shared_count :]]
 
     def _values(
@@ -193,9 +190,9 @@ class FactoredWay(Way):
             values.append(array if operand is None else take(_torch, array, operand))
         return values
 
-    def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+    def update(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Return the update's part of the output, not scaled, by plain operations."""
-        arrays = self._arrays(tensors, starts, x.device) if self.shared_count else tensors
+        arrays = self._arrays(tensors, x.device) if self.shared_count else tensors
         # No compiler is to see a number of tokens compared.
         terms = self.many if is_traced() else self._terms(x.shape[0])
         found = total(
@@ -207,9 +204,9 @@ class FactoredWay(Way):
 
     def forward(self, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """Return the output, and what is kept for the backward pass."""
-        x, weight, bias, arrays, starts, scale = call
+        x, weight, bias, arrays, scale = call
         if self.shared_count:
-            arrays = self._arrays(arrays, starts, x.device)
+            arrays = self._arrays(arrays, x.device)
         y = None if weight is None else linear(x, weight, bias)
         kept: list[Tensor] = []
         for index, (path, places) in enumerate(self._terms(x.shape[0])):
@@ -249,7 +246,7 @@ class FactoredWay(Way):
         (own,) = self.operands
         arrays: Sequence[Tensor] = back.tensors
         if self.shared_count:
-            arrays = self._arrays(back.tensors, back.starts, back.x.device)
+            arrays = self._arrays(back.tensors, back.x.device)
         found: list[Tensor | None] = [None] * len(arrays)
         kept = iter(back.kept)
         for index, (path, places) in enumerate(self._terms(back.x.shape[0])):
@@ -348,7 +345,7 @@ class MultipliedWay(Way):
         self.map = layout.maps[group]
         super().__init__(Operands(layout, name, self.network.sources, vectors=False))
 
-    def update(self, x: Tensor, tensors: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+    def update(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Return the update's part of the output, not scaled, by plain operations."""
         (own,) = self.operands
         entries = form(self.network, [tensors[place] for place in own.places], _none)
@@ -388,16 +385,14 @@ class FormedWay(Way):
 
     def plain(self, call: Call) -> Tensor:
         """Return the output by operations that torch differentiates itself."""
-        delta = self.delta(call.tensors, call.starts, call.x.device)
+        delta = self.delta(call.tensors, call.x.device)
         total = delta.to(call.x.dtype) if call.weight is None else call.weight + delta
         return linear(call.x, total, call.bias)
 
-    def delta(
-        self, tensors: Sequence[Tensor], starts: Sequence[int], device: torch.device
-    ) -> Tensor:
+    def delta(self, tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         """Return the sum of all changes of the weight."""
         rows = (0, self.height)
-        leaves = self._leaves(tensors, starts, rows, device)
+        leaves = self._leaves(tensors, rows, device)
         found = []
         with without_autocast(device):  # forward is merged, which is formed as exactly
             for own, places, scales, scale in self.parts:
@@ -406,15 +401,13 @@ class FormedWay(Way):
             y: Tensor = total(found)
         return y
 
-    def _leaves(
-        self, tensors: Sequence[Tensor], starts: Sequence[int], rows: Rows, device: torch.device
-    ) -> list[Tensor]:
+    def _leaves(self, tensors: Sequence[Tensor], rows: Rows, device: torch.device) -> list[Tensor]:
         """Return what some rows are formed of: parts of what is shared, blocks, the base's rows."""
         found: list[Tensor] = []
         first = 0
         for own in self.operands:
             last = first + len(own.shared)
-            found += own.cut(tensors[first:last], starts[first:last], rows, device)
+            found += own.cut(tensors[first:last], rows, device)
             first = last
         found += tensors[first:]
         if self.scales:
@@ -423,12 +416,12 @@ class FormedWay(Way):
 
     def forward(self, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """Return the output, and what is kept for the backward pass."""
-        x, weight, bias, tensors, starts, _ = call
+        x, weight, bias, tensors, _ = call
         if weight is None or not self._in_chunks(x):
             return self.plain(call), []
         changed = torch.empty_like(weight)  # laid out as it is, so that sums round alike
         for rows in self._chunks():
-            leaves = self._leaves(tensors, starts, rows, x.device)
+            leaves = self._leaves(tensors, rows, x.device)
             before, out = weight[slice(*rows)], changed[slice(*rows)]
             for own, places, scales, scale in self.parts:
                 with without_autocast(x.device):
@@ -450,7 +443,7 @@ class FormedWay(Way):
         weight, gradient, x = back.weight, back.gradient, back.x
         whole = weight is None or back.wants_weight or not self._in_chunks(x)
         for rows in [(0, self.height)] if whole else self._chunks():
-            leaves = self._leaves(back.tensors, back.starts, rows, x.device)
+            leaves = self._leaves(back.tensors, rows, x.device)
             part = gradient[:, slice(*rows)]
             made = leaves[:-1] if self.scales else leaves
             dtype = functools.reduce(torch.promote_types, [leaf.dtype for leaf in made])
@@ -511,24 +504,22 @@ def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 # What `Applied` takes before the inputs.
-_FIXED = 4
+_FIXED = 2
 
 
 class Applied(torch.autograd.Function):
     """A layer's output by one way, with a backward pass that keeps little.
 
-    What layers share goes through them as a chain: each is handed it and hands it on, as in
-    R → q → R → k → R → v. On the way back each adds its gradient, in place, to the sum that it is
-    handed; nobody else holds that sum. Shared tensors are kept out of the saved ones, whose hooks
-    a checkpointed layer replays.
+    What every layer reads all of goes through them as a chain, as in y → q → y → k → y → v. On the
+    way back each adds its gradient, in place, to the sum that it is handed: one of their own would
+    cost every layer as much as the model is deep. What layers share is kept out of the saved
+    tensors, whose hooks a checkpointed layer replays.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         way: Way,
-        starts: Sequence[int],
-        carried: bool,
         scale: float,
         x: Tensor,
         weight: Tensor | None,
@@ -536,33 +527,32 @@ class Applied(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Any:
         """Return the output, and what is kept for the backward pass."""
-        y, kept = way.forward(Call(x, weight, bias, tensors, starts, scale), True)
-        ctx.way, ctx.starts, ctx.scale = way, starts, scale
+        y, kept = way.forward(Call(x, weight, bias, tensors, scale), True)
+        ctx.way, ctx.scale = way, scale
         ctx.shared, ctx.kept = tensors[: way.shared_count], len(kept)
         ctx.save_for_backward(x, weight, *tensors[way.shared_count :], *kept)
         ctx.set_materialize_grads(False)
-        if not carried:
+        if not way.whole:
             return y
-        handed = [tensor.view_as(tensor) for tensor in ctx.shared]
-        frozen = [
-            own for own, given in zip(handed, ctx.shared, strict=True) if not given.requires_grad
-        ]
+        read = [tensors[place] for place, _ in way.whole]
+        handed = [tensor.view_as(tensor) for tensor in read]
+        frozen = [new for new, old in zip(handed, read, strict=True) if not old.requires_grad]
         ctx.mark_non_differentiable(*frozen)
         return (y, *handed)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *handed: Tensor | None) -> Any:
         """Gather the gradients that are asked for."""
-        of_handed = [*handed, *[None] * (ctx.way.shared_count - len(handed))]
         none: list[Tensor | None] = [None] * _FIXED
+        sums: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - _FIXED - 3)
+        for (place, _), each in zip(ctx.way.whole, handed, strict=True):
+            sums[place] = each
         if gradient is None:
-            rest = len(ctx.needs_input_grad) - _FIXED - 3 - len(of_handed)
-            return (*none, None, None, None, *of_handed, *[None] * rest)
+            return (*none, None, None, None, *sums)
         with without_autocast(gradient.device):
             if torch.is_grad_enabled():
-                return (*none, *_differentiable(ctx, gradient, of_handed))
-            back = Backward(ctx, gradient)
-            back.sums[: len(of_handed)] = of_handed
+                return (*none, *_differentiable(ctx, gradient, sums))
+            back = Backward(ctx, gradient, sums)
             ctx.way.backward(back)
             of_weight = None
             if back.wants_weight:
@@ -574,26 +564,30 @@ class Applied(torch.autograd.Function):
 
 
 def _differentiable(
-    ctx: Any, gradient: Tensor, of_handed: Sequence[Tensor | None]
+    ctx: Any, gradient: Tensor, sums: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Return the gradients by operations that are differentiated themselves."""
     way: Way = ctx.way
     x, weight, *rest = ctx.saved_tensors
     x, *tensors = aliases([x, *ctx.shared, *rest[: len(rest) - ctx.kept]])
     weight = None if weight is None else weight.view_as(weight)
-    y = way.plain(Call(x, weight, None, tensors, ctx.starts, ctx.scale))
+    y = way.plain(Call(x, weight, None, tensors, ctx.scale))
     of_x, of_weight, *found = gradients(y, [x, weight, *tensors], gradient, again=True)
-    found[: len(of_handed)] = map(_added, of_handed, found)
+    found = list(map(_added, sums, found))
     wants_bias = ctx.needs_input_grad[_FIXED + 2]
     return [of_x, of_weight, gradient.sum(0) if wants_bias else None, *found]
 
 
-def apply_way(way: Way, call: Call, carried: bool) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return a layer's output, and the shared tensors that are handed on if they are `carried`."""
+def apply_way(way: Way, call: Call, values: Values | None) -> Tensor:
+    """Return a layer's output, and keep what it hands on among the values that layers share."""
     if is_traced():
-        return way.plain(call), ()
+        return way.plain(call)
     if not torch.is_grad_enabled():
-        return way.forward(call, False)[0], ()
-    x, weight, bias, tensors, starts, scale = call
-    found = Applied.apply(way, starts, carried, scale, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
-    return (found[0], found[1:]) if carried else (found, ())
+        return way.forward(call, False)[0]
+    x, weight, bias, tensors, scale = call
+    found = Applied.apply(way, scale, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
+    y, *handed = found if way.whole else (found,)
+    if values is not None:
+        for (_, key), tensor in zip(way.whole, handed, strict=True):
+            values[key] = {"": tensor}
+    return y

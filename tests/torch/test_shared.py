@@ -99,12 +99,13 @@ class Watched(dict):
         self.tell = tell
 
     def __setitem__(self, key, value):
-        self.tell(value)
+        for part in value.values():
+            self.tell(part)
         super().__setitem__(key, value)
 
 
 def watch_kept(monkeypatch, tell):
-    """Tell of every value that layers share, when it is made and when it is handed on."""
+    """Tell of every part of a value that layers share, when it is made."""
     original = Scope.values
 
     def values(self):

@@ -346,14 +346,14 @@ class Plain:
     """Autograd in place of a Function that keeps less."""
 
     @staticmethod
-    def apply(way, starts, carried, scale, x, weight, bias, *tensors):
-        y = way.plain(update.Call(x, weight, bias, tensors, starts, scale))
-        return (y, *tensors[: way.shared_count]) if carried else y
+    def apply(way, scale, x, weight, bias, *tensors):
+        y = way.plain(update.Call(x, weight, bias, tensors, scale))
+        return (y, *[tensors[place] for place, _ in way.whole]) if way.whole else y
 
 
 class FormedOnTheWay:
     @staticmethod
-    def apply(way, starts, carried, scale, x, weight, bias, left, right):
+    def apply(way, scale, x, weight, bias, left, right):
         return torch.nn.functional.linear(x, weight + left @ right.t(), bias)
 
 
@@ -375,7 +375,10 @@ def test_a_product_that_keeps_its_stages_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize("key", ["2-D aligned", "3-D aligned", "4-D aligned", "2-D + separable"])
 def test_a_gradient_of_the_whole_from_every_layer_is_noticed(monkeypatch, key):
-    monkeypatch.setattr(update, "Applied", Plain)
+    def cut(whole, ranges):
+        return [whole[start:stop] for start, stop in ranges]
+
+    monkeypatch.setattr(operands, "parts", cut)
     assert "large" in exceeded(CASES[key])
 
 

@@ -152,9 +152,8 @@ def test_a_support_that_is_formed_is_noticed():
 def test_a_scaled_weight_that_is_kept_is_noticed(monkeypatch):
     class Kept:
         @staticmethod
-        def apply(way, starts, carried, scale, x, weight, bias, *tensors):
-            assert not carried
-            return way.plain(update.Call(x, weight, bias, tensors, starts, scale))
+        def apply(way, scale, x, weight, bias, *tensors):
+            return way.plain(update.Call(x, weight, bias, tensors, scale))
 
     monkeypatch.setattr(update, "Applied", Kept)
     few, _ = added(FORMED["scale_weight"])
