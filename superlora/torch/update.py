@@ -586,8 +586,8 @@ def apply_way(way: Way, call: Call, values: Values | None) -> Tensor:
         return way.forward(call, False)[0]
     x, weight, bias, tensors, scale = call
     found = Applied.apply(way, scale, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
-    y, *handed = found if way.whole else (found,)
-    if values is not None:
-        for (_, key), tensor in zip(way.whole, handed, strict=True):
+    y: Tensor = found[0] if way.whole else found
+    if values is not None and way.whole:
+        for (_, key), tensor in zip(way.whole, found[1:], strict=True):
             values[key] = {"": tensor}
     return y
