@@ -46,7 +46,7 @@ def peer(name: str) -> Any:
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     """Let `fwht` use plain operations only."""
-    from superlora import walsh_hadamard
+    from superlora.maps import walsh_hadamard
 
     walsh_hadamard._failures.append(ImportError("not wanted"))
     try:
@@ -57,7 +57,7 @@ def without_kernels() -> Iterator[None]:
 
 def plain(x: Any) -> Any:
     """Return the transform by plain operations."""
-    from superlora.walsh_hadamard import fwht
+    from superlora.maps.walsh_hadamard import fwht
 
     with without_kernels():
         return fwht(x)
@@ -67,7 +67,7 @@ def candidates(rows: int, n: int, threads: int) -> dict[str, Callable[[], Any]]:
     """Return what is timed, by column; all read the same tensor, but the one in place."""
     import torch
 
-    from superlora.walsh_hadamard import fwht
+    from superlora.maps.walsh_hadamard import fwht
 
     shape = (n,) if rows == 1 else (rows, n)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -188,7 +188,7 @@ def main() -> None:
     import numpy
     import torch
 
-    from superlora.walsh_hadamard import fwht
+    from superlora.maps.walsh_hadamard import fwht
 
     torch.set_num_threads(options.threads)
     start = time.perf_counter()

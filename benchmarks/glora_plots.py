@@ -14,7 +14,7 @@ from matplotlib import pyplot
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import Patch
 
-from superlora.glora import Space
+from superlora.search import Space
 
 Row = dict[str, Any]
 # No date and no random identifiers, so that the same numbers make the same file.

@@ -17,6 +17,7 @@ import numpy
 
 import superlora as sl
 import superlora.torch as slt
+from superlora.checks import check_count
 from superlora.demo.fitting import Fit, Schedule, evaluator
 from superlora.demo.search import Options, find, keep, space_of
 from superlora.demo.search_config import Config, DigitSizes, SearchSettings, SupernetSettings
@@ -24,9 +25,8 @@ from superlora.demo.supernet import TARGETS, Trained, train_supernet
 from superlora.demo.tasks import Task
 from superlora.demo.train import new_head
 from superlora.demo.vit import VisionTransformer
-from superlora.glora import Space
-from superlora.glora.options import KINDS
-from superlora.values import check_count
+from superlora.search import Space
+from superlora.search.options import KINDS
 
 FORMAT = 4  # raised whenever the code changes what a point would come out as
 Row = dict[str, Any]

@@ -2,22 +2,17 @@
 
 # `__all__` names the presets, which a type checker finds by it.
 # ruff: noqa: F405
-import importlib
-
 from superlora import maps, operations, presets
+from superlora.algebra.folding import fold_group, unfold_group
 from superlora.algebra.kronecker import kronecker
 from superlora.algebra.tucker import tucker
-from superlora.axes import Axes
+from superlora.design.axes import Axes
+from superlora.design.spec import Spec
+from superlora.design.supports import OPERATIONS, support_shape
 from superlora.errors import AdapterError
-from superlora.folding import fold_group, unfold_group
+from superlora.maps.walsh_hadamard import fwht
 from superlora.plan import Plan
 from superlora.presets import *  # noqa: F403
-from superlora.spec import Spec
-from superlora.supports import OPERATIONS, support_shape
-from superlora.walsh_hadamard import fwht
-
-# The package of this name, which can be called as the preset, takes its place.
-importlib.import_module("superlora.glora")
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from superlora._backend import Array, backend_of
-from superlora.supports import OF_BIAS, OPERATIONS, check_operation, support_shape
+from superlora.design.supports import OF_BIAS, OPERATIONS, check_operation, support_shape
 
 # Those that give a layer without bias one.
 GIVES_BIAS = frozenset({"weight_to_bias", "add_bias"})

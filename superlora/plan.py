@@ -15,17 +15,17 @@ from superlora.algebra.form import (
     weight_delta,
     weight_deltas,
 )
-from superlora.axes import Axes
-from superlora.describe import describe
+from superlora.algebra.frozen import frozen_blocks
+from superlora.algebra.init import init_factors
+from superlora.design.axes import Axes
+from superlora.design.describe import describe
+from superlora.design.layout import Layout
 from superlora.design.network import Network
+from superlora.design.spec import Spec
+from superlora.design.supports import Supports
 from superlora.design.ways import Application, check_apply, no_factored_way
 from superlora.errors import some
-from superlora.frozen import frozen_blocks
-from superlora.init import init_factors
-from superlora.layout import Layout
 from superlora.operations import merge
-from superlora.spec import Spec
-from superlora.supports import Supports
 
 
 class Plan:

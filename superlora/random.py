@@ -12,7 +12,7 @@ import math
 import numpy
 from scipy.special import ndtri
 
-from superlora.values import check_count
+from superlora.checks import check_count
 
 # Of these derivations, in the maps that a file names; a later one gets another number.
 VERSION = 1

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import superlora as sl
 from superlora._backend import backend_of, from_numpy
-from superlora.shapes import divisors
+from superlora.design.fold_shape import divisors
 from tests.oracles import integers_in
 
 Shapes = dict[str, tuple[int, int]]

@@ -60,7 +60,7 @@ def test_blocks_of_failing_page_fail():
     assert doctest.DocTestRunner().run(example, out=lambda message: None).failed == 1
 
 
-@pytest.mark.parametrize("module", ["superlora", "superlora.glora", "superlora.torch"])
+@pytest.mark.parametrize("module", ["superlora", "superlora.search", "superlora.torch"])
 def test_api_pages_name_everything_public(module):
     """Each public name is an entry of a list on the API pages."""
     public = importlib.import_module(module).__all__

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from superlora._backend import Array, backend_of, eye
+from superlora.algebra.folding import ravel
 from superlora.algebra.kronecker import kronecker
 from superlora.algebra.run import run
+from superlora.design.layout import Layout
 from superlora.design.network import (
     Network,
     Opened,
@@ -19,8 +21,6 @@ from superlora.design.network import (
     Term,
 )
 from superlora.design.ways import Factored, row_pair
-from superlora.folding import ravel
-from superlora.layout import Layout
 from superlora.maps import Map
 
 # Gives the vector that a group's map makes, or some of its entries.

@@ -60,7 +60,7 @@ class Fit:
     schedule : Schedule
         How long and how fast.
     choose : callable, optional
-        Called with the number of a step before it, as `superlora.glora.Supernet.draw` is.
+        Called with the number of a step before it, as `superlora.search.Supernet.draw` is.
 
     Attributes
     ----------

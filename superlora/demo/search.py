@@ -22,11 +22,11 @@ from superlora.demo.supernet import Trained, check_images, load_supernet, train_
 from superlora.demo.tasks import Task
 from superlora.demo.train import ADAPTER_FILE, HEAD_FILE, count_correct, new_head
 from superlora.demo.vit import VisionTransformer
-from superlora.glora.limits import Limits
-from superlora.glora.outcome import Outcome
-from superlora.glora.searching import search
-from superlora.glora.space import Configuration, Space
-from superlora.torch.files import write_tensors
+from superlora.search.limits import Limits
+from superlora.search.outcome import Outcome
+from superlora.search.searching import search
+from superlora.search.space import Configuration, Space
+from superlora.torch.files.safetensors_file import write_tensors
 
 JOURNAL = "study.journal"
 
@@ -44,7 +44,7 @@ class Options:
     objectives : int
         1 for the accuracy, 2 for few parameters as well.
     sampler : str or None
-        As in `superlora.glora.search`.
+        As in `superlora.search.search`.
     storage : str or None
         A journal's path or a database's URL; by default a journal in `output`.
     seed : int

@@ -11,9 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from superlora.glora.evolution import Evolution
-from superlora.glora.options import KINDS, Option, check_known, checked_ranks
-from superlora.values import check_count
+from superlora.checks import check_count
+from superlora.search.evolution import Evolution
+from superlora.search.options import KINDS, Option, check_known, checked_ranks
 
 DIGITS, VTAB = "digits", "vtab-1k"
 PACKAGED = (DIGITS, VTAB)
@@ -89,7 +89,7 @@ class SupernetSettings:
             _check_kinds(f"options.{operation}", kinds, KINDS[operation])
 
     def operations(self) -> dict[str, tuple[Option, ...]] | None:
-        """Return the operations of the space, as `superlora.glora.Space` takes them.
+        """Return the operations of the space, as `superlora.search.Space` takes them.
 
         Returns
         -------
@@ -120,7 +120,7 @@ class SearchSettings:
     trials : int
         Configurations to evaluate.
     population, parents, mutations, crossovers : int
-        As in `superlora.glora.Evolution`.
+        As in `superlora.search.Evolution`.
     """
 
     trials: int = 1000

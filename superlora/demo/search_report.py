@@ -12,8 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from superlora.demo.report import replace_file, write_json
-from superlora.glora.outcome import Candidate, Outcome
-from superlora.glora.space import Configuration
+from superlora.search.outcome import Candidate, Outcome
+from superlora.search.space import Configuration
 
 SHOWN = 10
 

@@ -26,9 +26,9 @@ from superlora.demo.search_config import SearchError, SupernetSettings
 from superlora.demo.tasks import Task
 from superlora.demo.train import new_head
 from superlora.demo.vit import VisionTransformer
-from superlora.glora.settings import differences
-from superlora.glora.supernet import Supernet
-from superlora.torch.files import write_tensors
+from superlora.search.settings import differences
+from superlora.search.supernet import Supernet
+from superlora.torch.files.safetensors_file import write_tensors
 
 TARGETS = ("qkv", "proj", "fc1", "fc2")
 """The linear layers of a block, as GLoRA's authors adapt them."""

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from superlora.design.contraction import TOKENS, Contraction, Cost, Labels, contract
-from superlora.grouping import Piece, cut_pieces
-from superlora.shapes import Shape
-from superlora.slicing import Box, slice_of
-from superlora.splitting import Split, mode_of
+from superlora.design.fold_shape import Shape
+from superlora.design.grouping import Piece, cut_pieces
+from superlora.design.slices import Box, slice_of
+from superlora.design.splits import Split, mode_of
 
 if TYPE_CHECKING:
-    from superlora.layout import Layout
+    from superlora.design.layout import Layout
 
 
 # The numbers of tokens that paths are planned for.

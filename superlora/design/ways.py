@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from superlora.design.contraction import Cost
+from superlora.design.fold_shape import Shape, ceil_divide
 from superlora.design.network import (
     Opened,
     Source,
@@ -16,10 +17,9 @@ from superlora.design.network import (
     row_slice,
 )
 from superlora.errors import some
-from superlora.shapes import Shape, ceil_divide
 
 if TYPE_CHECKING:
-    from superlora.layout import Layout
+    from superlora.design.layout import Layout
 
 FORMED = "formed"
 APPLY = ("auto", "factored", "formed")

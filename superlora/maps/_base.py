@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy
 
 from superlora._backend import Array, backend_of, constant
-from superlora.values import hashable
+from superlora.checks import hashable
 
 
 @dataclass(frozen=True)

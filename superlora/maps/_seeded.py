@@ -11,10 +11,10 @@ from typing import ClassVar
 import numpy
 
 from superlora._backend import Array, backend_of, cast, check_floating, widened
+from superlora.checks import check_count, hashable
 from superlora.maps._base import Map, Place
-from superlora.permutations import Permutation
+from superlora.maps.permutations import Permutation
 from superlora.random import VERSION, check_seed
-from superlora.values import check_count, hashable
 
 NORMALIZE = ("isometric", "variance", None)
 # Seeds of one map: signs, numbers, permutations small and large, each with streams of its own.

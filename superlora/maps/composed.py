@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy
 
 from superlora._backend import Array
+from superlora.checks import check_count
 from superlora.maps._base import Map, Place
 from superlora.maps._seeded import CheckedMap, joined
-from superlora.values import check_count
 
 # Entries that may lie between two maps, besides 16 times as many as the group has.
 _MOST_BETWEEN = 1 << 24

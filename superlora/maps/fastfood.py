@@ -20,13 +20,13 @@ from superlora.maps._seeded import (
     scale_of,
 )
 from superlora.maps.moves import padded, position_type
-from superlora.permutations import Permutation, check_size, permutation_rows
-from superlora.random import coarse_normals, signs
-from superlora.walsh_hadamard import (
+from superlora.maps.permutations import Permutation, check_size, permutation_rows
+from superlora.maps.walsh_hadamard import (
     next_power_of_two,
     transform_cropped,
     transform_padded,
 )
+from superlora.random import coarse_normals, signs
 
 _CHUNK = 1 << 18  # entries of stacked blocks that are worked out at once
 

@@ -13,8 +13,8 @@ import numpy
 from superlora._backend import Array, backend_of, cast
 from superlora.maps._seeded import CHECKED, NORMALIZE, NORMALS, SeededMap, chunks, joined, scale_of
 from superlora.maps.fastfood import Fastfood
+from superlora.maps.walsh_hadamard import next_power_of_two
 from superlora.random import coarse_normals
-from superlora.walsh_hadamard import next_power_of_two
 
 _MOST = 1 << 28  # entries of a dense matrix
 _KEPT = 1 << 24  # that are kept in memory

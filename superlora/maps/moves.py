@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy
 
 from superlora._backend import Array, backend_of, ones, scatter_add, take, zeros
+from superlora.checks import check_count
 from superlora.maps._base import Map, Place
 from superlora.maps._seeded import (
     CHECKED,
@@ -18,8 +19,7 @@ from superlora.maps._seeded import (
     joined,
     weight_shape,
 )
-from superlora.permutations import Permutation
-from superlora.values import check_count
+from superlora.maps.permutations import Permutation
 
 
 @dataclass(frozen=True)

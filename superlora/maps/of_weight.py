@@ -20,6 +20,7 @@ from superlora._backend import (
     widened,
     zeros,
 )
+from superlora.checks import check_count
 from superlora.maps._base import Map, Place
 from superlora.maps._seeded import (
     CheckedMap,
@@ -31,7 +32,6 @@ from superlora.maps._seeded import (
     with_shape,
 )
 from superlora.maps.moves import position_type
-from superlora.values import check_count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy
 
 from superlora._backend import Array, cast, scatter_add, take
+from superlora.checks import check_count
 from superlora.maps._seeded import (
     CHECKED,
     NORMALIZE,
@@ -20,9 +21,8 @@ from superlora.maps._seeded import (
     joined,
 )
 from superlora.maps.moves import position_type
-from superlora.permutations import Permutation, permutation_rows
+from superlora.maps.permutations import Permutation, permutation_rows
 from superlora.random import signs
-from superlora.values import check_count
 
 _CHUNK = 1 << 19  # entries whose constants are made at once
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from superlora.spec import Spec
+from superlora.design.spec import Spec
 
 
 def make(changes: dict[str, Any], **fields: Any) -> Spec:

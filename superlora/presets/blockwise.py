@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from superlora.checks import check_count
+from superlora.design.spec import Spec
 from superlora.presets._make import by_rank, make, refuse_rank
-from superlora.spec import Spec
-from superlora.values import check_count
 
 
 def gralora(rank: int = 32, blocks: int = 2, **changes: Any) -> Spec:

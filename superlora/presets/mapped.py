@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from superlora.design.spec import Spec
 from superlora.maps import Circulant, Fastfood, Fourier, Gaussian, OneHot, Wavelet
 from superlora.presets._make import make, refuse_rank
-from superlora.spec import Spec
 
 
 def fourierft(size: int = 1000, scale: float = 150.0, seed: int = 0, **changes: Any) -> Spec:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from superlora.checks import check_count
+from superlora.design.spec import Spec
+from superlora.design.supports import check_operation
 from superlora.maps import Broadcast
 from superlora.presets.weightwise import dense, lora
-from superlora.spec import Spec
-from superlora.supports import check_operation
-from superlora.values import check_count
 
 Option = int | str
 Designs = dict[str, Any]

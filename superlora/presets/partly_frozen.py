@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from superlora.design.spec import Spec
 from superlora.presets._make import make
-from superlora.spec import Spec
 
 
 def lora_fa(rank: int = 8, **changes: Any) -> Spec:

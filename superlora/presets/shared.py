@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from superlora._checks import Rank, check_choice
+from superlora.design.spec import Spec
+from superlora.design.spec_checks import Rank, check_choice
 from superlora.presets._make import make
 from superlora.presets.partly_frozen import vera
-from superlora.spec import Spec
 
 
 def lotr(rank: int = 16, **changes: Any) -> Spec:

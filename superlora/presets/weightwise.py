@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from superlora._checks import Rank
+from superlora.design.spec import Spec
+from superlora.design.spec_checks import Rank
 from superlora.presets._make import make, refuse_rank
-from superlora.spec import Spec
 
 
 def dense(**changes: Any) -> Spec:

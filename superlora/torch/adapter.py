@@ -21,7 +21,7 @@ from superlora.torch.site import Site
 from superlora.torch.walk import Frozen, outside_adapters, release
 
 if TYPE_CHECKING:
-    from superlora.torch.peers import Export
+    from superlora.torch.interop.formats import Export
 
 
 class Adapter(Blocks):
@@ -307,7 +307,7 @@ class Adapter(Blocks):
         Every factor is stored once, beside the spec with the scale now in force,
         the ordered names and shapes of the layers, and a format version.
         """
-        from superlora.torch.state import save_adapter
+        from superlora.torch.files.state import save_adapter
 
         save_adapter(self, Path(path))
 
@@ -346,7 +346,7 @@ class Adapter(Blocks):
         >>> bool(adapter.delta("").any())
         False
         """
-        from superlora.torch.swap import swap_adapter
+        from superlora.torch.files.swap import swap_adapter
 
         swap_adapter(self, Path(path))
 
@@ -385,7 +385,7 @@ class Adapter(Blocks):
         is aligned has two thin factors, which are a LoRA of their inner width exactly; with a
         rank or an energy it is truncated by its singular values.
         """
-        from superlora.torch.peft import save_peft
+        from superlora.torch.interop.peft import save_peft
 
         return save_peft(self, Path(directory), rank, energy)
 
@@ -424,7 +424,7 @@ class Adapter(Blocks):
             If an update needs a rank or an energy and none is given, or a layer is
             none of LyCORIS's, or has another's name once its dots are underscores.
         """
-        from superlora.torch.lycoris import save_lycoris
+        from superlora.torch.interop.lycoris import save_lycoris
 
         return save_lycoris(self, Path(path), rank, energy, prefix)
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from superlora._backend import backend_of
+from superlora.algebra.frozen import each_frozen
+from superlora.algebra.init import each_factor
+from superlora.design.spec import Spec
+from superlora.design.supports import Supports, design_of
 from superlora.design.ways import check_apply
 from superlora.errors import AdapterError, some
-from superlora.frozen import each_frozen
-from superlora.init import each_factor
 from superlora.maps._check import check, is_own
 from superlora.plan import Plan
-from superlora.spec import Spec
-from superlora.supports import Supports, design_of
 from superlora.torch.adapter import Adapter, adapters_of, registered
 from superlora.torch.layers import parameter_of, shape_of, weight_of
 from superlora.torch.replaced import Replaced

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from superlora.algebra.form import map_slice, source_array, with_blocks
+from superlora.algebra.frozen import each_frozen
+from superlora.algebra.init import each_factor
 from superlora.design.network import Source
 from superlora.design.ways import check_apply
-from superlora.frozen import each_frozen
-from superlora.init import each_factor
 from superlora.plan import Plan
 from superlora.torch.autograd import without_autocast
 from superlora.torch.scope import Scope

@@ -22,6 +22,8 @@ from superlora.algebra.form import (
     total,
 )
 from superlora.algebra.run import run
+from superlora.design.grouping import cut_pieces
+from superlora.design.layout import Layout
 from superlora.design.network import (
     Network,
     Opened,
@@ -31,8 +33,6 @@ from superlora.design.network import (
     weight_network,
 )
 from superlora.design.ways import rows_of
-from superlora.grouping import cut_pieces
-from superlora.layout import Layout
 from superlora.torch.autograd import made, moved, parts
 
 if TYPE_CHECKING:

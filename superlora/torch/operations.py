@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from superlora import operations
-from superlora.supports import ADD, OF_BIAS
+from superlora.design.supports import ADD, OF_BIAS
 from superlora.torch.autograd import autocasts, without_autocast
 from superlora.torch.support import Support, product, sum_output
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
-from superlora.torch.files import other_shapes
+from superlora.torch.files.safetensors_file import other_shapes
 from superlora.torch.site import Site
 
 

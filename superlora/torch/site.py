@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from superlora.supports import OPERATIONS
+from superlora.design.supports import OPERATIONS
 from superlora.torch import row_wise
 from superlora.torch.layers import (
     bias_of,

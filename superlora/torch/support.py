@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from superlora.algebra.form import joint_entries
+from superlora.design.supports import ADD
 from superlora.design.ways import FORMED
-from superlora.supports import ADD
 from superlora.torch.autograd import autocasts, is_traced, without_autocast
 from superlora.torch.operands import Operands, formed_operands
 from superlora.torch.update import (

@@ -18,9 +18,9 @@ from superlora._backend import backend_of
 from superlora.algebra.form import form, scaled, take, total
 from superlora.algebra.run import contract_pair, matrices, run, take_step
 from superlora.design.contraction import Contraction
+from superlora.design.layout import Layout
 from superlora.design.network import Operand
 from superlora.design.ways import Factored
-from superlora.layout import Layout
 from superlora.torch.autograd import (
     aliases,
     gradients,

@@ -11,7 +11,7 @@ pytest.importorskip("safetensors")
 
 from superlora.demo.fitting import Fit, Schedule, evaluator  # noqa: E402
 from superlora.demo.train import new_head, rate_share  # noqa: E402
-from superlora.glora import Supernet  # noqa: E402
+from superlora.search import Supernet  # noqa: E402
 from tests.demo.search_cases import make_base, make_task  # noqa: E402
 
 

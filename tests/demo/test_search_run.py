@@ -35,7 +35,7 @@ from superlora.demo.supernet import (  # noqa: E402
     train_supernet,
 )
 from superlora.demo.train import new_head  # noqa: E402
-from superlora.glora import Supernet  # noqa: E402
+from superlora.search import Supernet  # noqa: E402
 from tests.demo.search_cases import CONFIG, make_base, make_task  # noqa: E402
 
 QUIET = Console(quiet=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import superlora as sl
 import superlora.torch as slt
-from superlora.torch.peers import low_rank_layer, product
+from superlora.torch.interop.formats import low_rank_layer, product
 from tests.interop.models import assert_outputs, attach_random, load_with_peft, make_x, quiet
 
 # Formed (balanced), and by thin factors (aligned, stack, Hadamard).

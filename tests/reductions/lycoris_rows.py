@@ -137,9 +137,10 @@ def lokr(drawn: Options, modules: Modules, **fields: Any) -> sl.Spec:
 def unbalanced(drawn: Options, modules: Modules) -> sl.Spec:
     """Say a first split with the larger part of the outputs and the smaller of the inputs."""
     own = dict(lokr(drawn, modules).overrides)
+    bounded = sl.design.fold_shape.bounded_splits
     folds = {}
     for key, module in zip(drawn.keys, modules.values(), strict=True):
-        (small, inputs), (large, others) = sl.shapes.bounded_splits(module.shape, 2, None)
+        (small, inputs), (large, others) = bounded(module.shape, 2, None)
         folds[key] = {**dict(own.get(key, ())), "fold": ((large, inputs), (small, others))}
     return sl.lokr(drawn.rank, alpha=drawn.alpha, overrides=folds)
 

@@ -9,7 +9,7 @@ from lycoris.functional.general import factorization
 from peft.tuners.lokr.layer import factorization as peft_factorization
 
 import superlora as sl
-from superlora.shapes import bounded_splits
+from superlora.design.fold_shape import bounded_splits
 from tests.strategies import make_plan
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 import superlora as sl
-from superlora import maps, permutations
+from superlora import maps
 from superlora.algebra import form
 from superlora.algebra.form import run_term
 from superlora.design.network import Factorisation, Term
+from superlora.maps import permutations
 from tests.reductions.cases import (
     Case,
     Ours,

@@ -134,7 +134,7 @@ def test_a_part_of_a_model():
 
 def test_attaching_draws_nothing(monkeypatch):
     """Seventy billion parameters have factors of gigabytes."""
-    from superlora import frozen, init
+    from superlora.algebra import frozen, init
 
     def refuse(*arguments):
         raise AssertionError("drawn")

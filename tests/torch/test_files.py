@@ -12,7 +12,7 @@ from torch import nn
 
 import superlora as sl
 import superlora.torch as slt
-from superlora.torch import files
+from superlora.torch.files import safetensors_file as files
 from tests.torch.helpers import (
     SPECS,
     assert_near,

@@ -1,0 +1,164 @@
+"""Frozen blocks: drawn from a seed, ones, or singular vectors of the weight they adapt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+import numpy
+
+from superlora._backend import Array, backend_of, from_numpy, widened
+from superlora.algebra.init import frozen_variance, is_last
+from superlora.design.layout import Layout
+from superlora.random import normal
+
+# Apart from the streams of the initial factors, which count from 0.
+_FIRST_STREAM = 1 << 63
+_CHUNK = 1 << 13  # entries; from 10,000 on BLAS wakes threads for each dot product
+# The exponent of the singular values that each source multiplies to its vectors.
+_POWERS = {"singular": 0.0, "singular_root": 0.5, "singular_scaled": 1.0}
+
+
+def frozen_blocks(
+    layout: Layout,
+    weights: Mapping[str, Array] | None = None,
+    like: Any = numpy.float32,
+    *,
+    singular: bool = True,
+) -> dict[str, Array]:
+    """Make the blocks that are not trained.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    weights : mapping of str to array, optional
+        Of their own shapes, those whose singular vectors are asked for.
+    like : array or dtype
+        Library, dtype and device of the result.
+    singular : bool
+        Whether to make singular vectors.
+
+    Returns
+    -------
+    dict of str to array
+        Every frozen block by name, but those that are ``"stored"``.
+
+    Raises
+    ------
+    TypeError
+        If `like` is not of a floating-point type.
+    ValueError
+        If a weight is missing, has another shape than the plan says, or is not finite.
+
+    Notes
+    -----
+    Random blocks are normal, of the variance that `frozen_variance` gives, from the spec's
+    own seed. Singular vectors have signs such that the largest entry of every left one is
+    positive, so that they do not depend on the library.
+    """
+    return {
+        name: from_numpy(values, like)
+        for name, values in each_frozen(layout, weights, singular=singular)
+    }
+
+
+def each_frozen(
+    layout: Layout,
+    weights: Mapping[str, Array] | None = None,
+    *,
+    singular: bool = True,
+    skipped: Container[str] = (),
+) -> Iterator[tuple[str, numpy.ndarray]]:
+    """Make what `frozen_blocks` returns, one block at a time.
+
+    Parameters
+    ----------
+    layout : Layout
+        What lies where.
+    weights : mapping of str to array, optional
+        Of their own shapes, those whose singular vectors are asked for.
+    singular : bool
+        Whether to make singular vectors.
+    skipped : container of str
+        Blocks that are not made.
+
+    Yields
+    ------
+    (str, numpy.ndarray)
+        Name and values.
+    """
+    decomposed: dict[int, tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] = {}
+    for stream, (name, source) in enumerate(layout.frozen.items()):
+        shape = layout.block_shapes[name]
+        group, index, leaf = name.split(".")
+        split = layout.groups[int(group)].splits[int(index)]
+        last = is_last(split, leaf)
+        if source == "stored" or name in skipped:
+            continue
+        if source == "ones":
+            values = numpy.ones(shape)
+        elif source == "random":
+            seed = layout.specs[int(group)].seed
+            deviation = frozen_variance(source, shape, last) ** 0.5
+            values = normal(seed, _FIRST_STREAM + stream, shape) * deviation
+        else:
+            if not singular:
+                continue
+            if int(group) not in decomposed:
+                decomposed[int(group)] = _decompose(layout, int(group), weights or {})
+            left, numbers, right = decomposed[int(group)]
+            vectors = (right if last else left)[:, : shape[1]]
+            values = vectors * numbers[: shape[1]] ** _POWERS[source]
+        yield name, values
+
+
+def fingerprint(block: numpy.ndarray) -> float:
+    """Return a number that tells whether a frozen block was made anew as it was.
+
+    Parameters
+    ----------
+    block : numpy.ndarray
+        A frozen block.
+
+    Returns
+    -------
+    float
+        A fixed combination of n entries, relative to their norm and to six digits. Rounding by
+        a relative e changes it by at most ``e sqrt(n)``, other values by about 1.
+    """
+    entries = block.reshape(-1)
+    total = squares = 0.0
+    for start in range(0, entries.size, _CHUNK):
+        part = entries[start : start + _CHUNK].astype(numpy.float64)
+        total += float(part @ numpy.cos(1.0 + start + numpy.arange(part.size)))
+        squares += float(part @ part)
+    return round(total / (math.sqrt(squares) or 1.0), 6)
+
+
+def _decompose(
+    layout: Layout, group: int, weights: Mapping[str, Array]
+) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    ((held, start, piece),) = layout.grouping.contents[group]
+    name, shape, (_, width) = layout.layer_of[held], layout.axes[held].shape, layout.shapes[held]
+    if name not in weights:
+        raise ValueError(
+            f"weights must hold {name!r}, whose singular vectors the spec asks for: it is missing"
+        )
+    weight = weights[name]
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"weights[{name!r}] must have shape {shape}: got {tuple(weight.shape)}")
+    weight = widened(weight)
+    library = backend_of(weight)
+    if not layout.axes[held].plain:  # of a stack only the group's own rows
+        rows = slice(start // width, (start + piece.stop - piece.start) // width)
+        weight = library.reshape(weight, layout.shapes[held])[rows]
+    if not numpy.isfinite(library.to_numpy(weight)).all():
+        raise ValueError(f"weights[{name!r}] must be finite to have singular vectors")
+    left, numbers, right = map(
+        numpy.asarray, map(library.to_numpy, library.svd(weight, full_matrices=False))
+    )
+    columns = numpy.arange(left.shape[1])
+    signs = numpy.sign(left[numpy.abs(left).argmax(axis=0), columns])
+    return left * signs, numbers, right.T * signs

@@ -1,0 +1,332 @@
+"""What a layer may have: operations, their options and costs, and checks of what is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from superlora.checks import check_count, hashable
+from superlora.errors import some
+
+Option = int | str
+"""A rank, or ``"vector"``, ``"constant"``, ``"none"``."""
+
+Configuration = Mapping[str, Mapping[str, Option]]
+"""An option for every layer and operation: ``configuration[layer][operation]``."""
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "scale_weight": ("rank", "vector", "constant", "none"),
+    "add_weight": ("rank", "vector", "constant", "none"),
+    "weight_to_bias": ("rank", "vector", "none"),
+    "scale_bias": ("vector", "constant", "none"),
+    "add_bias": ("vector", "constant", "none"),
+}
+"""GLoRA's operations A, B, C, D and E, and the kinds of options that each may have."""
+
+_Value = TypeVar("_Value")
+
+
+class Ordered(Mapping[str, _Value]):
+    """A mapping that cannot be changed and can be hashed; its order is part of it.
+
+    Parameters
+    ----------
+    items : mapping or iterable of pairs
+        Keys and hashable values.
+
+    Examples
+    --------
+    >>> Ordered({"a": 1})["a"]
+    1
+    """
+
+    def __init__(self, items: Mapping[str, _Value] | Iterable[tuple[str, _Value]]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> _Value:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._items.items()))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Ordered):
+            return NotImplemented
+        return tuple(self._items.items()) == tuple(other._items.items())
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+def cost_of(operation: str, option: Option, outputs: int, inputs: int) -> int:
+    """Count the parameters of one support tensor.
+
+    Parameters
+    ----------
+    operation : str
+        A key of `KINDS`.
+    option : int or str
+        One of its options.
+    outputs, inputs : int
+        The layer's widths.
+
+    Returns
+    -------
+    int
+        The exact number.
+    """
+    if isinstance(option, int):
+        return option * (inputs + (1 if operation == "weight_to_bias" else outputs))
+    vector = inputs if operation == "weight_to_bias" else outputs
+    return {"vector": vector, "constant": 1, "none": 0}[option]
+
+
+def checked_layers(value: Any) -> Ordered[tuple[int, int]]:
+    """Return the widths of layers, or say what they must be.
+
+    Parameters
+    ----------
+    value : mapping of str to (int, int)
+        As given by a user.
+
+    Returns
+    -------
+    Ordered
+        The same, in the same order.
+
+    Raises
+    ------
+    TypeError
+        If it is no such mapping.
+    """
+    if not isinstance(value, Mapping) or not value:
+        raise TypeError(f"layers must be a mapping of names to widths, not empty: got {value!r}")
+    checked = {}
+    for name, widths in value.items():
+        if not isinstance(name, str):
+            raise TypeError(f"layers must have names of type str: got {name!r}")
+        pair = hashable(list(widths) if isinstance(widths, Iterable) else widths)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TypeError(f"layers[{name!r}] must be (output width, input width): got {widths!r}")
+        outputs, inputs = (check_count(f"layers[{name!r}]", width) for width in pair)
+        checked[name] = (outputs, inputs)
+    return Ordered(checked)
+
+
+def checked_subset(value: Any, layers: Iterable[str]) -> tuple[str, ...]:
+    """Return names of layers in the layers' order, or say what they must be.
+
+    Parameters
+    ----------
+    value : sequence of str
+        As given by a user.
+    layers : iterable of str
+        All there are.
+
+    Returns
+    -------
+    tuple of str
+        The same names.
+
+    Raises
+    ------
+    TypeError
+        If they are no sequence.
+    ValueError
+        If one is no layer's.
+    """
+    names = hashable(value)
+    if not isinstance(names, tuple):
+        raise TypeError(f"without_bias must be a sequence of names: got {value!r}")
+    every = list(layers)
+    for name in names:
+        check_known("without_bias", name, every)
+    return tuple(name for name in every if name in names)
+
+
+def checked_ranks(value: Any) -> tuple[int, ...]:
+    """Return ranks in descending order, or say what they must be.
+
+    Parameters
+    ----------
+    value : sequence of int
+        As given by a user.
+
+    Returns
+    -------
+    tuple of int
+        The same numbers.
+
+    Raises
+    ------
+    TypeError
+        If they are no integers.
+    ValueError
+        If they are not positive, or not distinct.
+    """
+    ranks = hashable(value)
+    if not isinstance(ranks, tuple) or not ranks:
+        raise TypeError(f"ranks must be a sequence of integers, not empty: got {value!r}")
+    for rank in ranks:
+        check_count("ranks", rank)
+    if len(set(ranks)) < len(ranks):
+        raise ValueError(f"ranks must be distinct: got {list(ranks)}")
+    return tuple(sorted(ranks, reverse=True))
+
+
+def refuse_rank_above(largest: int, place: str, option: object) -> None:
+    """Refuse a rank that a supernet does not store.
+
+    Parameters
+    ----------
+    largest : int
+        The largest rank of the space.
+    place : str
+        Where the option stands.
+    option : object
+        An option; only integers are looked at.
+
+    Raises
+    ------
+    ValueError
+        If it is a larger rank.
+    """
+    if isinstance(option, int) and option > largest:
+        raise ValueError(
+            f"rank must be at most {largest}, the largest of the space: got {option} in {place}"
+        )
+
+
+def checked_operations(
+    value: Any, ranks: tuple[int, ...], *, biases: bool = True
+) -> Ordered[tuple[Option, ...]]:
+    """Return the options of operations in their usual order, or say what they must be.
+
+    Parameters
+    ----------
+    value : mapping of str to sequence, or None
+        As given by a user; None for all options of all operations.
+    ranks : tuple of int
+        The ranks of the space.
+    biases : bool
+        Whether any layer has a bias to be scaled.
+
+    Returns
+    -------
+    Ordered
+        The options by operation.
+
+    Raises
+    ------
+    TypeError
+        If it is no such mapping.
+    ValueError
+        If an operation or an option is none.
+    """
+    every: dict[str, tuple[Option, ...]] = {
+        name: (*(ranks if "rank" in kinds else ()), *(kind for kind in kinds if kind != "rank"))
+        for name, kinds in KINDS.items()
+        if biases or name != "scale_bias"
+    }
+    if value is None:
+        return Ordered(every)
+    if not isinstance(value, Mapping) or not value:
+        raise TypeError(f"operations must be a mapping of some operations: got {value!r}")
+    unknown = [name for name in value if name not in KINDS]
+    if unknown:
+        raise ValueError(f"operations must be some of {list(KINDS)}: got also {unknown}")
+    if "scale_bias" in value and not biases:
+        raise ValueError("operations must not have 'scale_bias' where no layer has a bias")
+    return Ordered(
+        {
+            name: _checked_options(f"operations[{name!r}]", value[name], allowed, ranks[0])
+            for name, allowed in every.items()
+            if name in value
+        }
+    )
+
+
+def _checked_options(
+    place: str, value: Any, allowed: tuple[Option, ...], largest: int
+) -> tuple[Option, ...]:
+    options = hashable(value)
+    if not isinstance(options, tuple) or not options:
+        raise TypeError(f"{place} must be a sequence of options: got {value!r}")
+    for option in options:
+        refuse_rank_above(largest, place, option)
+        if isinstance(option, bool) or option not in allowed:
+            raise ValueError(f"{place} must be of {list(allowed)}: got {option!r}")
+    if len(set(options)) < len(options):
+        raise ValueError(f"{place} must be distinct: got {list(options)}")
+    return tuple(option for option in allowed if option in options)
+
+
+def check_known(kind: str, name: object, names: Iterable[str]) -> None:
+    """Refuse a name that is none of those given.
+
+    Parameters
+    ----------
+    kind : str
+        What is named.
+    name : object
+        The name.
+    names : iterable of str
+        Those that there are.
+
+    Raises
+    ------
+    ValueError
+        If it is none of them.
+    """
+    listed = list(names)
+    if name not in listed:
+        raise ValueError(f"{kind} must be one of {some(map(repr, listed))}: got {name!r}")
+
+
+def check_names(place: str, value: object, names: Iterable[str]) -> None:
+    """Refuse what is no mapping with exactly these keys.
+
+    Parameters
+    ----------
+    place : str
+        What the error message calls it.
+    value : object
+        As given by a user.
+    names : iterable of str
+        The keys.
+
+    Raises
+    ------
+    TypeError
+        If it is no mapping.
+    ValueError
+        If a key is missing or unknown.
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{place} must be a mapping: got {value!r}")
+    expected = dict.fromkeys(names)
+    missing = [name for name in expected if name not in value]
+    unknown = [name for name in value if name not in expected]
+    if missing or unknown:
+        parts = [
+            f"{word} {some(map(repr, found))}"
+            for word, found in (("without", missing), ("also", unknown))
+            if found
+        ]
+        raise ValueError(
+            f"{place} must have exactly the keys {some(map(repr, expected))}: "
+            f"got one {' and '.join(parts)}"
+        )
+
+
+def digest(value: Any) -> str:
+    """Return 20 hexadecimal digits, the same for equal JSON values."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]

@@ -1,0 +1,1 @@
+"""Files of adapters: written, read, and swapped into a model."""

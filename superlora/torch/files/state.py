@@ -1,0 +1,306 @@
+"""One adapter, one safetensors file: every factor once, and what it needs to be loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from superlora.algebra.frozen import fingerprint
+from superlora.design.spec import Spec
+from superlora.design.supports import OF_BIAS, Supports, design_from_dict
+from superlora.design.ways import check_apply
+from superlora.errors import some
+from superlora.plan import Plan
+from superlora.torch.adapter import Adapter
+from superlora.torch.attach import check_free, check_model, frozen_of, host_of, placed, register
+from superlora.torch.files.safetensors_file import (
+    Header,
+    other_shapes,
+    read_tensors,
+    unfit_dtypes,
+    write_tensors,
+)
+from superlora.torch.layers import is_adaptable, parameter_of, refuse_empty, shape_of
+from superlora.torch.replaced import refuse_unfit
+from superlora.torch.site import Site
+from superlora.torch.targets import find_targets
+
+FORMAT_VERSION = 1
+# Before the names of the model's own parameters that come with the adapter.
+MODEL = "model."
+# One metadata key: safetensors writes several in no fixed order.
+KEY = "superlora"
+# What reading a header of other values than ours can raise.
+_UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# Between fingerprints: rounding changes one by less.
+TOLERANCE = 1e-3
+# What the maps of a plan draw never changes.
+_CHECKSUMS: weakref.WeakKeyDictionary[Plan, dict[str, int]] = weakref.WeakKeyDictionary()
+
+
+def save_adapter(adapter: Adapter, path: Path) -> None:
+    """Write an adapter's factors and description to `path`, atomically."""
+    refuse_empty(f"adapter {adapter.name!r} must have memory to be saved", adapter.factors())
+    blocks = {name: block.detach().cpu() for name, block in adapter.factors().items()}
+    header: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "spec": adapter.plan.spec.to_dict(),
+        "weights": [[name, list(shape)] for name, shape in adapter.plan.layout.layers.items()],
+    }
+    if adapter.scale != adapter.plan.scale:
+        header["scale"] = adapter.scale
+    if without := _without_bias(adapter.plan, adapter.layers()):
+        header["without_bias"] = without
+    tensors = {name: blocks[name] for name in stored_shapes(adapter.plan)}
+    made = {name: block for name, block in blocks.items() if name not in tensors}
+    if made:
+        header["frozen"] = {name: print_of(block) for name, block in made.items()}
+    checksums = checksums_of(adapter.plan)
+    if checksums:
+        header["maps"] = checksums
+    if adapter.replaced is not None:
+        tensors |= {MODEL + name: value for name, value in adapter.replaced.parameters().items()}
+    write_tensors(path, tensors, {KEY: json.dumps(header, separators=(",", ":"))})
+
+
+def load(
+    model: nn.Module, path: str | Path, *, name: str = "superlora", apply: str = "auto"
+) -> Adapter:
+    """Attach a saved adapter to a model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model with layers of the names and shapes that the file gives.
+    path : str or pathlib.Path
+        A file that ``Adapter.save`` wrote.
+    name : str
+        The attribute of `model` under which the adapter is registered.
+    apply : {"auto", "factored", "formed"}
+        Whether updates are formed in the forward pass, as in `attach`.
+
+    Returns
+    -------
+    Adapter
+        With the very factors that were saved, on the layers' devices.
+
+    Raises
+    ------
+    AdapterError
+        If `model` has an attribute of that name, or a weight lies on the meta
+        device.
+    FileNotFoundError
+        If there is no such file.
+    TypeError
+        If `model` is not a module, or a weight is not of a floating-point type.
+    ValueError
+        If the file is truncated, not an adapter, of another format version, for
+        other names or shapes, or has missing or extra tensors, or its maps or frozen
+        blocks are not drawn as they were: they are listed, and the model is as it was.
+    """
+    check_model(model)
+    path = Path(path)
+
+    def check(metadata: Mapping[str, str], tensors: Header) -> tuple[Plan, Description]:
+        description = description_of(metadata, path)
+        with valid_header(path):
+            plan = Plan(description.spec, description.layers)
+        check_tensors(plan, tensors, path)
+        return plan, description
+
+    (plan, description), tensors = read_tensors(path, check)
+    check_apply(apply, plan.layout)
+    factors = {key: value for key, value in tensors.items() if not key.startswith(MODEL)}
+    replaced = {
+        key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)
+    }
+    modules = find_layers(model, plan.layout.layers, path)
+    check_biases(plan, modules, description, path)
+    check_free(model, host_of(model, modules), name)
+    check_maps(plan, description, path)
+    refuse_unfit(model, replaced, path)
+    # Rounded as they were when they were saved.
+    dtype = factors[next(iter(plan.factor_shapes))].dtype
+    made = {name: block.to(dtype) for name, block in frozen_of(plan, modules).items()}
+    check_frozen({name: print_of(block) for name, block in made.items()}, description, path)
+    blocks = placed(plan, modules, factors | made, dtype)
+    adapter = register(model, plan, modules, blocks, name, replaced=replaced)
+    adapter.scale = description.scale
+    adapter.applied = apply
+    return adapter
+
+
+@dataclass
+class Description:
+    """What a file's header says of its adapter: the scale and the layers' shapes as saved."""
+
+    spec: Spec | Supports
+    scale: float
+    layers: dict[str, tuple[int, int]]
+    without_bias: set[str]
+    prints: dict[str, float]
+    checksums: dict[str, int]
+
+
+def description_of(metadata: Mapping[str, str], path: Path) -> Description:
+    """Return what a file's metadata says; the layers' shapes are not checked."""
+    if KEY not in metadata:
+        raise ValueError(f"{path} must be a superlora adapter: its header does not say so")
+    try:
+        header: dict[str, Any] = json.loads(metadata[KEY])
+        version = header["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} must have a readable superlora header: {error!r}") from None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(f"{path} must be of format version {FORMAT_VERSION}: got {version!r}")
+    with valid_header(path):
+        spec = design_from_dict(header["spec"])
+        in_force = spec.scaled(0.0 + header["scale"]) if "scale" in header else spec
+        prints = dict(header.get("frozen", {}))
+        for number in prints.values():
+            if isinstance(number, bool) or not math.isfinite(number):
+                raise ValueError(f"fingerprints must be numbers: got {number!r}")
+        return Description(
+            spec,
+            in_force.scaling,
+            {name: tuple(shape) for name, shape in header["weights"]},
+            set(header.get("without_bias", ())),
+            prints,
+            dict(header.get("maps", {})),
+        )
+
+
+@contextmanager
+def valid_header(path: Path) -> Iterator[None]:
+    """Name the file in the error that a value of another kind than ours raises."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} must have a valid superlora header: {error}") from None
+
+
+def check_biases(
+    plan: Plan, modules: Mapping[str, nn.Module], description: Description, path: Path
+) -> None:
+    """Refuse layers whose bias an operation changes and that have one only here or in the file."""
+    found = set(_without_bias(plan, modules))
+    problems = [
+        f"{name!r} has {'no' if name in found else 'a'} bias"
+        for name in plan.layout.layers
+        if (name in found) != (name in description.without_bias)
+    ]
+    if problems:
+        raise ValueError(
+            f"layers must have a bias where they had one in {path}: {some(problems, 20)}"
+        )
+
+
+def _without_bias(plan: Plan, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the layers that have no bias where an operation would change it."""
+    return [
+        name
+        for name, own in plan.layout.supports.items()
+        if not OF_BIAS.isdisjoint(own) and Site.bias_below(modules[name]) is None
+    ]
+
+
+def check_tensors(plan: Plan, header: Header, path: Path) -> None:
+    """Refuse a file whose tensors are not the factors of a plan, all of one dtype."""
+    own = {key: value for key, value in header.items() if not key.startswith(MODEL)}
+    problems = other_shapes(stored_shapes(plan), {key: shape for key, (shape, _) in own.items()})
+    problems += unfit_dtypes(header)
+    kinds = sorted({dtype for _, dtype in own.values()})
+    if len(kinds) > 1:
+        problems.append(f"more than one dtype: {', '.join(kinds)}")
+    if problems:
+        raise ValueError(f"{path} must hold the factors of its spec: {some(problems, 20)}")
+
+
+def stored_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the blocks that a file holds: all but those that are made anew."""
+    frozen = plan.layout.frozen
+    shapes = plan.layout.input_shapes
+    return {n: shape for n, shape in shapes.items() if frozen.get(n, "stored") == "stored"}
+
+
+def check_frozen(
+    found: Mapping[str, float],
+    description: Description,
+    path: Path,
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Refuse a file whose frozen blocks had other fingerprints than those at hand."""
+    expected = description.prints
+    wrong = [
+        name
+        for name, number in found.items()
+        if not abs(number - expected.get(name, math.nan)) < tolerance
+    ]
+    if wrong:
+        raise ValueError(
+            f"frozen blocks must be made as they were when {path} was saved, from a seed or from "
+            f"the model's weights, which must be the same: {some(wrong, 20)} differ"
+        )
+
+
+def print_of(block: Tensor) -> float:
+    """Return a frozen block's fingerprint."""
+    held = block.detach().cpu()  # numpy has no bfloat16
+    return fingerprint((held.float() if held.dtype is torch.bfloat16 else held).numpy())
+
+
+def checksums_of(plan: Plan) -> dict[str, int]:
+    """Return a number for what each different map draws, by its first group or its vector."""
+    if plan not in _CHECKSUMS:
+        uses = plan.layout.map_uses()
+        found = {name: use[0].checksum(*use[1:]) for use, name in uses.items()}
+        _CHECKSUMS[plan] = {name: n for name, n in found.items() if n is not None}
+    return _CHECKSUMS[plan]
+
+
+def check_maps(plan: Plan, description: Description, path: Path) -> None:
+    """Refuse a file whose maps drew something else from their seeds."""
+    expected, found = description.checksums, checksums_of(plan)
+    wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    if wrong:
+        raise ValueError(
+            f"maps must be drawn from their seeds as they were when {path} was saved: those of the "
+            f"groups or vectors {some(map(repr, sorted(wrong)), 20)} differ"
+        )
+
+
+def find_layers(
+    model: nn.Module, layers: Mapping[str, tuple[int, int]], path: Path
+) -> dict[str, nn.Module]:
+    """Return the layers of a model that a file names, or list those that it has not."""
+    modules: dict[str, nn.Module] = {}
+    problems = []
+    for name, shape in layers.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            problems.append(f"no layer {name!r}")
+            continue
+        if not is_adaptable(module):
+            problems.append(f"{name!r} is a {type(module).__name__}")
+        elif shape_of(module) != shape:
+            problems.append(f"{name!r} has shape {shape_of(module)} instead of {shape}")
+        else:
+            modules[name] = module
+    if problems:
+        raise ValueError(f"the model must have the layers of {path}: {some(problems, 20)}")
+    chosen = set(map(id, modules.values()))
+    find_targets(model, lambda _, module: id(module) in chosen)  # refuses unfit ones
+    # Giving the model memory later would wipe the factors.
+    weights = {name: parameter_of(module) for name, module in modules.items()}
+    refuse_empty("weights must be loaded before an adapter", weights)
+    return modules

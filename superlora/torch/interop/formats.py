@@ -1,0 +1,387 @@
+"""The formats of other libraries: what a layer's tensors are here, and a layer's update there."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from superlora.algebra.form import with_blocks
+from superlora.checks import check_count
+from superlora.design.spec import Spec
+from superlora.design.supports import Supports
+from superlora.errors import AdapterError, some
+from superlora.plan import Plan
+from superlora.torch.adapter import Adapter
+from superlora.torch.attach import check_free, frozen_of, host_of, placed, register
+from superlora.torch.files.state import find_layers
+from superlora.torch.replaced import refuse_unfit
+from superlora.torch.targets import is_named
+
+# A matrix, or the two whose product it is: (output, r) and (r, input).
+Matrix = tuple[Tensor, ...]
+# The names of the tensors of a layer's matrices, and for each method the forms that it has.
+Form = tuple[tuple[str, ...], ...]
+Forms = Mapping[str, Sequence[Form]]
+# Those that PEFT and LyCORIS share.
+COMMON_FORMS: Forms = {
+    "loha": [(("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))],
+    "lokr": [
+        (first, second)
+        for first in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+        for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
+    ],
+}
+
+
+@dataclass
+class LayerUpdate:
+    """What a file says of one layer: its spec, blocks by ``"split.block"``, and the widths."""
+
+    spec: Spec
+    blocks: dict[str, Tensor]
+    shape: tuple[int, int]
+
+
+@dataclass
+class Layer:
+    """One layer's update in a form that another library has.
+
+    Attributes
+    ----------
+    method : str
+        ``"lora"``, ``"lokr"``, ``"loha"`` or ``"full"``.
+    parts : tuple of Matrix
+        One pair (output, r) and (r, input) for LoRA; the two factors of LoKr; two pairs
+        for LoHa; the update itself for full.
+    scale : float
+        The number in front.
+    """
+
+    method: str
+    parts: tuple[Matrix, ...]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension of the last product; 0 where there is none."""
+        return self.parts[-1][0].shape[1] if len(self.parts[-1]) == 2 else 0
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Output and input width of every matrix."""
+        return tuple((part[0].shape[0], part[-1].shape[1]) for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Output and input width of the update."""
+        if self.method != "lokr":
+            return self.sizes[0]
+        rows, columns = zip(*self.sizes, strict=True)
+        return math.prod(rows), math.prod(columns)
+
+
+def names_of(forms: Sequence[Form]) -> list[set[str]]:
+    """Return all tensors of each form."""
+    return [set(itertools.chain(*form)) for form in forms]
+
+
+def parts_of(found: Mapping[str, Tensor], forms: Sequence[Form]) -> tuple[Matrix, ...]:
+    """Return a layer's matrices, or refuse others such as those of a convolution."""
+    form = forms[names_of(forms).index(set(found))]
+    wrong = [f"{leaf} of shape {tuple(t.shape)}" for leaf, t in found.items() if t.dim() != 2]
+    if wrong:
+        raise ValueError(f"must have matrices: got {some(wrong)}")
+    return tuple(tuple(found[name] for name in matrix) for matrix in form)
+
+
+def named(forms: Forms, layer: Layer) -> dict[str, Tensor]:
+    """Return a layer's tensors by their names in a file."""
+    lengths = list(map(len, layer.parts))
+    form = next(form for form in forms[layer.method] if list(map(len, form)) == lengths)
+    names, tensors = itertools.chain(*form), itertools.chain(*layer.parts)
+    return dict(zip(names, tensors, strict=True))
+
+
+def rank_of(parts: Iterable[Matrix]) -> int | None:
+    """Return the inner width that products have in common, None if there is no product."""
+    pairs = [part for part in parts if len(part) == 2]
+    ranks = {size for left, right in pairs for size in (left.shape[1], right.shape[0])}
+    if len(ranks) > 1:
+        raise ValueError(f"must have one rank: got {sorted(ranks)}")
+    return next(iter(ranks), None)
+
+
+def update_of(method: str, parts: tuple[Matrix, ...], **fields: Any) -> LayerUpdate:
+    """Return the update that the matrices of a `Layer` make; fields say its scale."""
+    layer = Layer(method, parts, 1.0)
+    if method == "full":
+        blocks = {"0.core": parts[0][0].flatten()}
+        return LayerUpdate(Spec(rank="full", order=1), blocks, layer.shape)
+    blocks = {}
+    for split, part in enumerate(parts):
+        if len(part) == 1:
+            blocks[f"{split}.core"] = part[0]
+        else:
+            blocks[f"{split}.factor0"], blocks[f"{split}.factor1"] = part[0], part[1].t()
+    fields |= {"splits": len(parts), "dense_from": "never", "rank": rank_of(parts)}
+    if method == "lokr":
+        fields["rank"] = tuple(part[0].shape[1] if len(part) == 2 else "full" for part in parts)
+        fields["fold"] = layer.sizes
+    elif method == "loha":
+        fields["combine"] = "hadamard"
+        if layer.sizes[0] != layer.sizes[1]:
+            raise ValueError(
+                f"must have two products of one shape: got {layer.sizes[0]} and {layer.sizes[1]}"
+            )
+    return LayerUpdate(Spec(**fields), blocks, layer.shape)
+
+
+def attach_foreign(
+    model: nn.Module,
+    source: Path,
+    updates: Mapping[str, LayerUpdate],
+    replaced: Mapping[str, Tensor],
+    name: str,
+) -> Adapter:
+    """Attach an adapter that another library wrote: updates by layer, new values by parameter."""
+    plan = Plan(_common_spec(updates), {layer: update.shape for layer, update in updates.items()})
+    modules = find_layers(model, plan.layout.layers, source)
+    check_free(model, host_of(model, modules), name)
+    refuse_unfit(model, replaced, source)
+    blocks = frozen_of(plan, modules)
+    dtype = torch.float32
+    for layer, update in updates.items():
+        group = plan.layout.grouping.pieces[layer][0].group
+        for block, values in update.blocks.items():
+            split, _, leaf = block.partition(".")
+            own = plan.layout.block(group, int(split), leaf)
+            whole = tuple(map(slice, plan.layout.block_shapes[own]))
+            blocks[own] = values[whole].contiguous()
+            dtype = torch.promote_types(dtype, values.dtype)
+    blocks = placed(plan, modules, blocks, dtype)
+    return register(model, plan, modules, blocks, name, replaced=replaced)
+
+
+def _common_spec(updates: Mapping[str, LayerUpdate]) -> Spec:
+    """Return the spec that most layers have, with overrides for the others."""
+    kinds: dict[Spec, list[str]] = {}
+    for layer, update in updates.items():
+        kinds.setdefault(update.spec, []).append(layer)
+    # Scales are in proportion to that of the spec, which must not be 0 where another is not.
+    common = max(kinds, key=lambda spec: (spec.scaling != 0, len(kinds[spec])))
+    overrides = {}
+    for spec, layers in kinds.items():
+        fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+        changes = {key: own for key, own in fields.items() if own != getattr(common, key)}
+        if changes:
+            overrides[_pattern(layers, updates)] = changes
+    return common.replace(overrides=overrides)
+
+
+def _pattern(layers: Sequence[str], everything: Iterable[str]) -> str:
+    """Return a pattern that matches these layers and no others, short where that can be."""
+    wanted = set(layers)
+    for count in (1, 2):
+        ends = dict.fromkeys(".".join(layer.split(".")[-count:]) for layer in layers)
+        if {layer for layer in everything if is_named(layer, ends)} == wanted:
+            return "|".join(map(re.escape, ends))
+    return "^(?:" + "|".join(map(re.escape, layers)) + ")"
+
+
+def refuse(source: object, problems: list[str]) -> None:
+    """Raise with all that is wrong with a file, if anything is."""
+    if problems:
+        raise ValueError(f"{source} cannot be read: {some(problems, 20)}")
+
+
+@dataclass
+class Export:
+    """What was written, and how near it is.
+
+    Attributes
+    ----------
+    path : pathlib.Path
+        File or folder.
+    methods : dict of str to str
+        The format of every layer: ``"lora"``, ``"lokr"``, ``"loha"`` or ``"full"``.
+    errors : dict of str to float
+        The Frobenius norm of what is missing of every layer's update, relative to the update;
+        0 where the format says it exactly.
+    """
+
+    path: Path
+    methods: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.errors), default=0)
+        lines = [
+            f"{name:{width}}  {self.methods[name]}  {f'error {error:.2e}' if error else 'exact'}"
+            for name, error in self.errors.items()
+        ]
+        return "\n".join([f"wrote {self.path}", *lines])
+
+
+def exact_layer(adapter: Adapter, name: str) -> Layer | None:
+    """Return a layer's update if LoRA, LoKr, LoHa or a dense matrix says just this.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        The adapter.
+    name : str
+        The layer.
+
+    Returns
+    -------
+    Layer or None
+        The factors themselves in double precision, not scaled.
+    """
+    layout = adapter.plan.layout
+    pieces = layout.grouping.pieces[name]
+    group = pieces[0].group
+    own, item = layout.specs[group], layout.groups[group]
+    alone = layout.grouping.members[group] == (name,) and len(pieces) == 1
+    if not alone or own.terms > 1 or not layout.in_place(group):
+        return None
+    scale = adapter.scale_of(name)
+    if own.splits == 1 and not any(item.splits[0].factored) and item.splits[0].core == "full":
+        delta = adapter.plan.delta(_doubled(adapter, name), name, scale)
+        return Layer("full", ((delta,),), 1.0)
+    if own.splits > 2 or item.fold != layout.shapes[name]:
+        return None
+    blocks = _doubled(adapter, name)
+    parts: list[Matrix] = []
+    for index, split in enumerate(item.splits):
+        found = {
+            leaf: blocks[layout.block(group, index, leaf)][tuple(map(slice, shape))]
+            for leaf, shape in split.block_shapes.items()
+        }
+        if split.sizes != split.shape:
+            return None
+        if split.core == "identity":
+            parts.append((found["factor0"], found["factor1"].t()))
+        elif not any(split.factored):
+            parts.append((found["core"],))
+    if len(parts) < own.splits:
+        return None
+    method = "lora" if own.splits == 1 else "lokr" if own.combine == "kronecker" else "loha"
+    ranks = {part[0].shape[1] if len(part) == 2 else None for part in parts}
+    if method == "loha" and (len(ranks) > 1 or None in ranks):
+        return None
+    return Layer(method, tuple(parts), scale)
+
+
+def low_rank_layer(
+    adapter: Adapter, name: str, rank: int | None, energy: float | None
+) -> tuple[Layer, float]:
+    """Return the LoRA that is nearest to a layer's update, and the relative error it leaves."""
+    # The truncated singular value decomposition (Eckart and Young 1936). Where the fold is aligned
+    # it is taken of the two thin factors, by way of their QR decompositions, and the update is
+    # never formed.
+    with torch.no_grad():
+        blocks, scale = _doubled(adapter, name), adapter.scale_of(name)
+        thin = adapter.plan.low_rank(blocks, name, scale)
+        if thin is None:
+            if rank is None and energy is None:
+                layout = adapter.plan.layout
+                fold = layout.groups[layout.grouping.pieces[name][0].group].fold
+                raise ValueError(
+                    f"rank or energy must be given: the update of {name!r}, of fold "
+                    f"{fold}, is not exactly one of low rank"
+                )
+            delta = adapter.plan.delta(blocks, name, scale)
+            left, numbers, right = torch.linalg.svd(delta, full_matrices=False)
+        else:
+            left, right = thin
+            if rank is None and energy is None:
+                return Layer("lora", ((left, right.t()),), 1.0), 0.0
+            (first, upper), (second, lower) = torch.linalg.qr(left), torch.linalg.qr(right)
+            left, numbers, right = torch.linalg.svd(upper @ lower.t(), full_matrices=False)
+            left, right = first @ left, right @ second.t()
+        squares = numbers.square()
+        kept = _kept(squares, rank, energy)
+        roots = numbers[:kept].sqrt()
+        part = (left[:, :kept] * roots, roots[:, None] * right[:kept])
+        missing, total = float(squares[kept:].sum()), float(squares.sum())
+        error = math.sqrt(missing / total) if total else 0.0
+    return Layer("lora", (part,), 1.0), error
+
+
+def _kept(squares: Tensor, rank: int | None, energy: float | None) -> int:
+    kept = len(squares) if rank is None else min(rank, len(squares))
+    if energy is not None and float(squares.sum()):
+        parts = squares.cumsum(0) / squares.sum()
+        # Rounding may leave the whole a little below 1.
+        reached = int((parts < min(energy, float(parts[-1]))).sum()) + 1
+        kept = min(kept, reached)
+    return max(kept, 1)
+
+
+def _doubled(adapter: Adapter, name: str) -> dict[str, Tensor]:
+    """Return a layer's blocks in double precision, apart from any gradient."""
+    blocks, layout = adapter.factors(), adapter.plan.layout
+    own = {block: blocks[block].detach().double() for block in layout.inputs_of(name)}
+    return dict(with_blocks(layout, own, layout.blocks_of(name)))
+
+
+def written(adapter: Adapter, values: Tensor) -> Tensor:
+    """Return values as they are written: in the adapter's precision, single at least."""
+    return values.to(torch.promote_types(adapter.dtype, torch.float32))
+
+
+def check_export(adapter: Adapter, rank: int | None, energy: float | None) -> None:
+    """Refuse an adapter that is on no model, and a rank or an energy that says nothing."""
+    if rank is not None:
+        check_count("rank", rank)
+    if energy is not None and (
+        isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1
+    ):
+        raise ValueError(f"energy must be in (0, 1]: got {energy!r}")
+    if isinstance(adapter.plan.spec, Supports):
+        raise ValueError(
+            "an adapter must be of one spec, which only adds to weights, to be written for other "
+            f"libraries: got a mapping of {list(adapter.plan.spec.operations)}; merge it instead"
+        )
+    if not adapter.attached:
+        raise AdapterError("adapter must be attached to a model, whose layers the files name")
+
+
+def product(matrix: Matrix) -> Tensor:
+    """Return a matrix that may be given as two factors."""
+    return matrix[0] if len(matrix) == 1 else matrix[0] @ matrix[1]
+
+
+def as_the_peers_build(layer: Layer, both: bool) -> Layer:
+    """Return a Kronecker product of the same value, in blocks that the peers would make.
+
+    Parameters
+    ----------
+    layer : Layer
+        A LoKr.
+    both : bool
+        Whether the first factor may be of low rank.
+
+    Returns
+    -------
+    Layer
+        Of low rank is a factor only below half of its larger side, and the first one only if
+        the second one is of the same rank.
+    """
+    first, second = (
+        part if len(part) == 2 and 2 * part[0].shape[1] < max(size) else (product(part),)
+        for part, size in zip(layer.parts, layer.sizes, strict=True)
+    )
+    same = len(first) == len(second) == 2 and first[0].shape[1] == second[0].shape[1]
+    if not (both and same):
+        first = (product(first),)
+    return Layer("lokr", (first, second), layer.scale)

@@ -1,0 +1,1 @@
+"""Tests of the array functions of maps on every library, against plain loops."""

@@ -1,0 +1,235 @@
+"""Supernets on models: what is registered, what is refused, and how they leave."""
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+import superlora as sl  # noqa: E402
+import superlora.torch as slt  # noqa: E402
+from superlora.errors import AdapterError  # noqa: E402
+from superlora.search import Supernet  # noqa: E402
+from tests.search.supernets import RANKS, TARGETS, fill, make_supernet  # noqa: E402
+from tests.torch.conftest import _one_thread  # noqa: E402, F401
+from tests.torch.helpers import (  # noqa: E402
+    bits,
+    every_layer,
+    make_input,
+    make_net,
+    make_outer,
+    snapshot,
+    unchanged,
+)
+
+
+@every_layer
+def test_keys_and_classes_stay(layer):
+    model = make_net(layer)
+    before = {name: bits(tensor) for name, tensor in model.state_dict().items()}
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    Supernet(model, TARGETS, ranks=RANKS)
+    after = {name: bits(tensor) for name, tensor in model.state_dict().items()}
+    assert {name: own for name, own in after.items() if not name.startswith("supernet.")} == before
+    now = {name: type(module) for name, module in model.named_modules()}
+    assert {name: kind for name, kind in now.items() if not name.startswith("supernet")} == kinds
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        f"supernet.{name}" for name, _ in model.supernet.named_parameters()
+    ]
+
+
+@every_layer
+def test_detaching_gives_the_model_back(layer):
+    model = make_net(layer)
+    before = snapshot(model)
+    supernet = fill(Supernet(model, TARGETS, ranks=RANKS))
+    supernet.draw(0)
+    model(make_input()).sum().backward()
+    supernet.detach()
+    assert not supernet.attached
+    assert snapshot(model) == before
+    with pytest.raises(AdapterError, match="must be attached to be detached"):
+        supernet.detach()
+    with pytest.raises(AdapterError, match="must be attached to be extracted from"):
+        supernet.extract(supernet.space.most)
+
+
+def test_detaching_leaves_frozen_what_was():
+    model = make_net()
+    model.blocks[0].requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    Supernet(model, TARGETS, ranks=RANKS).detach()
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+def test_containers_and_lone_layers():
+    """Children that are called one after the other: the first adapted layer registers it."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    x = torch.ones(2, 6)
+    y = model(x)
+    supernet = fill(Supernet(model, ranks=(2,)))
+    assert model[0].supernet is supernet
+    assert len(model) == 3
+    supernet.use(supernet.space.most)
+    assert not torch.allclose(model(x), y)
+    supernet.detach()
+    assert torch.equal(model(x), y)
+
+    layer = nn.Linear(6, 5)
+    supernet = fill(Supernet(layer, lambda name, _: not name, ranks=(2,)))
+    assert list(supernet.layers()) == [""]
+    supernet.use(supernet.space.most)
+    y = layer(x)
+    supernet.detach()
+    assert not torch.allclose(layer(x), y)
+
+
+def test_a_model_in_a_model():
+    """The layers have other names, and compute the same."""
+    inner, outer = make_outer(), make_outer()
+    one = fill(Supernet(inner.inner, TARGETS, ranks=RANKS))
+    other = fill(Supernet(outer, TARGETS, ranks=RANKS))
+    assert [f"inner.{name}" for name in one.layers()] == list(other.layers())
+    one.use(one.space.most)
+    other.use(other.space.most)
+    assert torch.equal(inner(make_input()), outer(make_input()))
+
+
+def test_training_mode_and_text():
+    model = make_net().eval()
+    supernet = Supernet(model, TARGETS, ranks=RANKS)
+    assert not supernet.training
+    assert model.train().supernet.training
+    assert repr(supernet) == "Supernet(6 layers, ranks=(3, 2), 1,250 parameters)"
+    assert supernet(make_input()) is not None
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def _wrapped():
+    model = make_net()
+    model.blocks[0].q.forward = model.blocks[0].q.forward
+    return model
+
+
+def _noisy():
+    model = make_net()
+    model.blocks[0].q = Noisy(16, 8)
+    return model
+
+
+def _adapted():
+    model = make_net()
+    slt.attach(model, sl.lora(2), ["o"])
+    return model
+
+
+def _twice():
+    model = make_net()
+    Supernet(model, ["o"], name="first")
+    return model
+
+
+def _shared():
+    model = make_net()
+    model.blocks[1].q.weight = model.blocks[0].q.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        (lambda: None, {}, TypeError, "model must be a torch.nn.Module: got NoneType"),
+        (make_net, {"targets": ["k"]}, ValueError, r"targets\[0\]='k' matched no layer"),
+        (make_net, {"ranks": ()}, TypeError, "ranks must be a sequence of integers"),
+        (make_net, {"ranks": (2, 2)}, ValueError, "ranks must be distinct"),
+        (make_net, {"ranks": (0,)}, ValueError, "ranks must be at least 1"),
+        (
+            make_net,
+            {"ranks": (2,), "operations": {"add_weight": (4, "none")}},
+            ValueError,
+            "rank must be at most 2, the largest of the space: got 4",
+        ),
+        (make_net, {"operations": {"right_weight": ("none",)}}, ValueError, "right_weight"),
+        (make_net, {"seed": -1}, ValueError, "seed must be at least 0"),
+        (make_net, {"dtype": torch.int8}, TypeError, "dtype must be a floating-point torch.dtype"),
+        (make_net, {"name": "blocks"}, AdapterError, "an attribute 'blocks' already"),
+        (make_net, {"name": "a b"}, ValueError, "name must be a Python identifier"),
+        (_wrapped, {}, AdapterError, "'blocks.0.q' is wrapped by another library"),
+        (_noisy, {}, ValueError, "compute x Wᵀ .* 'blocks.0.q' is a Noisy"),
+        (_adapted, {}, AdapterError, "no adapter and no other supernet: detach 'superlora' first"),
+        (_twice, {}, AdapterError, "no adapter and no other supernet: detach 'first' first"),
+        (_shared, {}, ValueError, "a weight that two modules share"),
+        (lambda: make_net().to("meta"), {}, AdapterError, "weights must be loaded"),
+    ],
+)
+def test_bad_input_is_refused_and_changes_nothing(make, options, error, message):
+    model = make()
+    before = snapshot(model) if model is not None else None
+    with pytest.raises(error, match=message):
+        Supernet(model, **{"targets": ["q", "v"], "ranks": (2,), **options})
+    assert model is None or snapshot(model) == before
+
+
+def test_an_adapter_attached_later_leaves_first():
+    model, supernet = make_supernet()
+    with unchanged(model), pytest.raises(ValueError, match=r"layers of a supernet: 'blocks.0.q'"):
+        slt.attach(model, sl.lora(2), ["q"])
+    adapter = slt.attach(model, sl.lora(2), ["head"])
+    for leave in (supernet.detach, lambda: supernet.extract(supernet.space.most, name="other")):
+        with unchanged(model), pytest.raises(AdapterError, match="detach 'superlora' first"):
+            leave()
+    adapter.detach()
+    assert all(parameter.requires_grad for parameter in supernet.parameters())
+    supernet.detach()
+
+
+def test_a_forward_wrapped_later_is_not_lost():
+    model, supernet = make_supernet()
+    layer = model.blocks[0].q
+    own = layer.forward
+    layer.forward = lambda x: own(x)
+    with pytest.raises(AdapterError, match=r"forward of 'blocks.0.q' is wrapped"):
+        supernet.detach()
+    layer.forward = own
+    supernet.detach()
+
+
+def test_a_weight_that_is_trained_under_it_is_refused():
+    """Its gradient would lack what the scale takes from it."""
+    model, supernet = make_supernet()
+    supernet.draw(0)
+    model.blocks[1].v.weight.requires_grad_()
+    with pytest.raises(AdapterError, match=r"must stay frozen: that of 'blocks.1.v'"):
+        model(make_input())
+
+
+def test_what_is_trained_beside_it():
+    """A head and biases take their gradients as in the base."""
+    model, supernet = make_supernet(to={"dtype": torch.float64})
+    plain = copy.deepcopy(make_net(dtype=torch.float64))
+    supernet.use(supernet.space.fixed())
+    model.head.requires_grad_()
+    model.blocks[0].q.bias.requires_grad_()
+    x = make_input(dtype=torch.float64)
+    model(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    assert torch.equal(model.head.weight.grad, plain.head.weight.grad)
+    assert torch.equal(model.blocks[0].q.bias.grad, plain.blocks[0].q.bias.grad)
+    model.zero_grad()
+    supernet.use(supernet.space.fixed(scale_bias="vector"))
+    model(x).square().sum().backward()
+    scale = 1 + supernet.stored("blocks.0.q")["scale_bias"][0][:, 0]
+    shifted = copy.deepcopy(plain)
+    with torch.no_grad():
+        for name in supernet.layers():
+            shifted.get_submodule(name).bias.mul_(1 + supernet.stored(name)["scale_bias"][0][:, 0])
+    shifted.zero_grad()
+    shifted(x).square().sum().backward()
+    expected = scale * shifted.blocks[0].q.bias.grad
+    torch.testing.assert_close(model.blocks[0].q.bias.grad, expected)
