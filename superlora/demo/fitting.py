@@ -66,6 +66,8 @@ class Fit:
     ----------
     epoch : int
         How many are done.
+    losses : list of float
+        Of every step.
 
     Notes
     -----
@@ -89,6 +91,7 @@ class Fit:
         self.factors = [factor for own in groups.values() for factor in own]
         self.resolution, self.schedule, self.choose = resolution, schedule, choose
         self.epoch = 0
+        self.losses: list[float] = []
         rated = [*groups.items(), (schedule.head_rate, list(head.parameters()))]
         self._optimiser = torch.optim.AdamW(
             [{"params": own, "lr": rate, "largest": rate} for rate, own in rated if own],
@@ -125,7 +128,8 @@ class Fit:
         first = self.epoch * self.steps_an_epoch
         total = 0.0
         for number, index in enumerate(batches, start=first):
-            total += self._step(number, self.images[index]) * len(index)
+            self.losses.append(self._step(number, self.images[index]))
+            total += self.losses[-1] * len(index)
             step()
         self.epoch += 1
         return total / len(self.images)
@@ -155,6 +159,7 @@ class Fit:
         """
         return {
             "epoch": self.epoch,
+            "losses": self.losses,
             "factors": [factor.detach() for factor in self.factors],
             "head": self.head.state_dict(),
             "optimiser": self._optimiser.state_dict(),
@@ -173,7 +178,7 @@ class Fit:
                 factor.copy_(value)
         self.head.load_state_dict(state["head"])
         self._optimiser.load_state_dict(state["optimiser"])
-        self.epoch = state["epoch"]
+        self.epoch, self.losses = state["epoch"], list(state["losses"])
 
 
 def evaluator(

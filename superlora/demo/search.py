@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,17 +19,24 @@ from superlora.demo import search_report as report
 from superlora.demo.fetch import VIT
 from superlora.demo.fitting import evaluator
 from superlora.demo.search_config import Config, SearchError, SupernetSettings
-from superlora.demo.supernet import Trained, check_images, load_supernet, train_supernet
+from superlora.demo.supernet import (
+    Trained,
+    check_images,
+    load_supernet,
+    losses_file,
+    train_supernet,
+)
 from superlora.demo.tasks import Task
 from superlora.demo.train import ADAPTER_FILE, HEAD_FILE, count_correct, new_head
 from superlora.demo.vit import VisionTransformer
+from superlora.search.candidates import candidates
 from superlora.search.limits import Limits
 from superlora.search.outcome import Outcome
 from superlora.search.searching import search
 from superlora.search.space import Configuration, Space
 from superlora.torch.files.safetensors_file import write_tensors
 
-JOURNAL = "study.journal"
+STUDY_FILE = "study.db"
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Options:
     sampler : str or None
         As in `superlora.search.search`.
     storage : str or None
-        A journal's path or a database's URL; by default a journal in `output`.
+        A file's path or a database's URL; by default a file in `output`.
     seed : int
         Of everything.
     """
@@ -219,16 +227,22 @@ def find(
         with supernet.using(configuration):
             return accuracy()
 
+    try:
+        losses = json.loads(losses_file(trained.file).read_text("utf-8"))
+    except OSError:  # a supernet that was trained elsewhere
+        losses = []
+    history = [(supernet.sample(step), loss) for step, loss in enumerate(losses)]
     return search(
         evaluate,
         supernet.space,
-        storage=options.storage or options.output / JOURNAL,
+        storage=options.storage or options.output / STUDY_FILE,
         name=f"{task.name}, {name_of(limit)}",
         sampler=options.sampler,
         trials=config.search.trials,
         evolution=config.search.evolution(),
         limits=(1, limit),
         objectives=options.objectives,
+        first=candidates(supernet.space, history),
         seed=options.seed,
         identity=f"{trained.digest()} {task.digest()}",
         progress=progress,

@@ -51,7 +51,7 @@ def search(
     ] = None,
     storage: Annotated[
         str | None,
-        typer.Option(help="Path of a journal, or URL of a database, which processes may share."),
+        typer.Option(help="An SQLite file, or URL of a database, which processes may share."),
     ] = None,
     output_dir: Annotated[
         Path, typer.Option(help="Folder for the supernet, the study and the results.")

@@ -64,19 +64,22 @@ def table(outcome: Outcome, test_accuracy: float, name: str) -> Table:
         title=f"{name}: the best of {len(outcome.trials)} configurations",
         caption=(
             f"{test_accuracy:.2%} of the test images with the first, which is saved. At equal "
-            "accuracy fewer parameters rank first."
+            "accuracy fewer parameters rank first. Those with a name were tried without a search."
         ),
         title_justify="left",
         caption_justify="left",
     )
-    for column in ("rank", "parameters", "validation\naccuracy", "generation"):
-        shown.add_column(column, justify="right")
-    for place, candidate in enumerate(outcome.ranked(SHOWN), start=1):
+    for column in ("rank", "parameters", "validation\naccuracy", "generation", "name"):
+        shown.add_column(column, justify="left" if column == "name" else "right")
+    for place, candidate in enumerate(outcome.ranked(len(outcome.trials)), start=1):
+        if place > SHOWN and not candidate.label:
+            continue
         shown.add_row(
             str(place),
             f"{candidate.num_parameters:,}",
             f"{candidate.value:.2%}",
             str(candidate.generation),
+            candidate.label,
             style="bold" if place == 1 else None,
         )
     return shown
@@ -98,7 +101,7 @@ def write(outcome: Outcome, test_accuracy: float, folder: Path, about: dict[str,
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("rank", "value", "num_parameters", "generation", "index", "key"))
+    writer.writerow(("rank", "value", "num_parameters", "generation", "index", "key", "name"))
     ranked = outcome.ranked(len(outcome.trials))
     for place, candidate in enumerate(ranked, start=1):
         writer.writerow(
@@ -109,6 +112,7 @@ def write(outcome: Outcome, test_accuracy: float, folder: Path, about: dict[str,
                 candidate.generation,
                 candidate.index,
                 outcome.space.key(candidate.configuration),
+                candidate.label,
             )
         )
     replace_file(folder / "ranked.csv", text.getvalue().encode())

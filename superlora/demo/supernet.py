@@ -74,6 +74,11 @@ def head_file(file: Path) -> Path:
     return file.with_name(f"{file.stem}-head.safetensors")
 
 
+def losses_file(file: Path) -> Path:
+    """Return where the losses of all steps of a supernet's training lie."""
+    return file.with_name(f"{file.stem}-losses.json")
+
+
 def train_supernet(
     model: VisionTransformer,
     task: Task,
@@ -149,6 +154,7 @@ def train_supernet(
     supernet.use(None)
     # The supernet last: where it is, the head is too.
     write_tensors(head_file(file), dict(head.state_dict()))
+    losses_file(file).write_text(json.dumps(fit.losses), "utf-8")
     supernet.save(file)
     state_file.unlink(missing_ok=True)
     return Trained(model, supernet, head, file)

@@ -8,19 +8,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from superlora.search.candidates import candidates
 from superlora.search.space import Configuration, Option, Space
 
 if TYPE_CHECKING:
     from superlora.search.evolution import Evolution
     from superlora.search.outcome import Candidate, Outcome
-    from superlora.search.samplers import EvolutionSampler
+    from superlora.search.sampler import EvolutionSampler
     from superlora.search.searching import search
     from superlora.search.supernet import Supernet
 
 _LAZY = {
     "Candidate": "outcome",
     "Evolution": "evolution",
-    "EvolutionSampler": "samplers",
+    "EvolutionSampler": "sampler",
     "Outcome": "outcome",
     "Supernet": "supernet",
     "search": "searching",
@@ -35,6 +36,7 @@ __all__ = [
     "Outcome",
     "Space",
     "Supernet",
+    "candidates",
     "search",
 ]
 

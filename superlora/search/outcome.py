@@ -25,6 +25,8 @@ class Candidate:
         What evaluating it gave; larger is better.
     num_parameters : int
         How many parameters it has.
+    label : str
+        Its name among those that were to be evaluated first; empty for what the search proposed.
     """
 
     index: int
@@ -32,6 +34,7 @@ class Candidate:
     configuration: Configuration
     value: float
     num_parameters: int
+    label: str = ""
 
 
 def by_rank(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -85,6 +88,11 @@ class Outcome:
         for trial in self.trials:
             found.setdefault(trial.generation, []).append(trial)
         return [found[generation] for generation in sorted(found)]
+
+    @property
+    def first(self) -> dict[str, Candidate]:
+        """The candidates that were to be evaluated first, by name."""
+        return {trial.label: trial for trial in self.trials if trial.label}
 
     def ranked(self, count: int) -> list[Candidate]:
         """Return the best candidates.

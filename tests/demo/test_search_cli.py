@@ -87,7 +87,7 @@ def test_a_run_with_an_own_config(tmp_path: Path) -> None:
         assert content["best"]["num_parameters"] <= limit
         assert content["evaluated"] == 5
         assert content["config"]["supernet"]["ranks"] == [3, 2]
-    assert (output / "study.journal").exists()
+    assert (output / "study.db").exists()
 
 
 def test_a_task_of_vtab(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from superlora.search import Evolution, search
+from superlora.search import Evolution, search, searching
 from tests.search.spaces import MIDDLE, separable
 
 FEW = Evolution(population=10, parents=4, mutations=4, crossovers=4)
@@ -88,10 +88,7 @@ def main(options: dict[str, Any]) -> None:
         time.sleep(delay)
         return separable(configuration)
 
-    if options.pop("heartbeat", False):
-        import optuna
-
-        storage = optuna.storages.RDBStorage(storage, heartbeat_interval=1, grace_period=2)
+    searching.HEARTBEAT = options.pop("heartbeat", searching.HEARTBEAT)
     print("ready", flush=True)
     sys.stdin.readline()
     search(evaluate, MIDDLE, storage=storage, evolution=FEW, **options)

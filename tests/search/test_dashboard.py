@@ -11,9 +11,6 @@ import pytest
 optuna = pytest.importorskip("optuna")
 dashboard = pytest.importorskip("optuna_dashboard")
 
-from optuna.storages import JournalStorage  # noqa: E402
-from optuna.storages.journal import JournalFileBackend  # noqa: E402
-
 from superlora.search import search  # noqa: E402
 from tests.search.spaces import SMALL, separable  # noqa: E402
 
@@ -29,9 +26,9 @@ def answer(application, path):
 
 
 def test_the_dashboard_opens_the_file(tmp_path):
-    path = tmp_path / "study.journal"
+    path = tmp_path / "study.db"
     found = search(separable, SMALL, storage=path, name="digits", trials=6, seed=1)
-    application = dashboard.wsgi(JournalStorage(JournalFileBackend(str(path))))
+    application = dashboard.wsgi(f"sqlite:///{path}")
     (summary,) = answer(application, "/api/studies")["study_summaries"]
     assert summary["study_name"] == "digits"
     assert summary["directions"] == ["maximize"]
