@@ -31,6 +31,8 @@ from typing import Any
 import measuring
 from measuring import MEGABYTE, RETURN_LARGE_BLOCKS
 
+from superlora.design.ways import application
+
 MEASURES = ("live", "resident", "default")
 
 
@@ -65,7 +67,7 @@ def measure(row: str, how: str, layers: int, width: int, tokens: int) -> dict[st
     peak = measuring.peak_of_resident(lambda: (step(), step()))
     if how == "live":
         peak = measuring.peak_of_live_tensors(step, held)
-    way = "" if adapter is None else str(adapter.plan.layout.application("0"))
+    way = "" if adapter is None else str(application(adapter.plan.layout, "0"))
     return {
         "row": row,
         "parameters": 0 if adapter is None else adapter.num_parameters,

@@ -20,10 +20,10 @@ from superlora.algebra.init import init_factors
 from superlora.design.axes import Axes
 from superlora.design.describe import describe
 from superlora.design.layout import Layout
-from superlora.design.network import Network
+from superlora.design.network import Network, network_of
 from superlora.design.spec import Spec
 from superlora.design.supports import Supports
-from superlora.design.ways import Application, check_apply, no_factored_way
+from superlora.design.ways import Application, application, check_apply, no_factored_way
 from superlora.errors import some
 from superlora.operations import merge
 
@@ -433,7 +433,7 @@ class Plan:
                 f"x must have {columns} entries in its last axis, the input width of {name!r}: got "
                 f"shape {tuple(x.shape)}"
             )
-        found = self.layout.application(name)
+        found = application(self.layout, name)
         # The support of a scaled weight meets inputs beside the weight alone.
         if found.factored is not None and found.factored.base is not None:
             found = Application(None, found.forming, {})
@@ -494,7 +494,7 @@ class Plan:
         if operation is not None:
             name = self.layout.supports.get(name, {}).get(operation, f"{operation}.{name}")
         self.blocks_of(name)  # names the weights there are, if this is none
-        return self.layout.network(name)
+        return network_of(self.layout, name)
 
     def _check_plain(self, name: str) -> None:
         if not self.layout.axes[name].plain:

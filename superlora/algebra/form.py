@@ -19,8 +19,10 @@ from superlora.design.network import (
     Operand,
     Source,
     Term,
+    group_network,
+    network_of,
 )
-from superlora.design.ways import Factored, row_pair
+from superlora.design.ways import Factored, application, row_pair
 from superlora.maps import Map
 
 # Gives the vector that a group's map makes, or some of its entries.
@@ -177,7 +179,7 @@ def scaled(x: Array, scale: Any) -> Array:
 
 def group_tensor(layout: Layout, factors: Mapping[str, Array], group: int) -> Array:
     """Return a group's folded tensor before its map: the products of its splits, summed."""
-    network = layout.group_network(group)
+    network = group_network(layout, group)
     return form(network, source_arrays(layout, factors, network.sources), _no_vector)
 
 
@@ -301,7 +303,7 @@ def weight_delta(
         Never the memory of a factor. Only a map that mixes all entries makes the whole group be
         formed.
     """
-    network = layout.network(name)
+    network = network_of(layout, name)
     arrays = source_arrays(layout, factors, network.sources)
     found = form(network, arrays, vector or Vectors(layout, factors, whole=False))
     return found * float(scale)
@@ -356,7 +358,7 @@ def apply_factored(
     array, (..., output width)
         ``x @ ΔWᵀ``.
     """
-    factored = layout.application(name).factored
+    factored = application(layout, name).factored
     assert factored is not None
     rows, columns = layout.shapes[name]
     library = backend_of(x)

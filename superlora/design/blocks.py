@@ -1,16 +1,15 @@
-"""What blocks groups have: frozen, tied, and cut from vectors that F_in maps. Integers only."""
+"""The vectors that F_in maps to blocks. Integers only."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from superlora.design.splits import check_memory, check_serves
+from superlora.design.fold_shape import Shape
+from superlora.design.spec import Spec
+from superlora.design.splits import Group, check_memory, check_serves
 from superlora.maps import Map, Place
-
-if TYPE_CHECKING:
-    from superlora.design.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,24 @@ class Inner:
     stop: int
 
 
-def inner_vectors(layout: Layout) -> dict[str, Inner]:
+def inner_vectors(
+    trainable: Mapping[str, Shape],
+    specs: Sequence[Spec],
+    first_group: Callable[[int], int],
+    dense: int,
+) -> dict[str, Inner]:
     """Return the vector that every block that has one is mapped from.
 
     Parameters
     ----------
-    layout : Layout
-        What lies where.
+    trainable : mapping of str to tuple of int
+        The shape of every block that is not frozen.
+    specs : sequence of Spec
+        Every group's design.
+    first_group : callable
+        The first of the groups that a group can share blocks with.
+    dense : int
+        Entries of all weights.
 
     Returns
     -------
@@ -61,17 +71,17 @@ def inner_vectors(layout: Layout) -> dict[str, Inner]:
     block's own has ``"_theta"`` after the block's name.
     """
     parts: dict[int, dict[str, int]] = {}
-    for block, shape in layout.trainable.items():
+    for block, shape in trainable.items():
         group = int(block.partition(".")[0])
-        if layout.specs[group].factor_map is not None:
-            parts.setdefault(layout.first_group(group), {})[block] = math.prod(shape)
+        if specs[group].factor_map is not None:
+            parts.setdefault(first_group(group), {})[block] = math.prod(shape)
     entries = sum(total for sizes in parts.values() for total in sizes.values())
-    check_memory("factor_map must make blocks of", entries, layout.num_dense)
+    check_memory("factor_map must make blocks of", entries, dense)
     # Of all blocks, so that those of other overrides have other streams too.
-    numbers = {block: index for index, block in enumerate(layout.trainable)}
+    numbers = {block: index for index, block in enumerate(trainable)}
     found: dict[str, Inner] = {}
     for first, sizes in parts.items():
-        own = layout.specs[first]
+        own = specs[first]
         assert own.factor_map is not None
         assert own.factor_size is not None
         if own.factor_scope == "all":
@@ -89,44 +99,13 @@ def inner_vectors(layout: Layout) -> dict[str, Inner]:
     return found
 
 
-def check_frozen(layout: Layout) -> None:
-    """Refuse frozen and tied blocks that the groups have not, or that leave nothing to train.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-
-    Raises
-    ------
-    ValueError
-        If it is so, or the frozen blocks would take far more memory than the weights.
-    """
-    for group, own in enumerate(layout.specs):
-        if not own.frozen and not own.tied:
-            continue
-        for kind, blocks in (("frozen", [key for key, _ in own.frozen]), ("tied", own.tied)):
-            for block in blocks:
-                _check_present(layout, group, kind, block)
-        for block, source in own.frozen:
-            if source.startswith("singular"):
-                _check_singular(layout, group, block)
-        for term in layout.term_blocks(group):
-            if not any(block in layout.trainable for block in term):
-                raise ValueError(
-                    f"frozen must leave every product a trainable block: group {group} has none"
-                )
-    entries = sum(math.prod(layout.block_shapes[block]) for block in layout.frozen)
-    check_memory("frozen blocks must hold", entries, layout.num_dense)
-
-
-def unit_modes_of(layout: Layout) -> str:
+def unit_modes_of(groups: Sequence[Group], specs: Sequence[Spec]) -> str:
     """Return what to say of splits that have size 1 in a mode of size above 1, if any.
 
     Parameters
     ----------
-    layout : Layout
-        What lies where.
+    groups, specs : sequence of Group, sequence of Spec
+        Every group's splits and design.
 
     Returns
     -------
@@ -136,7 +115,7 @@ def unit_modes_of(layout: Layout) -> str:
     bare = sorted(
         {
             (index, mode)
-            for group, own in zip(layout.groups, layout.specs, strict=True)
+            for group, own in zip(groups, specs, strict=True)
             if not own.has_sizes  # else as asked for
             for index, split in enumerate(group.splits)
             for mode, size in enumerate(split.shape)
@@ -147,31 +126,3 @@ def unit_modes_of(layout: Layout) -> str:
         return ""
     places = ", ".join(f"split {index} in mode {mode}" for index, mode in bare)
     return f"no Kronecker structure where a split has size 1: {places}"
-
-
-def _check_present(layout: Layout, group: int, kind: str, block: str) -> None:
-    index, _, leaf = block.partition(".")
-    shapes = layout.groups[group].splits[int(index)].block_shapes
-    first = layout.groups[layout.first_group(group)].splits[int(index)].block_shapes
-    if len(shapes.get(leaf, ())) != len(first.get(leaf, (0,))):
-        raise ValueError(
-            f"{kind} must name blocks that every group has: group {group} has no {block!r}, its "
-            f"split {index} has {list(shapes)}"
-        )
-
-
-def _check_singular(layout: Layout, group: int, block: str) -> None:
-    index, _, leaf = block.partition(".")
-    rank = layout.groups[group].splits[int(index)].block_shapes[leaf][1]
-    (name,) = layout.grouping.members[group]
-    matrices, _ = layout.grouping.matrices(group, layout.axes)
-    if len(matrices) > 1:
-        raise ValueError(
-            f"frozen[{block!r}] must have one matrix a group to hold its singular vectors: "
-            f"{name!r} has {len(matrices)}; use fold='natural'"
-        )
-    if rank > min(matrices[0]):
-        raise ValueError(
-            f"rank must be at most {min(matrices[0])}, the singular vectors of {name!r}: "
-            f"got {rank} for the frozen block {block!r}"
-        )

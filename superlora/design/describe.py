@@ -10,7 +10,7 @@ from superlora.design.layout import Layout
 from superlora.design.spec import Spec
 from superlora.design.splits import Split
 from superlora.design.supports import OF_BIAS
-from superlora.design.ways import FORMED
+from superlora.design.ways import FORMED, application
 
 _GROUP = ("operations", "groups", "entries", "map", "fold", "splits (size:rank)")
 
@@ -69,7 +69,7 @@ def _applied(layout: Layout, groups: list[int]) -> str:
             operation = name.partition(".")[0] if several else ""
             firsts.setdefault((operation, layout.shapes[name]), name)
     found = [
-        FORMED if operation in OF_BIAS else str(layout.application(name))
+        FORMED if operation in OF_BIAS else str(application(layout, name))
         for (operation, _), name in firsts.items()
     ]
     return " or ".join(dict.fromkeys(found))
@@ -123,7 +123,7 @@ def _notes(layout: Layout, same: list[list[int]]) -> list[str]:
         sources = ", ".join(sorted(set(layout.frozen.values())))
         notes.append(f"note: {entries:,} entries of {len(layout.frozen)} blocks frozen: {sources}")
     notes += _axes(layout)
-    degenerate = unit_modes_of(layout)
+    degenerate = unit_modes_of(layout.groups, layout.specs)
     if degenerate:
         notes.append(f"note: {degenerate}")
     return notes

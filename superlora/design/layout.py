@@ -10,27 +10,22 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from superlora.design.axes import Axes
-from superlora.design.blocks import Inner, check_frozen, inner_vectors, unit_modes_of
+from superlora.design.blocks import Inner, inner_vectors, unit_modes_of
 from superlora.design.fold_shape import Shape
 from superlora.design.grouping import Grouping, Piece, check_shapes, group_weights, join
-from superlora.design.network import (
-    Network,
-    Opened,
-    group_network,
-    opened_rows,
-    weight_network,
-)
 from superlora.design.spec import Spec
-from superlora.design.splits import Group, Members, Split, make_group
+from superlora.design.splits import Group, Members, Split, check_memory, make_group
 from superlora.design.supports import Supports, design_of, parts_of
-from superlora.design.ways import Application, application, opens_rows, rows_of
 from superlora.errors import some
 from superlora.maps import Map, Place
+
+_Found = TypeVar("_Found")
+_Rest = ParamSpec("_Rest")
 
 
 class Layout:
@@ -107,16 +102,11 @@ class Layout:
         for group, own in enumerate(self.specs):
             bound = own.map if plain else own.map.bind(self.place(group))
             self.maps.append(known.setdefault(bound, bound))
-        self._networks: dict[str, Network] = {}
-        self._applications: dict[str, Application] = {}
-        self._whole_rows: dict[int, Opened] = {}
-        self._opens_rows: dict[int, bool] = {}
-        self._mixed_once: dict[int, bool] = {}
-        self._group_networks: dict[int, Network] = {}
-        check_frozen(self)
+        self.kept: dict[tuple[Any, ...], Any] = {}
+        _check_frozen(self)
         if any(own.factor_map is not None for own, _ in designs):
             self.inner  # noqa: B018  (raises where a map does not fit)
-        unit_modes = unit_modes_of(self)
+        unit_modes = unit_modes_of(self.groups, self.specs)
         if unit_modes:
             warnings.warn(f"{unit_modes}; use fewer splits or fold='balanced'", stacklevel=3)
 
@@ -226,45 +216,11 @@ class Layout:
             return None
         return self.maps[group].product_operations(self.groups[group].before, self.shapes[name])
 
-    def network(self, name: str) -> Network:
-        """Return what a weight's update is made of."""
-        if name not in self._networks:
-            self._networks[name] = weight_network(self, name)
-        return self._networks[name]
-
-    def group_network(self, group: int) -> Network:
-        """Return what a group's folded tensor is made of, before its map."""
-        if group not in self._group_networks:
-            self._group_networks[group] = group_network(self, group)
-        return self._group_networks[group]
-
-    def opens_rows(self, group: int) -> bool:
-        """Return whether the weights of a group are cut from rows that are opened once for all."""
-        if group not in self._opens_rows:
-            self._opens_rows[group] = opens_rows(self, group)
-        return self._opens_rows[group]
-
     def is_mixed_once(self, first: int) -> bool:
         """Return whether it pays to make at once what a map makes for several weights."""
-        if first not in self._mixed_once:
-            names = {name for group in self.joint(first) for name in self.grouping.members[group]}
-            least = min(math.prod(self.shapes[name]) for name in names)
-            mixed = self.maps[first].mixes(self.joint_sizes(first)[0], least)
-            self._mixed_once[first] = mixed and len(names) > 1
-        return self._mixed_once[first]
-
-    def whole_rows(self, group: int) -> Opened:
-        """Return all opened rows of a group that its weights are cut from."""
-        if group not in self._whole_rows:
-            stop = max(rows_of(self, name)[1] for name in self.grouping.members[group])
-            self._whole_rows[group] = opened_rows(self, group, 0, stop)
-        return self._whole_rows[group]
-
-    def application(self, name: str) -> Application:
-        """Return how a weight's update is applied."""
-        if name not in self._applications:
-            self._applications[name] = application(self, name)
-        return self._applications[name]
+        names = {name for group in self.joint(first) for name in self.grouping.members[group]}
+        least = min(math.prod(self.shapes[name]) for name in names)
+        return len(names) > 1 and self.maps[first].mixes(self.joint_sizes(first)[0], least)
 
     def radices(self, group: int, modes: int | None = None) -> Shape:
         """Return the digits of the first `modes` modes of a group, all modes if None."""
@@ -329,7 +285,7 @@ class Layout:
     @functools.cached_property
     def inner(self) -> dict[str, Inner]:
         """The vector that every block that has one is mapped from."""
-        return inner_vectors(self)
+        return inner_vectors(self.trainable, self.specs, self.first_group, self.num_dense)
 
     @functools.cached_property
     def input_shapes(self) -> dict[str, Shape]:
@@ -388,3 +344,67 @@ class Layout:
     def num_dense(self) -> int:
         """Entries of all adapted weights."""
         return sum(self.layer_axes[name].entries for name in self.supports)
+
+
+def kept(
+    function: Callable[Concatenate[Layout, _Rest], _Found],
+) -> Callable[Concatenate[Layout, _Rest], _Found]:
+    """Keep with a layout what a function finds of it, by the function's name and arguments."""
+
+    @functools.wraps(function)
+    def found(layout: Layout, /, *rest: _Rest.args, **named: _Rest.kwargs) -> _Found:
+        key = (function.__name__, *rest)
+        if key not in layout.kept:
+            layout.kept[key] = function(layout, *rest, **named)
+        value: _Found = layout.kept[key]
+        return value
+
+    return found
+
+
+def _check_frozen(layout: Layout) -> None:
+    """Refuse frozen and tied blocks that groups lack, or that leave nothing to train."""
+    for group, own in enumerate(layout.specs):
+        if not own.frozen and not own.tied:
+            continue
+        for kind, blocks in (("frozen", [key for key, _ in own.frozen]), ("tied", own.tied)):
+            for block in blocks:
+                _check_present(layout, group, kind, block)
+        for block, source in own.frozen:
+            if source.startswith("singular"):
+                _check_singular(layout, group, block)
+        for term in layout.term_blocks(group):
+            if not any(block in layout.trainable for block in term):
+                raise ValueError(
+                    f"frozen must leave every product a trainable block: group {group} has none"
+                )
+    entries = sum(math.prod(layout.block_shapes[block]) for block in layout.frozen)
+    check_memory("frozen blocks must hold", entries, layout.num_dense)
+
+
+def _check_present(layout: Layout, group: int, kind: str, block: str) -> None:
+    index, _, leaf = block.partition(".")
+    shapes = layout.groups[group].splits[int(index)].block_shapes
+    first = layout.groups[layout.first_group(group)].splits[int(index)].block_shapes
+    if len(shapes.get(leaf, ())) != len(first.get(leaf, (0,))):
+        raise ValueError(
+            f"{kind} must name blocks that every group has: group {group} has no {block!r}, its "
+            f"split {index} has {list(shapes)}"
+        )
+
+
+def _check_singular(layout: Layout, group: int, block: str) -> None:
+    index, _, leaf = block.partition(".")
+    rank = layout.groups[group].splits[int(index)].block_shapes[leaf][1]
+    (name,) = layout.grouping.members[group]
+    matrices, _ = layout.grouping.matrices(group, layout.axes)
+    if len(matrices) > 1:
+        raise ValueError(
+            f"frozen[{block!r}] must have one matrix a group to hold its singular vectors: "
+            f"{name!r} has {len(matrices)}; use fold='natural'"
+        )
+    if rank > min(matrices[0]):
+        raise ValueError(
+            f"rank must be at most {min(matrices[0])}, the singular vectors of {name!r}: "
+            f"got {rank} for the frozen block {block!r}"
+        )

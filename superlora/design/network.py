@@ -10,17 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from superlora.design.contraction import TOKENS, Contraction, Cost, Labels, contract
 from superlora.design.fold_shape import Shape
 from superlora.design.grouping import Piece, cut_pieces
+from superlora.design.layout import Layout, kept
 from superlora.design.slices import Box, slice_of
 from superlora.design.splits import Split, mode_of
-
-if TYPE_CHECKING:
-    from superlora.design.layout import Layout
-
 
 # The numbers of tokens that paths are planned for.
 FEW, MANY = 1, 4096
@@ -393,6 +390,12 @@ class Factorisation:
         return few, many
 
 
+@kept
+def network_of(layout: Layout, name: str) -> Network:
+    """Return what a weight's update is made of."""
+    return weight_network(layout, name)
+
+
 def weight_network(layout: Layout, name: str, rows: tuple[int, int] | None = None) -> Network:
     """Return what a weight's update, or a range of its rows, is made of."""
     height, width = layout.shapes[name]
@@ -414,6 +417,7 @@ def _run(layout: Layout, piece: Piece, sources: Sources) -> Run:
     return Run(boxes, part.skip, part.size)
 
 
+@kept
 def group_network(layout: Layout, group: int) -> Network:
     """Return what a group's folded tensor is made of, before its map."""
     radices = layout.radices(group)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from superlora.checks import check_count
 from superlora.maps import Map
 
-if TYPE_CHECKING:
-    from superlora.design.spec import Spec
-
+# `Spec` checks itself by this file, which cannot import it.
+Spec = Any
 Rank = int | str | tuple[Any, ...]
 
 SOURCES = ("random", "ones", "stored", "singular", "singular_scaled", "singular_root")

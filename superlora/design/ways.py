@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from superlora.design.contraction import Cost
 from superlora.design.fold_shape import Shape, ceil_divide
+from superlora.design.layout import Layout, kept
 from superlora.design.network import (
     Opened,
     Source,
     Term,
     direct_network,
+    network_of,
     opened_products,
     opened_rows,
     row_slice,
 )
 from superlora.errors import some
-
-if TYPE_CHECKING:
-    from superlora.design.layout import Layout
 
 FORMED = "formed"
 APPLY = ("auto", "factored", "formed")
@@ -117,6 +115,7 @@ class Application:
         return "factored" if bound is None else f"factored, formed from {bound:,} tokens"
 
 
+@kept
 def opens_rows(layout: Layout, group: int) -> bool:
     """Return whether the weights of a group are cut from rows that are opened once for all.
 
@@ -154,6 +153,13 @@ def rows_of(layout: Layout, name: str) -> tuple[int, int]:
     return piece.start // width, ceil_divide(piece.stop, width)
 
 
+@kept
+def whole_rows(layout: Layout, group: int) -> Opened:
+    """Return all opened rows of a group that its weights are cut from."""
+    stop = max(rows_of(layout, name)[1] for name in layout.grouping.members[group])
+    return opened_rows(layout, group, 0, stop)
+
+
 def row_pair(layout: Layout, name: str) -> tuple[Opened, int] | None:
     """Return the opened rows of a weight, and how many of them make an output.
 
@@ -178,6 +184,7 @@ def row_pair(layout: Layout, name: str) -> tuple[Opened, int] | None:
     return None if blocks * opened.width >= min(layout.shapes[name]) else (opened, blocks)
 
 
+@kept
 def application(layout: Layout, name: str) -> Application:
     """Return how a weight's update is applied.
 
@@ -219,7 +226,7 @@ def _factored(layout: Layout, name: str) -> Factored | None:
         cost = Cost(0, 0, *products)
         return Factored((), None, (columns,), (), (), 0, (cost, cost))
     span = row_slice(layout, name)
-    shared = layout.opens_rows(group)
+    shared = opens_rows(layout, group)
     direct = None if shared and span is not None else direct_network(layout, name)
     if direct is not None and _fits(layout, name, direct.few, direct.many):
         return _with_switch(direct.sources, None, direct.inputs, direct.few, direct.many, Cost())
@@ -263,10 +270,10 @@ def _with_switch(
 
 def _forming(layout: Layout, name: str) -> Cost:
     group = layout.grouping.pieces[name][0].group
-    if layout.opens_rows(group):
+    if opens_rows(layout, group):
         opened = opened_rows(layout, group, *rows_of(layout, name))
         return sum((t.contraction.cost.at(opened.rows) for t in opened.completed), opened.cost)
-    total = layout.network(name).cost
+    total = network_of(layout, name).cost
     for piece in layout.grouping.pieces[name]:
         if not layout.in_place(piece.group):
             item, fixed = layout.groups[piece.group], layout.maps[piece.group]
@@ -330,7 +337,7 @@ def check_apply(apply: object, layout: Layout | None = None) -> None:
             for operation, name in own.items()
             if operation in ("add_weight", "right_weight", "left_weight")
         ]
-        without = [name for name in asked if layout.application(name).factored is None]
+        without = [name for name in asked if application(layout, name).factored is None]
         if without:
             raise ValueError(no_factored_way(some(map(repr, without))))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from superlora.algebra.form import map_slice, source_array, with_blocks
 from superlora.algebra.frozen import each_frozen
 from superlora.algebra.init import each_factor
-from superlora.design.network import Source
+from superlora.design.network import Source, network_of
 from superlora.design.ways import check_apply
 from superlora.plan import Plan
 from superlora.torch.autograd import without_autocast
@@ -148,7 +148,7 @@ class Blocks(nn.Module):
                 if not fixed.in_place:
                     map_slice(fixed, torch.zeros(before, device=device), size, *bounds)
                 elif fixed.mapped(len(layout.groups[piece.group].fold)):
-                    self.sources(layout.network(name).sources)
+                    self.sources(network_of(layout, name).sources)
                 if layout.multiplies(name):
                     x = torch.zeros((1, layout.shapes[name][1]), device=device)
                     fixed.multiply(torch.zeros(before, device=device), x)

@@ -29,10 +29,12 @@ from superlora.design.network import (
     Opened,
     Source,
     Term,
+    group_network,
+    network_of,
     opened_rows,
     weight_network,
 )
-from superlora.design.ways import rows_of
+from superlora.design.ways import opens_rows, rows_of, whole_rows
 from superlora.torch.autograd import made, moved, parts
 
 if TYPE_CHECKING:
@@ -161,13 +163,13 @@ class SharedRows(Shared):
         self.group = layout.grouping.pieces[name][0].group
         self.width = layout.groups[self.group].fold[-1]
         self.key = ("rows", self.group, index)
-        self.several = layout.opens_rows(self.group)
+        self.several = opens_rows(layout, self.group)
         self.start = self.range(name)[0]
 
     def make(self, adapter: Blocks, whole: bool) -> Tensor:
         """Return the whole, or what this layer needs of it."""
         layout, index = self.layout, self.index
-        opened = layout.whole_rows(self.group) if whole else self.own
+        opened = whole_rows(layout, self.group) if whole else self.own
         used = {operand.source for box in opened.boxes for operand in box[index].operands}
         # What a map made of a block is kept, as it would be mapped again else.
         fixed = [place for place in used if opened.sources[place].modes]
@@ -221,7 +223,7 @@ class SharedVector(Shared):
         if not self.map.reads:
             self.part, self.start = name, self.range(name)[0]
         for group in layout.joint(first):  # no compiler is to see it found
-            layout.group_network(group)
+            group_network(layout, group)
 
     def make(self, adapter: Blocks, whole: bool) -> Tensor:
         """Return the whole, or what this layer needs of it."""
@@ -351,7 +353,7 @@ class Operands:
         # What all of it is where that is one term, as of a weight of its own.
         self.term: Term | None = None
         if opened is None and vectors:
-            whole = layout.network(name)
+            whole = network_of(layout, name)
             self.networks[0, self.height] = whole  # compiled code only reads it
         if not self.shared and vectors:
             terms = list(whole.terms())
@@ -428,7 +430,7 @@ def formed_operands(layout: Layout, name: str) -> Operands:
     """Return the operands of a support that is formed, where it pays of its group's opened rows."""
     # The same blocks as in the weight's network, which `Plan.delta` contracts at once.
     group = layout.grouping.pieces[name][0].group
-    if layout.opens_rows(group):
+    if opens_rows(layout, group):
         rows = opened_rows(layout, group, *rows_of(layout, name))
         return Operands(layout, name, rows.ends, rows)
-    return Operands(layout, name, layout.network(name).sources)
+    return Operands(layout, name, network_of(layout, name).sources)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from superlora.algebra.form import joint_entries
 from superlora.design.supports import ADD
-from superlora.design.ways import FORMED
+from superlora.design.ways import FORMED, application
 from superlora.torch.autograd import autocasts, is_traced, without_autocast
 from superlora.torch.operands import Operands, formed_operands
 from superlora.torch.update import (
@@ -64,7 +64,7 @@ class Support:
         self.scales = self.operation == "scale_weight"
         self.scale: float = 1.0
         self.number = torch.empty(0)
-        self.application = layout.application(name)
+        self.application = application(layout, name)
         self.operands = formed_operands(layout, name)
         self.way: Way | None = None
         if layout.multiplies(name) and not self.scales:

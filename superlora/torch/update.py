@@ -19,7 +19,7 @@ from superlora.algebra.form import form, scaled, take, total
 from superlora.algebra.run import contract_pair, matrices, run, take_step
 from superlora.design.contraction import Contraction
 from superlora.design.layout import Layout
-from superlora.design.network import Operand
+from superlora.design.network import Operand, group_network
 from superlora.design.ways import Factored
 from superlora.torch.autograd import (
     aliases,
@@ -341,7 +341,7 @@ class MultipliedWay(Way):
 
     def __init__(self, layout: Layout, name: str) -> None:
         group = layout.grouping.pieces[name][0].group
-        self.network = layout.group_network(group)
+        self.network = group_network(layout, group)
         self.map = layout.maps[group]
         super().__init__(Operands(layout, name, self.network.sources, vectors=False))
 

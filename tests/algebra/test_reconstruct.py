@@ -15,6 +15,7 @@ from numpy.testing import assert_allclose
 import superlora as sl
 from superlora.algebra.form import apply_factored, group_tensor, joint_entries
 from superlora.design.network import row_slice
+from superlora.design.ways import application
 from tests import oracles
 from tests.strategies import Mixing, Permuting, draw_factors, make_plan, problems
 
@@ -131,7 +132,7 @@ def check_apply(xp, plan, factors, leading=(2, 3)):
 
 def both_orders(plan, name):
     """Yield a layout with each order of a factored weight, also the one that would cost more."""
-    found = plan.layout.application(name)
+    found = application(plan.layout, name)
     if found.factored is None:
         return
     for switch in (0, 1 << 40):

@@ -9,8 +9,9 @@ import pytest
 
 import superlora as sl
 from superlora import maps
+from superlora.design import ways
 from superlora.design.contraction import BALANCE, TOKENS, Cost, contract
-from superlora.design.network import FEW, MANY
+from superlora.design.network import FEW, MANY, network_of
 from superlora.design.ways import APPLY, check_apply
 from tests.strategies import make_plan
 
@@ -19,7 +20,7 @@ COUNT = 256
 
 
 def application(spec, shapes=SQUARE):
-    return make_plan(spec, shapes).layout.application(next(iter(shapes)))
+    return ways.application(make_plan(spec, shapes).layout, next(iter(shapes)))
 
 
 def is_formed(spec, tokens=COUNT, **options):
@@ -187,9 +188,9 @@ def test_the_order_of_contractions_costs_least(key, which):
     """Of every network with its inputs, and of the one that forms: all orders are tried."""
     spec, shape = NETWORKS[key]
     layout = make_plan(spec, {"q": shape}).layout
-    found = layout.application("q").factored
+    found = ways.application(layout, "q").factored
     assert found.opened is None
-    network = layout.network("q")
+    network = network_of(layout, "q")
     sources, terms, first = network.sources, network.terms(), 0
     if which != "formed":
         sources, terms, first = found.sources, getattr(found, which), 1

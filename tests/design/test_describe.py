@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import superlora as sl
+from superlora.design.ways import application
 from tests.strategies import Mixing, make_plan
 
 
@@ -27,7 +28,7 @@ def test_alike_groups_share_a_row():
 def test_a_row_says_how_its_updates_are_applied():
     shapes = {"q": (600, 40), "v": (600, 40), "down": (40, 600)}
     plan = sl.Plan(sl.lora(rank=2, groups=1, fold="aligned"), shapes)
-    found = list(dict.fromkeys(str(plan.layout.application(name)) for name in ("q", "down")))
+    found = list(dict.fromkeys(str(application(plan.layout, name)) for name in ("q", "down")))
     assert len(found) == 2
     assert plan.describe().splitlines()[1].endswith(f"  {found[0]} or {found[1]}")
     # What changes a bias meets no inputs.

@@ -14,6 +14,7 @@ from torch import nn
 
 import superlora as sl
 from superlora import maps
+from superlora.design.ways import application
 from tests.oracles import jacobian_rank
 from tests.reductions.cases import fill
 from tests.strategies import draw_factors
@@ -326,7 +327,7 @@ def test_a_map_for_each_mode_is_applied_without_an_update(spec):
     expected = plan.deltas(factors)
     thin = {name: plan.low_rank(factors, name) for name in WIDE}
     for name, delta in expected.items():
-        assert plan.layout.application(name).factored is not None
+        assert application(plan.layout, name).factored is not None
         left, right = thin[name]
         assert left.shape[1] == right.shape[1] < min(delta.shape)
         numpy.testing.assert_allclose(left @ right.T, delta, atol=1e-11 * abs(delta).max())
@@ -346,4 +347,4 @@ def test_any_other_map_has_its_update_formed():
     spec = sl.lora(2, map=maps.Fastfood(), fold="balanced", ratio=0.25)
     plan = sl.Plan(spec, WIDE)
     assert plan.low_rank(draw_factors(plan), "0.q") is None
-    assert plan.layout.application("0.q").factored is None
+    assert application(plan.layout, "0.q").factored is None

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import superlora as sl
 import superlora.torch as slt
+from superlora.design.ways import application
 from superlora.torch.update import FactoredWay, FormedWay, MultipliedWay
 from tests.torch.counting import Tracker
 from tests.torch.helpers import (
@@ -35,7 +36,7 @@ def ways_of(key):
     """Return the ways that all layers of the tests' model have."""
     shapes = {f"{block}.{name}": SHAPES[name] for block in (0, 1) for name in targets_of(key)}
     layout = sl.Plan(SPECS[key], shapes).layout
-    factored = all(layout.application(name).factored is not None for name in shapes)
+    factored = all(application(layout, name).factored is not None for name in shapes)
     return ("auto", "factored", "formed") if factored else ("auto", "formed")
 
 
@@ -167,7 +168,7 @@ def test_the_number_of_tokens_decides(monkeypatch, grad):
     taken = []
     for kind in (FactoredWay, FormedWay):
         watch(monkeypatch, kind, "forward", taken)
-    bounds = adapter.plan.layout.application("0").bounds
+    bounds = application(adapter.plan.layout, "0").bounds
     assert bounds[False, True] < bounds[True, True]
     bound = bounds[grad, True]
     with torch.set_grad_enabled(grad):
