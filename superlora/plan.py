@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -21,11 +21,15 @@ from superlora.design.axes import Axes
 from superlora.design.describe import describe
 from superlora.design.layout import Layout
 from superlora.design.network import Network, network_of
+from superlora.design.placement import Placement, placements
 from superlora.design.spec import Spec
 from superlora.design.supports import Supports
 from superlora.design.ways import Application, application, check_apply, no_factored_way
 from superlora.errors import some
 from superlora.operations import merge
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Plan:
@@ -491,10 +495,74 @@ class Plan:
         >>> print(sl.Plan(sl.lora(rank=2), {"q": (6, 4)}).network("q"))
         ac,bc->ab  a=6 c=2 b=4  0.0.factor0, 0.0.factor1
         """
+        return network_of(self.layout, self._support(name, operation))
+
+    def where(self, name: str, operation: str | None = None) -> list[Placement]:
+        """Return where a weight lies among the groups.
+
+        Parameters
+        ----------
+        name : str
+            The weight.
+        operation : str, optional
+            The merge operation whose support is asked for, where the plan has several.
+
+        Returns
+        -------
+        list of Placement
+            One for each run of its entries: group, position, fold, and the boxes of the fold.
+
+        Raises
+        ------
+        KeyError
+            If the plan has no weight of that name.
+
+        Examples
+        --------
+        >>> import superlora as sl
+        >>> spec = sl.Spec(rank=2, groups=1, fold="aligned")
+        >>> plan = sl.Plan(spec, {"q": (6, 4), "v": (3, 4)})
+        >>> plan.where("v")
+        [Placement(group=0, start=24, stop=36, fold=(9, 4), boxes=(((6, 9), (0, 4)),))]
+        """
+        return placements(self.layout, self._support(name, operation))
+
+    def plot(self, name: str | None = None, operation: str | None = None) -> Figure:
+        """Draw the folds of the groups, or the network of one weight.
+
+        Parameters
+        ----------
+        name : str, optional
+            The weight whose network is drawn: blocks as points, shared labels as lines with their
+            sizes, and axes of the update as open ends. By default every weight is a coloured band
+            on the fold of its group, of the first twelve groups.
+        operation : str, optional
+            The merge operation whose support is asked for, where the plan has several.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            To be shown by a notebook, or saved by ``savefig``.
+
+        Raises
+        ------
+        KeyError
+            If the plan has no weight of that name.
+        ModuleNotFoundError
+            Without matplotlib, the extra ``plot``.
+        """
+        from superlora import plot
+
+        if name is None:
+            return plot.draw_folds(self.layout)
+        return plot.draw_network(self.network(name, operation), name)
+
+    def _support(self, name: str, operation: str | None) -> str:
+        """Return a weight's own name in the layout, or say which weights there are."""
         if operation is not None:
             name = self.layout.supports.get(name, {}).get(operation, f"{operation}.{name}")
-        self.blocks_of(name)  # names the weights there are, if this is none
-        return network_of(self.layout, name)
+        self.blocks_of(name)
+        return name
 
     def _check_plain(self, name: str) -> None:
         if not self.layout.axes[name].plain:
