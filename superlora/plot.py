@@ -88,7 +88,7 @@ def _draw_term(network: Network, term: Term, place: Axes) -> None:
             lines.append(((x, y), (1.6 * x - turn * y, 1.6 * y + turn * x)))
         for (x0, y0), (x1, y1) in lines:
             place.plot((x0, x1), (y0, y1), color="0.5", zorder=1)
-            place.annotate(str(path.sizes[label]), ((x0 + x1) / 2, (y0 + y1) / 2), size=7)
+            place.annotate(str(path.sizes[label]), ((x0 + 2 * x1) / 3, (y0 + 2 * y1) / 3), size=7)
     place.set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), aspect="equal")
     place.axis("off")
 
