@@ -59,23 +59,7 @@ def _library(name: str | None) -> Any:
 
 
 def backend_of(*arrays: Array) -> Any:
-    """Return the TensorLy backend object that all `arrays` belong to.
-
-    Parameters
-    ----------
-    *arrays : array
-        At least one array of numpy, torch, jax, cupy, tensorflow or paddle.
-
-    Returns
-    -------
-    tensorly.backend.core.Backend
-        Its methods take and return arrays of that library.
-
-    Raises
-    ------
-    TypeError
-        If an array is of no known library, or two are of different ones.
-    """
+    """Return the TensorLy backend object that all `arrays` belong to."""
     found = None
     for array in arrays:
         kind = type(array)
@@ -110,25 +94,7 @@ def _context(like: Array) -> tuple[Any, dict[str, Any]]:
 
 
 def from_numpy(values: numpy.ndarray, like: Array) -> Array:
-    """Return numpy values as an array of the library, dtype and device of `like`.
-
-    Parameters
-    ----------
-    values : numpy.ndarray
-        Any shape.
-    like : array or dtype
-        An array, or a dtype of numpy, jax or torch.
-
-    Returns
-    -------
-    array
-        A new array that requires no gradient.
-
-    Raises
-    ------
-    TypeError
-        If `like` is neither, or not of a floating-point type.
-    """
+    """Return numpy values as an array of the library, dtype and device of `like`."""
     library, context = _context(like)
     dtype = context["dtype"]
     name = numpy.dtype(dtype).name if library.backend_name in ("numpy", "jax") else str(dtype)

@@ -7,18 +7,7 @@ from typing import Any
 
 
 def hashable(value: Any) -> Any:
-    """Return lists as tuples, at any depth, and numbers as Python's own.
-
-    Parameters
-    ----------
-    value : Any
-        A field of a spec or a map.
-
-    Returns
-    -------
-    Any
-        A hashable value, where the items are.
-    """
+    """Return lists as tuples, at any depth, and numbers as Python's own."""
     if isinstance(value, (list, tuple)):
         return tuple(map(hashable, value))
     if isinstance(value, bool):
@@ -29,29 +18,7 @@ def hashable(value: Any) -> Any:
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:
-    """Return `value` if it is an integer of at least `least`, or say what it must be.
-
-    Parameters
-    ----------
-    name : str
-        What the error message calls the value.
-    value : object
-        The value to check; ``bool`` is not an integer here.
-    least : int
-        The smallest value allowed.
-
-    Returns
-    -------
-    int
-        `value`, unchanged.
-
-    Raises
-    ------
-    TypeError
-        If `value` is not an integer.
-    ValueError
-        If `value` is below `least`.
-    """
+    """Return `value` if it is an integer of at least `least`, or say what it must be."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer: got {value!r}")
     if value < least:

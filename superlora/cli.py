@@ -18,13 +18,7 @@ def main() -> None:
 
 
 def build() -> typer.Typer:
-    """Return the command line application; typer is imported no sooner.
-
-    Returns
-    -------
-    typer.Typer
-        Call it to run it.
-    """
+    """Return the command line application; typer is imported no sooner."""
     import typer
 
     from superlora.demo import command, search_command

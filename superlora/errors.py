@@ -8,20 +8,7 @@ class AdapterError(RuntimeError):
 
 
 def some(items: Iterable[str], most: int = 5) -> str:
-    """Return a list for a message, cut short.
-
-    Parameters
-    ----------
-    items : iterable of str
-        What to list.
-    most : int
-        How many to name.
-
-    Returns
-    -------
-    str
-        ``"a, b and 7 more"``.
-    """
+    """Return a list for a message, cut short."""
     listed = list(items)
     rest = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + rest

@@ -21,25 +21,7 @@ _CHUNK = 1 << 16  # numbers whose temporary arrays stay in a core's cache
 
 
 def check_seed(seed: object) -> int:
-    """Return `seed` if it is one, or say what it must be.
-
-    Parameters
-    ----------
-    seed : object
-        The value to check.
-
-    Returns
-    -------
-    int
-        `seed`, unchanged.
-
-    Raises
-    ------
-    TypeError
-        If `seed` is not an integer.
-    ValueError
-        If `seed` is not in [0, 2**64).
-    """
+    """Return `seed` if it is one, or say what it must be."""
     if check_count("seed", seed, least=0) >= 1 << 64:
         raise ValueError(f"seed must be below 2**64: got {seed}")
     assert isinstance(seed, int)
@@ -47,27 +29,7 @@ def check_seed(seed: object) -> int:
 
 
 def bits(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:
-    """Draw raw words of a stream.
-
-    Parameters
-    ----------
-    seed : int
-        In [0, 2**64).
-    stream : int
-        Which of the seed's independent streams, in [0, 2**64).
-    start, stop : int
-        Positions in the stream.
-
-    Returns
-    -------
-    numpy.ndarray of uint64, (stop - start,)
-        Words ``start <= position < stop``.
-
-    Examples
-    --------
-    >>> bool((bits(1, 2, 3, 9) == bits(1, 2, 0, 9)[3:]).all())
-    True
-    """
+    """Draw raw words of a stream."""
     skipped = start % _WORDS
     philox = numpy.random.Philox(
         key=numpy.array([seed, stream], dtype=numpy.uint64),
@@ -78,33 +40,7 @@ def bits(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:
 
 
 def normal(seed: int, stream: int, shape: tuple[int, ...]) -> numpy.ndarray:
-    """Draw standard normal numbers.
-
-    Parameters
-    ----------
-    seed : int
-        In [0, 2**64).
-    stream : int
-        Which of the seed's independent streams, in [0, 2**64).
-    shape : tuple of int
-        Shape of the result.
-
-    Returns
-    -------
-    numpy.ndarray of float64
-        One number for each 64 raw bits: the inverse normal distribution function
-        of their upper 53, so that no library's own sampler decides the values.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `seed` is not an integer of that range.
-
-    Examples
-    --------
-    >>> normal(0, 0, (2,)).round(6)
-    array([-2.271884, -0.701328])
-    """
+    """Draw standard normal numbers."""
     values: numpy.ndarray = _normals(check_seed(seed), stream, 0, math.prod(shape)).reshape(shape)
     return values
 
@@ -118,23 +54,7 @@ def _normals(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:
 
 
 def coarse_normals(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:
-    """Draw standard normal numbers that do not depend on the last bits of the inverse.
-
-    Parameters
-    ----------
-    seed : int
-        In [0, 2**64).
-    stream : int
-        Which of the seed's independent streams, in [0, 2**64).
-    start, stop : int
-        Positions in the stream.
-
-    Returns
-    -------
-    numpy.ndarray of float32, (stop - start,)
-        Those of `normal` rounded to multiples of 2**-16, which float32 holds exactly, so that a
-        platform's own logarithm does not show in them.
-    """
+    """Draw standard normal numbers that do not depend on the last bits of the inverse."""
     found = numpy.empty(stop - start, dtype=numpy.float32)
     for first in range(start, stop, _CHUNK):
         last = min(first + _CHUNK, stop)
@@ -144,27 +64,7 @@ def coarse_normals(seed: int, stream: int, start: int, stop: int) -> numpy.ndarr
 
 
 def signs(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:
-    """Draw random signs, 64 from each raw word, its lowest bit first.
-
-    Parameters
-    ----------
-    seed : int
-        In [0, 2**64).
-    stream : int
-        Which of the seed's independent streams, in [0, 2**64).
-    start, stop : int
-        Positions in the stream.
-
-    Returns
-    -------
-    numpy.ndarray of int8, (stop - start,)
-        1 where the bit is 0, -1 where it is 1.
-
-    Examples
-    --------
-    >>> signs(0, 0, 0, 5)
-    array([-1, -1,  1, -1, -1], dtype=int8)
-    """
+    """Draw random signs, 64 from each raw word, its lowest bit first."""
     first = start // 64
     words = bits(seed, stream, first, -(-stop // 64))
     drawn = numpy.unpackbits(words.astype("<u8").view(numpy.uint8), bitorder="little")
@@ -173,23 +73,6 @@ def signs(seed: int, stream: int, start: int, stop: int) -> numpy.ndarray:
 
 
 def integers(seed: int, stream: int, bound: int, size: int) -> numpy.ndarray:
-    """Draw integers below a bound.
-
-    Parameters
-    ----------
-    seed : int
-        In [0, 2**64).
-    stream : int
-        Which of the seed's independent streams, in [0, 2**64).
-    bound : int
-        Below 2**32.
-    size : int
-        How many.
-
-    Returns
-    -------
-    numpy.ndarray of int64, (size,)
-        In [0, bound): a word's rest, whose bias is below 2**-32.
-    """
+    """Draw integers below a bound."""
     drawn: numpy.ndarray = (bits(seed, stream, 0, size) % numpy.uint64(bound)).astype(numpy.int64)
     return drawn

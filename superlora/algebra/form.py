@@ -32,22 +32,7 @@ Vector = Callable[[int, int, int], Array]
 def with_blocks(
     layout: Layout, factors: Mapping[str, Array], blocks: Iterable[str]
 ) -> Mapping[str, Array]:
-    """Add the blocks that F_in makes from the vectors among the factors.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    factors : mapping of str to array
-        What is trained, and frozen blocks.
-    blocks : iterable of str
-        The blocks that are wanted.
-
-    Returns
-    -------
-    mapping of str to array
-        `factors` itself where nothing is missing.
-    """
+    """Add the blocks that F_in makes from the vectors among the factors."""
     inner = layout.inner
     missing = [block for block in blocks if block in inner and block not in factors]
     if not missing:
@@ -70,22 +55,7 @@ def with_blocks(
 def source_arrays(
     layout: Layout, factors: Mapping[str, Array], sources: Sequence[Source]
 ) -> list[Array]:
-    """Return what the operands of a network are slices of.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    factors : mapping of str to array
-        What is trained, and frozen blocks.
-    sources : sequence of Source
-        Those of the network.
-
-    Returns
-    -------
-    list of array
-        One for each source.
-    """
+    """Return what the operands of a network are slices of."""
     blocks = with_blocks(layout, factors, [source.block for source in sources])
     return [source_array(layout, source, blocks[source.block]) for source in sources]
 
@@ -120,23 +90,7 @@ def run_term(
 
 
 def form(network: Network, arrays: Sequence[Array], vector: Vector) -> Array:
-    """Form what a network makes.
-
-    Parameters
-    ----------
-    network : Network
-        Of some rows of a weight, or of a group's tensor.
-    arrays : sequence of array
-        One for each of its sources.
-    vector : callable
-        Takes the first of the groups that a map takes together, and a range, and returns these
-        entries of the mapped vector.
-
-    Returns
-    -------
-    array
-        Of the network's shape.
-    """
+    """Form what a network makes."""
     runs = []
     for part in network.runs:
         if part.vector >= 0:
@@ -188,22 +142,7 @@ def _no_vector(*_: int) -> Array:
 
 
 def joint_entries(layout: Layout, factors: Mapping[str, Array], first: int) -> Array:
-    """Return what a group's map takes: its entries, or those of all groups that it takes at once.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    factors : mapping of str to array
-        The blocks by name, frozen ones too.
-    first : int
-        The group, or the first of them.
-
-    Returns
-    -------
-    array, (before,)
-        The entries before the map.
-    """
+    """Return the vector that a map makes of several groups, and of which weights are cut."""
     groups = layout.joint(first)
     tensors = [ravel(group_tensor(layout, factors, group)) for group in groups]
     if len(groups) == 1:
@@ -212,31 +151,7 @@ def joint_entries(layout: Layout, factors: Mapping[str, Array], first: int) -> A
 
 
 def map_slice(fixed: Map, x: Array, size: int, start: int, stop: int) -> Array:
-    """Return some entries of a mapped vector, if the map keeps to what it has to be.
-
-    Parameters
-    ----------
-    fixed : Map
-        Maybe of the user's own.
-    x : array, (before,)
-        The entries before it.
-    size : int
-        Entries after it.
-    start, stop : int
-        Which of them.
-
-    Returns
-    -------
-    array, (stop - start,)
-        Library and dtype of `x`.
-
-    Raises
-    ------
-    TypeError
-        If the map returns an array of another library.
-    ValueError
-        If it returns another shape or dtype.
-    """
+    """Return some entries of a mapped vector, if the map keeps to what it has to be."""
     y = fixed.apply_slice(x, size, start, stop)
     backend_of(x, y)
     if tuple(y.shape) != (stop - start,) or y.dtype != x.dtype:
@@ -282,27 +197,7 @@ def weight_delta(
     scale: float,
     vector: Vector | None = None,
 ) -> Array:
-    """Form one weight's update, from the slices of the blocks that it needs.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    factors : mapping of str to array
-        The blocks by name, frozen ones too; only those of the weight's groups are read.
-    name : str
-        The weight.
-    scale : float
-        The number s in front of the equation.
-    vector : callable, optional
-        As `form` takes it.
-
-    Returns
-    -------
-    array, (output width, input width)
-        Never the memory of a factor. Only a map that mixes all entries makes the whole group be
-        formed.
-    """
+    """Form one weight's update, from the slices of the blocks that it needs."""
     network = network_of(layout, name)
     arrays = source_arrays(layout, factors, network.sources)
     found = form(network, arrays, vector or Vectors(layout, factors, whole=False))
@@ -312,22 +207,7 @@ def weight_delta(
 def weight_deltas(
     layout: Layout, factors: Mapping[str, Array], scales: Mapping[str, float]
 ) -> dict[str, Array]:
-    """Form the updates of all weights; a map that mixes a group's entries is applied once.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    factors : mapping of str to array
-        All blocks by name, frozen ones too.
-    scales : mapping of str to float
-        The number s in front of each.
-
-    Returns
-    -------
-    dict of str to array
-        (output width, input width) each.
-    """
+    """Form the updates of all weights; a map that mixes a group's entries is applied once."""
     blocks = with_blocks(layout, factors, layout.block_shapes)
     vector = Vectors(layout, blocks, whole=True)
     return {
@@ -338,26 +218,7 @@ def weight_deltas(
 def apply_factored(
     layout: Layout, factors: Mapping[str, Array], name: str, x: Array, scale: float
 ) -> Array:
-    """Multiply by one weight's update without forming it.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    factors : mapping of str to array
-        The blocks by name, frozen ones too.
-    name : str
-        The weight, one with a factored way.
-    x : array, (..., input width)
-        Inputs of the layer.
-    scale : float
-        The number s in front of the equation.
-
-    Returns
-    -------
-    array, (..., output width)
-        ``x @ ΔWᵀ``.
-    """
+    """Multiply by one weight's update without forming it."""
     factored = application(layout, name).factored
     assert factored is not None
     rows, columns = layout.shapes[name]
@@ -410,25 +271,7 @@ def first_operands(
 def low_rank_factors(
     layout: Layout, factors: Mapping[str, Array], name: str, scale: float
 ) -> tuple[Array, Array] | None:
-    """Write one weight's update as a product of two matrices, where its fold is aligned.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    factors : mapping of str to array
-        The blocks by name.
-    name : str
-        The weight.
-    scale : float
-        The number s in front of the equation.
-
-    Returns
-    -------
-    pair of arrays, (output width, q) and (input width, q), or None
-        ``ΔW = left @ rightᵀ`` without ΔW being formed; None where the fold is not aligned
-        or q would not be less than both widths.
-    """
+    """Write one weight's update as a product of two matrices, where its fold is aligned."""
     found = row_pair(layout, name)
     if found is None:
         return None

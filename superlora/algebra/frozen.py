@@ -27,37 +27,7 @@ def frozen_blocks(
     *,
     singular: bool = True,
 ) -> dict[str, Array]:
-    """Make the blocks that are not trained.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    weights : mapping of str to array, optional
-        Of their own shapes, those whose singular vectors are asked for.
-    like : array or dtype
-        Library, dtype and device of the result.
-    singular : bool
-        Whether to make singular vectors.
-
-    Returns
-    -------
-    dict of str to array
-        Every frozen block by name, but those that are ``"stored"``.
-
-    Raises
-    ------
-    TypeError
-        If `like` is not of a floating-point type.
-    ValueError
-        If a weight is missing, has another shape than the plan says, or is not finite.
-
-    Notes
-    -----
-    Random blocks are normal, of the variance that `frozen_variance` gives, from the spec's
-    own seed. Singular vectors have signs such that the largest entry of every left one is
-    positive, so that they do not depend on the library.
-    """
+    """Make the blocks that are not trained."""
     return {
         name: from_numpy(values, like)
         for name, values in each_frozen(layout, weights, singular=singular)
@@ -71,24 +41,7 @@ def each_frozen(
     singular: bool = True,
     skipped: Container[str] = (),
 ) -> Iterator[tuple[str, numpy.ndarray]]:
-    """Make what `frozen_blocks` returns, one block at a time.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    weights : mapping of str to array, optional
-        Of their own shapes, those whose singular vectors are asked for.
-    singular : bool
-        Whether to make singular vectors.
-    skipped : container of str
-        Blocks that are not made.
-
-    Yields
-    ------
-    (str, numpy.ndarray)
-        Name and values.
-    """
+    """Make what `frozen_blocks` returns, one block at a time."""
     decomposed: dict[int, tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] = {}
     for stream, (name, source) in enumerate(layout.frozen.items()):
         shape = layout.block_shapes[name]
@@ -115,19 +68,7 @@ def each_frozen(
 
 
 def fingerprint(block: numpy.ndarray) -> float:
-    """Return a number that tells whether a frozen block was made anew as it was.
-
-    Parameters
-    ----------
-    block : numpy.ndarray
-        A frozen block.
-
-    Returns
-    -------
-    float
-        A fixed combination of n entries, relative to their norm and to six digits. Rounding by
-        a relative e changes it by at most ``e sqrt(n)``, other values by about 1.
-    """
+    """Return a number that tells whether a frozen block was made anew as it was."""
     entries = block.reshape(-1)
     total = squares = 0.0
     for start in range(0, entries.size, _CHUNK):

@@ -18,30 +18,7 @@ _SHARED_VECTOR = 0.02 / math.sqrt(3)
 
 
 def zero_block(layout: Layout, group: int, term: int = 0) -> str:
-    """Return the name of the block that starts at zero.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    group : int
-        Index of the group.
-    term : int
-        Index of the product in the group's sum.
-
-    Returns
-    -------
-    str
-        The last split's core where that is trainable, of a train the last one that is, else
-        its first trainable factor, which is LoRA's B; of an earlier split where none is. Where
-        groups share blocks it is one that all of them have of their own, else one that they
-        share.
-
-    Notes
-    -----
-    The update is multilinear in the blocks of a product. With one zero block it is zero
-    and that block has a gradient; with two every gradient is zero for ever.
-    """
+    """Return the name of the block that starts at zero."""
     count = layout.specs[group].splits
     candidates = [
         (index, leaf)
@@ -65,39 +42,7 @@ def zero_block(layout: Layout, group: int, term: int = 0) -> str:
 
 
 def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> dict[str, Array]:
-    """Draw initial factors for which every update is zero, but with one vector for two factors.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    seed : int
-        In [0, 2**64); block i of ``layout.factor_shapes`` takes the seed's stream i.
-    like : array or dtype
-        Library, dtype and device of the result.
-
-    Returns
-    -------
-    dict of str to array
-        One array for each of ``layout.factor_shapes``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `seed` is no integer of that range, or `like` is not of a
-        floating-point type.
-
-    Notes
-    -----
-    The standard deviations of a product's random blocks multiply to ``(d t / r) ** -0.5``,
-    and those that are trainable are equal: d is the mean input width of the group's
-    weights, t the number of products that sum to one entry of the update, r the
-    largest rank of a trainable factor. A step of the zero block then moves an entry of ΔW
-    as it does in LoRA of that rank, at any order and any number of splits, so that
-    learning rates carry over; a map's gain is a part of it. With an F_in from one vector to two
-    blocks of a product no update can be zero and have a gradient: it starts near zero, as in
-    Uni-LoRA.
-    """
+    """Draw initial factors for which every update is zero, but with one vector for two factors."""
     from_numpy(numpy.zeros(()), like)  # refuses a wrong dtype before anything is drawn
     return {name: from_numpy(values, like) for name, values in each_factor(layout, seed)}
 
@@ -105,22 +50,7 @@ def init_factors(layout: Layout, seed: int = 0, like: Any = numpy.float32) -> di
 def each_factor(
     layout: Layout, seed: int, skipped: Container[str] = ()
 ) -> Iterator[tuple[str, numpy.ndarray]]:
-    """Draw what `init_factors` returns, one block at a time.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    seed : int
-        In [0, 2**64).
-    skipped : container of str
-        Blocks that are not drawn; the others are what they are without it.
-
-    Yields
-    ------
-    (str, numpy.ndarray of float64)
-        Name and values.
-    """
+    """Draw what `init_factors` returns, one block at a time."""
     check_seed(seed)
     deviations: dict[str, float] = {}
     multiplied: set[str] = set()  # vectors that two blocks of one product are made of
@@ -147,23 +77,7 @@ def each_factor(
 
 
 def frozen_variance(source: str, shape: tuple[int, ...], last: bool) -> float:
-    """Return the variance of a frozen block's entries, 1 where it is not known beforehand.
-
-    Parameters
-    ----------
-    source : str
-        Where the block comes from.
-    shape : tuple of int
-        Shape of the block.
-    last : bool
-        Whether it is of the last mode, that of the inputs: its factor, or a train's core.
-
-    Returns
-    -------
-    float
-        One over the number of entries that are summed where the block meets its input, for
-        random blocks; that of unit columns for singular vectors.
-    """
+    """Return the variance of a frozen block's entries, 1 where it is not known beforehand."""
     if source == "random":
         return 1 / shape[-2 if last else -1]
     return 1 / shape[0] if source.startswith("singular") else 1.0

@@ -10,31 +10,7 @@ from superlora.design.contraction import Arranged, Contraction, Pair, Step
 
 
 def run(contraction: Contraction, operands: Sequence[Array], library: Any = None) -> Array:
-    """Contract a network.
-
-    Parameters
-    ----------
-    contraction : Contraction
-        The path.
-    operands : sequence of array
-        Of one library, with the labels and sizes of the path's operands.
-    library : object, optional
-        TensorLy's backend of it, where that is known.
-
-    Returns
-    -------
-    array
-        The result, with the labels of the path's output.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from superlora.design.contraction import contract
-    >>> path = contract([(0, 1), (1, 2)], (0, 2), {0: 2, 1: 3, 2: 2})
-    >>> run(path, [np.ones((2, 3)), np.ones((3, 2))])
-    array([[3., 3.],
-           [3., 3.]])
-    """
+    """Contract a network."""
     library = library or backend_of(operands[0])
     values = list(operands)
     for step in contraction.steps:

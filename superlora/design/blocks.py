@@ -42,34 +42,7 @@ def inner_vectors(
     first_group: Callable[[int], int],
     dense: int,
 ) -> dict[str, Inner]:
-    """Return the vector that every block that has one is mapped from.
-
-    Parameters
-    ----------
-    trainable : mapping of str to tuple of int
-        The shape of every block that is not frozen.
-    specs : sequence of Spec
-        Every group's design.
-    first_group : callable
-        The first of the groups that a group can share blocks with.
-    dense : int
-        Entries of all weights.
-
-    Returns
-    -------
-    dict of str to Inner
-        By name of the block; blocks that are trained themselves, or frozen, are not there.
-
-    Raises
-    ------
-    ValueError
-        If a map cannot serve the sizes.
-
-    Notes
-    -----
-    A vector for all blocks of a part is ``"group.0.theta"``, of the part's first group; a
-    block's own has ``"_theta"`` after the block's name.
-    """
+    """Return the vector that every block that has one is mapped from."""
     parts: dict[int, dict[str, int]] = {}
     for block, shape in trainable.items():
         group = int(block.partition(".")[0])
@@ -100,18 +73,7 @@ def inner_vectors(
 
 
 def unit_modes_of(groups: Sequence[Group], specs: Sequence[Spec]) -> str:
-    """Return what to say of splits that have size 1 in a mode of size above 1, if any.
-
-    Parameters
-    ----------
-    groups, specs : sequence of Group, sequence of Spec
-        Every group's splits and design.
-
-    Returns
-    -------
-    str
-        Empty where there is nothing to say.
-    """
+    """Return what to say of splits that have size 1 in a mode of size above 1, if any."""
     bare = sorted(
         {
             (index, mode)

@@ -128,24 +128,7 @@ def pair(
     *,
     exact: bool = False,
 ) -> Pair:
-    """Prepare the contraction of two operands.
-
-    Parameters
-    ----------
-    left, right : tuple of int
-        Their labels; one of only one operand must be in the output.
-    output : tuple of int
-        The labels that are kept.
-    sizes : mapping of int to int
-        Of the labels; -1 for the tokens.
-    exact : bool
-        Whether the result has the labels in the order given; else it is transposed no further.
-
-    Returns
-    -------
-    Pair
-        The prepared contraction.
-    """
+    """Prepare the contraction of two operands."""
     common = [label for label in left if label in right]
     batch = [label for label in common if label in output]
     summed = [label for label in common if label not in output]
@@ -347,31 +330,7 @@ def contract(
     tokens: int = 0,
     frozen: frozenset[int] = frozenset(),
 ) -> Contraction:
-    """Find the order of a network's contraction and prepare its steps.
-
-    Parameters
-    ----------
-    operands : sequence of tuple of int
-        The labels of every operand.
-    output : tuple of int
-        Those of the result.
-    sizes : mapping of int to int
-        Sizes of the labels.
-    tokens : int
-        For which number of tokens the order is the best, where there are any.
-    frozen : frozenset of int
-        The operands that have no gradient.
-
-    Returns
-    -------
-    Contraction
-        Networks of one form have one, so that they cost a search once.
-
-    Raises
-    ------
-    ValueError
-        If a label of the output stands twice, or in no operand.
-    """
+    """Find the order of a network's contraction and prepare its steps."""
     if len(set(output)) < len(output):
         raise ValueError(f"output must have every label once: got {letters(output)}")
     missing = [label for label in output if not any(label in own for own in operands)]

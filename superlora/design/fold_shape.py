@@ -22,24 +22,7 @@ _LOPSIDED = 1.25
 
 @lru_cache(maxsize=4096)
 def divisors(size: int) -> Shape:
-    """Return the divisors of `size`, ascending.
-
-    Parameters
-    ----------
-    size : int
-        At least 1. A cofactor whose prime factors all exceed 2**20 is kept in
-        one piece, so that the cost stays bounded for any size.
-
-    Returns
-    -------
-    tuple of int
-        Every divisor that the bound above lets us find.
-
-    Examples
-    --------
-    >>> divisors(12)
-    (1, 2, 3, 4, 6, 12)
-    """
+    """Return the divisors of `size`, ascending."""
     found = [1]
     rest, prime = size, 2
     while prime * prime <= rest and prime <= _LARGEST_TRIAL_DIVISOR:
@@ -56,34 +39,7 @@ def divisors(size: int) -> Shape:
 
 @lru_cache(maxsize=4096)
 def balanced(size: int, order: int) -> Shape:
-    """Factor `size` exactly into `order` modes of least sum.
-
-    Parameters
-    ----------
-    size : int
-        Number of entries, at least 1.
-    order : int
-        Number of modes M, at least 1.
-
-    Returns
-    -------
-    tuple of int
-        Ascending mode sizes whose product is `size`. Among all such tuples the
-        sum is the least, so that a rank-r CP or LoRA of it has the fewest
-        parameters, r times that sum.
-
-    Notes
-    -----
-    The greedy choice is not optimal for three modes or more; this is a search
-    over the divisors, bounded by the sum that equal modes would reach.
-
-    Examples
-    --------
-    >>> balanced(24 * 768 * 768, 3)
-    (216, 256, 256)
-    >>> balanced(97, 2)
-    (1, 97)
-    """
+    """Factor `size` exactly into `order` modes of least sum."""
     best: list[Shape] = []
 
     def search(rest: int, modes: int, least: int, chosen: Shape, total: int) -> None:
@@ -109,23 +65,7 @@ def balanced(size: int, order: int) -> Shape:
 
 
 def integer_root(size: int, degree: int) -> int:
-    """Return the least integer whose `degree`-th power is at least `size`.
-
-    Parameters
-    ----------
-    size, degree : int
-        At least 1 each. Exact for any size: no floating-point root is trusted.
-
-    Returns
-    -------
-    int
-        ``ceil(size ** (1 / degree))``, computed exactly.
-
-    Examples
-    --------
-    >>> integer_root(64, 3), integer_root(65, 3)
-    (4, 5)
-    """
+    """Return the least integer whose `degree`-th power is at least `size`."""
     low, high = 1, 1 << ceil_divide(size.bit_length(), degree)
     while low < high:
         middle = (low + high) // 2
@@ -143,27 +83,7 @@ def ceil_divide(size: int, by: int) -> int:
 
 @lru_cache(maxsize=4096)
 def cover(size: int, order: int) -> Shape:
-    """Choose `order` nearly equal modes whose product is at least `size`.
-
-    Parameters
-    ----------
-    size : int
-        Number of entries to cover, at least 1.
-    order : int
-        Number of modes M, at least 1.
-
-    Returns
-    -------
-    tuple of int
-        Mode sizes. The first is no larger than needed: without its last slice
-        the fold would not cover `size`, so no slice of mode 0 lies wholly in
-        the cropped tail.
-
-    Examples
-    --------
-    >>> cover(1415578, 2)
-    (1190, 1190)
-    """
+    """Choose `order` nearly equal modes whose product is at least `size`."""
     modes: list[int] = []
     rest = size
     for remaining in range(order, 0, -1):
@@ -174,53 +94,13 @@ def cover(size: int, order: int) -> Shape:
 
 
 def split_modes(fold: Sequence[int], splits: int) -> tuple[Shape, ...]:
-    """Factor every mode of a fold exactly over the splits of a Kronecker product.
-
-    Parameters
-    ----------
-    fold : sequence of int, M modes
-        The mode sizes ``D_m``.
-    splits : int
-        Number of splits K.
-
-    Returns
-    -------
-    tuple of K tuples of int
-        ``sizes[k][m]`` with ``prod_k sizes[k][m] == fold[m]``, ascending over k.
-        For two splits and one mode this is LyCORIS' factorisation.
-
-    Examples
-    --------
-    >>> split_modes((768, 2304), 2)
-    ((24, 48), (32, 48))
-    """
+    """Factor every mode of a fold exactly over the splits of a Kronecker product."""
     per_mode = [balanced(mode, splits) for mode in fold]
     return tuple(tuple(sizes[k] for sizes in per_mode) for k in range(splits))
 
 
 def bounded_splits(fold: Sequence[int], splits: int, bound: int | None) -> tuple[Shape, ...]:
-    """Factor every mode of a fold over the splits, the first of bounded size.
-
-    Parameters
-    ----------
-    fold : sequence of int, M modes
-        The mode sizes ``D_m``.
-    splits : int
-        Number of splits K.
-    bound : int or None
-        The first split takes `bound` where that divides a mode, else the largest divisor
-        below it; of two splits the smaller part, as LyCORIS does. None is `split_modes`.
-
-    Returns
-    -------
-    tuple of K tuples of int
-        ``sizes[k][m]`` with ``prod_k sizes[k][m] == fold[m]``.
-
-    Examples
-    --------
-    >>> bounded_splits((128, 250), 2, 16)
-    ((8, 10), (16, 25))
-    """
+    """Factor every mode of a fold over the splits, the first of bounded size."""
     if bound is None:
         return split_modes(fold, splits)
     first = []
@@ -244,27 +124,7 @@ def _total(sizes: Sequence[Shape]) -> int:
 
 
 def balanced_splits(size: int, order: int, splits: int) -> tuple[Shape, ...]:
-    """Fold `size` entries to square-like modes and split them for a Kronecker product.
-
-    Parameters
-    ----------
-    size, order, splits : int
-        Entries, modes M and splits K, at least 1 each.
-
-    Returns
-    -------
-    tuple of K tuples of M int
-        ``sizes[k][m]``; mode m of the fold is ``prod_k sizes[k][m]``. Exact where
-        that is nearly square, else the ``K * M``-way cover: a prime number of
-        entries must not become ``1 x p``.
-
-    Examples
-    --------
-    >>> balanced_splits(24 * 768 * 768, 2, 1)
-    ((3456, 4096),)
-    >>> balanced_splits(10007, 2, 1)
-    ((101, 100),)
-    """
+    """Fold `size` entries to square-like modes and split them for a Kronecker product."""
     exact = split_modes(balanced(size, order), splits)
     # Ascending over the splits in each mode, then trim the most significant
     # digit so that no slice lies wholly beyond the end.
@@ -280,33 +140,7 @@ def balanced_splits(size: int, order: int, splits: int) -> tuple[Shape, ...]:
 
 
 def aligned_splits(size: int, order: int, splits: int, divisor: int) -> tuple[Shape, ...]:
-    """Fold `size` entries so that the last mode divides every input width.
-
-    Parameters
-    ----------
-    size : int
-        Entries of the group; a multiple of `divisor`.
-    order, splits : int
-        Modes M (at least 2) and splits K.
-    divisor : int
-        The greatest common divisor of all input widths and cut positions.
-
-    Returns
-    -------
-    tuple of K tuples of M int
-        Of all folds whose last mode divides `divisor` the one of least sum. A
-        cover's overshoot lies in the leading modes, so that it stays at the end.
-
-    Raises
-    ------
-    ValueError
-        If `order` is below 2 or `divisor` is 1: then no such fold exists.
-
-    Examples
-    --------
-    >>> aligned_splits(24 * 768 * 768, 2, 1, 768)
-    ((18432, 768),)
-    """
+    """Fold `size` entries so that the last mode divides every input width."""
     if order < 2:
         raise ValueError(f"fold='aligned' must have order 2 or more: got order {order}")
     if divisor < 2:

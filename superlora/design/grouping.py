@@ -40,25 +40,7 @@ class Piece:
 
 
 def cut_pieces(pieces: Sequence[Piece], start: int, stop: int) -> list[Piece]:
-    """Return the pieces of a range of a weight's raveled entries.
-
-    Parameters
-    ----------
-    pieces : sequence of Piece
-        Those of the weight, in order.
-    start, stop : int
-        The range.
-
-    Returns
-    -------
-    list of Piece
-        Parts of those given.
-
-    Examples
-    --------
-    >>> cut_pieces([Piece(0, 4, 10), Piece(1, 0, 2)], 3, 8)
-    [Piece(group=0, start=7, stop=10), Piece(group=1, start=0, stop=2)]
-    """
+    """Return the pieces of a range of a weight's raveled entries."""
     found, before = [], 0
     for piece in pieces:
         shift = piece.start - before
@@ -116,25 +98,7 @@ class Grouping:
 
 
 def check_shapes(shapes: Mapping[Any, Any]) -> dict[str, Axes]:
-    """Return the axes of every weight, or say which entry is wrong.
-
-    Parameters
-    ----------
-    shapes : mapping of str to tuple of int or Axes
-        Of every adapted weight, as `Axes.of` takes it.
-
-    Returns
-    -------
-    dict of str to Axes
-        The same, in the same order.
-
-    Raises
-    ------
-    TypeError
-        If `shapes` is no mapping, a name not a string, or a width not an integer.
-    ValueError
-        If there is no weight, or its axes are unclear.
-    """
+    """Return the axes of every weight, or say which entry is wrong."""
     if not isinstance(shapes, Mapping):
         raise TypeError(f"shapes must map names to (output, input): got {type(shapes).__name__}")
     if not shapes:
@@ -146,37 +110,7 @@ def check_shapes(shapes: Mapping[Any, Any]) -> dict[str, Axes]:
 
 
 def layers_of(names: Iterable[str]) -> dict[str, str]:
-    """Return the layer that each weight belongs to.
-
-    Parameters
-    ----------
-    names : iterable of str
-        The dotted names of all weights.
-
-    Returns
-    -------
-    dict of str to str
-        For each name its path up to the number of the layer.
-
-    Raises
-    ------
-    ValueError
-        If a name has no number.
-
-    Notes
-    -----
-    Layers are the items of a numbered list of modules. Of nested lists it is the innermost one
-    that somewhere has two items with a weight at the same path of two parts or more below them,
-    ``attn.qkv`` say: Swin's blocks, not its stages. The items of a list without such paths
-    (``mlp.0`` and ``mlp.2``, or experts that are just ``w1`` and ``w2``) are parts of a layer.
-    Where no list of a name is like that, its first number counts.
-
-    Examples
-    --------
-    >>> layers_of(["layers.0.blocks.0.attn.qkv", "layers.0.blocks.1.attn.qkv"])
-    {'layers.0.blocks.0.attn.qkv': 'layers.0.blocks.0',
-     'layers.0.blocks.1.attn.qkv': 'layers.0.blocks.1'}
-    """
+    """Return the layer that each weight belongs to."""
     split = {name: name.split(".") for name in names}
     numbers = {
         name: [i for i, p in enumerate(parts) if p.isdecimal()] for name, parts in split.items()
@@ -213,32 +147,7 @@ def group_weights(
     cut: str = "even",
     stacks: Mapping[str, int] | None = None,
 ) -> Grouping:
-    """Cut the concatenated updates into groups.
-
-    Parameters
-    ----------
-    shapes : mapping of str to (int, int)
-        Output and input width of every weight, in the order of concatenation.
-    groups : {"weight", "layer"} or int
-        One group a weight; one a layer (see `layers_of`); or that many contiguous
-        pieces of the whole, wherever the weights' boundaries lie.
-    cut : {"even", "pad"}
-        For an integer `groups` that does not divide the N entries: ``"even"``
-        makes sizes that differ by at most one, the larger ones first;
-        ``"pad"`` gives every group ``ceil(N / groups)`` and drops the tail, so
-        that all groups have one shape.
-
-    Returns
-    -------
-    Grouping
-        Every entry of every weight lies in exactly one piece.
-
-    Raises
-    ------
-    ValueError
-        If `groups` exceeds the number of entries or 2**20, or would leave a group
-        empty.
-    """
+    """Cut the concatenated updates into groups."""
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if groups == "weight":
         counts = [(stacks or {}).get(name, 1) for name in sizes]

@@ -192,13 +192,7 @@ class Layout:
         return (self.groups[group].before if len(joint) == 1 else size), size
 
     def map_uses(self) -> dict[tuple[Map, int, int], str]:
-        """Return every different map with its numbers of entries before and after.
-
-        Returns
-        -------
-        dict of (Map, int, int) to str
-            The first group of each as a number, or the vector that it maps to blocks.
-        """
+        """Return every different map with its numbers of entries before and after."""
         uses: dict[tuple[Map, int, int], str] = {}
         for group, fixed in enumerate(self.maps):
             own = self.groups[group].splits[: self.specs[group].splits]

@@ -41,25 +41,7 @@ class Slice:
 
 
 def slice_of(radices: Sequence[int], start: int, stop: int) -> Slice:
-    """Plan the boxes that hold ``start <= position < stop``.
-
-    Parameters
-    ----------
-    radices : sequence of int
-        Digit sizes, most significant first.
-    start, stop : int
-        The range, not empty, within ``prod(radices)``.
-
-    Returns
-    -------
-    Slice
-        The boxes hold less than 25 % more entries than the range.
-
-    Examples
-    --------
-    >>> slice_of((3, 4), 4, 12)
-    Slice(boxes=(((1, 3), (0, 4)),), skip=0, size=8)
-    """
+    """Plan the boxes that hold ``start <= position < stop``."""
     size = stop - start
     leading, stride = 0, math.prod(radices)
     # Cut at the coarsest digit that fits the range, or nearly does.
@@ -73,27 +55,7 @@ def slice_of(radices: Sequence[int], start: int, stop: int) -> Slice:
 
 
 def boxes(radices: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Cut a range of flat positions into boxes of mixed-radix digits.
-
-    Parameters
-    ----------
-    radices : sequence of int
-        Digit sizes, most significant first.
-    start, stop : int
-        The range ``start <= position < stop <= prod(radices)``.
-
-    Yields
-    ------
-    tuple of (int, int)
-        One ``(first, last + 1)`` pair for each digit. The boxes, each read in
-        row-major order, list the positions of the range once and in order: a
-        weight's rows of a folded group are then plain slices of the factors.
-
-    Examples
-    --------
-    >>> list(boxes((3, 4), 2, 9))
-    [((0, 1), (2, 4)), ((1, 2), (0, 4)), ((2, 3), (0, 1))]
-    """
+    """Cut a range of flat positions into boxes of mixed-radix digits."""
     if not radices:
         yield ()
         return

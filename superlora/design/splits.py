@@ -113,27 +113,7 @@ class Members(Place):
 
 
 def make_group(spec: Spec, size: int, members: Members) -> Group:
-    """Choose the fold and the splits of one group.
-
-    Parameters
-    ----------
-    spec : Spec
-        The design.
-    size : int
-        Entries that the group's weights hold.
-    members : Members
-        What the fold may depend on besides.
-
-    Returns
-    -------
-    Group
-        The fold covers the group, or `ratio` of it before a map.
-
-    Raises
-    ------
-    ValueError
-        If fold, splits or rank cannot serve the group.
-    """
+    """Choose the fold and the splits of one group."""
     before = _entries(spec, members)
     if spec.combine == "kronecker":
         sizes = _split_sizes(spec, spec.splits, before, members)
@@ -172,22 +152,7 @@ def make_group(spec: Spec, size: int, members: Members) -> Group:
 
 
 def check_serves(fixed: Map, before: int, size: int, name: str) -> None:
-    """Refuse sizes that a map cannot serve, or that would take far more memory than the weights.
-
-    Parameters
-    ----------
-    fixed : Map
-        The map.
-    before, size : int
-        Entries before and after it.
-    name : str
-        What the error message calls it.
-
-    Raises
-    ------
-    ValueError
-        If it is so.
-    """
+    """Refuse sizes that a map cannot serve, or that would take far more memory than the weights."""
     check_memory(f"{name} must take", before, size)
     try:
         fixed.check(before, size)

@@ -72,18 +72,7 @@ def support_axes(operation: str, axes: Axes) -> Axes:
 
 
 def check_operation(operation: object) -> None:
-    """Refuse what is no merge operation.
-
-    Parameters
-    ----------
-    operation : object
-        As given.
-
-    Raises
-    ------
-    ValueError
-        If it is none.
-    """
+    """Refuse what is no merge operation."""
     if operation not in _SHAPES:
         close = difflib.get_close_matches(str(operation), OPERATIONS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -120,42 +109,11 @@ class Supports:
         return (*own, *(operation for operation, _ in self.shared))
 
     def scaled(self, scale: float) -> Spec:
-        """Return a spec of this scale, if it is a good one.
-
-        Parameters
-        ----------
-        scale : float
-            What multiplies every support.
-
-        Returns
-        -------
-        Spec
-            Any of that scale.
-        """
+        """Return a spec of this scale, if it is a good one."""
         return Spec(scale=scale)
 
     def without(self, operation: str, layers: Sequence[str], *, all_of: bool = False) -> Supports:
-        """Return the same without one operation's supports of some layers.
-
-        Parameters
-        ----------
-        operation : str
-            One that may be among those of the design; what it shares with others stays.
-        layers : sequence of str
-            Their names.
-        all_of : bool
-            Whether these are all the layers there are.
-
-        Returns
-        -------
-        Supports
-            With an override for them, or without the operation.
-
-        Raises
-        ------
-        ValueError
-            If no operation is left.
-        """
+        """Return the same without one operation's supports of some layers."""
         if any(source == operation for _, source in self.shared):
             return self  # its entries are those of another, which has its effect
         designs = []
@@ -175,39 +133,13 @@ class Supports:
         return Supports(tuple(designs), self.shared)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the supports as plain JSON values.
-
-        Returns
-        -------
-        dict
-            One key, whose value has the designs in order, and then what is shared.
-        """
+        """Return the supports as plain JSON values."""
         designs = [[list(operations), spec.to_dict()] for operations, spec in self.designs]
         return {_KEY: [*designs, *([[operation], source] for operation, source in self.shared)]}
 
 
 def design_of(given: object) -> Spec | Supports:
-    """Return a spec as it is, and a mapping of operations as supports, checked.
-
-    Parameters
-    ----------
-    given : Spec, Supports or mapping
-        Keys are operations, or tuples of operations whose supports are grouped together;
-        values are specs, or the name of another operation of the mapping, whose entries are
-        then those of this one.
-
-    Returns
-    -------
-    Spec or Supports
-        A mapping always gives supports.
-
-    Raises
-    ------
-    TypeError
-        If it is none of these.
-    ValueError
-        If an operation is unknown or given twice, or shares what is not there.
-    """
+    """Return a spec as it is, and a mapping of operations as supports, checked."""
     if isinstance(given, (Spec, Supports)):
         return given
     if not isinstance(given, Mapping):
@@ -245,25 +177,7 @@ def design_of(given: object) -> Spec | Supports:
 
 
 def design_from_dict(values: Any) -> Spec | Supports:
-    """Make a design from what ``to_dict`` gave, also after a round trip through JSON.
-
-    Parameters
-    ----------
-    values : mapping
-        Of a spec, or of supports.
-
-    Returns
-    -------
-    Spec or Supports
-        The design, checked.
-
-    Raises
-    ------
-    TypeError
-        If a value is of another kind.
-    ValueError
-        If it is refused.
-    """
+    """Make a design from what ``to_dict`` gave, also after a round trip through JSON."""
     if not isinstance(values, Mapping) or set(values) != {_KEY}:
         return Spec.from_dict(values)
     entries = [(tuple(operations), value) for operations, value in values[_KEY]]
@@ -283,31 +197,7 @@ def parts_of(
 ) -> tuple[
     list[tuple[Spec, list[str]]], dict[str, Axes], dict[str, dict[str, str]], dict[str, str]
 ]:
-    """Return what a design makes of layers, without what overrides leave out.
-
-    Parameters
-    ----------
-    design : Spec or Supports
-        The design; a spec is that of ``add_weight``, whose supports are named like the layers.
-    layers : mapping of str to Axes
-        Those of every layer's weight.
-
-    Returns
-    -------
-    list of (Spec, list of str)
-        Specs without overrides, and the names that make up groups among themselves.
-    dict of str to Axes
-        Those of every weight or support by name.
-    dict of str to dict of str to str
-        For each layer that has any the names of its supports by operation.
-    dict of str to str
-        Names of supports whose entries are those of others.
-
-    Raises
-    ------
-    ValueError
-        If nothing is left, an override matches nothing of its own, or entries cannot be shared.
-    """
+    """Return what a design makes of layers, without what overrides leave out."""
     shared: dict[str, str] = {}
     if isinstance(design, Spec):
         places = {layer: (ADD, layer) for layer in layers}

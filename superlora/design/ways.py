@@ -117,20 +117,7 @@ class Application:
 
 @kept
 def opens_rows(layout: Layout, group: int) -> bool:
-    """Return whether the weights of a group are cut from rows that are opened once for all.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    group : int
-        Index of the group.
-
-    Returns
-    -------
-    bool
-        For several weights, each whole, of whose updates the opened rows have a small part.
-    """
+    """Return whether the weights of a group are cut from rows that are opened once for all."""
     names = layout.grouping.members[group]
     fold, own = layout.groups[group].fold, layout.specs[group]
     if len(names) < 2 or len(fold) < 2 or not layout.in_place(group) or own.tied:
@@ -161,20 +148,7 @@ def whole_rows(layout: Layout, group: int) -> Opened:
 
 
 def row_pair(layout: Layout, name: str) -> tuple[Opened, int] | None:
-    """Return the opened rows of a weight, and how many of them make an output.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    name : str
-        The weight.
-
-    Returns
-    -------
-    (Opened, int) or None
-        None where its fold is not aligned, or its rank would not be below both widths.
-    """
+    """Return the opened rows of a weight, and how many of them make an output."""
     span = row_slice(layout, name)
     if span is None:
         return None
@@ -186,20 +160,7 @@ def row_pair(layout: Layout, name: str) -> tuple[Opened, int] | None:
 
 @kept
 def application(layout: Layout, name: str) -> Application:
-    """Return how a weight's update is applied.
-
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    name : str
-        The weight.
-
-    Returns
-    -------
-    Application
-        Counted from shapes alone.
-    """
+    """Return how a weight's update is applied."""
     found = _factored(layout, name)
     forming = _forming(layout, name)
     bounds = {}
@@ -313,20 +274,7 @@ def _crossing(one: Cost, other: Cost) -> int | None:
 
 
 def check_apply(apply: object, layout: Layout | None = None) -> None:
-    """Refuse what is no way of applying updates, or none that all weights have.
-
-    Parameters
-    ----------
-    apply : object
-        As a user gave it.
-    layout : Layout, optional
-        Whose weights must all have it.
-
-    Raises
-    ------
-    ValueError
-        If it is so.
-    """
+    """Refuse what is no way of applying updates, or none that all weights have."""
     if not isinstance(apply, str) or apply not in APPLY:
         raise ValueError(f"apply must be one of {', '.join(map(repr, APPLY))}: got {apply!r}")
     if apply == "factored" and layout is not None:

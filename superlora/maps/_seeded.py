@@ -28,54 +28,11 @@ class CheckedMap(Map):
     """A map that refuses wrong arguments, and computes in single precision at least."""
 
     def apply(self, x: Array, size: int) -> Array:
-        """Return F x.
-
-        Parameters
-        ----------
-        x : array, (before,)
-            Floating point; half precision is computed in single.
-        size : int
-            Entries of the result.
-
-        Returns
-        -------
-        array, (size,)
-            Same library, dtype and device as `x`.
-
-        Raises
-        ------
-        TypeError
-            If `x` is not of a floating-point type, or `size` is not an integer.
-        ValueError
-            If `x` is not a vector, or the map cannot serve these sizes.
-        """
+        """Return F x."""
         return self.apply_slice(x, size, 0, size)
 
     def apply_slice(self, x: Array, size: int, start: int, stop: int) -> Array:
-        """Return some entries of F x.
-
-        Parameters
-        ----------
-        x : array, (before,)
-            Floating point; half precision is computed in single.
-        size : int
-            Entries of the whole.
-        start, stop : int
-            Which entries, ``start <= position < stop``.
-
-        Returns
-        -------
-        array, (stop - start,)
-            What `apply` has there.
-
-        Raises
-        ------
-        TypeError
-            If `x` is not of a floating-point type, or a number is not an integer.
-        ValueError
-            If `x` is not a vector, the map cannot serve these sizes, or the slice is not
-            within them.
-        """
+        """Return some entries of F x."""
         check_vector("x", x)
         check_count("size", size)
         check_count("start", start, least=0)
@@ -88,27 +45,7 @@ class CheckedMap(Map):
         return cast(self._forward(widened(x), size, start, stop), like=x)
 
     def adjoint(self, y: Array, size: int) -> Array:
-        """Return Fᵀ y.
-
-        Parameters
-        ----------
-        y : array, (after,)
-            Floating point; half precision is computed in single.
-        size : int
-            Entries of the fold.
-
-        Returns
-        -------
-        array, (size,)
-            Same library, dtype and device as `y`.
-
-        Raises
-        ------
-        TypeError
-            If `y` is not of a floating-point type, or `size` is not an integer.
-        ValueError
-            If `y` is not a vector, or the map cannot serve these sizes.
-        """
+        """Return Fᵀ y."""
         check_vector("y", y)
         check_count("size", size)
         try:
@@ -161,18 +98,7 @@ class SeededMap(CheckedMap):
                 raise ValueError(f"{name} must be one of {allowed}: got {value!r}")
 
     def bind(self, place: Place) -> Map:
-        """Return the map as it is for one group of a plan.
-
-        Parameters
-        ----------
-        place : Place
-            The group and the weights in it.
-
-        Returns
-        -------
-        Map
-            Itself where it is shared, else with the group's own streams.
-        """
+        """Return the map as it is for one group of a plan."""
         return self if self.shared else self.part(place.group)
 
     def part(self, index: int) -> Map:
@@ -266,33 +192,11 @@ class PlacedMap(SeededMap):
         return places
 
     def bind(self, place: Place) -> Map:
-        """Return the map with the shape of the group's weight.
-
-        Parameters
-        ----------
-        place : Place
-            The group and the weights in it.
-
-        Returns
-        -------
-        Map
-            With a shape.
-        """
+        """Return the map with the shape of the group's weight."""
         return with_shape(super().bind(place), place)
 
     def check(self, before: int, size: int) -> None:
-        """Refuse a shape of another size, and more coefficients than places.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Raises
-        ------
-        ValueError
-            If it is so.
-        """
+        """Refuse a shape of another size, and more coefficients than places."""
         check_enough(before, size, type(self).__name__)
         check_axes(self._axes(size), size)
         places = self._places_given
@@ -308,18 +212,7 @@ class PlacedMap(SeededMap):
             )
 
     def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
-        """Return the places.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            At most 4096 of them; empty where they are given.
-        """
+        """Return the places."""
         if self._places_given is not None:
             return {}
         return {self.given: self._chosen(min(before, CHECKED), size)}

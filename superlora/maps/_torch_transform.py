@@ -20,22 +20,7 @@ zeros((), torch.float32)  # loads TensorLy's backend, see `walsh_hadamard`
 
 
 def transform(x: torch.Tensor, products: Any, compiled: Any) -> Any:
-    """Return ``scale H x`` along the last axis.
-
-    Parameters
-    ----------
-    x : torch.Tensor, (..., n)
-        Of single or double precision; n a power of two.
-    products : callable
-        The transform by plain operations, ``products(x, block)`` with the matrix of a size.
-    compiled : callable
-        ``compiled(array, threads)`` transforms an array of numpy, or returns None.
-
-    Returns
-    -------
-    torch.Tensor, (..., n)
-        A new tensor.
-    """
+    """Return ``scale H x`` along the last axis."""
     # Compilers, tracers, function transforms and subclasses have their way with plain operations.
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     mapped = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

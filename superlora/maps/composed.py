@@ -31,18 +31,7 @@ class CombinedMap(CheckedMap):
         return math.prod(part.gain(*sizes) for _, part, *sizes in self._each(before, size))
 
     def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
-        """Return what all maps draw.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            With the place of its map before every name.
-        """
+        """Return what all maps draw."""
         return {
             f"{place}.{name}": values
             for place, part, *sizes in self._each(before, size)
@@ -100,54 +89,21 @@ class Composed(CombinedMap):
             )
 
     def bind(self, place: Place) -> Map:
-        """Return the map as it is for one group of a plan.
-
-        Parameters
-        ----------
-        place : Place
-            The group and the weights in it.
-
-        Returns
-        -------
-        Map
-            Both parts bound.
-        """
+        """Return the map as it is for one group of a plan."""
         inside = place if self.between == "after" else part_of(place)
         first, second = self.first.bind(inside), self.second.bind(place)
         bound = dataclasses.replace(self, first=first, second=second)
         return self if bound == self else bound
 
     def fixed_entries(self, place: Place) -> int | None:
-        """Return how many entries the map takes, where that is not the spec's choice.
-
-        Parameters
-        ----------
-        place : Place
-            The group and the weights in it.
-
-        Returns
-        -------
-        int or None
-            What the one map says between whose entries and the group there is no other size.
-        """
+        """Return how many entries the map takes, where that is not the spec's choice."""
         if isinstance(self.between, int):
             return None
         decisive = self.first if self.between == "after" else self.second
         return decisive.fixed_entries(place)
 
     def check(self, before: int, size: int) -> None:
-        """Refuse sizes that one of the maps cannot serve, and too many entries between them.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Raises
-        ------
-        ValueError
-            If it is so.
-        """
+        """Refuse sizes that one of the maps cannot serve, and too many entries between them."""
         # A file may hold any number here.
         most = max(before, _MOST_BETWEEN + 16 * size)
         if self._middle(before, size) > most:
@@ -225,35 +181,13 @@ class BlockDiagonal(CombinedMap):
         return len(self.parts) > 1
 
     def bind(self, place: Place) -> Map:
-        """Return the map as it is for one group of a plan.
-
-        Parameters
-        ----------
-        place : Place
-            The group and the weights in it.
-
-        Returns
-        -------
-        Map
-            All parts bound.
-        """
+        """Return the map as it is for one group of a plan."""
         inside = place if len(self.parts) == 1 else part_of(place)
         bound = tuple(part.bind(inside) for part in self.parts)
         return self if bound == self.parts else BlockDiagonal(parts=bound)
 
     def check(self, before: int, size: int) -> None:
-        """Refuse sizes that one of the maps cannot serve.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Raises
-        ------
-        ValueError
-            If it is so.
-        """
+        """Refuse sizes that one of the maps cannot serve."""
         count = len(self.parts)
         if min(before, size) < count:
             raise ValueError(
@@ -263,18 +197,7 @@ class BlockDiagonal(CombinedMap):
         super().check(before, size)
 
     def gain(self, before: int, size: int) -> float:
-        """Return the mean square of an output for inputs of mean square 1.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        float
-            The mean over the parts.
-        """
+        """Return the mean square of an output for inputs of mean square 1."""
         gains = [part.gain(*sizes) * sizes[1] for _, part, *sizes in self._each(before, size)]
         return sum(gains) / size
 

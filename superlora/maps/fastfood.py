@@ -114,33 +114,11 @@ class Fastfood(SeededMap):
         return self.blocks == "stacked"
 
     def check(self, before: int, size: int) -> None:
-        """Refuse a transform of more entries than there are permutations of.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Raises
-        ------
-        ValueError
-            If it would have more than 2**48.
-        """
+        """Refuse a transform of more entries than there are permutations of."""
         check_size(self._blocks(before, size)[0])
 
     def gain(self, before: int, size: int) -> float:
-        """Return the mean square of an output for inputs of mean square 1.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        float
-            ``before / size`` if isometric, 1 if of equal variance, else ``n before``.
-        """
+        """Return the mean square of an output for inputs of mean square 1."""
         width, _ = self._blocks(before, size)
         return (
             before
@@ -150,18 +128,7 @@ class Fastfood(SeededMap):
         )
 
     def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
-        """Return the first entries of B, G and Π.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            At most 4096 of each.
-        """
+        """Return the first entries of B, G and Π."""
         width, _ = self._blocks(before, size)
         most = min(width, CHECKED)
         order = Permutation(self.seed, self._stream(ROWS), width)
@@ -172,36 +139,14 @@ class Fastfood(SeededMap):
         }
 
     def operations(self, before: int, size: int) -> int:
-        """Return about how many additions and multiplications `apply` takes.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            ``n log2 n`` for a transform.
-        """
+        """Return about how many additions and multiplications `apply` takes."""
         width, count = self._blocks(before, size)
         small = next_power_of_two(before)
         first = small * small.bit_length() * (1 if self.order == "paper" else count)
         return first + count * width * width.bit_length() + 2 * count * width
 
     def nbytes(self, before: int, size: int) -> int:
-        """Return how many bytes of Π, its inverse, G and B are kept.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            0 where they are not kept.
-        """
+        """Return how many bytes of Π, its inverse, G and B are kept."""
         width, count = self._blocks(before, size)
         each = 2 * position_type(width).itemsize + (4 if self.values == "normal" else 1) + 1
         return self.stored * each * width * count

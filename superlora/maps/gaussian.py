@@ -74,18 +74,7 @@ class Gaussian(SeededMap):
     sliced: ClassVar[bool] = True
 
     def check(self, before: int, size: int) -> None:
-        """Refuse a dense matrix that no memory would hold.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Raises
-        ------
-        ValueError
-            If it would have more than 2**28 entries.
-        """
+        """Refuse a dense matrix that no memory would hold."""
         if self.structured:
             self._blocks.check(before, size)
         elif before * size > _MOST:
@@ -95,66 +84,22 @@ class Gaussian(SeededMap):
             )
 
     def gain(self, before: int, size: int) -> float:
-        """Return the mean square of an output for inputs of mean square 1.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        float
-            ``before`` times the entries' variance.
-        """
+        """Return the mean square of an output for inputs of mean square 1."""
         return before * scale_of(self.normalize, before, size) ** 2
 
     def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
-        """Return the first entries, or those of the fastfood blocks.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            At most 4096 of each.
-        """
+        """Return the first entries, or those of the fastfood blocks."""
         if self.structured:
             lengths = self._lengths(before, 0, min(size, CHECKED))
             return {**self._blocks.constants(before, size), "lengths": lengths}
         return {"entries": self._rows(1, 0, min(before * size, CHECKED))}
 
     def operations(self, before: int, size: int) -> int:
-        """Return about how many additions and multiplications `apply` takes.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            Two for each entry of a dense matrix.
-        """
+        """Return about how many additions and multiplications `apply` takes."""
         return self._blocks.operations(before, size) if self.structured else 2 * before * size
 
     def nbytes(self, before: int, size: int) -> int:
-        """Return how many bytes of the matrix are kept.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            0 where it is drawn anew each time.
-        """
+        """Return how many bytes of the matrix are kept."""
         if self.structured:
             return self._blocks.nbytes(before, size) + self.stored * 8 * size
         return self.stored * 4 * before * size if before * size <= _KEPT else 0

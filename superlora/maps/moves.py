@@ -42,69 +42,18 @@ class Identity(Map):
     sliced: ClassVar[bool] = True
 
     def check(self, before: int, size: int) -> None:
-        """Refuse a group of more entries than the fold has.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Raises
-        ------
-        ValueError
-            If it is so.
-        """
+        """Refuse a group of more entries than the fold has."""
         if check_count("size", size) > before:
             raise ValueError(f"size must be at most {before}, the entries of x: got {size}")
 
     def apply(self, x: Array, size: int) -> Array:
-        """Return the first `size` entries of `x`.
-
-        Parameters
-        ----------
-        x : array, (before,)
-            At least `size` entries.
-        size : int
-            Entries to keep.
-
-        Returns
-        -------
-        array, (size,)
-            A copy.
-
-        Raises
-        ------
-        TypeError
-            If `size` is not an integer.
-        ValueError
-            If `x` is not a vector, or has fewer than `size` entries.
-        """
+        """Return the first `size` entries of `x`."""
         _check_rank("x", x)
         self.check(x.shape[0], size)
         return backend_of(x).copy(x[:size])
 
     def adjoint(self, y: Array, size: int) -> Array:
-        """Return `y` followed by zeros.
-
-        Parameters
-        ----------
-        y : array, (after,)
-            At most `size` entries.
-        size : int
-            Entries of the result.
-
-        Returns
-        -------
-        array, (size,)
-            Same library, dtype and device as `y`.
-
-        Raises
-        ------
-        TypeError
-            If `size` is not an integer.
-        ValueError
-            If `y` is not a vector, or has more than `size` entries.
-        """
+        """Return `y` followed by zeros."""
         _check_rank("y", y)
         if check_count("size", size) < y.shape[0]:
             raise ValueError(f"size must be at least {y.shape[0]}, the entries of y: got {size}")
@@ -183,49 +132,16 @@ class Shuffle(SeededMap):
         return self.scope == "all"
 
     def check(self, before: int, size: int) -> None:
-        """Refuse a group of more entries than the fold has.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Raises
-        ------
-        ValueError
-            If it is so.
-        """
+        """Refuse a group of more entries than the fold has."""
         if size > before:
             raise ValueError(f"size must be at most {before}, the entries of x: got {size}")
 
     def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
-        """Return the first positions.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            At most 4096 of them.
-        """
+        """Return the first positions."""
         return {"positions": self._permutation(size).forward(0, min(size, CHECKED))}
 
     def nbytes(self, before: int, size: int) -> int:
-        """Return how many bytes of positions are kept, both ways.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            0 where they are not kept.
-        """
+        """Return how many bytes of positions are kept, both ways."""
         return 2 * size * position_type(size).itemsize if self.stored else 0
 
     def _permutation(self, size: int) -> Permutation:
@@ -298,49 +214,16 @@ class Broadcast(CheckedMap):
             )
 
     def repeated(self) -> str:
-        """Return what the vector is repeated along.
-
-        Returns
-        -------
-        str
-            `along`.
-        """
+        """Return what the vector is repeated along."""
         return self.along
 
     def fixed_entries(self, place: Place) -> int:
-        """Return how many entries the vector has.
-
-        Parameters
-        ----------
-        place : Place
-            The group and the weights in it.
-
-        Returns
-        -------
-        int
-            1, the output width or the input width.
-
-        Raises
-        ------
-        ValueError
-            If the group is not one whole weight.
-        """
+        """Return how many entries the vector has."""
         rows, columns = weight_shape(self, place)
         return {"all": 1, "inputs": rows, "outputs": columns}[self.along]
 
     def check(self, before: int, size: int) -> None:
-        """Refuse sizes that are no multiples of each other.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the vector and of the group.
-
-        Raises
-        ------
-        ValueError
-            If the entries cannot be repeated to `size`, or a scalar is not one entry.
-        """
+        """Refuse sizes that are no multiples of each other."""
         if size % before:
             raise ValueError(f"size must be a multiple of {before}, the entries of x: got {size}")
         if self.along == "all" and before != 1:
@@ -401,18 +284,7 @@ class Selection(CheckedMap):
         freeze_counts(self, "positions", least=0)
 
     def check(self, before: int, size: int) -> None:
-        """Refuse positions beyond the fold, and another number of them than of outputs.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Raises
-        ------
-        ValueError
-            If it is so.
-        """
+        """Refuse positions beyond the fold, and another number of them than of outputs."""
         if len(self.positions) != size:
             raise ValueError(
                 f"positions must be {size}, one for each entry of the group: got "
@@ -425,18 +297,7 @@ class Selection(CheckedMap):
             )
 
     def nbytes(self, before: int, size: int) -> int:
-        """Return how many bytes of positions are kept.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            8 a position.
-        """
+        """Return how many bytes of positions are kept."""
         return 8 * size
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:

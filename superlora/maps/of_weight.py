@@ -85,48 +85,15 @@ class Fourier(PlacedMap):
     choices: ClassVar = {"normalize": ("isometric", None)}
 
     def gain(self, before: int, size: int) -> float:
-        """Return the mean square of an output for inputs of mean square 1.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        float
-            ``before / size`` if isometric.
-        """
+        """Return the mean square of an output for inputs of mean square 1."""
         return before / size if self.normalize else before / (2 * size**2)
 
     def operations(self, before: int, size: int) -> int:
-        """Return about how many additions and multiplications `apply` takes.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            ``2.5 n log2 n`` for a transform to n real numbers.
-        """
+        """Return about how many additions and multiplications `apply` takes."""
         return 5 * size * size.bit_length() // 2
 
     def nbytes(self, before: int, size: int) -> int:
-        """Return how many bytes of positions are kept.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            Two positions for each coefficient.
-        """
+        """Return how many bytes of positions are kept."""
         return 2 * before * position_type(size).itemsize
 
     def product_operations(  # noqa: D102  (inherited)
@@ -138,26 +105,7 @@ class Fourier(PlacedMap):
         return 8 * butterflies, 2 * sum(shape) + 5 * before
 
     def multiply(self, values: Array, x: Array) -> Array:
-        """Multiply by the update that the coefficients make, which is never formed.
-
-        Parameters
-        ----------
-        values : array, (before,)
-            The coefficients.
-        x : array, (n, d2)
-            Inputs, where the transform has the axes (d1, d2).
-
-        Returns
-        -------
-        array, (n, d1)
-            ``x @ Yᵀ`` of ``Y = apply(values, d1 d2)``: the inputs' transform is taken at the
-            frequencies v and transformed back from the frequencies u.
-
-        Raises
-        ------
-        ValueError
-            If the map has no shape.
-        """
+        """Multiply by the update that the coefficients make, which is never formed."""
         if self.shape is None:
             raise ValueError("shape must be given to multiply inputs: got None")
         rows = self.shape[0]
@@ -307,49 +255,16 @@ class Wavelet(PlacedMap):
     given: ClassVar = "positions"
 
     def gain(self, before: int, size: int) -> float:
-        """Return the mean square of an output for inputs of mean square 1.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        float
-            ``before / size``, less what an odd width cuts, in the mean over the positions.
-        """
+        """Return the mean square of an output for inputs of mean square 1."""
         kept = math.prod(1 - width % 2 / (2 * width) for width in shape_given(self))
         return before / size * kept
 
     def operations(self, before: int, size: int) -> int:
-        """Return how many additions and multiplications `apply` takes.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            Of four outputs a coefficient.
-        """
+        """Return how many additions and multiplications `apply` takes."""
         return 9 * before
 
     def nbytes(self, before: int, size: int) -> int:
-        """Return how many bytes of positions and signs are kept.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            Four of each for every coefficient.
-        """
+        """Return how many bytes of positions and signs are kept."""
         return 4 * before * (position_type(size + 1).itemsize + 1)
 
     def _axes(self, size: int) -> tuple[int, ...]:
@@ -436,49 +351,16 @@ class Circulant(CheckedMap):
         freeze_shape(self)
 
     def bind(self, place: Place) -> Map:
-        """Return the map with the shape of the group's weight.
-
-        Parameters
-        ----------
-        place : Place
-            The group and the weights in it.
-
-        Returns
-        -------
-        Map
-            With a shape.
-        """
+        """Return the map with the shape of the group's weight."""
         return with_shape(self, place)
 
     def fixed_entries(self, place: Place) -> int:
-        """Return how many entries the kernels have.
-
-        Parameters
-        ----------
-        place : Place
-            The group and the weights in it.
-
-        Returns
-        -------
-        int
-            ``do di / b``.
-        """
+        """Return how many entries the kernels have."""
         rows, columns = self._divided(self.shape or weight_shape(self, place))
         return rows * columns * self.block
 
     def check(self, before: int, size: int) -> None:
-        """Refuse a shape of another size, and another number of kernels.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the kernels and of the group.
-
-        Raises
-        ------
-        ValueError
-            If it is so.
-        """
+        """Refuse a shape of another size, and another number of kernels."""
         shape = shape_given(self)
         check_axes(shape, size)
         rows, columns = self._divided(shape)
@@ -489,33 +371,11 @@ class Circulant(CheckedMap):
             )
 
     def gain(self, before: int, size: int) -> float:
-        """Return the mean square of an output for inputs of mean square 1.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the kernels and of the group.
-
-        Returns
-        -------
-        float
-            ``1 / di²``.
-        """
+        """Return the mean square of an output for inputs of mean square 1."""
         return float(shape_given(self)[1] ** -2)
 
     def operations(self, before: int, size: int) -> int:
-        """Return how many multiplications `apply` takes.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the kernels and of the group.
-
-        Returns
-        -------
-        int
-            One for each entry of the kernels.
-        """
+        """Return how many multiplications `apply` takes."""
         return before
 
     def _divided(self, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -97,13 +97,7 @@ class OneHot(SeededMap):
             check_count("window", self.window)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the map's name and fields as plain JSON values.
-
-        Returns
-        -------
-        dict
-            Where there is no window, the file of before there was such a field.
-        """
+        """Return the map's name and fields as plain JSON values."""
         fields = super().to_dict()
         if self.window is None:
             del fields["window"]
@@ -113,48 +107,15 @@ class OneHot(SeededMap):
         return True  # inputs are normalised for any slice
 
     def check(self, before: int, size: int) -> None:
-        """Refuse fewer outputs than inputs.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Raises
-        ------
-        ValueError
-            If some inputs would have no output.
-        """
+        """Refuse fewer outputs than inputs."""
         check_enough(before, size, "OneHot")
 
     def gain(self, before: int, size: int) -> float:
-        """Return the mean square of an output for inputs of mean square 1.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        float
-            ``before / size`` if isometric, else 1.
-        """
+        """Return the mean square of an output for inputs of mean square 1."""
         return before / size if self.normalize == "isometric" else 1.0
 
     def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
-        """Return the first positions and signs.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            At most 4096 of each.
-        """
+        """Return the first positions and signs."""
         most = min(size, CHECKED)
         tile = self._tile(before, size)
         if (self.tiled or self.window) and tile > most:
@@ -168,53 +129,16 @@ class OneHot(SeededMap):
         return found
 
     def operations(self, before: int, size: int) -> int:
-        """Return how many multiplications `apply` takes.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            One for each input, and for each output where it has a sign.
-        """
+        """Return how many multiplications `apply` takes."""
         return (self.normalize == "isometric") * before + self.signed * size
 
     def nbytes(self, before: int, size: int) -> int:
-        """Return how many bytes of positions and signs are kept.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            0 where they are not kept.
-        """
+        """Return how many bytes of positions and signs are kept."""
         each = position_type(before).itemsize + self.signed
         return self.stored * (each * size + 8 * before)
 
     def gather(self, x: Array, size: int, start: int, stop: int) -> Array:
-        """Return some entries of F x, of inputs that are normalised already.
-
-        Parameters
-        ----------
-        x : array, (before,)
-            What `normalized` gave.
-        size : int
-            Entries after the map.
-        start, stop : int
-            Which of them.
-
-        Returns
-        -------
-        array, (stop - start,)
-            Library and dtype of `x`.
-        """
+        """Return some entries of F x, of inputs that are normalised already."""
         parts = []
         for _, sources, drawn in self._runs(x, x.shape[0], size, start, stop):
             part = take(x, sources)
@@ -222,19 +146,7 @@ class OneHot(SeededMap):
         return joined(parts)
 
     def scatter(self, y: Array, into: Array, size: int, start: int) -> None:
-        """Add the adjoint of `gather` to a torch tensor, in place.
-
-        Parameters
-        ----------
-        y : torch.Tensor, (n,)
-            A gradient of the entries from `start` on.
-        into : torch.Tensor, (before,)
-            What is added to.
-        size : int
-            Entries after the map.
-        start : int
-            The first of them.
-        """
+        """Add the adjoint of `gather` to a torch tensor, in place."""
         for own, sources, drawn in self._runs(y, into.shape[0], size, start, start + y.shape[0]):
             into.index_add_(0, sources, y[own] if drawn is None else y[own] * drawn)
 
@@ -267,20 +179,7 @@ class OneHot(SeededMap):
         return signs(self.seed, self._stream(SIGNS), first, last)
 
     def normalized(self, x: Array, size: int) -> Array:
-        """Divide every input by the norm of its column, where the map is isometric.
-
-        Parameters
-        ----------
-        x : array, (before,)
-            The entries before the map.
-        size : int
-            Entries after it.
-
-        Returns
-        -------
-        array, (before,)
-            `x` itself where the map is not isometric.
-        """
+        """Divide every input by the norm of its column, where the map is isometric."""
         if self.normalize != "isometric":
             return x
         before = x.shape[0]

@@ -67,43 +67,11 @@ class Permutation:
         self._high = -(-size // self._low)
 
     def forward(self, start: int, stop: int) -> numpy.ndarray:
-        """Return where the positions ``start … stop - 1`` go.
-
-        Parameters
-        ----------
-        start, stop : int
-            In [0, size].
-
-        Returns
-        -------
-        numpy.ndarray of int64, (stop - start,)
-            The images.
-
-        Raises
-        ------
-        ValueError
-            If they are not within it.
-        """
+        """Return where the positions ``start … stop - 1`` go."""
         return self._images(start, stop, inverse=False)
 
     def inverse(self, start: int, stop: int) -> numpy.ndarray:
-        """Return what goes to the positions ``start … stop - 1``.
-
-        Parameters
-        ----------
-        start, stop : int
-            In [0, size].
-
-        Returns
-        -------
-        numpy.ndarray of int64, (stop - start,)
-            Their origins.
-
-        Raises
-        ------
-        ValueError
-            If they are not within it.
-        """
+        """Return what goes to the positions ``start … stop - 1``."""
         return self._images(start, stop, inverse=True)
 
     @functools.cached_property
@@ -150,25 +118,7 @@ class Permutation:
 
 
 def check_size(size: int) -> int:
-    """Return a number of positions if it is one that can be permuted, or say what it must be.
-
-    Parameters
-    ----------
-    size : int
-        The number.
-
-    Returns
-    -------
-    int
-        `size`, unchanged.
-
-    Raises
-    ------
-    TypeError
-        If it is not an integer.
-    ValueError
-        If it is not in [1, 2**48].
-    """
+    """Return a number of positions if it is one that can be permuted, or say what it must be."""
     if check_count("size", size) > _MOST:
         raise ValueError(f"size must be at most 2**48, the positions of a permutation: got {size}")
     return size
@@ -177,27 +127,7 @@ def check_size(size: int) -> int:
 def permutation_rows(
     seed: int, stream: int, size: int, first: int, last: int, *, inverse: bool = False
 ) -> numpy.ndarray:
-    """Return some of a seed's permutations of one size.
-
-    Parameters
-    ----------
-    seed : int
-        In [0, 2**64).
-    stream : int
-        The first of the streams: permutation k of many positions takes 8 of them from
-        ``stream + 8 k`` on, and small ones lie one after the other in the first.
-    size : int
-        Positions of each permutation.
-    first, last : int
-        Which permutations, ``first <= k < last``.
-    inverse : bool
-        Whether their inverses are asked for.
-
-    Returns
-    -------
-    numpy.ndarray of int64, (last - first, size)
-        One permutation a row.
-    """
+    """Return some of a seed's permutations of one size."""
     if size > _SORTED:
         each = (Permutation(seed, stream + 8 * k, size) for k in range(first, last))
         return numpy.stack([p.inverse(0, size) if inverse else p.forward(0, size) for p in each])

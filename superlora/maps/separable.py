@@ -97,23 +97,7 @@ class Separable(CombinedMap):
                     )
 
     def bind(self, place: Place) -> Map:
-        """Return the map as it is for one group of a plan.
-
-        Parameters
-        ----------
-        place : Place
-            The group and the weights in it.
-
-        Returns
-        -------
-        Map
-            With the inner map bound, as one of a mode.
-
-        Raises
-        ------
-        ValueError
-            If there are more groups with maps of their own than streams for them.
-        """
+        """Return the map as it is for one group of a plan."""
         inner = self.inner.bind(part_of(place))
         if place.group >= _MODES and inner is not self.inner:
             raise ValueError(
@@ -123,18 +107,7 @@ class Separable(CombinedMap):
         return self if inner is self.inner else dataclasses.replace(self, inner=inner)
 
     def check_fold(self, order: int) -> None:
-        """Refuse a fold of an order that the map cannot serve, or sizes besides it.
-
-        Parameters
-        ----------
-        order : int
-            The number of modes.
-
-        Raises
-        ------
-        ValueError
-            If it is so.
-        """
+        """Refuse a fold of an order that the map cannot serve, or sizes besides it."""
         self.check_modes(order)
         if self.before is not None:
             raise ValueError(
@@ -165,33 +138,11 @@ class Separable(CombinedMap):
             )
 
     def mapped(self, order: int) -> tuple[int, ...]:
-        """Return the modes that have a map.
-
-        Parameters
-        ----------
-        order : int
-            The number of modes.
-
-        Returns
-        -------
-        tuple of int
-            In order.
-        """
+        """Return the modes that have a map."""
         return tuple(range(order)) if self.modes is None else tuple(sorted(self.modes))
 
     def mode(self, index: int) -> Map:
-        """Return the map of one mode, or of one split's mode.
-
-        Parameters
-        ----------
-        index : int
-            At least 0; the modes of split k of M modes begin at ``k M``.
-
-        Returns
-        -------
-        Map
-            With streams of its own.
-        """
+        """Return the map of one mode, or of one split's mode."""
         found = self._of_modes.get(index)
         if found is None:
             found = self.inner._among(_MODES, index)
@@ -203,20 +154,7 @@ class Separable(CombinedMap):
         return {}
 
     def sizes_before(self, after: tuple[int, ...], share: float) -> tuple[int, ...]:
-        """Return the mode sizes before, of a fold or a split of it.
-
-        Parameters
-        ----------
-        after : tuple of int
-            The mode sizes after.
-        share : float
-            What every mapped mode has of its entries.
-
-        Returns
-        -------
-        tuple of int
-            Rounded up.
-        """
+        """Return the mode sizes before, of a fold or a split of it."""
         mapped = self.mapped(len(after))
         return tuple(
             min(size, max(1, math.ceil(size * share - 1e-9))) if mode in mapped else size
@@ -224,18 +162,7 @@ class Separable(CombinedMap):
         )
 
     def joined(self, splits: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Separable:
-        """Return the map of all modes of all splits.
-
-        Parameters
-        ----------
-        splits : sequence of (tuple of int, tuple of int)
-            The mode sizes of every split before and after.
-
-        Returns
-        -------
-        Separable
-            With the modes of one split after the other.
-        """
+        """Return the map of all modes of all splits."""
         order = len(splits[0][0])
         modes = [k * order + mode for k in range(len(splits)) for mode in self.mapped(order)]
         before, after = (sum((sizes[side] for sizes in splits), ()) for side in (0, 1))
@@ -244,26 +171,7 @@ class Separable(CombinedMap):
     def map_mode(
         self, tensor: Array, axis: int, index: int, size: int, *, adjoint: bool = False
     ) -> Array:
-        """Apply one mode's map, or its adjoint, along an axis.
-
-        Parameters
-        ----------
-        tensor : array
-            Any shape.
-        axis : int
-            The axis.
-        index : int
-            Which map, as `mode` counts them.
-        size : int
-            Entries of the axis in the result.
-        adjoint : bool
-            Whether the adjoint is asked for.
-
-        Returns
-        -------
-        array
-            The same shape but for the axis.
-        """
+        """Apply one mode's map, or its adjoint, along an axis."""
         library = backend_of(tensor)
         width = tensor.shape[axis]
         if width * size <= _DENSE:
@@ -283,18 +191,7 @@ class Separable(CombinedMap):
         return move_axis(product, 0, axis)
 
     def check(self, before: int, size: int) -> None:
-        """Refuse sizes that are not those of the modes.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Raises
-        ------
-        ValueError
-            If it is so.
-        """
+        """Refuse sizes that are not those of the modes."""
         if self.before is None or self.after is None:
             raise ValueError("before and after must be given for a map outside a plan: got neither")
         if math.prod(self.before) != before:
@@ -304,18 +201,7 @@ class Separable(CombinedMap):
         super().check(before, size)
 
     def operations(self, before: int, size: int) -> int:
-        """Return about how many additions and multiplications `apply` takes.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            Of the products with all modes' matrices.
-        """
+        """Return about how many additions and multiplications `apply` takes."""
         total = 0
         for _, fixed, width, after in self._each(before, size):
             dense = width * after <= _DENSE
@@ -325,18 +211,7 @@ class Separable(CombinedMap):
         return total
 
     def nbytes(self, before: int, size: int) -> int:
-        """Return how many bytes of matrices are kept, or of what the modes' maps keep.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Returns
-        -------
-        int
-            For double precision; in single it is half of it.
-        """
+        """Return how many bytes of matrices are kept, or of what the modes' maps keep."""
         return sum(
             8 * width * after if width * after <= _DENSE else fixed.nbytes(width, after)
             for _, fixed, width, after in self._each(before, size)

@@ -91,33 +91,7 @@ def fwht(x: Array, axis: int = -1, *, orthonormal: bool = False) -> Array:
 
 
 def transform_padded(x: Array, n: int, scale: float = 1.0) -> Array:
-    """Transform vectors as if zeros followed them, without writing the zeros.
-
-    Parameters
-    ----------
-    x : array, (..., p)
-        Of a floating-point dtype, 1 <= p <= n.
-    n : int
-        A power of two.
-    scale : float, default: 1.0
-        Multiplies the result.
-
-    Returns
-    -------
-    array, (..., n)
-        ``scale H_n [x, 0]``.
-
-    Notes
-    -----
-    With d the power of two that follows p, the result is the transform of length d,
-    n/d times over: ``d log d`` operations.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> transform_padded(np.array([1.0, 2.0]), 4)
-    array([ 3., -1.,  3., -1.])
-    """
+    """Transform vectors as if zeros followed them, without writing the zeros."""
     _check_array("x", x)
     library, p = backend_of(x), int(x.shape[-1])
     d = next_power_of_two(p)
@@ -130,28 +104,7 @@ def transform_padded(x: Array, n: int, scale: float = 1.0) -> Array:
 
 
 def transform_cropped(y: Array, p: int, scale: float = 1.0) -> Array:
-    """Return the first entries of a transform: the adjoint of `transform_padded`.
-
-    Parameters
-    ----------
-    y : array, (..., n)
-        Of a floating-point dtype; n a power of two.
-    p : int
-        Entries to keep, 1 <= p <= n.
-    scale : float, default: 1.0
-        Multiplies the result.
-
-    Returns
-    -------
-    array, (..., p)
-        ``scale (H_n y)[..., :p]``.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> transform_cropped(np.array([1.0, 2.0, 3.0, 4.0]), 2)
-    array([10., -2.])
-    """
+    """Return the first entries of a transform: the adjoint of `transform_padded`."""
     _check_array("y", y)
     library, n = backend_of(y), int(y.shape[-1])
     d, wide = next_power_of_two(p), widened(y)

@@ -20,35 +20,7 @@ _OF_WEIGHT = ("add_weight", "scale_weight")
 
 
 def support(operation: str, option: Option, **changes: Any) -> Spec | None:
-    """Return the design of one of GLoRA's support tensors.
-
-    Parameters
-    ----------
-    operation : str
-        A merge operation.
-    option : int or str
-        A rank; ``"vector"``, one entry an output (for ``weight_to_bias`` an input);
-        ``"constant"``, one number; or ``"none"``.
-    **changes : Any
-        Other fields of the spec.
-
-    Returns
-    -------
-    Spec or None
-        None for ``"none"``.
-
-    Raises
-    ------
-    ValueError
-        If there is no such operation, or it has no such option.
-
-    Examples
-    --------
-    >>> import superlora as sl
-    >>> spec = support("scale_weight", "vector")
-    >>> sl.Plan({"scale_weight": spec}, {"q": (6, 4)}).num_parameters
-    6
-    """
+    """Return the design of one of GLoRA's support tensors."""
     check_operation(operation)
     if not isinstance(option, str):
         rank = check_count(f"{operation}'s rank", option)

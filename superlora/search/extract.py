@@ -14,37 +14,7 @@ _FIELDS = [field.name for field in dataclasses.fields(Spec) if field.name != "ov
 
 
 def supports_of(configuration: Mapping[str, Mapping[str, int | str]]) -> dict[str, Spec]:
-    """Return the designs of the support tensors that a configuration chooses.
-
-    Parameters
-    ----------
-    configuration : mapping of str to mapping of str to option
-        An option for each operation of every layer: a rank, ``"vector"``, ``"constant"`` or
-        ``"none"``.
-
-    Returns
-    -------
-    dict of str to Spec
-        By operation, as `superlora.torch.attach` takes them: one spec each, with overrides for
-        the layers whose option is another. Operations without any support are not there.
-
-    Raises
-    ------
-    ValueError
-        If there is no such option, or every one is ``"none"``.
-
-    Notes
-    -----
-    Rank r of a weight's support is ``factor0 factor1ᵀ``, as in LoRA. Every design has as many
-    parameters as its option.
-
-    Examples
-    --------
-    >>> chosen = {"q": {"add_weight": 2, "add_bias": "none"}, "v": {"add_weight": "none"}}
-    >>> found = supports_of(chosen)
-    >>> list(found), found["add_weight"].rank, found["add_weight"].of("add_weight.v")
-    (['add_weight'], 2, None)
-    """
+    """Return the designs of the support tensors that a configuration chooses."""
     chosen: dict[str, dict[str, int | str]] = {}
     for layer, options in configuration.items():
         for operation, option in options.items():

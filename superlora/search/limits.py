@@ -98,33 +98,11 @@ class Limits:
         return self.space.most_parameters if self.most is None else self.most
 
     def hold(self, indices: Sequence[int]) -> bool:
-        """Return whether a configuration meets the limits.
-
-        Parameters
-        ----------
-        indices : sequence of int
-            The configuration.
-
-        Returns
-        -------
-        bool
-            Whether it has neither too few nor too many parameters.
-        """
+        """Return whether a configuration meets the limits."""
         return self.least <= self.space.count(indices) <= self.high
 
     def draw(self, generator: numpy.random.Generator) -> Indices | None:
-        """Draw a configuration within the limits.
-
-        Parameters
-        ----------
-        generator : numpy.random.Generator
-            Where the numbers come from.
-
-        Returns
-        -------
-        tuple of int or None
-            A configuration; None where repairing found none.
-        """
+        """Draw a configuration within the limits."""
         sizes = [len(costs) for costs in self.space.costs]
         for _ in range(UNIFORM_TRIES):
             drawn: list[int] = generator.integers(sizes).tolist()
@@ -144,20 +122,7 @@ class Limits:
     def unseen(
         self, generator: numpy.random.Generator, seen: Collection[Indices]
     ) -> Indices | None:
-        """Draw a configuration within the limits that is not among those seen.
-
-        Parameters
-        ----------
-        generator : numpy.random.Generator
-            Where the numbers come from.
-        seen : collection of tuple of int
-            Configurations to leave out; a set, for speed.
-
-        Returns
-        -------
-        tuple of int or None
-            A configuration; None only if all within the limits were seen.
-        """
+        """Draw a configuration within the limits that is not among those seen."""
         for _ in range(UNSEEN_TRIES):
             drawn = self.draw(generator)
             if drawn is not None and drawn not in seen:

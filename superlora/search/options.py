@@ -67,22 +67,7 @@ class Ordered(Mapping[str, _Value]):
 
 
 def cost_of(operation: str, option: Option, outputs: int, inputs: int) -> int:
-    """Count the parameters of one support tensor.
-
-    Parameters
-    ----------
-    operation : str
-        A key of `KINDS`.
-    option : int or str
-        One of its options.
-    outputs, inputs : int
-        The layer's widths.
-
-    Returns
-    -------
-    int
-        The exact number.
-    """
+    """Count the parameters of one support tensor."""
     if isinstance(option, int):
         return option * (inputs + (1 if operation == "weight_to_bias" else outputs))
     vector = inputs if operation == "weight_to_bias" else outputs
@@ -90,23 +75,7 @@ def cost_of(operation: str, option: Option, outputs: int, inputs: int) -> int:
 
 
 def checked_layers(value: Any) -> Ordered[tuple[int, int]]:
-    """Return the widths of layers, or say what they must be.
-
-    Parameters
-    ----------
-    value : mapping of str to (int, int)
-        As given by a user.
-
-    Returns
-    -------
-    Ordered
-        The same, in the same order.
-
-    Raises
-    ------
-    TypeError
-        If it is no such mapping.
-    """
+    """Return the widths of layers, or say what they must be."""
     if not isinstance(value, Mapping) or not value:
         raise TypeError(f"layers must be a mapping of names to widths, not empty: got {value!r}")
     checked = {}
@@ -122,27 +91,7 @@ def checked_layers(value: Any) -> Ordered[tuple[int, int]]:
 
 
 def checked_subset(value: Any, layers: Iterable[str]) -> tuple[str, ...]:
-    """Return names of layers in the layers' order, or say what they must be.
-
-    Parameters
-    ----------
-    value : sequence of str
-        As given by a user.
-    layers : iterable of str
-        All there are.
-
-    Returns
-    -------
-    tuple of str
-        The same names.
-
-    Raises
-    ------
-    TypeError
-        If they are no sequence.
-    ValueError
-        If one is no layer's.
-    """
+    """Return names of layers in the layers' order, or say what they must be."""
     names = hashable(value)
     if not isinstance(names, tuple):
         raise TypeError(f"without_bias must be a sequence of names: got {value!r}")
@@ -153,25 +102,7 @@ def checked_subset(value: Any, layers: Iterable[str]) -> tuple[str, ...]:
 
 
 def checked_ranks(value: Any) -> tuple[int, ...]:
-    """Return ranks in descending order, or say what they must be.
-
-    Parameters
-    ----------
-    value : sequence of int
-        As given by a user.
-
-    Returns
-    -------
-    tuple of int
-        The same numbers.
-
-    Raises
-    ------
-    TypeError
-        If they are no integers.
-    ValueError
-        If they are not positive, or not distinct.
-    """
+    """Return ranks in descending order, or say what they must be."""
     ranks = hashable(value)
     if not isinstance(ranks, tuple) or not ranks:
         raise TypeError(f"ranks must be a sequence of integers, not empty: got {value!r}")
@@ -183,22 +114,7 @@ def checked_ranks(value: Any) -> tuple[int, ...]:
 
 
 def refuse_rank_above(largest: int, place: str, option: object) -> None:
-    """Refuse a rank that a supernet does not store.
-
-    Parameters
-    ----------
-    largest : int
-        The largest rank of the space.
-    place : str
-        Where the option stands.
-    option : object
-        An option; only integers are looked at.
-
-    Raises
-    ------
-    ValueError
-        If it is a larger rank.
-    """
+    """Refuse a rank that a supernet does not store."""
     if isinstance(option, int) and option > largest:
         raise ValueError(
             f"rank must be at most {largest}, the largest of the space: got {option} in {place}"
@@ -208,29 +124,7 @@ def refuse_rank_above(largest: int, place: str, option: object) -> None:
 def checked_operations(
     value: Any, ranks: tuple[int, ...], *, biases: bool = True
 ) -> Ordered[tuple[Option, ...]]:
-    """Return the options of operations in their usual order, or say what they must be.
-
-    Parameters
-    ----------
-    value : mapping of str to sequence, or None
-        As given by a user; None for all options of all operations.
-    ranks : tuple of int
-        The ranks of the space.
-    biases : bool
-        Whether any layer has a bias to be scaled.
-
-    Returns
-    -------
-    Ordered
-        The options by operation.
-
-    Raises
-    ------
-    TypeError
-        If it is no such mapping.
-    ValueError
-        If an operation or an option is none.
-    """
+    """Return the options of operations in their usual order, or say what they must be."""
     every: dict[str, tuple[Option, ...]] = {
         name: (*(ranks if "rank" in kinds else ()), *(kind for kind in kinds if kind != "rank"))
         for name, kinds in KINDS.items()
@@ -270,46 +164,14 @@ def _checked_options(
 
 
 def check_known(kind: str, name: object, names: Iterable[str]) -> None:
-    """Refuse a name that is none of those given.
-
-    Parameters
-    ----------
-    kind : str
-        What is named.
-    name : object
-        The name.
-    names : iterable of str
-        Those that there are.
-
-    Raises
-    ------
-    ValueError
-        If it is none of them.
-    """
+    """Refuse a name that is none of those given."""
     listed = list(names)
     if name not in listed:
         raise ValueError(f"{kind} must be one of {some(map(repr, listed))}: got {name!r}")
 
 
 def check_names(place: str, value: object, names: Iterable[str]) -> None:
-    """Refuse what is no mapping with exactly these keys.
-
-    Parameters
-    ----------
-    place : str
-        What the error message calls it.
-    value : object
-        As given by a user.
-    names : iterable of str
-        The keys.
-
-    Raises
-    ------
-    TypeError
-        If it is no mapping.
-    ValueError
-        If a key is missing or unknown.
-    """
+    """Refuse what is no mapping with exactly these keys."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{place} must be a mapping: got {value!r}")
     expected = dict.fromkeys(names)

@@ -38,18 +38,7 @@ class Candidate:
 
 
 def by_rank(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Sort candidates by value, then fewer parameters, then who came first.
-
-    Parameters
-    ----------
-    candidates : iterable of Candidate
-        In any order.
-
-    Returns
-    -------
-    list of Candidate
-        The best first.
-    """
+    """Sort candidates by value, then fewer parameters, then who came first."""
     return sorted(candidates, key=lambda c: (-c.value, c.num_parameters, c.index))
 
 

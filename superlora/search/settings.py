@@ -7,18 +7,7 @@ from typing import Any
 
 
 def differences(found: Any, expected: Mapping[str, Any]) -> list[str]:
-    """Say what differs between the settings of two searches.
-
-    Parameters
-    ----------
-    found, expected : mapping
-        Settings, as JSON values.
-
-    Returns
-    -------
-    list of str
-        One text for each that differs.
-    """
+    """Say what differs between the settings of two searches."""
     if not isinstance(found, Mapping):
         return [f"settings {found!r}"]
     texts = []

@@ -14,25 +14,7 @@ from superlora.torch.layers import computes_plainly, parameter_of
 
 
 def dtype_of(modules: Mapping[str, nn.Module], dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of a supernet's tensors.
-
-    Parameters
-    ----------
-    modules : mapping of str to torch.nn.Module
-        The layers.
-    dtype : torch.dtype or None
-        As given by a user; None for the weights', and float32 for half precision.
-
-    Returns
-    -------
-    torch.dtype
-        Of a floating-point type.
-
-    Raises
-    ------
-    TypeError
-        If it is none.
-    """
+    """Return the dtype of a supernet's tensors."""
     if dtype is None:
         dtypes = (parameter_of(module).dtype for module in modules.values())
         return functools.reduce(torch.promote_types, dtypes, torch.float32)
@@ -44,25 +26,7 @@ def dtype_of(modules: Mapping[str, nn.Module], dtype: torch.dtype | None) -> tor
 def check_alone(
     model: nn.Module, modules: Mapping[str, nn.Module], supernets: Sequence[str]
 ) -> None:
-    """Refuse models and layers that something else has adapted, and that do not fit.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-    modules : mapping of str to torch.nn.Module
-        The layers.
-    supernets : sequence of str
-        The names of the model's supernets.
-
-    Raises
-    ------
-    AdapterError
-        If the model has any or an adapter, another library has wrapped a layer's forward, or a
-        weight lies on the meta device.
-    ValueError
-        If a layer computes something else than ``x Wᵀ + b``.
-    """
+    """Refuse models and layers that something else has adapted, and that do not fit."""
     present = [*(adapter.name for adapter in adapters_of(model)), *supernets]
     if present:
         raise AdapterError(

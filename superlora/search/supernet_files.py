@@ -29,15 +29,7 @@ KEY = "superlora_supernet"
 
 
 def save_supernet(supernet: Supernet, path: Path) -> None:
-    """Write a supernet's tensors and space to `path`, atomically.
-
-    Parameters
-    ----------
-    supernet : Supernet
-        The supernet.
-    path : pathlib.Path
-        The file; replaced if it exists.
-    """
+    """Write a supernet's tensors and space to `path`, atomically."""
     header = {
         "format_version": FORMAT_VERSION,
         "seed": supernet.seed,
@@ -48,27 +40,7 @@ def save_supernet(supernet: Supernet, path: Path) -> None:
 
 
 def load_supernet(model: nn.Module, path: Path, name: str) -> Supernet:
-    """Put a saved supernet on a model.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-    path : pathlib.Path
-        The file.
-    name : str
-        A free attribute of the model.
-
-    Returns
-    -------
-    Supernet
-        With the tensors of the file.
-
-    Raises
-    ------
-    ValueError
-        If the file is none of a supernet, or does not fit the model; nothing is changed then.
-    """
+    """Put a saved supernet on a model."""
     from superlora.search.supernet import Supernet
 
     check_model(model)

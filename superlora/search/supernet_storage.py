@@ -18,20 +18,7 @@ LEFT, RIGHT = "left", "right"
 
 
 def stored_shapes(space: Space) -> dict[tuple[str, str, str], tuple[int, int]]:
-    """Return the shapes of what a supernet of a space stores.
-
-    Parameters
-    ----------
-    space : Space
-        The space.
-
-    Returns
-    -------
-    dict of (str, str, str) to (int, int)
-        By layer, operation and side: ``"left"`` is (height, r) for a support of that height, and
-        ``"right"`` (r, width), with the largest rank r; without ranks it is a column alone.
-        Operations that a layer never has are not there.
-    """
+    """Return the shapes of what a supernet of a space stores."""
     found = {}
     for layer, shape in dict(space.layers).items():
         for operation in dict(space.operations):
@@ -47,23 +34,7 @@ def stored_shapes(space: Space) -> dict[tuple[str, str, str], tuple[int, int]]:
 
 
 def initial(space: Space, seed: int) -> Iterator[tuple[tuple[str, str, str], numpy.ndarray]]:
-    """Draw what a supernet stores at the start, one tensor at a time.
-
-    Parameters
-    ----------
-    space : Space
-        The space.
-    seed : int
-        In [0, 2**64); the i-th tensor takes the seed's stream i.
-
-    Yields
-    ------
-    tuple of str
-        Layer, operation and side.
-    numpy.ndarray of float64
-        Zero on the left, so that every support is; uniform in ``±(6 / (r + width)) ** 0.5`` on
-        the right.
-    """
+    """Draw what a supernet stores at the start, one tensor at a time."""
     for stream, (name, shape) in enumerate(stored_shapes(space).items()):
         if name[2] == LEFT:
             yield name, numpy.zeros(shape)
@@ -74,20 +45,7 @@ def initial(space: Space, seed: int) -> Iterator[tuple[tuple[str, str, str], num
 
 
 def parts(option: Option, stored: Stored) -> tuple[Tensor, ...]:
-    """Return the views of what is stored whose product an option's support is.
-
-    Parameters
-    ----------
-    option : int or str
-        A rank, ``"vector"``, ``"constant"`` or ``"none"``.
-    stored : tuple of torch.Tensor
-        Left and right factor.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        For a rank its leading columns and rows; the first column; the first number; nothing.
-    """
+    """Return the views of what is stored whose product an option's support is."""
     left, right = stored
     if option == "none":
         return ()
@@ -101,18 +59,5 @@ def parts(option: Option, stored: Stored) -> tuple[Tensor, ...]:
 
 
 def formed(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Form a support tensor.
-
-    Parameters
-    ----------
-    parts : sequence of torch.Tensor
-        One factor, or two.
-    shape : tuple of int
-        The support's; a single factor is repeated to it.
-
-    Returns
-    -------
-    torch.Tensor
-        The product, or a view.
-    """
+    """Form a support tensor."""
     return (parts[0] @ parts[1] if len(parts) > 1 else parts[0]).expand(shape)

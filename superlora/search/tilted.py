@@ -64,18 +64,7 @@ class Tilted:
         self._ends = shares(high).cumsum(axis=1)
 
     def draw(self, generator: numpy.random.Generator) -> list[int]:
-        """Draw the index of an option for every choice.
-
-        Parameters
-        ----------
-        generator : numpy.random.Generator
-            Where the numbers come from.
-
-        Returns
-        -------
-        list of int
-            One for each choice.
-        """
+        """Draw the index of an option for every choice."""
         places = generator.random((len(self._ends), 1))
         # The last end may be rounded to less than one.
         found: list[int] = numpy.minimum((places > self._ends).sum(axis=1), self._last).tolist()

@@ -37,55 +37,7 @@ def attach(
     dtype: torch.dtype | None = None,
     apply: str = "auto",
 ) -> Adapter:
-    """Adapt a model's layers; its output stays bit for bit what it was.
-
-    But for a ``factor_map`` from one vector, as in `superlora.unilora`: it cannot start at zero.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Any model with ``Linear`` layers, or GPT-2's ``Conv1D``. Its parameters are
-        frozen; their names and the modules' classes stay as they are.
-    spec : Spec or mapping of str to Spec
-        The design, such as ``superlora.lora(rank=8)``; or one for each merge operation, as
-        ``superlora.glora(rank=8)`` has them: keys are among `superlora.OPERATIONS`, or tuples of
-        operations whose supports are grouped together, and a value may also be the name of
-        an operation whose entries this one shares.
-    targets : sequence of str, str or callable
-        Names or suffixes of layers, a regular expression for whole names,
-        ``"all-linear"``, or ``predicate(name, module) -> bool``.
-    name : str
-        The attribute of `model` under which the adapter is registered; of its
-        first adapted layer, where `model` is a ``Sequential`` or a ``ModuleList``.
-    seed : int
-        Seed of the initial factors, in [0, 2**64).
-    dtype : torch.dtype, optional
-        The factors' dtype; by default the weights', float32 for half precision.
-    apply : {"auto", "factored", "formed"}
-        Whether updates are formed in the forward pass. ``"auto"`` takes what costs least
-        for each layer and number of tokens; ``adapter.applied`` changes it.
-
-    Returns
-    -------
-    Adapter
-        A module whose parameters are the factors.
-
-    Raises
-    ------
-    AdapterError
-        If `model` has an attribute of that name.
-    TypeError, ValueError
-        If the spec, the targets or the weights do not fit, or some updates cannot be
-        applied factored; nothing is changed then.
-
-    Examples
-    --------
-    >>> import torch, superlora as sl, superlora.torch as slt
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
-    >>> adapter = slt.attach(model, sl.lora(rank=2), targets=["0"])
-    >>> adapter.num_parameters, model(torch.ones(1, 8)).shape
-    (32, torch.Size([1, 2]))
-    """
+    """Adapt a model's layers; its output stays bit for bit what it was."""
     check_model(model)
     modules = find_targets(model, targets)
     shapes = {target: shape_of(module) for target, module in modules.items()}
@@ -228,10 +180,7 @@ def _drawn(
 
 @torch.inference_mode(False)
 def _fill(adapter: Adapter, *_: Any) -> None:
-    """Draw an adapter's blocks that a state dict left without memory, where the weights have some.
-
-    Singular vectors, which the weights decide, come with a state dict.
-    """
+    """Draw the blocks that a state dict left without memory, where the weights have some."""
     blocks, modules = adapter.factors(), adapter.layers()
     if not any(block.is_meta for block in blocks.values()):
         return

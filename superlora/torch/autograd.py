@@ -36,24 +36,7 @@ def is_traced() -> bool:
 def linearized(
     function: Callable[..., Tensor], operands: Sequence[Tensor], wanted: Sequence[bool]
 ) -> tuple[Tensor, Pull]:
-    """Compute a function, and what takes gradients back through it.
-
-    Parameters
-    ----------
-    function : callable
-        Takes the operands.
-    operands : sequence of torch.Tensor
-        Where.
-    wanted : sequence of bool
-        Which gradients are asked for; the others are None.
-
-    Returns
-    -------
-    torch.Tensor
-        The function's value.
-    callable
-        Takes a gradient of that value and returns those of the operands; to be called once.
-    """
+    """Compute a function, and what takes gradients back through it."""
     with torch.enable_grad():
         own = [
             operand.detach().requires_grad_(want)
@@ -66,24 +49,7 @@ def linearized(
 def gradients(
     value: Tensor, operands: Sequence[Tensor | None], gradient: Tensor, *, again: bool = False
 ) -> list[Tensor | None]:
-    """Return the gradients of a value's operands, None for those that require none.
-
-    Parameters
-    ----------
-    value : torch.Tensor
-        What was made of them.
-    operands : sequence of (torch.Tensor or None)
-        Of what.
-    gradient : torch.Tensor
-        That of the value.
-    again : bool
-        Whether the gradients are to be differentiated.
-
-    Returns
-    -------
-    list of (torch.Tensor or None)
-        One for each operand.
-    """
+    """Return the gradients of a value's operands, None for those that require none."""
     asked = [each for each in operands if each is not None and each.requires_grad]
     if not asked or not value.requires_grad:
         return [None] * len(operands)

@@ -278,20 +278,7 @@ class Blocks(nn.Module):
 
 
 def scale_in_force(own: float, planned: float, scale: float) -> float:
-    """Return a layer's scale after the adapter's was set.
-
-    Parameters
-    ----------
-    own, planned : float
-        The layer's and the spec's as planned.
-    scale : float
-        The adapter's now.
-
-    Returns
-    -------
-    float
-        An override's scale changes in proportion.
-    """
+    """Return a layer's scale after the adapter's was set."""
     if scale == planned:
         return own
     return scale if own == planned else scale * (own / planned)

@@ -31,18 +31,7 @@ def parameter_of(module: nn.Module) -> Tensor:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """Return the layer's weight as (output, input), a view that writes through.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        An adaptable layer.
-
-    Returns
-    -------
-    torch.Tensor, (output width, input width)
-        The weight, or its transpose for a ``Conv1D``.
-    """
+    """Return the layer's weight as (output, input), a view that writes through."""
     weight = parameter_of(module)
     return weight.t() if is_transposed(module) else weight
 

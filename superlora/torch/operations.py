@@ -56,21 +56,7 @@ class Operations:
                 (self.inner if own.along == "outputs" else self.outer).append(own)
 
     def output(self, fused: bool, base: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the layer's output.
-
-        Parameters
-        ----------
-        fused : bool
-            Whether the layer's own forward is a product with the weight and nothing else, and
-            one product can take the place of several.
-        base : callable
-            That forward.
-
-        Returns
-        -------
-        torch.Tensor, (..., output width)
-            The output.
-        """
+        """Return the layer's output."""
         site, x = self.site, self.x
         shift, of_bias = self._shift(), self._of_bias()
         weight: Tensor | None = None
@@ -162,22 +148,7 @@ def _own(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
 
 @torch.no_grad()
 def merged_changes(site: Site, supports: Sequence[Support]) -> tuple[Tensor | None, Tensor | None]:
-    """Return what merging support tensors adds to a layer's weight and bias.
-
-    Parameters
-    ----------
-    site : Site
-        The layer's.
-    supports : sequence of Support
-        The support tensors of one adapter.
-
-    Returns
-    -------
-    torch.Tensor, (output width, input width), or None
-        None where no operation changes the weight.
-    torch.Tensor, (output width,), or None
-        None where no operation changes the bias.
-    """
+    """Return what merging support tensors adds to a layer's weight and bias."""
     weight, bias = site.own_weight, site.own_bias
     found = {own.operation: own.adapter.delta(own.name).to(weight.device) for own in supports}
     if found.keys() == {ADD}:

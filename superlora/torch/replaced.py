@@ -41,18 +41,7 @@ class Replaced:
         self._others = list(map(_like, values.values(), self._own()))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the new parameters by name, whether they are in use or not.
-
-        Returns
-        -------
-        dict of str to torch.nn.Parameter
-            The parameters themselves.
-
-        Raises
-        ------
-        AdapterError
-            If a module that has one was exchanged, or another adapter is merged into one.
-        """
+        """Return the new parameters by name, whether they are in use or not."""
         self.refuse_merged()
         for (owner, _), name in zip(self._places, self.names, strict=True):
             path = name.rpartition(".")[0]
@@ -65,18 +54,7 @@ class Replaced:
         return dict(zip(self.names, held, strict=True))
 
     def use(self, new: bool) -> None:
-        """Let the model have the new parameters, or its own: all of them, or none.
-
-        Parameters
-        ----------
-        new : bool
-            Which.
-
-        Raises
-        ------
-        AdapterError
-            If an adapter is merged into one of them.
-        """
+        """Let the model have the new parameters, or its own: all of them, or none."""
         if new == self.in_use:
             return
         self.refuse_merged()

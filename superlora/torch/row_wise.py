@@ -91,24 +91,7 @@ OPEN: list[Rows] = []
 
 
 def rows_of(module: nn.Module) -> Rows | None:
-    """Return the rows of the innermost open block whose model has a layer, if any.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        The layer.
-
-    Returns
-    -------
-    Rows or None
-        Of this thread's blocks; a compiler cannot ask which that is, and a backward pass that
-        computes a layer again may run in another.
-
-    Raises
-    ------
-    AdapterError
-        If it is compiled or computed again while several threads have blocks open.
-    """
+    """Return the rows of the innermost open block whose model has a layer, if any."""
     found = [rows for rows in reversed(OPEN) if id(module) in rows.modules]
     if not found:
         return None

@@ -32,11 +32,7 @@ class Scope:
         return {"_passes": {}, "_blocks": set(), "_kept": {}}
 
     def open(self, *_: Any) -> None:
-        """Begin a pass of this thread.
-
-        One that is open already was interrupted, so that nothing closed it, or calls the model
-        again, and goes on without what its layers shared.
-        """
+        """Begin a pass of this thread."""
         if not torch.compiler.is_compiling():
             self._passes[threading.get_ident()] = {}
 

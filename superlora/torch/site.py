@@ -102,10 +102,7 @@ class Site:
         return site
 
     def remove(self, adapter: Adapter) -> None:
-        """Take `adapter` away; with the last one the layer is as it was.
-
-        What it merged stays: the adapters merged later kept the weight with it.
-        """
+        """Take `adapter` away; with the last one the layer is as it was."""
         self.links = [link for link in self.links if link.adapter is not adapter]
         self.merged = [link for link in self.merged if link.adapter is not adapter]
         if self.links:
@@ -155,20 +152,7 @@ class Site:
         return Operations(self, supports, x).output(fused, base)
 
     def update(self, link: Link, x: Tensor) -> Tensor:
-        """Return one adapter's part of the layer's output.
-
-        Parameters
-        ----------
-        link : Link
-            The adapter.
-        x : torch.Tensor, (..., input width)
-            Inputs.
-
-        Returns
-        -------
-        torch.Tensor, (..., output width)
-            ``x @ ΔWᵀ + Δb``.
-        """
+        """Return one adapter's part of the layer's output."""
         return Operations(self, link.supports, x).added()
 
     def _base(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -237,18 +221,7 @@ class Site:
         ]
 
     def merge(self, adapter: Adapter) -> None:
-        """Add the adapter's update to weight and bias, in place, and keep the bits they had.
-
-        Parameters
-        ----------
-        adapter : Adapter
-            An adapter of the layer.
-
-        Raises
-        ------
-        ValueError
-            If the sum is not finite everywhere; the layer is as it was then.
-        """
+        """Add the adapter's update to weight and bias, in place, and keep the bits they had."""
         link = self.link_of(adapter)
         self._add(link)
         changed = [parameter_of(self.module), bias_of(self.module)]
@@ -257,10 +230,7 @@ class Site:
             raise ValueError(f"weight + update of {link.name!r} must be finite to be merged")
 
     def unmerge(self, adapter: Adapter) -> None:
-        """Give weight and bias the bits they had before the adapter was merged, if it is.
-
-        What was merged after it is added again.
-        """
+        """Give weight and bias the bits they had before the adapter was merged, if it is."""
         link = self.link_of(adapter)
         if link not in self.merged:
             return

@@ -11,15 +11,7 @@ _CHUNK = 1 << 18  # entries, which stay in the cache from one pass to the next
 
 
 def add_rounded_once(weight: Tensor, delta: Tensor) -> None:
-    """Add in place, in the wider of the two dtypes, and round to the weight's once.
-
-    Parameters
-    ----------
-    weight : torch.Tensor, (m, n)
-        What is changed.
-    delta : torch.Tensor, (m, n)
-        What is added; it may be the memory of a parameter, and stays as it is.
-    """
+    """Add in place, in the wider of the two dtypes, and round to the weight's once."""
     if weight.dtype is delta.dtype or weight.device.type != "cpu":
         weight.add_(delta)
         return
@@ -36,17 +28,6 @@ def add_rounded_once(weight: Tensor, delta: Tensor) -> None:
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Return whether all numbers of a weight are finite, reading it once.
-
-    Parameters
-    ----------
-    weight : torch.Tensor
-        At least one number.
-
-    Returns
-    -------
-    bool
-        Nothing of the weight's size is made for it.
-    """
+    """Return whether all numbers of a weight are finite, reading it once."""
     least, largest = torch.aminmax(weight.detach())  # which hands NaN on
     return math.isfinite(least) and math.isfinite(largest)

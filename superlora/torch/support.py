@@ -79,20 +79,7 @@ class Support:
         self.chunk = 0 if copied or mixed else max(1, _CHUNK // self.shape[1])
 
     def given(self, operands: Operands, device: torch.device) -> list[Tensor]:
-        """Return the tensors that operands are made of.
-
-        Parameters
-        ----------
-        operands : Operands
-            Of the support, factored or formed.
-        device : torch.device
-            Where the blocks are needed.
-
-        Returns
-        -------
-        list of torch.Tensor
-            First this layer's part of what layers may share, then blocks.
-        """
+        """Return the tensors that operands are made of."""
         adapter = self.adapter
         owners = operands.owners
         if owners is None:
@@ -125,22 +112,7 @@ class Support:
         bias: Tensor | None = None,
         base: Tensor | None = None,
     ) -> Tensor:
-        """Return the product with the support, not formed, and with the layer's weight if given.
-
-        Parameters
-        ----------
-        x : torch.Tensor, (tokens, input width)
-            Inputs.
-        weight, bias : torch.Tensor, optional
-            The layer's own, of the support's dtype.
-        base : torch.Tensor, optional
-            The weight whose entries the support scales.
-
-        Returns
-        -------
-        torch.Tensor, (tokens, output width)
-            Of the factors' dtype, or that of automatic mixed precision.
-        """
+        """Return the product with the support, not formed, and with the layer's weight if given."""
         way = self.way
         assert way is not None
         operands = way.operands[0]
@@ -203,28 +175,7 @@ def sum_output(
     base: Callable[[], Tensor],
     own_weight: Tensor | None = None,
 ) -> Tensor:
-    """Return a layer's output with updates that are added to its weight, or scale it.
-
-    Parameters
-    ----------
-    supports : sequence of Support
-        The updates.
-    x : torch.Tensor, (..., input width)
-        Inputs.
-    weight : torch.Tensor, (output width, input width), or None
-        The layer's, if one product with the sum of it and updates can take the place of two.
-    bias : torch.Tensor, (output width,), or None
-        The layer's.
-    base : callable
-        The layer's own forward.
-    own_weight : torch.Tensor, (output width, input width), optional
-        The weight without any adapter, which some of the updates scale.
-
-    Returns
-    -------
-    torch.Tensor, (..., output width)
-        The output.
-    """
+    """Return a layer's output with updates that are added to its weight, or scale it."""
     # Flat, since what a Function returns must be no view to be changed in place afterwards.
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     formed: list[Support] = []

@@ -20,31 +20,7 @@ ALL_LINEAR = "all-linear"
 
 
 def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
-    """Return the layers of `model` that `targets` chooses, in the model's order.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-    targets : sequence of str, str or callable
-        Names or dotted suffixes of names; ``"all-linear"`` for every adaptable
-        layer but the output head of a model that names one
-        (``get_output_embeddings``); any other string is a regular expression
-        that must match a whole name; or ``predicate(name, module) -> bool``.
-
-    Returns
-    -------
-    dict of str to torch.nn.Module
-        Dotted name and layer; a layer reached by two names is there once.
-
-    Raises
-    ------
-    TypeError
-        If `targets` is none of these, or a weight is not of a floating-point type.
-    ValueError
-        If nothing matches, or an entry of a list does not, with the nearest
-        names; or if what matches cannot be adapted.
-    """
+    """Return the layers of `model` that `targets` chooses, in the model's order."""
     modules = {
         name: module for name, module in outside_adapters(model) if name or is_adaptable(module)
     }

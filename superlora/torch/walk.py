@@ -13,18 +13,7 @@ Frozen = list[tuple[nn.Module, str]]
 
 
 def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a model by name, but those of its adapters.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-
-    Yields
-    ------
-    (str, torch.nn.Module)
-        In the order of ``model.named_modules()``, each once.
-    """
+    """Yield the modules of a model by name, but those of its adapters."""
     seen: set[int] = set()
     rest = [] if isinstance(model, Blocks) else [("", model)]
     while rest:
@@ -43,18 +32,7 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def freeze(model: nn.Module) -> Frozen:
-    """Let no parameter of a model but its adapters' require gradients.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-
-    Returns
-    -------
-    list of (torch.nn.Module, str)
-        Owner and key of every parameter that was frozen.
-    """
+    """Let no parameter of a model but its adapters' require gradients."""
     frozen = [
         (owner, key)
         for _, owner in outside_adapters(model)
@@ -67,16 +45,7 @@ def freeze(model: nn.Module) -> Frozen:
 
 
 def release(frozen: Frozen, later: Sequence[tuple[nn.Module, Frozen]]) -> None:
-    """Let parameters require gradients again, or hand them on.
-
-    Parameters
-    ----------
-    frozen : list of (torch.nn.Module, str)
-        What an adapter that leaves had frozen.
-    later : sequence of (torch.nn.Module, list)
-        Model and list of the adapters attached after it. They found the
-        parameters frozen, and so have to release them in turn.
-    """
+    """Let parameters require gradients again, or hand them on."""
     models = dict.fromkeys(model for model, _ in later)
     modules = {model: {module for _, module in outside_adapters(model)} for model in models}
     for owner, key in frozen:

@@ -52,32 +52,7 @@ def other_shapes(
 def read_tensors(
     path: Path, check: Callable[[Mapping[str, str], Header], Checked], *, owned: bool = True
 ) -> tuple[Checked, dict[str, Tensor]]:
-    """Read the tensors of a safetensors file, after its header was found good.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        The file.
-    check : callable
-        Takes the metadata and the header, returns what they say, and raises if they are not
-        as they must be: no tensor is read then.
-    owned : bool
-        Whether the tensors must outlive the file as it lies on the disk.
-
-    Returns
-    -------
-    checked : object
-        What `check` returned.
-    tensors : dict of str to torch.Tensor
-        All tensors, in memory of their own or perhaps views of the file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If it is no whole safetensors file; one that Python would unpickle is never opened.
-    """
+    """Read the tensors of a safetensors file, after its header was found good."""
     if path.suffix in _PICKLES:
         raise ValueError(
             f"{path} must be a safetensors file: a {path.suffix} file may run any code when it is "
@@ -102,24 +77,7 @@ def read_tensors(
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, atomically.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        The file; replaced if it exists, and left as it was if writing fails.
-    tensors : mapping of str to torch.Tensor
-        What to write; moved to the CPU.
-    metadata : dict of str to str, optional
-        What the header says besides.
-
-    Raises
-    ------
-    FileNotFoundError
-        If its folder does not exist.
-    IsADirectoryError
-        If it is a folder.
-    """
+    """Write a safetensors file, atomically."""
     path = path.resolve()  # a link stays a link
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must lie in an existing folder: got {path}")

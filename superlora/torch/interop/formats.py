@@ -232,20 +232,7 @@ class Export:
 
 
 def exact_layer(adapter: Adapter, name: str) -> Layer | None:
-    """Return a layer's update if LoRA, LoKr, LoHa or a dense matrix says just this.
-
-    Parameters
-    ----------
-    adapter : Adapter
-        The adapter.
-    name : str
-        The layer.
-
-    Returns
-    -------
-    Layer or None
-        The factors themselves in double precision, not scaled.
-    """
+    """Return a layer's update if LoRA, LoKr, LoHa or a dense matrix says just this."""
     layout = adapter.plan.layout
     pieces = layout.grouping.pieces[name]
     group = pieces[0].group
@@ -362,21 +349,7 @@ def product(matrix: Matrix) -> Tensor:
 
 
 def as_the_peers_build(layer: Layer, both: bool) -> Layer:
-    """Return a Kronecker product of the same value, in blocks that the peers would make.
-
-    Parameters
-    ----------
-    layer : Layer
-        A LoKr.
-    both : bool
-        Whether the first factor may be of low rank.
-
-    Returns
-    -------
-    Layer
-        Of low rank is a factor only below half of its larger side, and the first one only if
-        the second one is of the same rank.
-    """
+    """Return a Kronecker product of the same value, in blocks that the peers would make."""
     first, second = (
         part if len(part) == 2 and 2 * part[0].shape[1] < max(size) else (product(part),)
         for part, size in zip(layer.parts, layer.sizes, strict=True)
