@@ -90,7 +90,12 @@ def _context(like: Array) -> tuple[Any, dict[str, Any]]:
         return library, {key: value for key, value in context if key != "requires_grad"}
     owner = like if isinstance(like, type) else type(like)
     root = owner.__module__.partition(".")[0]
-    return _library("numpy" if root == "builtins" else _NAMES.get(root)), {"dtype": like}
+    if root == "builtins":
+        try:
+            return _library("numpy"), {"dtype": numpy.dtype(like)}
+        except TypeError:
+            raise TypeError(f"like must be an array or a dtype: got {like!r}") from None
+    return _library(_NAMES.get(root)), {"dtype": like}
 
 
 def from_numpy(values: numpy.ndarray, like: Array) -> Array:

@@ -17,7 +17,9 @@ FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 def example_model():
     """A model as the README's reader has one."""
     torch = pytest.importorskip("torch")
-    return torch.nn.ModuleDict({part: torch.nn.Linear(8, 8) for part in ("query", "value")})
+    return torch.nn.ModuleDict(
+        {part: torch.nn.Linear(8, 8) for part in ("query", "value", "q_proj", "v_proj")}
+    )
 
 
 # What a page's examples take for granted.

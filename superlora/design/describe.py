@@ -95,8 +95,8 @@ def _notes(layout: Layout, same: list[list[int]]) -> list[str]:
         lowered = {split.core == "train" or all(split.factored) for split in splits}
         how = " or ".join(("un-factored", "lowered")[low] for low in sorted(lowered, reverse=True))
         notes.append(
-            f"note: rank {' or '.join(sorted(ranks))} exceeds a mode in {sum(map(len, capped))} of "
-            f"{len(layout.groups)} groups; it is {how} there"
+            f"note: rank {' or '.join(sorted(ranks))} is too large for a mode in "
+            f"{sum(map(len, capped))} of {len(layout.groups)} groups; it is {how} there"
         )
     before = after = 0
     for index, group in enumerate(layout.groups):

@@ -55,12 +55,12 @@ def test_large_numbers_have_separators():
         (
             sl.lora(rank=5),
             {"q": (6, 4), "v": (6, 8)},
-            ["rank 5 exceeds a mode in 1 of 2 groups; it is un-factored there"],
+            ["rank 5 is too large for a mode in 1 of 2 groups; it is un-factored there"],
         ),
         (
             sl.fact_tk(rank=3),
             {"0.q": (6, 4), "1.q": (6, 4)},
-            ["rank 3 exceeds a mode in 1 of 1 groups; it is un-factored there"],
+            ["rank 3 is too large for a mode in 1 of 1 groups; it is un-factored there"],
         ),
         (
             sl.lora(rank=1, groups=1, fold="balanced"),

@@ -266,7 +266,7 @@ def test_a_train_survives_json_and_says_its_ranks():
 
 def test_a_lowered_rank_is_noted():
     described = sl.Plan(sl.Spec(rank=9, **STACK), TWO).describe()
-    assert "note: rank 9 exceeds a mode in 1 of 1 groups; it is lowered there" in described
+    assert "note: rank 9 is too large for a mode in 1 of 1 groups; it is lowered there" in described
 
 
 def test_one_integer_makes_the_scale():

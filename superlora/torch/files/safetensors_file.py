@@ -60,7 +60,8 @@ def read_tensors(
             f"{path.name!r}, weights_only=True), {path.with_suffix('.safetensors').name!r})"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"no adapter file at {path}")
+        hint = "; it is a folder, which superlora.torch.from_peft reads" if path.is_dir() else ""
+        raise FileNotFoundError(f"no adapter file at {path}{hint}")
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -83,6 +84,8 @@ def write_tensors(
         raise FileNotFoundError(f"path must lie in an existing folder: got {path}")
     if path.is_dir():
         raise IsADirectoryError(f"path must be a file, not a directory: got {path}")
+    if path.suffix in _PICKLES:
+        raise ValueError(f"path must not end like a pickle's, which loading refuses: got {path}")
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = path.parent / f".{uuid.uuid4().hex}.part"
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
