@@ -13,6 +13,7 @@ docs.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import superlora as sl
 import superlora.torch as slt
-from superlora.demo.supernet import TARGETS
+from superlora.demo.supernet import TARGETS, fuse
 from superlora.demo.vit import VisionTransformer
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -42,17 +43,14 @@ TINY = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
 def models(rank: int, device: str = "cpu", *, tiny: bool = False) -> dict[str, nn.Module]:
     """Return the rows' models, all with the same base weights."""
     torch.manual_seed(0)
-    base = (
-        VisionTransformer(**(TINY if tiny else {})).requires_grad_(False).eval().fuse().to(device)
-    )
+    base = fuse(VisionTransformer(**(TINY if tiny else {}))).to(device)
     found: dict[str, nn.Module] = {BASE: base}
     for name, design in (
         (MERGED, sl.glora(rank)),
         (UNMERGED, sl.glora(rank)),
         (LORA, sl.lora(rank)),
     ):
-        model = VisionTransformer(*base._sizes, fused=True).requires_grad_(False).eval().to(device)
-        model.load_state_dict(base.state_dict())
+        model = copy.deepcopy(base)
         adapter = slt.attach(model, design, targets=list(TARGETS), seed=1)
         torch.manual_seed(1)  # the same adapter, merged and unmerged
         with torch.no_grad():

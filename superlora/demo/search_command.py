@@ -8,33 +8,42 @@ from typing import Annotated
 
 import typer
 
+from superlora.demo.command import Cache, Threads, cache_folder, errors
 from superlora.demo.extras import require
 
 HELP = """Train a GLoRA supernet on a vision transformer and search it for the best adapter.
 
-CONFIG is `digits`, `vtab-1k` or a TOML file like these. Run again after it was killed, the same
-command goes on from its last epoch and its last evaluated configuration. Several processes share a
-search: train the supernet in one, then run the same command in others, on other machines with
---supernet and --storage.
+Run again after it was killed, the same command goes on from the trained supernet and the last
+evaluated configuration. Several processes share a search: train the supernet in one, then run the
+same command in others, on other machines with --supernet and --storage.
 """
-EXTRA = "demo,search"
 NEEDED = ("torch", "safetensors", "onnx", "platformdirs", "rich", "optuna", "PIL")
-SAMPLERS = ("evolution", "nsga2", "random")
+SAMPLERS = ("evolution", "nsga2", "random")  # the first ranks by one objective alone
+PATCH = 14  # pixels, the side of the transformer's
 
 
 def search(
-    config: Annotated[str, typer.Argument(help="digits, vtab-1k, or a TOML file.")] = "digits",
     data: Annotated[
-        Path | None, typer.Option(help="vtab-1k: folder with a folder for each task.")
+        Path | None,
+        typer.Option(
+            help="Folder of images: a folder for each class, or a task of VTAB-1K with its lists. "
+            "Default: MNIST digits."
+        ),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="vtab-1k: one of its 19 tasks.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=PATCH, help="Side of an image in pixels. Default: 42.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of the supernet's training. Default: 12.")
+    ] = None,
     supernet: Annotated[
         Path | None,
-        typer.Option(help="A trained supernet's file, its head beside it. Default: train one."),
+        typer.Option(
+            help="A trained supernet's file, with what was written beside it, of the same images "
+            "and settings. Default: train one."
+        ),
     ] = None,
-    ranks: Annotated[
-        str | None, typer.Option(help="Ranks of the space, such as 8,4. Default: the config's.")
-    ] = None,
+    ranks: Annotated[str, typer.Option(help="Ranks of the space.")] = "8,4",
     limit: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Most parameters; a search for each if given several times."),
@@ -47,7 +56,7 @@ def search(
         typer.Option(help="evolution, nsga2 or random. Default: by the number of objectives."),
     ] = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Configurations to evaluate. Default: the config's.")
+        int | None, typer.Option(min=1, help="Configurations to evaluate. Default: 300.")
     ] = None,
     storage: Annotated[
         str | None,
@@ -56,66 +65,65 @@ def search(
     output_dir: Annotated[
         Path, typer.Option(help="Folder for the supernet, the study and the results.")
     ] = Path("superlora-search"),
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="SUPERLORA_CACHE",
-            help="Folder for what is fetched. Default: the user's cache.",
-        ),
-    ] = None,
+    cache_dir: Cache = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the split, the training, the draws.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads. Default: torch decides.")
-    ] = None,
+    threads: Threads = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="The config's smaller settings: a few minutes.")
+        bool,
+        typer.Option("--quick", help="Fewer digits, 28 pixels and 40 trials: a few minutes."),
     ] = False,
 ) -> None:
-    """Run a search and turn its errors into one line and an exit code."""
-    require(NEEDED, EXTRA)
-    import platformdirs
-    import torch
+    """Run a search."""
+    require(NEEDED, "demo,search")
+    with errors("search"):
+        import torch
 
-    from superlora.demo.fetch import MNIST, VIT, FetchError
-    from superlora.demo.run import fetched
-    from superlora.demo.search import Options, run
-    from superlora.demo.search_config import SearchError, load_config
-    from superlora.demo.tasks import load_task
-    from superlora.demo.vit import load_onnx
+        from superlora.demo.data import read_digits, split
+        from superlora.demo.fetch import MNIST, VIT, fetch
+        from superlora.demo.folders import read_folder
+        from superlora.demo.search import run
+        from superlora.demo.supernet import QUICK, Settings
+        from superlora.demo.vit import load_onnx
 
-    cache = cache_dir or platformdirs.user_cache_path("superlora")
-    try:
-        settings = load_config(config, quick=quick)
-        if supernet is not None and ranks is not None:
-            raise SearchError("--ranks must not be given with --supernet, which has its own")
-        if ranks is not None:
-            changed = dataclasses.replace(settings.supernet, ranks=_ranks(ranks))
-            settings = dataclasses.replace(settings, supernet=changed)
-        if trials is not None:
-            fewer = dataclasses.replace(settings.search, trials=trials)
-            settings = dataclasses.replace(settings, search=fewer)
-        if sampler is not None and sampler not in SAMPLERS:
-            raise SearchError(f"--sampler must be one of {list(SAMPLERS)}: got {sampler!r}")
-        if sampler == "evolution" and objectives == 2:
-            raise SearchError("--sampler must be nsga2 or random for 2 objectives: got 'evolution'")
+        settings = QUICK if quick else Settings()
+        settings = dataclasses.replace(
+            settings,
+            ranks=_ranks(ranks),
+            resolution=resolution or settings.resolution,
+            epochs=epochs or settings.epochs,
+            trials=trials or settings.trials,
+        )
+        if settings.resolution % PATCH:
+            raise ValueError(
+                f"--resolution must be a multiple of {PATCH}: got {settings.resolution}"
+            )
+        possible = SAMPLERS[objectives - 1 :]
+        if sampler is not None and sampler not in possible:
+            raise ValueError(
+                f"--sampler must be one of {list(possible)} for {objectives} objective(s): "
+                f"got {sampler!r}"
+            )
         if threads is not None:
             torch.set_num_threads(threads)
-        images = load_task(settings, data, task, lambda: fetched(MNIST, cache), seed)
-        options = Options(
-            output=output_dir,
-            limits=tuple(limit) if limit else (None,),
+        cache = cache_folder(cache_dir)
+        if data is None:
+            train, validation, test = settings.digits
+            sizes = {"train": train, "validation": validation, "test": test}
+            images = split(read_digits(fetch(MNIST, cache)), **sizes, seed=seed)
+        else:
+            images = read_folder(data, settings.resolution, seed)
+        run(
+            load_onnx(fetch(VIT, cache)),
+            images,
+            settings,
+            output_dir,
+            limits=limit or (None,),
             objectives=objectives,
             sampler=sampler,
             storage=storage,
             seed=seed,
+            saved=None if supernet is None else supernet.parent,
         )
-        run(settings, options, images, load_onnx(fetched(VIT, cache)), saved=supernet)
-    except (FetchError, SearchError, ValueError, OSError) as error:
-        typer.echo(f"superlora search: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("superlora search: interrupted; run it again to go on", err=True)
-        raise typer.Exit(130) from None
 
 
 def _ranks(text: str) -> tuple[int, ...]:

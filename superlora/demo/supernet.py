@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import hashlib
 import json
-import os
-import pickle
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 import superlora
-from superlora.demo.fitting import Fit, Schedule
-from superlora.demo.search_config import SearchError, SupernetSettings
-from superlora.demo.tasks import Task
-from superlora.demo.train import new_head
+from superlora.demo.data import Splits
+from superlora.demo.train import Classifier, fit
 from superlora.demo.vit import VisionTransformer
+from superlora.search.evolution import Evolution
+from superlora.search.options import KINDS, Option
 from superlora.search.settings import differences
 from superlora.search.supernet import Supernet
 from superlora.torch.files.safetensors_file import write_tensors
@@ -33,254 +27,158 @@ from superlora.torch.files.safetensors_file import write_tensors
 TARGETS = ("qkv", "proj", "fc1", "fc2")
 """The linear layers of a block, as GLoRA's authors adapt them."""
 
-FORMAT = 3
-"""Raised whenever the code changes what a supernet would come out as."""
-
 SUPERNET_FILE = "supernet.safetensors"
-SETTINGS_FILE = "supernet.json"
-STATE_FILE = "supernet-training.pt"
+HEAD_FILE = "supernet-head.safetensors"
+RECORD_FILE = "supernet.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a supernet is trained and searched; the defaults are for the digits."""
+
+    digits: tuple[int, int, int] = (1000, 300, 1500)  # in the three parts
+    resolution: int = 42  # side of an image, in pixels
+    ranks: tuple[int, ...] = (8, 4)
+    every_option: bool = False  # whether B may be a vector or a constant, which needs a small rate
+    epochs: int = 12
+    batch_size: int = 32
+    rates: Mapping[str, float] = field(
+        default_factory=lambda: {
+            "scale_weight": 3e-3,
+            "add_weight": 1e-3,
+            "weight_to_bias": 3e-4,
+            "scale_bias": 3e-3,
+            "add_bias": 3e-3,
+        }
+    )
+    head_rate: float = 5e-3
+    weight_decay: float = 0.0
+    trials: int = 300
+    evolution: Evolution = Evolution()  # noqa: RUF009  (it cannot be changed)
+
+    def operations(self) -> dict[str, tuple[Option, ...]]:
+        """Return the options of each operation, as `superlora.search.Space` takes them."""
+        kinds = KINDS if self.every_option else {**KINDS, "add_weight": ("rank", "none")}
+        return {
+            operation: tuple(
+                option for kind in own for option in (self.ranks if kind == "rank" else (kind,))
+            )
+            for operation, own in kinds.items()
+        }
+
+
+QUICK = Settings(
+    digits=(300, 100, 500), resolution=28, trials=40, evolution=Evolution(20, 5, 10, 10)
+)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A supernet on its model, and the head that was trained with it.
+    """A supernet on the model of a classifier, with the loss of every step of training."""
 
-    Parameters
-    ----------
-    model : VisionTransformer
-        The model.
-    supernet : Supernet
-        On the model.
-    head : nn.Linear
-        Of the task's classes.
-    file : Path
-        The supernet's; the head's lies beside it.
-    """
-
-    model: VisionTransformer
+    classifier: Classifier
     supernet: Supernet
-    head: nn.Linear
-    file: Path
+    losses: list[float]
+    folder: Path
 
+    @property
     def digest(self) -> str:
-        """Return a hash of both files."""
-        state = hashlib.sha256(self.file.read_bytes())
-        state.update(head_file(self.file).read_bytes())
-        return state.hexdigest()
+        """A hash of the supernet's file and its head's."""
+        content = [(self.folder / name).read_bytes() for name in (SUPERNET_FILE, HEAD_FILE)]
+        return hashlib.sha256(b"".join(content)).hexdigest()
 
 
-def head_file(file: Path) -> Path:
-    """Return where the head of a supernet's file lies."""
-    return file.with_name(f"{file.stem}-head.safetensors")
+def fuse(base: VisionTransformer) -> VisionTransformer:
+    """Return a frozen copy with query, key and value of a block in one layer."""
+    weights = base.state_dict()
+    for index in range(len(base.blocks)):
+        for kind in ("weight", "bias"):
+            names = [f"blocks.{index}.{layer}.{kind}" for layer in ("query", "key", "value")]
+            joined = torch.cat([weights.pop(name) for name in names])
+            weights[f"blocks.{index}.qkv.{kind}"] = joined
+    model = VisionTransformer(*base.sizes, fused=True).to(base.class_token)
+    model.load_state_dict(weights)
+    return model.requires_grad_(False).eval()
 
 
-def losses_file(file: Path) -> Path:
-    """Return where the losses of all steps of a supernet's training lie."""
-    return file.with_name(f"{file.stem}-losses.json")
+def new_supernet(model: VisionTransformer, settings: Settings, seed: int) -> Supernet:
+    """Put a supernet that is not trained on a model with one layer for query, key and value."""
+    return Supernet(
+        model, list(TARGETS), settings.ranks, operations=settings.operations(), seed=seed
+    )
 
 
 def train_supernet(
-    model: VisionTransformer,
-    task: Task,
-    settings: SupernetSettings,
+    base: VisionTransformer,
+    images: Splits,
+    settings: Settings,
     seed: int,
     folder: Path,
-    *,
-    surroundings: dict[str, Any],
-    epoch: Callable[[int, float], None] = lambda epoch, loss: None,
+    after_epoch: Callable[[int, float], object] = lambda epoch, loss: None,
 ) -> Trained:
-    """Train a supernet under random configurations, or go on where an earlier run stopped.
-
-    Parameters
-    ----------
-    model : VisionTransformer
-        With one layer for query, key and value. The supernet stays on it.
-    task : Task
-        The images.
-    settings : SupernetSettings
-        Ranks, epochs and rates.
-    seed : int
-        Of the initial tensors, the configurations and the order of the images.
-    folder : Path
-        Where the supernet is kept, and the state after each epoch until it is trained.
-    surroundings : dict
-        What the result depends on besides, as JSON values.
-    epoch : callable
-        Called after each epoch with how many are done and the mean loss.
-
-    Returns
-    -------
-    Trained
-        The supernet and its head.
-
-    Raises
-    ------
-    SearchError
-        If `folder` has a supernet of other settings.
-    """
-    identity = _identity(task, settings, seed, surroundings)
-    file = folder / SUPERNET_FILE
-    state_file = folder / STATE_FILE
-    described = folder / SETTINGS_FILE
-    if described.exists():
-        _refuse_another(described, identity)
-    if file.exists() and head_file(file).exists():
-        return load_supernet(model, file, task.classes)
-    described.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
-    supernet = Supernet(
-        model, list(TARGETS), settings.ranks, operations=settings.operations(), seed=seed
-    )
-    head = new_head(model, task.classes)
-    schedule = Schedule(
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        rate=settings.rate,
-        head_rate=settings.head_rate,
-        weight_decay=settings.weight_decay,
-        seed=seed,
-    )
-    factors = _by_rate(supernet, settings)
-    fit = Fit(model, head, factors, task.train, task.resolution, schedule, supernet.draw)
-    try:
-        _restore(fit, state_file)
-        while not fit.done:
-            loss = fit.run_epoch()
-            with _replacing(state_file) as partial:
-                torch.save(fit.state(), partial)
-            epoch(fit.epoch, loss)
-    except BaseException:
-        supernet.detach()
-        raise
-    supernet.use(None)
-    # The supernet last: where it is, the head is too.
-    write_tensors(head_file(file), dict(head.state_dict()))
-    losses_file(file).write_text(json.dumps(fit.losses), "utf-8")
-    supernet.save(file)
-    state_file.unlink(missing_ok=True)
-    return Trained(model, supernet, head, file)
-
-
-def load_supernet(model: VisionTransformer, file: Path, classes: int) -> Trained:
-    """Put a saved supernet on a model, with the head that lies beside it.
-
-    Parameters
-    ----------
-    model : VisionTransformer
-        As it was trained on.
-    file : Path
-        What `train_supernet` wrote.
-    classes : int
-        Of the head.
-
-    Returns
-    -------
-    Trained
-        The supernet and its head.
-
-    Raises
-    ------
-    SearchError
-        If one of the files isn't there or doesn't fit.
-    """
-    head = new_head(model, classes)
-    try:
-        head.load_state_dict(load_file(head_file(file)))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).replace("\n", " ")
-        raise SearchError(
-            f"{head_file(file)} must be the head of {classes} classes that was trained with "
-            f"{file.name}: {reason}"
-        ) from None
-    try:
-        supernet = Supernet.load(model, file)
-    except (OSError, ValueError, TypeError) as error:
-        raise SearchError(f"{file} must be a supernet of this model: {error}") from None
-    return Trained(model, supernet, head, file)
-
-
-def _by_rate(supernet: Supernet, settings: SupernetSettings) -> dict[float, list[nn.Parameter]]:
-    found: dict[float, list[nn.Parameter]] = {}
+    """Train a supernet under random configurations, and keep it in a folder, or find it there."""
+    record = _record(images, settings, seed)
+    if (folder / RECORD_FILE).exists():
+        return load_supernet(base, images, settings, seed, folder)
+    classifier = Classifier(fuse(base), images.classes, settings.resolution)
+    supernet = new_supernet(classifier.model, settings, seed)
+    factors: dict[float, list[nn.Parameter]] = {}
     for layer in supernet.layers():
         for operation, stored in supernet.stored(layer).items():
-            rate = settings.rates.get(operation, settings.rate)
-            own = [factor for factor in stored if isinstance(factor, nn.Parameter)]
-            found.setdefault(rate, []).extend(own)
-    return found
+            own = factors.setdefault(settings.rates[operation], [])
+            own += [factor for factor in stored if isinstance(factor, nn.Parameter)]
+    losses = fit(
+        classifier,
+        classifier.head,
+        factors,
+        images.train,
+        settings.epochs,
+        settings.head_rate,
+        batch_size=settings.batch_size,
+        seed=seed,
+        weight_decay=settings.weight_decay,
+        before_step=supernet.draw,
+        after_epoch=after_epoch,
+    )
+    supernet.use(None)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / HEAD_FILE, dict(classifier.head.state_dict()))
+    supernet.save(folder / SUPERNET_FILE)
+    # The record last: where it is, all is.
+    (folder / RECORD_FILE).write_text(json.dumps({**record, "losses": losses}), "utf-8")
+    return Trained(classifier, supernet, losses, folder)
 
 
-def _identity(
-    task: Task, settings: SupernetSettings, seed: int, surroundings: dict[str, Any]
-) -> dict[str, Any]:
-    found = {
-        "format": FORMAT,
-        "superlora": superlora.__version__,
-        "task": task.name,
-        "data": task.digest(),
-        "settings": dataclasses.asdict(settings),
-        "seed": seed,
-        **surroundings,
-    }
+def load_supernet(
+    base: VisionTransformer, images: Splits, settings: Settings, seed: int, folder: Path
+) -> Trained:
+    """Load what `train_supernet` kept; it must have been trained with the same settings."""
+    found = json.loads((folder / RECORD_FILE).read_text("utf-8"))
+    other = differences(found, _record(images, settings, seed))
+    if other:
+        raise ValueError(
+            f"{folder} must have a supernet of the same images and settings, or none: got one with "
+            f"{', '.join(other)}"
+        )
+    classifier = Classifier(fuse(base), images.classes, settings.resolution)
+    classifier.head.load_state_dict(load_file(folder / HEAD_FILE))
+    supernet = Supernet.load(classifier.model, folder / SUPERNET_FILE)
+    return Trained(classifier, supernet, found["losses"], folder)
+
+
+def digest(images: Splits) -> str:
+    """Return a hash of what training and searching read."""
+    state = hashlib.sha256(str(images.classes).encode())
+    for part in (images.train, images.validation):
+        for tensor in (part.pixels, part.labels):
+            state.update(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return state.hexdigest()
+
+
+def _record(images: Splits, settings: Settings, seed: int) -> dict[str, Any]:
+    """Return all that a trained supernet depends on, as JSON values."""
+    own = dataclasses.asdict(settings)
+    del own["trials"], own["evolution"]
+    found = {"superlora": superlora.__version__, "seed": seed, "data": digest(images), **own}
     values: dict[str, Any] = json.loads(json.dumps(found))
     return values
-
-
-def _refuse_another(described: Path, identity: dict[str, Any]) -> None:
-    try:
-        found = json.loads(described.read_text("utf-8"))
-    except (OSError, ValueError):
-        found = {}
-    other = differences(found, identity)
-    if other:
-        raise SearchError(
-            f"{described.parent} must be a new folder, or one of the same settings: its supernet "
-            f"has {', '.join(other)}"
-        )
-
-
-def check_images(file: Path, task: Task) -> None:
-    """Refuse a supernet that was trained on other images, which may be searched or tested on.
-
-    Parameters
-    ----------
-    file : Path
-        The supernet's. Where its settings do not lie beside it, nothing is known.
-    task : Task
-        What it is to be searched on.
-
-    Raises
-    ------
-    SearchError
-        If the images, or their size, are others.
-    """
-    try:
-        found = json.loads(file.with_name(SETTINGS_FILE).read_text("utf-8"))
-        data = found["data"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return
-    if data != task.digest():
-        raise SearchError(
-            f"{file} must be searched on the images that it was trained beside: give it the same "
-            "configuration and seed, or its training images may be among those to search and test"
-        )
-
-
-def _restore(fit: Fit, file: Path) -> None:
-    # A state that cannot be read is of a machine that crashed; training starts again.
-    unreadable: tuple[type[Exception], ...] = (OSError, EOFError, pickle.PickleError)
-    unreadable += (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-    start = copy.deepcopy(fit.state())
-    try:
-        fit.restore(torch.load(file, weights_only=True))
-    except unreadable:
-        fit.restore(start)  # a part may have been read
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Write a file under another name first, so that it is never half written."""
-    partial = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

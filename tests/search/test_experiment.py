@@ -18,8 +18,8 @@ pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from superlora.demo.search_config import SearchSettings  # noqa: E402
-from tests.demo.search_cases import CONFIG, make_base, make_task  # noqa: E402
+from superlora.search import Evolution  # noqa: E402
+from tests.demo.search_cases import SETTINGS, make_base, make_images, make_vtab  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = REPOSITORY / "docs" / "glora-experiment.md"
@@ -57,7 +57,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 def lab(script: Any, tmp_path: Path) -> Any:
     points: ModuleType = script("glora_points")
     setup = points.Setup(
-        digits=CONFIG.digits,
+        digits=SETTINGS.digits,
         resolution=28,
         epochs=2,
         supernet_epochs=3,
@@ -66,13 +66,16 @@ def lab(script: Any, tmp_path: Path) -> Any:
         supernets=points.supernets("{2}", points.RESTRICTED),
         limits=(300, 600),
         seeds=(0, 1),
-        search=SearchSettings(trials=6, population=4, parents=2, mutations=2, crossovers=2),
+        trials=6,
+        evolution=Evolution(population=4, parents=2, mutations=2, crossovers=2),
         methods=points.methods(14, 16),
     )
-    return points.Lab(make_base(), make_task, setup, tmp_path / "points", {}, lambda text: None)
+    return points.Lab(make_base(), make_images, setup, tmp_path / "points", {}, lambda text: None)
 
 
-def test_the_experiment_from_end_to_end(script: Any, lab: Any, tmp_path: Path) -> None:
+def test_the_experiment_from_end_to_end(
+    script: Any, lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     points, experiment = script("glora_points"), script("glora_experiment")
     rows = points.all_points(lab)
     methods = [method.name for method in lab.setup.methods]
@@ -132,13 +135,9 @@ def test_the_experiment_from_end_to_end(script: Any, lab: Any, tmp_path: Path) -
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("every point was measured already")
 
-    again = dataclasses.replace(lab, say=lambda text: None)
-    trained = points.Fit.run_epoch
-    points.Fit.run_epoch = refuse
-    try:
-        assert points.all_points(again) == rows
-    finally:
-        points.Fit.run_epoch = trained
+    monkeypatch.setattr(points, "fit", refuse)
+    monkeypatch.setattr("superlora.demo.supernet.fit", refuse)
+    assert points.all_points(lab) == rows
 
 
 def test_tuning_measures_other_rates(script: Any, lab: Any) -> None:
@@ -147,9 +146,7 @@ def test_tuning_measures_other_rates(script: Any, lab: Any) -> None:
     assert [row["rate"] for row in rows] == list(experiment.FACTORS)
     assert {row["method"] for row in rows} == {"supernet {2}, random configurations"}
     folders = {path.parent for path in lab.folder.rglob("supernet.json")}
-    rates = [
-        json.loads((path / "supernet.json").read_text())["settings"]["rates"] for path in folders
-    ]
+    rates = [json.loads((path / "supernet.json").read_text())["rates"] for path in folders]
     found = sorted(own["add_bias"] for own in rates)
     assert found == pytest.approx([3e-3 * factor for factor in experiment.FACTORS])
     rows = experiment.tune(lab, "BitFit")
@@ -183,7 +180,8 @@ def test_an_interrupted_experiment_goes_on(
     with pytest.raises(KeyboardInterrupt):
         points.all_points(lab)
     monkeypatch.setattr(points, "keep", keep)
-    monkeypatch.setattr(points.Fit, "run_epoch", interrupt)  # all training lies behind
+    monkeypatch.setattr(points, "fit", interrupt)  # all training lies behind
+    monkeypatch.setattr("superlora.demo.supernet.fit", interrupt)
     rows = points.all_points(lab)
     assert [row["method"] for row in rows] == ["BitFit", "GLoRA {2}, at most 300"]
 
@@ -274,7 +272,7 @@ def test_the_table_has_a_row_for_every_method(script: Any) -> None:
 
 def test_the_quick_form_is_smaller(script: Any) -> None:
     points = script("glora_points")
-    assert points.QUICK.digits.train < points.FULL.digits.train
+    assert points.QUICK.digits < points.FULL.digits
     assert len(points.FULL.seeds) == 3
     every = ["{2}", "{4, 2}", "{8, 4}", points.RESTRICTED]
     assert list(points.FULL.supernets) == every
@@ -285,9 +283,28 @@ def test_the_quick_form_is_smaller(script: Any) -> None:
         [4, 2],
     ]
     *whole, restricted = points.FULL.supernets.values()
-    assert all(own.operations() is None for own in whole)
+    assert all(
+        own.operations()["add_weight"][-3:] == ("vector", "constant", "none") for own in whole
+    )
     assert restricted.operations()["add_weight"] == (4, 2, "none")
     assert set(restricted.operations()["scale_weight"]) == {4, 2, "vector", "constant", "none"}
+
+
+def test_vtab_is_searched_as_its_authors_did(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vtab = script("glora_vtab")
+    settings = vtab.AUTHORS
+    assert (settings.resolution, settings.epochs, settings.trials) == (224, 500, 1000)
+    assert settings.evolution == Evolution()
+    changes = {"resolution": 14, "epochs": 2, "trials": 5}
+    monkeypatch.setattr(vtab, "AUTHORS", dataclasses.replace(settings, **changes))
+    monkeypatch.setattr(vtab, "fetch", lambda wheel, cache: b"")
+    monkeypatch.setattr(vtab, "load_onnx", lambda data: make_base())
+    folder = make_vtab(tmp_path / "svhn", classes=10)
+    monkeypatch.setattr("sys.argv", ["", str(folder), "--output", str(tmp_path), "--limit", "900"])
+    vtab.main()
+    assert (tmp_path / "svhn" / "limit-900" / "results.json").exists()
 
 
 def test_a_merged_adapter_costs_no_flops_and_an_unmerged_one_does(script: Any) -> None:
