@@ -58,7 +58,10 @@ def run(
     console = console or Console()
     space = new_supernet(fuse(base), settings, seed).space
     for limit in limits:  # before an hour of training
-        Limits(space, 1, limit)
+        try:
+            Limits(space, 1, limit)
+        except ValueError as error:
+            raise ValueError(str(error).replace("limits[1]", "--limit")) from None
 
     def after_epoch(epoch: int, loss: float) -> None:
         line = f"supernet: epoch {epoch} of {settings.epochs}, loss {loss:.4f}"
@@ -72,19 +75,10 @@ def run(
     shared: dict[str, Any] = {"objectives": objectives, "sampler": sampler, "seed": seed}
     outcomes = {}
     for limit in limits:
-        name = "no-limit" if limit is None else f"limit-{limit}"
-        outcome = find(
-            images,
-            trained,
-            settings,
-            limit,
-            storage=storage or output / STUDY_FILE,
-            name=f"{images.name}, {name}",
-            progress=console.is_terminal,
-            **shared,
-        )
-        outcomes[output / name] = outcome
-    for limit, (folder, outcome) in zip(limits, outcomes.items(), strict=True):
+        folder = output / ("no-limit" if limit is None else f"limit-{limit}")
+        options = {"name": f"{images.name}, {folder.name}", **shared}
+        options |= {"storage": storage or output / STUDY_FILE, "progress": console.is_terminal}
+        outcomes[folder] = outcome = find(images, trained, settings, limit, **options)
         test_accuracy = keep(base, images, trained, outcome.best.configuration, folder)
         about = {
             "data": images.name,

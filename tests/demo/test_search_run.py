@@ -191,7 +191,7 @@ def test_a_study_of_another_supernet_is_refused(tmp_path: Path) -> None:
 
 def test_a_limit_that_nothing_meets_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    with pytest.raises(ValueError, match="at least"):
+    with pytest.raises(ValueError, match="--limit must be at least"):
         searched(folder, limits=(0,))
     assert not folder.exists()
 
