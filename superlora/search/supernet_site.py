@@ -224,7 +224,7 @@ def _formed_linear(
     rows = max(1, _CHUNK // max(1, base.shape[1]))
     way = FormedWay(operands, scaling, [1.0] * len(nested), rows)
     tensors = [*scale, *add, *([base] if scale else [])]
-    return apply_way(way, Call(x, weight, bias, tensors, 1.0), None)
+    return apply_way(way, Call(x, weight, bias, tensors, 1.0), ())
 
 
 class _Nested(Operands):

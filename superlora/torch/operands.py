@@ -58,15 +58,15 @@ class Shared:
     ----------
     key : tuple
         What the scope calls it.
-    part : str
-        What it calls this layer's part; empty where every layer reads the whole.
+    part : str or None
+        What it calls this layer's part; None where every layer reads the whole.
     start : int
         Where that begins in the whole.
     several : bool
         Whether it pays to make it at once for several layers.
     """
 
-    part = ""
+    part: str | None = None
     start = 0
 
     def __init__(self, layout: Layout, source: Source) -> None:
@@ -89,8 +89,8 @@ class Shared:
             return self.make(adapter, False)
         if self.key not in values:
             whole, ranges = self.make(adapter, True), self.ranges()
-            own = dict(zip(ranges, parts(whole, ranges.values()), strict=True))
-            values[self.key] = own or {self.part: whole}
+            cuts = parts(whole, ranges.values()) if ranges else [whole]
+            values[self.key] = dict(zip(ranges or [None], cuts, strict=True))
         return values[self.key][self.part]
 
     def cut(self, value: Tensor, rows: Rows) -> Tensor:
@@ -127,7 +127,7 @@ class SharedBlock(Shared):
     """The vector that a mixing F_in makes, of which a block is a part."""
 
     def __init__(self, layout: Layout, source: Source) -> None:
-        super().__init__(layout, source)
+        self.layout, self.source = layout, source
         self.inner = layout.inner[source.block]
         self.key = ("inner", self.inner.name)
         self.part = source.block
@@ -159,7 +159,8 @@ class SharedRows(Shared):
     """The opened rows of one term of a group."""
 
     def __init__(self, layout: Layout, name: str, own: Opened, index: int) -> None:
-        self.layout, self.own, self.index, self.part = layout, own, index, name
+        self.layout, self.own, self.index, self.name = layout, own, index, name
+        self.part = name
         self.group = layout.grouping.pieces[name][0].group
         self.width = layout.groups[self.group].fold[-1]
         self.key = ("rows", self.group, index)
@@ -192,13 +193,13 @@ class SharedRows(Shared):
 
     def cut(self, value: Tensor, rows: Rows) -> Tensor:
         """Return what some rows of the support need of this layer's part."""
-        first, last = self.range(self.part, rows)
+        first, last = self.range(self.name, rows)
         found: Tensor = cut(value, first - self.start, last - first)
         return found
 
     def add(self, sums: Tensor, gradient: Tensor, rows: Rows) -> None:
         """Add the adjoint of `cut` to a sum, in place."""
-        first, last = self.range(self.part, rows)
+        first, last = self.range(self.name, rows)
         sums[first - self.start : last - self.start] += gradient
 
     def range(self, name: str, rows: Rows | None = None) -> Rows:
@@ -208,7 +209,7 @@ class SharedRows(Shared):
 
     def skipped(self, rows: Rows) -> int:
         """Return how many entries lie before some rows of the weight in the first opened row."""
-        return _entries(self.layout, self.part, rows)[0] % self.width
+        return _entries(self.layout, self.name, rows)[0] % self.width
 
 
 class SharedVector(Shared):
@@ -347,7 +348,7 @@ class Operands:
         # Where the array of each source stands among all tensors.
         made, own = iter(range(self.leading, len(shared))), iter(range(len(shared), 1 << 30))
         self.places = tuple(next(own if each is None else made) for each in blocks)
-        self._sources = {source: place for source, place in zip(sources, self.places, strict=True)}
+        self._sources = dict(zip(sources, self.places, strict=True))
         self.networks: dict[Rows, Network] = {}
         self.owners: list[tuple[nn.Module, str, bool]] | None = None
         # What all of it is where that is one term, as of a weight of its own.

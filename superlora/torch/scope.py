@@ -12,7 +12,7 @@ from torch import Tensor
 
 from superlora.torch.autograd import is_traced
 
-Values = dict[Hashable, dict[str, Tensor]]
+Values = dict[Hashable, dict[str | None, Tensor]]
 
 
 class Scope:

@@ -127,7 +127,7 @@ class Support:
             tensors = [tensor.to(dtype) for tensor in tensors]
             x = x.to(dtype)
         scale = self.number if torch.compiler.is_compiling() else self.scale
-        return apply_way(way, Call(x, weight, bias, tensors, scale), values)
+        return apply_way(way, Call(x, weight, bias, tensors, scale), [values])
 
     def form(self, device: torch.device) -> Tensor:
         """Return the support tensor itself, the scale multiplied in; autocasting must be off."""
@@ -237,5 +237,6 @@ def _formed_product(
         [support.number if compiled else support.scale for support in supports],
         min([support.chunk for support in supports]),
     )
-    values = supports[0].adapter.scope.values() if way.whole else None
-    return apply_way(way, Call(x, weight, bias, [*shared, *blocks], 1.0), values)
+    # A layer's supports may be of several adapters, each of which has a scope of its own.
+    kept = [support.adapter.scope.values() for support in supports] if way.whole else ()
+    return apply_way(way, Call(x, weight, bias, [*shared, *blocks], 1.0), kept)

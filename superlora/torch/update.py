@@ -7,7 +7,7 @@ second derivatives), and as one function whose backward pass makes again what is
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,12 +63,22 @@ class Way:
 
     def __init__(self, *operands: Operands) -> None:
         self.operands = operands
-        shared = [each for own in operands for each in own.shared]
-        self.shared_count = len(shared)
-        # What every layer reads all of: where it stands among the tensors, and its key.
-        self.whole = [
-            (i, each.key) for i, each in enumerate(shared) if each.several and not each.part
-        ]
+        self.shared_count = 0
+        # What every layer reads all of: where it stands among the tensors, whose it is, its key.
+        self.whole: list[tuple[int, int, Hashable]] = []
+        for index, own in enumerate(operands):
+            for each in own.shared:
+                if each.several and each.part is None:
+                    self.whole.append((self.shared_count, index, each.key))
+                self.shared_count += 1
+
+    def arrays(self, tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+        """Return what one support is made of, of the tensors that layers may share and blocks."""
+        if not self.shared_count:
+            return tensors
+        (own,) = self.operands
+        cuts = own.cut(tensors[: self.shared_count], (0, own.height), device)
+        return [*cuts, *tensors[self.shared_count :]]
 
     def plain(self, call: Call) -> Tensor:
         """Return the output by operations that torch differentiates itself."""
@@ -169,11 +179,6 @@ class FactoredWay(Way):
     def _terms(self, tokens: int) -> Sequence[tuple[Contraction, Sequence[Place]]]:
         return self.many if tokens >= self.factored.switch else self.few
 
-    def _arrays(self, tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-        (own,) = self.operands
-        cuts = own.cut(tensors[: self.shared_count], (0, self.height), device)
-        return [*cuts, *tensors[self.shared_count :]]
-
     def _values(
         self, x: Tensor, arrays: Sequence[Tensor], places: Sequence[Place], index: int
     ) -> list[Tensor]:
@@ -192,7 +197,7 @@ class FactoredWay(Way):
 
     def update(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Return the update's part of the output, not scaled, by plain operations."""
-        arrays = self._arrays(tensors, x.device) if self.shared_count else tensors
+        arrays = self.arrays(tensors, x.device)
         # No compiler is to see a number of tokens compared.
         terms = self.many if is_traced() else self._terms(x.shape[0])
         found = total(
@@ -205,8 +210,7 @@ class FactoredWay(Way):
     def forward(self, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """Return the output, and what is kept for the backward pass."""
         x, weight, bias, arrays, scale = call
-        if self.shared_count:
-            arrays = self._arrays(arrays, x.device)
+        arrays = self.arrays(arrays, x.device)
         y = None if weight is None else linear(x, weight, bias)
         kept: list[Tensor] = []
         for index, (path, places) in enumerate(self._terms(x.shape[0])):
@@ -244,9 +248,7 @@ class FactoredWay(Way):
         """Gather the gradients that are asked for."""
         back.of_x = back.through_base()
         (own,) = self.operands
-        arrays: Sequence[Tensor] = back.tensors
-        if self.shared_count:
-            arrays = self._arrays(back.tensors, back.x.device)
+        arrays = self.arrays(back.tensors, back.x.device)
         found: list[Tensor | None] = [None] * len(arrays)
         kept = iter(back.kept)
         for index, (path, places) in enumerate(self._terms(back.x.shape[0])):
@@ -348,7 +350,8 @@ class MultipliedWay(Way):
     def update(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Return the update's part of the output, not scaled, by plain operations."""
         (own,) = self.operands
-        entries = form(self.network, [tensors[place] for place in own.places], _none)
+        arrays = self.arrays(tensors, x.device)
+        entries = form(self.network, [arrays[place] for place in own.places], _none)
         found: Tensor = self.map.multiply(entries.reshape(-1), x)
         return found
 
@@ -532,11 +535,11 @@ class Applied(torch.autograd.Function):
         ctx.shared, ctx.kept = tensors[: way.shared_count], len(kept)
         ctx.save_for_backward(x, weight, *tensors[way.shared_count :], *kept)
         ctx.set_materialize_grads(False)
-        if not way.whole:
-            return y
-        read = [tensors[place] for place, _ in way.whole]
-        handed = [tensor.view_as(tensor) for tensor in read]
-        frozen = [new for new, old in zip(handed, read, strict=True) if not old.requires_grad]
+        handed, frozen = [], []
+        for place, *_ in way.whole:
+            handed.append(tensors[place].view_as(tensors[place]))
+            if not tensors[place].requires_grad:
+                frozen.append(handed[-1])
         ctx.mark_non_differentiable(*frozen)
         return (y, *handed)
 
@@ -545,7 +548,7 @@ class Applied(torch.autograd.Function):
         """Gather the gradients that are asked for."""
         none: list[Tensor | None] = [None] * _FIXED
         sums: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - _FIXED - 3)
-        for (place, _), each in zip(ctx.way.whole, handed, strict=True):
+        for (place, *_), each in zip(ctx.way.whole, handed, strict=True):
             sums[place] = each
         if gradient is None:
             return (*none, None, None, None, *sums)
@@ -578,16 +581,17 @@ def _differentiable(
     return [of_x, of_weight, gradient.sum(0) if wants_bias else None, *found]
 
 
-def apply_way(way: Way, call: Call, values: Values | None) -> Tensor:
-    """Return a layer's output, and keep what it hands on among the values that layers share."""
+def apply_way(way: Way, call: Call, kept: Sequence[Values | None]) -> Tensor:
+    """Return a layer's output, and keep what it hands on: `kept` has values for each support."""
     if is_traced():
         return way.plain(call)
     if not torch.is_grad_enabled():
         return way.forward(call, False)[0]
     x, weight, bias, tensors, scale = call
-    found = Applied.apply(way, scale, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
-    y: Tensor = found[0] if way.whole else found
-    if values is not None and way.whole:
-        for (_, key), tensor in zip(way.whole, found[1:], strict=True):
-            values[key] = {"": tensor}
-    return y
+    y, *handed = Applied.apply(way, scale, x, weight, bias, *tensors)  # type: ignore[no-untyped-call]
+    for (_, index, key), tensor in zip(way.whole, handed, strict=True):
+        values = kept[index]
+        if values is not None:
+            values[key] = {None: tensor}
+    found: Tensor = y
+    return found

@@ -779,6 +779,44 @@ def test_two_adapters_of_one_model():
     assert all(p.grad.abs().max() > 0 for a in (adapter, other) for p in a.parameters())
 
 
+@every_shared
+@pytest.mark.parametrize("second", ["one-hot", "fastfood"])
+def test_two_adapters_share_nothing_with_each_other(key, second):
+    model, adapter, x = make_pair(key)
+    other = attach_filled(model, second, name="other", seed=7)
+    adapter.applied = other.applied = "formed"
+    # The same adapter alone, on weights that have the other's update.
+    base, alone, _ = make_pair(key)
+    with torch.no_grad():
+        for name in other.plan.shapes:
+            base.get_submodule(name).weight += other.delta(name)
+    expected = loss_of(plain(base, alone, lambda: base(x)))
+    found = loss_of(model(x))
+    assert_near(found, expected)
+    got = gradients(adapter, found)
+    for name, gradient in gradients(alone, expected).items():
+        assert_near(got[name], gradient)
+
+
+def test_a_mixed_block_is_an_operand_of_a_map_that_multiplies():
+    """F_in makes the coefficients of several layers, each of which is read in its own shape."""
+    spec = sl.Spec(
+        rank=2, map=maps.Fourier(), fold="balanced", ratio=0.1,
+        factor_map=maps.Fastfood(), factor_size=40,
+    )  # fmt: skip
+    model = make_net(dtype=torch.float64)
+    adapter = fill(slt.attach(model, spec, ["q", "v", "o"]))
+    x = make_input(dtype=torch.float64)
+    adapter.applied = "formed"
+    formed = loss_of(model(x))
+    expected = gradients(adapter, formed)
+    adapter.applied = "factored"
+    found = loss_of(model(x))
+    assert_near(found, formed)
+    for name, gradient in gradients(adapter, found).items():
+        assert_near(gradient, expected[name])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_in_forward_or_backward(dtype):
     model = make_net()

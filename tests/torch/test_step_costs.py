@@ -348,13 +348,13 @@ class Plain:
     @staticmethod
     def apply(way, scale, x, weight, bias, *tensors):
         y = way.plain(update.Call(x, weight, bias, tensors, scale))
-        return (y, *[tensors[place] for place, _ in way.whole]) if way.whole else y
+        return (y, *[tensors[place] for place, *_ in way.whole])
 
 
 class FormedOnTheWay:
     @staticmethod
     def apply(way, scale, x, weight, bias, left, right):
-        return torch.nn.functional.linear(x, weight + left @ right.t(), bias)
+        return (torch.nn.functional.linear(x, weight + left @ right.t(), bias),)
 
 
 def test_a_factored_update_that_is_formed_on_the_way_is_noticed(monkeypatch):

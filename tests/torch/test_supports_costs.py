@@ -153,7 +153,7 @@ def test_a_scaled_weight_that_is_kept_is_noticed(monkeypatch):
     class Kept:
         @staticmethod
         def apply(way, scale, x, weight, bias, *tensors):
-            return way.plain(update.Call(x, weight, bias, tensors, scale))
+            return (way.plain(update.Call(x, weight, bias, tensors, scale)),)
 
     monkeypatch.setattr(update, "Applied", Kept)
     few, _ = added(FORMED["scale_weight"])
