@@ -210,7 +210,8 @@ class FactoredWay(Way):
     def forward(self, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """Return the output, and what is kept for the backward pass."""
         x, weight, bias, arrays, scale = call
-        arrays = self.arrays(arrays, x.device)
+        if self.shared_count:
+            arrays = self.arrays(arrays, x.device)
         y = None if weight is None else linear(x, weight, bias)
         kept: list[Tensor] = []
         for index, (path, places) in enumerate(self._terms(x.shape[0])):
