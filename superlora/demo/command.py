@@ -59,11 +59,13 @@ def cache_folder(chosen: Path | None) -> Path:
 @contextmanager
 def errors(command: str) -> Iterator[None]:
     """Turn the errors of a command into one line and an exit code."""
+    from safetensors import SafetensorError
+
     from superlora.demo.fetch import FetchError
 
     try:
         yield
-    except (FetchError, ValueError, OSError) as error:
+    except (FetchError, SafetensorError, ValueError, OSError) as error:
         typer.echo(f"superlora {command}: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
