@@ -150,7 +150,9 @@ def public_objects():
         if inspect.isclass(value):
             for method, function in vars(value).items():
                 function = getattr(function, "__func__", function)
-                if inspect.isfunction(function) and not method.startswith("_"):
+                # What overrides a method is documented by that one.
+                known = any(method in vars(base) for base in value.__mro__[1:-1])
+                if inspect.isfunction(function) and not method.startswith("_") and not known:
                     seen[f"{name}.{method}"] = function
     return seen
 

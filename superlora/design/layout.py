@@ -28,6 +28,22 @@ _Found = TypeVar("_Found")
 _Rest = ParamSpec("_Rest")
 
 
+def kept(
+    function: Callable[Concatenate[Layout, _Rest], _Found],
+) -> Callable[Concatenate[Layout, _Rest], _Found]:
+    """Keep with a layout what a function finds of it, by the function's name and arguments."""
+
+    @functools.wraps(function)
+    def found(layout: Layout, /, *rest: _Rest.args, **named: _Rest.kwargs) -> _Found:
+        key = (function.__name__, *rest)
+        if key not in layout.kept:
+            layout.kept[key] = function(layout, *rest, **named)
+        value: _Found = layout.kept[key]
+        return value
+
+    return found
+
+
 class Layout:
     """A spec joined with the shapes of the weights that it adapts.
 
@@ -210,6 +226,7 @@ class Layout:
             return None
         return self.maps[group].product_operations(self.groups[group].before, self.shapes[name])
 
+    @kept
     def is_mixed_once(self, first: int) -> bool:
         """Return whether it pays to make at once what a map makes for several weights."""
         names = {name for group in self.joint(first) for name in self.grouping.members[group]}
@@ -338,22 +355,6 @@ class Layout:
     def num_dense(self) -> int:
         """Entries of all adapted weights."""
         return sum(self.layer_axes[name].entries for name in self.supports)
-
-
-def kept(
-    function: Callable[Concatenate[Layout, _Rest], _Found],
-) -> Callable[Concatenate[Layout, _Rest], _Found]:
-    """Keep with a layout what a function finds of it, by the function's name and arguments."""
-
-    @functools.wraps(function)
-    def found(layout: Layout, /, *rest: _Rest.args, **named: _Rest.kwargs) -> _Found:
-        key = (function.__name__, *rest)
-        if key not in layout.kept:
-            layout.kept[key] = function(layout, *rest, **named)
-        value: _Found = layout.kept[key]
-        return value
-
-    return found
 
 
 def _check_frozen(layout: Layout) -> None:

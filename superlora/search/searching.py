@@ -113,9 +113,10 @@ def search(
     Notes
     -----
     No finished trial is lost. A configuration that any worker has evaluated takes its value from
-    the study. A worker that is killed costs its running trial: in a file or a database Optuna's
-    heartbeat finds that it ended, after two minutes, and the trial is tried again. If `evaluate`
-    raises, its trial fails and the exception is passed on; the next call proposes the same again.
+    the study, and one that another worker is evaluating is pruned. A worker that is killed costs
+    its running trial: in a file or a database Optuna's heartbeat finds that it ended, after two
+    minutes, and the trial is tried again. If `evaluate` raises, its trial fails and the exception
+    is passed on; the next call proposes the same again.
 
     One worker finds the same list for the same seed, wherever it was stopped and called again.
     Several work on what is complete when they ask, and their list depends on who is faster.
@@ -284,10 +285,10 @@ class _Run:
         return value if self.objectives == 1 else (value, float(count))
 
     def _is_running(self, indices: Indices, number: int) -> bool:
-        """Return whether an earlier trial of another worker is evaluating a configuration."""
+        """Return whether another worker is evaluating a configuration."""
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        earlier = [each for each in running if each.number < number]
-        return any(self.parameters.decoded(each) == indices for each in earlier)
+        others = [each for each in running if each.number != number]
+        return any(self.parameters.decoded(each) == indices for each in others)
 
     def _value(self, indices: Indices) -> float:
         found = self.evaluate(self.limits.space.configuration(indices))
