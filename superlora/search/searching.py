@@ -251,7 +251,8 @@ class _Run:
         new = {trial.number for trial in self.read().values()}
         count = 0
         for trial in reversed(self.study.get_trials(deepcopy=False)):
-            if trial.number in new or trial.state == TrialState.WAITING:
+            # What is to be evaluated, or is, may be new: a killed worker's trial too.
+            if trial.number in new or not trial.state.is_finished():
                 break
             count += trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
         return count

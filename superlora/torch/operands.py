@@ -159,13 +159,13 @@ class SharedRows(Shared):
     """The opened rows of one term of a group."""
 
     def __init__(self, layout: Layout, name: str, own: Opened, index: int) -> None:
-        self.layout, self.own, self.index, self.name = layout, own, index, name
-        self.part = name
-        self.group = layout.grouping.pieces[name][0].group
+        self.layout, self.own, self.index, self.part = layout, own, index, name
+        (piece,) = layout.grouping.pieces[name]
+        self.group, self.offset, self.columns = piece.group, piece.start, layout.shapes[name][1]
         self.width = layout.groups[self.group].fold[-1]
         self.key = ("rows", self.group, index)
         self.several = opens_rows(layout, self.group)
-        self.start = self.range(name)[0]
+        self.start = rows_of(layout, name)[0]
 
     def make(self, adapter: Blocks, whole: bool) -> Tensor:
         """Return the whole, or what this layer needs of it."""
@@ -189,27 +189,28 @@ class SharedRows(Shared):
 
     def ranges(self) -> dict[str, Rows]:
         """Return every layer's part of the whole; empty where each reads all of it."""
-        return {name: self.range(name) for name in self.layout.grouping.members[self.group]}
+        members = self.layout.grouping.members[self.group]
+        return {name: rows_of(self.layout, name) for name in members}
 
     def cut(self, value: Tensor, rows: Rows) -> Tensor:
         """Return what some rows of the support need of this layer's part."""
-        first, last = self.range(self.name, rows)
+        first, last = self.range(rows)
         found: Tensor = cut(value, first - self.start, last - first)
         return found
 
     def add(self, sums: Tensor, gradient: Tensor, rows: Rows) -> None:
         """Add the adjoint of `cut` to a sum, in place."""
-        first, last = self.range(self.name, rows)
+        first, last = self.range(rows)
         sums[first - self.start : last - self.start] += gradient
 
-    def range(self, name: str, rows: Rows | None = None) -> Rows:
-        """Return the opened rows that some rows of a weight lie in, or all of them."""
-        start, stop = _entries(self.layout, name, rows)
+    def range(self, rows: Rows) -> Rows:
+        """Return the opened rows that some rows of the weight lie in."""
+        start, stop = (self.offset + row * self.columns for row in rows)
         return start // self.width, -(-stop // self.width)
 
     def skipped(self, rows: Rows) -> int:
         """Return how many entries lie before some rows of the weight in the first opened row."""
-        return _entries(self.layout, self.name, rows)[0] % self.width
+        return (self.offset + rows[0] * self.columns) % self.width
 
 
 class SharedVector(Shared):
@@ -397,14 +398,6 @@ class Operands:
         network = self.networks[rows]
         found = form(network, [arrays[self._sources[s]] for s in network.sources], _no_vector)
         return found
-
-
-def _entries(layout: Layout, name: str, rows: Rows | None) -> Rows:
-    """Return the entries of its group that some rows of a weight in one piece are, or all."""
-    height, columns = layout.shapes[name]
-    first, last = rows or (0, height)
-    (piece,) = layout.grouping.pieces[name]
-    return piece.start + first * columns, piece.start + last * columns
 
 
 def _size(term: Term) -> int:
