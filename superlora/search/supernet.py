@@ -1,34 +1,40 @@
-"""`Supernet`: all configurations of a space in one set of nested tensors, trained together."""
+"""`Supernet`: an adapter that holds all configurations of a space, trained together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
+from superlora.checks import check_count
+from superlora.design.supports import OPERATIONS, design_of
 from superlora.errors import AdapterError, some
+from superlora.plan import Plan
+from superlora.presets.operations import support
 from superlora.random import check_seed
 from superlora.search.extract import supports_of
 from superlora.search.options import check_known
 from superlora.search.space import Configuration, Option, Space
-from superlora.search.supernet_checks import check_alone, dtype_of
-from superlora.search.supernet_choice import Choice
-from superlora.search.supernet_site import SupernetSite
-from superlora.search.supernet_storage import LEFT, RIGHT, Stored, initial, parts, stored_shapes
-from superlora.torch.adapter import Adapter, adapters_of
-from superlora.torch.attach import attach, check_free, check_model, host_of
-from superlora.torch.layers import bias_of, parameter_of, shape_of
+from superlora.torch.adapter import Adapter
+from superlora.torch.attach import attach, check_free, check_model, host_of, initial, register
+from superlora.torch.blocks import Blocks
+from superlora.torch.files.load import read_adapter
+from superlora.torch.files.state import SUPERNET, valid_header
+from superlora.torch.layers import bias_of, shape_of
+from superlora.torch.support import Support
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
-from superlora.torch.walk import Frozen, freeze, release
 
 
-class Supernet(Choice, nn.Module):
-    """Support tensors of all configurations of a space, nested in one storage, on a model.
+class Supernet(Adapter):
+    """Support tensors of all configurations of a space, nested in one adapter.
 
     Making one adapts the model; until `draw` or `use` chooses a configuration its forward is
-    refused. With the tensors as they are at the start its output stays bit for bit what it was.
+    refused. With the tensors as they are at the start its output stays bit for bit the base's.
 
     Parameters
     ----------
@@ -36,15 +42,13 @@ class Supernet(Choice, nn.Module):
         Any model with ``Linear`` layers, or GPT-2's ``Conv1D``. Its parameters are frozen; their
         names and the modules' classes stay as they are.
     targets : sequence of str, str or callable
-        Names or suffixes of layers, a regular expression for whole names, ``"all-linear"``, or
-        ``predicate(name, module) -> bool``.
+        The layers, as in `superlora.torch.attach`.
     ranks : sequence of int
         The ranks of the space; the largest is stored, the others are its leading part.
     operations : mapping of str to sequence of option, optional
         The merge operations and what each may be, as in `Space`; all of GLoRA by default.
     name : str
-        The attribute of `model` under which the supernet is registered; of its first adapted
-        layer, where `model` is a ``Sequential`` or a ``ModuleList``.
+        The attribute of `model` under which the supernet is registered.
     seed : int
         Of the initial tensors and of the configurations drawn, in [0, 2**64).
     dtype : torch.dtype, optional
@@ -54,30 +58,34 @@ class Supernet(Choice, nn.Module):
     ----------
     space : Space
         The configurations.
-    name : str
-        As given.
     seed : int
         As given.
+    configuration : Configuration or None
+        The one in force; None until one is chosen.
 
     Raises
     ------
     AdapterError
-        If `model` has an attribute of that name, or an adapter or another supernet, or a weight
-        lies on the meta device.
+        If `model` has an attribute of that name.
     TypeError, ValueError
         If the targets, the ranks or the weights do not fit; nothing is changed then.
 
+    See Also
+    --------
+    superlora.torch.Adapter : Its methods act on the configuration in force: `merge`, `delta`,
+        `disabled`, `detach`. `num_parameters` counts all that is stored.
+
     Notes
     -----
-    GLoRA's supernet, as its released code has it ([1]_). For a layer of output width o and input
-    width i, with the largest rank r::
+    GLoRA's supernet ([1]_). For a layer of output width o and input width i, with the largest
+    rank r::
 
-        W = W₀ + W₀ ∘ A + B                A, B: left (o, r), right (r, i)
-        b = b₀ + b₀ ∘ D + E + W₀ C         C: left (i, r), right (r, 1)     D, E: left (o, 1)
+        W = W₀ + W₀ ∘ A + B                A, B: left (o, r), right (i, r)
+        b = b₀ + b₀ ∘ D + E + W₀ C         C: left (i, r), right (1, r)     D, E: left (o,)
 
-    Rank q is ``left[:, :q] @ right[:q]``, a vector is ``left[:, :1]``, a constant ``left[0, 0]``,
-    repeated to the support's shape: what one configuration learns, all others that read the same
-    numbers have. The left factors start at zero, the right ones uniform (Xavier).
+    Rank q is ``left[:, :q] @ right[:, :q].T``, a vector is ``left[:, 0]``, a constant
+    ``left[0, 0]``, repeated to the support's shape: what one configuration learns, all others
+    that read the same numbers have. The left factors start at zero.
 
     One step, whatever the number of forward and backward passes in it, has one configuration::
 
@@ -93,10 +101,6 @@ class Supernet(Choice, nn.Module):
     ``DistributedDataParallel(model, find_unused_parameters=True)``. Columns that a rank leaves
     out have one of zeros, so that momentum and weight decay still move them. The configuration
     must stay until the backward pass has ended where activations are checkpointed.
-
-    Without gradients, and under a configuration chosen by `use`, a layer's updated weight is
-    formed once and kept until a tensor, the weight or the configuration changes or gradients are
-    enabled; changes through ``tensor.data`` are not seen before that.
 
     References
     ----------
@@ -128,90 +132,135 @@ class Supernet(Choice, nn.Module):
         seed: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         check_model(model)
         check_seed(seed)
         modules = find_targets(model, targets)
-        present = [part.name for part in model.modules() if isinstance(part, Supernet)]
-        check_alone(model, modules, present)
-        check_free(model, host_of(model, modules), name)
-        dtype = dtype_of(modules, dtype)
         shapes = {layer: shape_of(module) for layer, module in modules.items()}
         bare = [layer for layer, module in modules.items() if bias_of(module) is None]
-        self.space = Space(shapes, ranks, operations, tuple(bare))  # type: ignore[arg-type]
-        if not stored_shapes(self.space):
-            raise ValueError("operations must have an option that is not 'none': got no other")
-        self.name, self.seed = name, seed
-        self._layers = {layer: str(index) for index, layer in enumerate(modules)}
-        # Whatever contexts we are called in, the tensors hold values and can be trained.
-        with torch.device("cpu"), torch.inference_mode(False):
-            for (layer, operation, side), values in initial(self.space, seed):
-                device = parameter_of(modules[layer]).device
-                tensor = torch.from_numpy(values).to(device, dtype)
-                self._add(layer, operation).register_parameter(side, nn.Parameter(tensor))
-        self._sites: dict[str, SupernetSite] = {}
-        # The model, and the module of it that registers this one; in a tuple, or torch would
-        # make them submodules of their own part.
-        self._homes: tuple[nn.Module, ...] = ()
-        self._frozen: Frozen = []
-        self._attach(model, modules)
-
-    def _add(self, layer: str, operation: str) -> nn.Module:
-        owner: nn.Module = self
-        for key in (self._layers[layer], operation):
-            if key not in owner._modules:
-                owner.add_module(key, nn.Module())
-            owner = owner.get_submodule(key)
-        return owner
-
-    def _attach(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-        self.train(model.training)
-        self._frozen = freeze(model)
-        host = host_of(model, modules)
-        for layer, module in modules.items():
-            self._sites[layer] = SupernetSite(module, layer, self)
-            module.forward = self._sites[layer]
-        self._homes = (model, host)
-        host.add_module(self.name, self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x`, for a model that calls all its children: the layers do the work."""
-        return x
+        space = Space(shapes, ranks, operations, tuple(bare))  # type: ignore[arg-type]
+        plan = Plan(_stored(space), shapes)
+        check_free(model, host_of(model, modules), name)
+        super().__init__(plan, initial(plan, modules, seed, dtype), name)
+        self.space, self.seed, self._seed = space, seed, seed
+        self.configuration: Configuration | None = None
+        # Of each option of a layer's operation that was chosen so far; `supports` has those in
+        # force.
+        self._prepared: dict[tuple[str, str, Option], Support] = {}
+        self.supports = {}
+        register(model, self, modules)
 
     def __repr__(self) -> str:
         # The tensors are too many to list.
         return (
-            f"Supernet({len(self._layers)} layers, ranks={self.space.ranks}, "
+            f"Supernet({len(self.space.layers)} layers, ranks={self.space.ranks}, "
             f"{self.num_parameters:,} parameters)"
         )
 
-    @property
-    def num_parameters(self) -> int:
-        """Entries of all that is stored; ``space.num_parameters`` counts a configuration's."""
-        return sum(parameter.numel() for parameter in self.parameters())
+    def sample(self, step: int) -> Configuration:
+        """Return the configuration of a training step, without choosing it.
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The tensors' dtype."""
-        return next(self.parameters()).dtype
-
-    @property
-    def attached(self) -> bool:
-        """Whether the supernet is on a model."""
-        return bool(self._homes)
-
-    def layers(self) -> dict[str, nn.Module]:
-        """Return the adapted layers.
+        Parameters
+        ----------
+        step : int
+            In [0, 2**64).
 
         Returns
         -------
-        dict of str to torch.nn.Module
-            By dotted name, in the model's order.
-        """
-        return {layer: site.module for layer, site in self._sites.items()}
+        Configuration
+            Uniform over the space; the same for the same seed, step and space.
 
-    def stored(self, layer: str) -> dict[str, Stored]:
-        """Return what is stored for one layer.
+        Raises
+        ------
+        TypeError
+            If `step` is no integer.
+        ValueError
+            If it is out of that range.
+        """
+        if check_count("step", step, least=0) >= 1 << 64:
+            raise ValueError(f"step must be below 2**64: got {step}")
+        # Of another counter than the initial tensors, which take the seed's streams as well.
+        philox = numpy.random.Philox(
+            key=numpy.array([self.seed, step], dtype=numpy.uint64),
+            counter=numpy.array([0, 0, 0, 1], dtype=numpy.uint64),
+        )
+        return self.space.sample(numpy.random.Generator(philox))
+
+    def draw(self, step: int) -> Configuration:
+        """Choose the configuration of a training step, until another one is chosen.
+
+        Parameters
+        ----------
+        step : int
+            In [0, 2**64); no two steps of a run should have the same.
+
+        Returns
+        -------
+        Configuration
+            What `sample` gives.
+
+        Raises
+        ------
+        AdapterError
+            If the supernet is on no model, or is merged.
+        """
+        found = self.sample(step)
+        self.use(found)
+        return found
+
+    def use(self, configuration: Configuration | None) -> None:
+        """Choose a configuration, until another one is chosen.
+
+        Parameters
+        ----------
+        configuration : Configuration or None
+            One of the space; None to choose none.
+
+        Raises
+        ------
+        AdapterError
+            If the supernet is on no model, or is merged.
+        TypeError, ValueError
+            If it is none of the space.
+        """
+        if configuration is not None:
+            self.space.check(configuration)
+            self._check_attached("given a configuration")
+            # What is done to the caller's own afterwards must not pass unseen.
+            configuration = {layer: dict(own) for layer, own in configuration.items()}
+        if self.merged:
+            raise AdapterError(f"supernet {self.name!r} must be unmerged to be given another one")
+        self._choose(configuration)
+
+    def _choose(self, configuration: Configuration | None) -> None:
+        self.configuration, self.supports = configuration, {}
+        for layer, site in self._sites.items():
+            site.link_of(self).supports = self._supports_of(layer)
+
+    @contextmanager
+    def using(self, configuration: Configuration) -> Iterator[None]:
+        """Choose a configuration inside a ``with`` block, which may merge it.
+
+        Parameters
+        ----------
+        configuration : Configuration
+            One of the space.
+
+        Yields
+        ------
+        None
+            Nothing.
+        """
+        before = self.configuration
+        self.use(configuration)
+        try:
+            yield
+        finally:
+            if self.merged:
+                self.unmerge()
+            self._choose(before)
+
+    def options(self, layer: str) -> Mapping[str, Option]:
+        """Return the options of one layer in the configuration in force.
 
         Parameters
         ----------
@@ -220,23 +269,48 @@ class Supernet(Choice, nn.Module):
 
         Returns
         -------
-        dict of str to (torch.nn.Parameter, torch.nn.Parameter or None)
-            The parameters themselves by operation, left and right; no right one for a vector.
+        mapping of str to option
+            By operation.
+
+        Raises
+        ------
+        AdapterError
+            If none was chosen.
+        ValueError
+            If there is no such layer.
+        """
+        check_known("layer", layer, self.space.layers)
+        if self.configuration is None:
+            raise AdapterError(
+                f"supernet {self.name!r} must have a configuration: call draw(step) at every "
+                "training step, or use(configuration) to evaluate one"
+            )
+        return self.configuration[layer]
+
+    def stored(self, layer: str) -> dict[str, tuple[Tensor, ...]]:
+        """Return the parameters that are stored for one layer.
+
+        Parameters
+        ----------
+        layer : str
+            Its dotted name.
+
+        Returns
+        -------
+        dict of str to tuple of torch.nn.Parameter
+            By operation: left (height, r) and right (width, r) of a support (height, width), or
+            one vector where the operation has no rank.
 
         Raises
         ------
         ValueError
             If there is no such layer.
         """
-        check_known("layer", layer, self._layers)
-        owner = self._modules.get(self._layers[layer])  # none, if all its options are "none"
-        found: dict[str, Stored] = {}
-        for operation, support in {} if owner is None else owner._modules.items():
-            assert support is not None
-            left = support._parameters[LEFT]
-            assert left is not None
-            found[operation] = (left, support._parameters.get(RIGHT))
-        return found
+        check_known("layer", layer, self.space.layers)
+        return {
+            operation: tuple(self.blocks[block] for block in self.plan.blocks_of(name))
+            for operation, name in self.plan.layout.supports.get(layer, {}).items()
+        }
 
     def extract(self, configuration: Configuration, *, name: str = "superlora") -> Adapter:
         """Put an ordinary adapter of a configuration in the supernet's place, as it was trained.
@@ -257,95 +331,36 @@ class Supernet(Choice, nn.Module):
         Raises
         ------
         AdapterError
-            If the supernet is not attached, or cannot be detached, or `name` is in use.
+            If the supernet is not attached, or is merged, or cannot be detached, or `name` is in
+            use.
         KeyError, TypeError, ValueError
             If the configuration is none of the space, or has no support at all.
         """
-        self._check_detachable("extracted from")
+        self._check_attached("extracted from")
         self.space.check(configuration)
-        model, host = self._homes
-        modules = self.layers()
+        (model, host), modules = self._homes, self.layers()
+        layers = self.space.layers
         designs = supports_of(configuration)
         if name != self.name:
             check_free(model, host, name)
         self.detach()
         try:
             adapter = attach(
-                model, designs, lambda layer, _: layer in modules, name=name, dtype=self.dtype
+                model, designs, lambda layer, _: layer in layers, name=name, dtype=self.dtype
             )
         except BaseException:
-            self._attach(model, modules)
+            register(model, self, modules)
             raise
-        self._copy_to(adapter, configuration)
+        with torch.no_grad():
+            for layer, options in configuration.items():
+                for operation, option in options.items():
+                    if option == "none":
+                        continue
+                    own = self._support(layer, operation, option).blocks
+                    names = adapter.plan.blocks_of(f"{operation}.{layer}")
+                    for block, value in zip(names, own.values(), strict=True):
+                        adapter.blocks[block].copy_(value)
         return adapter
-
-    @torch.no_grad()
-    def _copy_to(self, adapter: Adapter, configuration: Configuration) -> None:
-        blocks = adapter.factors()
-        for layer, options in configuration.items():
-            stored = self.stored(layer)
-            for operation, option in options.items():
-                if option == "none":
-                    continue
-                left, *right = parts(option, stored[operation])
-                values = (left, *(each.t() for each in right))
-                names = adapter.plan.blocks_of(f"{operation}.{layer}")
-                for block, value in zip(names, values, strict=True):
-                    blocks[block].copy_(value.reshape(blocks[block].shape))
-
-    def detach(self) -> None:
-        """Take the supernet off the model, which is then as it was before.
-
-        Raises
-        ------
-        AdapterError
-            If it is not attached, or an adapter was attached after it, or another library has
-            wrapped a layer's forward since.
-        """
-        self._check_detachable("detached")
-        _, host = self._homes
-        for site in self._sites.values():
-            del site.module.__dict__["forward"]
-        del host._modules[self.name]
-        release(self._frozen, [])
-        self._sites, self._homes, self._frozen = {}, (), []
-
-    def _check_detachable(self, what: str) -> None:
-        if not self.attached:
-            raise AdapterError(f"supernet {self.name!r} must be attached to be {what}")
-        adapters = [adapter.name for adapter in adapters_of(self._homes[0])]
-        if adapters:
-            raise AdapterError(
-                f"supernet {self.name!r} must be the last on its model to be {what}: detach "
-                f"{some(map(repr, adapters))} first"
-            )
-        wrapped = [
-            layer
-            for layer, site in self._sites.items()
-            if site.module.__dict__.get("forward") is not site
-        ]
-        if wrapped:
-            raise AdapterError(
-                f"supernet {self.name!r} cannot be {what} while the forward of {wrapped[0]!r} is "
-                "wrapped by something attached later: remove that first"
-            )
-
-    def save(self, path: str | Path) -> None:
-        """Write the supernet to a safetensors file, atomically.
-
-        Parameters
-        ----------
-        path : str or pathlib.Path
-            The file; replaced if it exists, and left as it was if writing fails.
-
-        Notes
-        -----
-        Every tensor is stored once, beside the space with the layers' names and shapes, the seed
-        and a format version.
-        """
-        from superlora.search.supernet_files import save_supernet
-
-        save_supernet(self, Path(path))
 
     @staticmethod
     def load(model: nn.Module, path: str | Path, *, name: str = "supernet") -> Supernet:
@@ -371,10 +386,112 @@ class Supernet(Choice, nn.Module):
             As for a new one.
         FileNotFoundError
             If there is no such file.
-        TypeError, ValueError
+        TypeError
+            If a weight is not of a floating-point type.
+        ValueError
             If the file is truncated, not a supernet's, of another format version, for other
             layers or ranks, or has missing or extra tensors; the model is as it was.
         """
-        from superlora.search.supernet_files import load_supernet
+        path = Path(path)
+        read = read_adapter(model, path, name)
+        header = read.description.supernet
+        if header is None:
+            raise ValueError(f"{path} must be a supernet's: superlora.torch.load reads it")
+        with valid_header(path):
+            space, seed = Space.from_dict(header["space"]), check_seed(header["seed"])
+            stored = design_of(_stored(space))
+        if stored != read.plan.spec or dict(space.layers) != read.plan.layout.layers:
+            raise ValueError(f"{path} must hold the tensors of its space: it has another design")
+        bare = [layer for layer, module in read.modules.items() if bias_of(module) is None]
+        ordered = list(find_targets(model, lambda layer, _: layer in space.layers))
+        for what, expected, found in (
+            ("the layers", list(space.layers), ordered),
+            ("layers without a bias", list(space.without_bias), bare),
+        ):
+            if expected != found:
+                raise ValueError(
+                    f"the model must have {what} of {path} in their order: expected "
+                    f"{some(map(repr, expected)) or 'none'}, got {some(map(repr, found)) or 'none'}"
+                )
+        supernet = Supernet(
+            model,
+            lambda layer, _: layer in space.layers,
+            space.ranks,
+            operations=dict(space.operations),
+            name=name,
+            seed=seed,
+            dtype=next(iter(read.blocks.values())).dtype,
+        )
+        with torch.no_grad():
+            for block, value in read.blocks.items():
+                supernet.blocks[block].copy_(value)
+        supernet.scale = read.description.scale
+        return supernet
 
-        return load_supernet(model, Path(path), name)
+    @property
+    def _beside(self) -> dict[str, Any]:
+        return {SUPERNET: {"seed": self.seed, "space": self.space.to_dict()}}
+
+    def _all_blocks(self) -> list[Blocks]:
+        return [self.blocks, *(own.blocks for own in self._prepared.values())]
+
+    def _supports_of(self, layer: str) -> Iterable[Support]:
+        if self.configuration is None:
+            return _Unchosen(self, layer)
+        options = self.configuration[layer]
+        chosen = [o for o in OPERATIONS if options.get(o, "none") != "none"]
+        found = [self._support(layer, operation, options[operation]) for operation in chosen]
+        self.supports |= {own.name: own for own in found}
+        return tuple(found)
+
+    def _support(self, layer: str, operation: str, option: Option) -> Support:
+        """Return what is prepared for an option: a support whose blocks are parts of the stored."""
+        key = (layer, operation, option)
+        if key not in self._prepared:
+            plan = Plan({operation: support(operation, option)}, {layer: self.space.layers[layer]})
+            stored = self.plan.blocks_of(f"{operation}.{layer}")
+            names = plan.blocks_of(f"{operation}.{layer}")
+            places = {}
+            for name, block in zip(names, stored, strict=False):  # a vector is of the left alone
+                whole = self.plan.layout.block_shapes[block]
+                part = _part(option, len(whole))
+                places[name] = self.blocks.places[block]._replace(part=part)
+            own = Blocks(plan, places)
+            own.scope, own.applied, own.scale = self.blocks.scope, self.applied, self.scale
+            self._prepared[key] = Support(own, f"{operation}.{layer}")
+        return self._prepared[key]
+
+
+def _part(option: Option, axes: int) -> tuple[slice | int, ...]:
+    """Return the part of a stored factor, (height, r), or vector that an option reads."""
+    if option == "vector":
+        return (slice(None), 0)[:axes]
+    if option == "constant":
+        return (slice(1), 0)[:axes]
+    assert isinstance(option, int)
+    return (slice(None), slice(option))
+
+
+def _stored(space: Space) -> dict[str, Any]:
+    """Return the designs of the largest options, of which all others are parts."""
+    largest = {
+        layer: {name: space.options(layer, name)[0] for name in space.operations}
+        for layer in space.layers
+    }
+    try:
+        return supports_of(largest)
+    except ValueError:
+        raise ValueError(
+            "operations must have an option that is not 'none': got no other"
+        ) from None
+
+
+class _Unchosen:
+    """The support tensors of a layer of a supernet that has no configuration: an error."""
+
+    def __init__(self, supernet: Supernet, layer: str) -> None:
+        self.supernet, self.layer = supernet, layer
+
+    def __iter__(self) -> Iterator[Support]:
+        self.supernet.options(self.layer)
+        return iter(())

@@ -2,10 +2,10 @@
 
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import attach
-from superlora.torch.files.state import load
+from superlora.torch.files.load import load
 from superlora.torch.interop.formats import Export
-from superlora.torch.interop.lycoris import from_lycoris
-from superlora.torch.interop.peft import from_peft
+from superlora.torch.interop.from_lycoris import from_lycoris
+from superlora.torch.interop.from_peft import from_peft
 from superlora.torch.row_wise import rows
 
 __all__ = ["Adapter", "Export", "attach", "from_lycoris", "from_peft", "load", "rows"]

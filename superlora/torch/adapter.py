@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from superlora.design.supports import OPERATIONS
+from superlora.design.ways import check_apply
 from superlora.errors import AdapterError, some
 from superlora.operations import GIVES_BIAS
 from superlora.plan import Plan
-from superlora.torch.blocks import Blocks
+from superlora.torch.blocks import Blocks, register_blocks
+from superlora.torch.files.state import save_blocks
+from superlora.torch.files.swap import swap_blocks
+from superlora.torch.interop.formats import Export
+from superlora.torch.interop.to_lycoris import save_lycoris
+from superlora.torch.interop.to_peft import save_peft
 from superlora.torch.layers import parameter_of, refuse_empty
 from superlora.torch.replaced import Replaced
-from superlora.torch.site import Site
+from superlora.torch.site import Link, Site
+from superlora.torch.support import Support
 from superlora.torch.walk import Frozen, outside_adapters, release
 
-if TYPE_CHECKING:
-    from superlora.torch.interop.formats import Export
 
-
-class Adapter(Blocks):
+class Adapter(nn.Module):
     """The factors of a plan, attached to a model's layers.
 
     Made by `attach`, `load`, `from_peft` and `from_lycoris`. Its parameters are named
@@ -45,6 +51,10 @@ class Adapter(Blocks):
         As given.
     name : str
         As given.
+    blocks : Blocks
+        The factors and frozen blocks by name; `factors` returns them as a dict.
+    supports : dict of str to Support
+        What is prepared for each update, by its name in the plan.
     merged : bool
         Whether the weights hold the update.
     replaced : Replaced or None
@@ -53,10 +63,14 @@ class Adapter(Blocks):
     """
 
     def __init__(self, plan: Plan, factors: Mapping[str, Tensor], name: str = "superlora") -> None:
-        super().__init__(plan, factors)
-        self.name = name
+        super().__init__()
+        self.plan, self.name = plan, name
         self.merged = False
         self.replaced: Replaced | None = None
+        self.blocks = register_blocks(self, plan, factors)
+        self.supports = {name: Support(self.blocks, name) for name in plan.layout.shapes}
+        self.blocks.prepare()
+        self._seed = 0  # of the initial factors
         self._disabled = 0  # how many `disabled` blocks are open
         self._merge_again = False  # when the last of them ends
         self._sites: dict[str, Site] = {}
@@ -98,7 +112,42 @@ class Adapter(Blocks):
         """
         if self.merged:
             raise AdapterError(f"adapter {self.name!r} must be unmerged to be reset")
-        self.draw(seed)
+        self.blocks.draw(seed)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Adapter:
+        empty = any(parameter.is_meta for parameter in self.parameters())
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        # Memory given to factors that had none (`Module.to_empty`) holds anything.
+        if empty and not any(parameter.is_meta for parameter in self.parameters()):
+            self.blocks.draw(self._seed, frozen=True)
+        self.blocks.scope.clear()
+        self.blocks.prepare()
+        return self
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable entries of all factors."""
+        return self.plan.num_parameters
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The factors' dtype."""
+        return self.blocks.dtype
+
+    def factors(self) -> dict[str, Tensor]:
+        """Return all blocks by name, frozen ones too: the form that ``Plan`` takes.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            The parameters and buffers themselves.
+        """
+        return dict(self.blocks)
+
+    @property
+    def _beside(self) -> dict[str, Any]:
+        """What a file's header says beside the design."""
+        return {}
 
     @property
     def attached(self) -> bool:
@@ -137,12 +186,29 @@ class Adapter(Blocks):
         return not self._disabled and not self.merged
 
     @property
+    def applied(self) -> str:
+        """How the layers apply their updates: ``"auto"``, ``"factored"`` or ``"formed"``.
+
+        It can be set; ``"auto"`` takes what costs least for a layer and its number of tokens.
+        """
+        return self.blocks.applied
+
+    @applied.setter
+    def applied(self, value: str) -> None:
+        check_apply(value, self.plan.layout)
+        for blocks in self._all_blocks():
+            blocks.applied = value
+
+    def _all_blocks(self) -> list[Blocks]:
+        return [self.blocks]
+
+    @property
     def scale(self) -> float:
         """The number in front of ΔW, in forward, merge and file alike; `plan` keeps its own.
 
         Scales that the spec's overrides give some layers change in proportion.
         """
-        return self._scale
+        return self.blocks.scale
 
     @scale.setter
     def scale(self, value: float) -> None:
@@ -150,7 +216,67 @@ class Adapter(Blocks):
             raise AdapterError("scale must be set on an unmerged adapter: call unmerge() first")
         if value is None:
             raise TypeError("scale must be a number: got None")
-        self._set_scale(self.plan.spec.scaled(value).scaling)
+        scale = self.plan.spec.scaled(value).scaling
+        for blocks in self._all_blocks():
+            blocks.scale = scale
+
+    def delta(self, name: str) -> Tensor:
+        """Form one layer's update.
+
+        Parameters
+        ----------
+        name : str
+            The layer's dotted name.
+
+        Returns
+        -------
+        torch.Tensor, (output width, input width)
+            ``scale * ΔW``, differentiable; never the memory of a factor.
+
+        Raises
+        ------
+        KeyError
+            If the adapter has no layer of that name.
+        """
+        self.plan.blocks_of(name)  # says which layers there are, if this is none
+        return self.supports[name].delta()
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Form the updates of all layers.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            ``scale * ΔW`` for each layer, (output width, input width).
+        """
+        with self.blocks.scope.opened():
+            return {name: self.delta(name) for name in self.supports}
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Keep what layers share over many calls without gradients, inside a ``with`` block.
+
+        Layers of one group share what they are cut from during one call of the model. Inside the
+        block they share it over all calls, as generation makes them; factors must not change
+        there.
+
+        Yields
+        ------
+        None
+            Nothing.
+        """
+        with self.blocks.scope.kept():
+            yield
+
+    def link(self, module: nn.Module, name: str) -> None:
+        """Let the forward of a layer, which the plan calls `name`, add its updates."""
+        link = Link(self, self.name, name, self._supports_of(name), self.blocks.first)
+        self._sites[name] = Site.add(module, link)
+
+    def _supports_of(self, layer: str) -> Iterable[Support]:
+        """Return the support tensors of a layer, in the order of the operations."""
+        own = self.plan.layout.supports[layer]
+        return tuple(self.supports[own[each]] for each in OPERATIONS if each in own)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -168,15 +294,22 @@ class Adapter(Blocks):
             self.unmerge()
             self._merge_again = True
         self._disabled += 1
+        self._activate()
         try:
             yield
         finally:
             self._disabled -= 1
+            self._activate()
             if not self._disabled:
                 self._use_replaced(True)
             if self._merge_again and not self._disabled:
                 self._merge_again = False
                 self.merge()
+
+    def _activate(self) -> None:
+        """Let the layers' forward know whether it is to add the updates."""
+        for site in self._sites.values():
+            site.link_of(self).active = self.active
 
     def _use_replaced(self, new: bool) -> None:
         if self.replaced is not None:
@@ -205,7 +338,7 @@ class Adapter(Blocks):
         refuse_empty("weights must be loaded to be merged", weights)
         done: list[Site] = []
         try:
-            with self.scope.opened():
+            with self.blocks.scope.opened():
                 for site in self._sites.values():
                     done.append(site)
                     site.merge(self)
@@ -214,6 +347,7 @@ class Adapter(Blocks):
                 site.unmerge(self)
             raise
         self.merged = True
+        self._activate()
 
     def unmerge(self) -> None:
         """Take every update out of its weight, bit for bit.
@@ -230,6 +364,7 @@ class Adapter(Blocks):
         for site in self._sites.values():
             site.unmerge(self)
         self.merged = False
+        self._activate()
 
     def detach(self, *, keep_merged: bool = False) -> None:
         """Take the adapter off the model, which is then as it was before `attach`.
@@ -260,7 +395,7 @@ class Adapter(Blocks):
                 "wrapped by something attached later: remove that first"
             )
         below = {
-            link.adapter.name: None for site in self._sites.values() for link in site.below(self)
+            link.adapter_name: None for site in self._sites.values() for link in site.below(self)
         }
         if below:
             raise AdapterError(
@@ -286,7 +421,7 @@ class Adapter(Blocks):
             release(self._frozen, later)
         self._sites, self._homes, self._frozen, self._hooks = {}, (), [], []
         self.merged = False
-        self.scope.clear()
+        self.blocks.scope.clear()
         self._merge_again = False
 
     def save(self, path: str | Path) -> None:
@@ -307,9 +442,8 @@ class Adapter(Blocks):
         Every factor is stored once, beside the spec with the scale now in force,
         the ordered names and shapes of the layers, and a format version.
         """
-        from superlora.torch.files.state import save_adapter
-
-        save_adapter(self, Path(path))
+        refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)
+        save_blocks(self.blocks, self.layers(), self.replaced, self._beside, Path(path))
 
     def swap(self, path: str | Path) -> None:
         """Take the factors and the scale of another file of the same design, in place.
@@ -346,9 +480,20 @@ class Adapter(Blocks):
         >>> bool(adapter.delta("").any())
         False
         """
-        from superlora.torch.files.swap import swap_adapter
-
-        swap_adapter(self, Path(path))
+        self._check_attached("given another file")
+        if self.merged:
+            raise AdapterError(
+                f"adapter {self.name!r} must be unmerged to be given another file: call unmerge() "
+                "first"
+            )
+        held: dict[str, Tensor] = dict(self.blocks)
+        if self.replaced is not None:
+            held |= self.replaced.parameters()
+        refuse_empty(f"adapter {self.name!r} must have memory to be given another file", held)
+        self.scale = swap_blocks(
+            self.blocks, self.layers(), self.replaced, self._beside, Path(path)
+        )
+        self.blocks.scope.clear()
 
     def to_peft(
         self, directory: str | Path, *, rank: int | None = None, energy: float | None = None
@@ -385,9 +530,10 @@ class Adapter(Blocks):
         is aligned has two thin factors, which are a LoRA of their inner width exactly; with a
         rank or an energy it is truncated by its singular values.
         """
-        from superlora.torch.interop.peft import save_peft
-
-        return save_peft(self, Path(directory), rank, energy)
+        self._check_attached("written for another library, whose files name layers")
+        return save_peft(
+            self.blocks, self.model, self.layers(), self.replaced, Path(directory), rank, energy
+        )
 
     def to_lycoris(
         self,
@@ -424,9 +570,15 @@ class Adapter(Blocks):
             If an update needs a rank or an energy and none is given, or a layer is
             none of LyCORIS's, or has another's name once its dots are underscores.
         """
-        from superlora.torch.interop.lycoris import save_lycoris
-
-        return save_lycoris(self, Path(path), rank, energy, prefix)
+        self._check_attached("written for another library, whose files name layers")
+        if self.replaced is not None:
+            raise AdapterError(
+                f"adapter {self.name!r} has replaced parameters of the model, which the format "
+                f"cannot hold: {some(self.replaced.names)}"
+            )
+        return save_lycoris(
+            self.blocks, self.model, self.layers(), Path(path), rank, energy, prefix
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._check_in_use()
@@ -483,5 +635,5 @@ def adapters_of(model: nn.Module) -> set[Adapter]:
     for _, module in outside_adapters(model):
         site = Site.of(module)
         if site is not None:
-            found |= {link.adapter for link in site.links}
+            found |= {link for link in site.links if isinstance(link, Adapter)}
     return found

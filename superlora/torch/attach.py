@@ -48,21 +48,19 @@ def attach(
     for fixed, before, size in plan.layout.map_uses():
         if is_own(fixed):  # the library's are tested
             check(fixed, before, size, like=torch.empty(0, dtype=torch.float64))
-    adapter = register(model, plan, modules, _initial(plan, modules, seed, dtype), name)
+    adapter = Adapter(plan, initial(plan, modules, seed, dtype), name)
     adapter._seed = seed
     adapter.applied = apply
-    return adapter
+    return register(model, adapter, modules)
 
 
 def register(
     model: nn.Module,
-    plan: Plan,
+    adapter: Adapter,
     modules: Mapping[str, nn.Module],
-    factors: Mapping[str, Tensor],
-    name: str,
     replaced: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
-    """Put an adapter with the given blocks on a model; the checks of these lie behind us."""
+    """Put an adapter on a model; the checks of the blocks that it holds lie behind us."""
     pending = Replaced(model, replaced) if replaced else None
     if pending is not None:
         for other in adapters_of(model):
@@ -72,26 +70,25 @@ def register(
                     f"adapter {other.name!r} has replaced {twice[0]!r} already: detach it first"
                 )
         pending.refuse_merged()
-    adapter = Adapter(plan, factors, name)
     # Both kinds, for what torch.compile cannot trace, or would trace again once it is known.
-    backend_of(*adapter.factors().values(), torch.empty(0))
+    backend_of(*adapter.blocks.values(), torch.empty(0))
     adapter.train(model.training)
     # Those of another model on these layers too.
     adapter._order = 1 + max([other._order for other in adapters_of(model)], default=0)
     adapter._frozen = freeze(model)
-    for target in plan.layout.supports:
-        adapter._sites[target] = Site.add(modules[target], target, adapter)
+    for target in adapter.plan.layout.supports:
+        adapter.link(modules[target], target)
     host = host_of(model, modules)
     adapter._homes = (model, host)
-    host.add_module(name, adapter)
+    host.add_module(adapter.name, adapter)
     adapter._hooks = [
         model.register_load_state_dict_pre_hook(adapter.refuse_to_load),
         model.register_load_state_dict_post_hook(functools.partial(_fill, adapter)),
     ]
-    if adapter.shares:
+    if any(each.several for own in adapter.supports.values() for each in own.shared()):
         adapter._hooks += [
-            model.register_forward_pre_hook(adapter.scope.open),
-            model.register_forward_hook(adapter.scope.close, always_call=True),
+            model.register_forward_pre_hook(adapter.blocks.scope.open),
+            model.register_forward_hook(adapter.blocks.scope.close, always_call=True),
         ]
     if pending is not None:
         adapter.replaced = pending
@@ -134,9 +131,10 @@ def check_model(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
 
 
-def _initial(
+def initial(
     plan: Plan, modules: Mapping[str, nn.Module], seed: int, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
+    """Draw the factors that an adapter starts with, and make its frozen blocks."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype: got {dtype!r}")
     if dtype is None:
@@ -192,13 +190,14 @@ def _fill(adapter: Adapter, *_: Any) -> None:
     # Of the dtype that the factors have now, which may have come with the state dict.
     made = _drawn(adapter.plan, modules, adapter._seed, adapter.dtype, skipped)
     for name, values in made.items():
-        owner, leaf = adapter.place(name)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(values, blocks[name].requires_grad)
+        place = adapter.blocks.places[name]
+        if place.frozen:
+            place.owner._buffers[place.leaf] = values
         else:
-            owner._buffers[leaf] = values
-    adapter.scope.clear()
-    adapter._prepare()
+            trained = nn.Parameter(values, blocks[name].requires_grad)
+            place.owner._parameters[place.leaf] = trained
+    adapter.blocks.scope.clear()
+    adapter.blocks.prepare()
 
 
 def _layer(plan: Plan, block: str) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from superlora._backend import backend_of
 from superlora.algebra.form import (
@@ -36,9 +36,7 @@ from superlora.design.network import (
 )
 from superlora.design.ways import opens_rows, rows_of, whole_rows
 from superlora.torch.autograd import made, moved, parts
-
-if TYPE_CHECKING:
-    from superlora.torch.blocks import Blocks
+from superlora.torch.blocks import Blocks, Place
 
 Rows = tuple[int, int]
 _torch = backend_of(torch.empty(0))
@@ -74,21 +72,21 @@ class Shared:
         self.key: tuple[Any, ...] = ("modes", source)
         self.several = _is_mapped_once(layout, source)
 
-    def make(self, adapter: Blocks, whole: bool) -> Tensor:
+    def make(self, held: Blocks, whole: bool) -> Tensor:
         """Return the whole, or what this layer needs of it."""
-        return _mapped(self.layout, self.source, adapter)
+        return _mapped(self.layout, self.source, held)
 
     def ranges(self) -> dict[str, Rows]:
         """Return every layer's part of the whole; empty where each reads all of it."""
         return {}
 
-    def take(self, adapter: Blocks) -> Tensor:
+    def take(self, held: Blocks) -> Tensor:
         """Return this layer's part, of the whole where that is shared now."""
-        values = adapter.scope.values() if self.several else None
+        values = held.scope.values() if self.several else None
         if values is None:
-            return self.make(adapter, False)
+            return self.make(held, False)
         if self.key not in values:
-            whole, ranges = self.make(adapter, True), self.ranges()
+            whole, ranges = self.make(held, True), self.ranges()
             cuts = parts(whole, ranges.values()) if ranges else [whole]
             values[self.key] = dict(zip(ranges or [None], cuts, strict=True))
         return values[self.key][self.part]
@@ -102,9 +100,9 @@ class Shared:
         sums += gradient
 
 
-def _mapped(layout: Layout, source: Source, adapter: Blocks) -> Tensor:
+def _mapped(layout: Layout, source: Source, held: Blocks) -> Tensor:
     """Return a block to which its group's map of modes was applied."""
-    tensors, blocks = adapter.inputs_of([source.block])
+    tensors, blocks = held.inputs_of([source.block])
     inner = source.block in layout.inner
     block = made(lambda *own: blocks(own)[0], tensors) if inner else tensors[0]
     fixed, shape = layout.maps[source.group], block.shape
@@ -133,10 +131,10 @@ class SharedBlock(Shared):
         self.part = source.block
         self.several = True
 
-    def make(self, adapter: Blocks, whole: bool) -> Tensor:
+    def make(self, held: Blocks, whole: bool) -> Tensor:
         """Return the whole, or what this layer needs of it."""
         item = self.inner
-        (theta,) = adapter.tensors([item.name])
+        (theta,) = held.tensors([item.name])
         move, back = item.map.apply, item.map.adjoint
         found = moved(theta, lambda x: move(x, item.size), lambda y: back(y, item.before))
         return found if whole else found[item.start : item.stop]
@@ -167,7 +165,7 @@ class SharedRows(Shared):
         self.several = opens_rows(layout, self.group)
         self.start = rows_of(layout, name)[0]
 
-    def make(self, adapter: Blocks, whole: bool) -> Tensor:
+    def make(self, held: Blocks, whole: bool) -> Tensor:
         """Return the whole, or what this layer needs of it."""
         layout, index = self.layout, self.index
         opened = whole_rows(layout, self.group) if whole else self.own
@@ -175,8 +173,8 @@ class SharedRows(Shared):
         # What a map made of a block is kept, as it would be mapped again else.
         fixed = [place for place in used if opened.sources[place].modes]
         rest = [place for place in used if not opened.sources[place].modes]
-        mapped = [Shared(layout, opened.sources[place]).take(adapter) for place in fixed]
-        tensors, blocks = adapter.inputs_of([opened.sources[place].block for place in rest])
+        mapped = [Shared(layout, opened.sources[place]).take(held) for place in fixed]
+        tensors, blocks = held.inputs_of([opened.sources[place].block for place in rest])
 
         def rows(*own: Tensor) -> Tensor:
             arrays = dict(zip(fixed, own[: len(fixed)], strict=True))
@@ -227,11 +225,11 @@ class SharedVector(Shared):
         for group in layout.joint(first):  # no compiler is to see it found
             group_network(layout, group)
 
-    def make(self, adapter: Blocks, whole: bool) -> Tensor:
+    def make(self, held: Blocks, whole: bool) -> Tensor:
         """Return the whole, or what this layer needs of it."""
         layout, first, fixed, size = self.layout, self.first, self.map, self.size
         names = layout.blocks_of_joint(first)
-        tensors, blocks = adapter.inputs_of(names)
+        tensors, blocks = held.inputs_of(names)
 
         def entries(*own: Tensor) -> Tensor:
             given = dict(zip(names, blocks(own), strict=True))
@@ -316,9 +314,8 @@ class Operands:
         How many of these are no blocks.
     own : tuple of Source
         The blocks whose tensors follow.
-    owners : list, or None
-        Which modules register them, under which names, and whether they are frozen; None where a
-        tensor is made of a block.
+    registered : list of Place, or None
+        Where these blocks are; None where a tensor is made of a block.
     networks : dict of (int, int) to Network
         Of the rows that were formed so far.
     """
@@ -351,7 +348,7 @@ class Operands:
         self.places = tuple(next(own if each is None else made) for each in blocks)
         self._sources = dict(zip(sources, self.places, strict=True))
         self.networks: dict[Rows, Network] = {}
-        self.owners: list[tuple[nn.Module, str, bool]] | None = None
+        self.registered: list[Place] | None = None
         # What all of it is where that is one term, as of a weight of its own.
         self.term: Term | None = None
         if opened is None and vectors:

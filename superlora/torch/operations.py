@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,16 @@ from superlora.design.supports import ADD, OF_BIAS
 from superlora.torch.autograd import autocasts, without_autocast
 from superlora.torch.support import Support, product, sum_output
 
-if TYPE_CHECKING:
-    from superlora.torch.site import Site
+
+class Base(NamedTuple):
+    """A layer's weight, (output, input), and bias: what they hold now, and without any adapter."""
+
+    weight: Tensor
+    bias: Tensor | None
+    own_weight: Tensor
+    own_bias: Tensor | None
+    merged: bool  # into what they hold now
+    wrapped: bool  # whether another library's forward stands in for the layer's own
 
 
 class Operations:
@@ -23,17 +31,17 @@ class Operations:
 
     Parameters
     ----------
-    site : Site
-        The layer's.
+    held : Base
+        The layer's weight and bias.
     supports : sequence of Support
         The support tensors.
     x : torch.Tensor, (..., input width)
         Inputs.
     """
 
-    def __init__(self, site: Site, supports: Sequence[Support], x: Tensor) -> None:
-        self.site, self.x = site, x
-        self.weight, self.bias = site.own_weight, site.own_bias
+    def __init__(self, held: Base, supports: Sequence[Support], x: Tensor) -> None:
+        self.held, self.x = held, x
+        self.weight, self.bias = held.own_weight, held.own_bias
         # By where they act: on the inputs, on the base's outputs, as an update, on the bias.
         self.inner: list[Support] = []
         self.outer: list[Support] = []
@@ -57,13 +65,13 @@ class Operations:
 
     def output(self, fused: bool, base: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the layer's output."""
-        site, x = self.site, self.x
+        held, x = self.held, self.x
         shift, of_bias = self._shift(), self._of_bias()
         weight: Tensor | None = None
-        bias = site.bias if site.merged else self.bias
+        bias = held.bias
         fusing = fused and shift is None and not self.outer and not autocasts(x.device)
         if fusing and self.sums:
-            weight = site.weight if site.merged else self.weight
+            weight = held.weight
             if of_bias is not None:
                 bias, of_bias = of_bias if bias is None else bias + of_bias, None
         y: Tensor | None = None
@@ -71,13 +79,13 @@ class Operations:
         if weight is None:
             if shift is None:
                 y = base(x)
-            elif site.merged or site.wrapped:  # which is not to see what is done to the inputs
+            elif held.merged or held.wrapped:  # which is not to see what is done to the inputs
                 y = base(x) + self._times(shift)
             else:
                 y = base(x + shift)
-            if fused and self.outer and shift is None and not site.merged:
+            if fused and self.outer and shift is None and not held.merged:
                 # A product without the bias would cost as much again.
-                own = site.bias
+                own = held.bias
                 z = y if own is None else y - own.to(y.dtype)
         own_weight = self.weight
         y = sum_output(self.sums, x, weight, bias, lambda: _own(y, x, weight, bias), own_weight)
@@ -147,10 +155,12 @@ def _own(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
 
 
 @torch.no_grad()
-def merged_changes(site: Site, supports: Sequence[Support]) -> tuple[Tensor | None, Tensor | None]:
+def merged_changes(held: Base, supports: Sequence[Support]) -> tuple[Tensor | None, Tensor | None]:
     """Return what merging support tensors adds to a layer's weight and bias."""
-    weight, bias = site.own_weight, site.own_bias
-    found = {own.operation: own.adapter.delta(own.name).to(weight.device) for own in supports}
+    weight, bias = held.own_weight, held.own_bias
+    found = {own.operation: own.delta().to(weight.device) for own in supports}
+    if not found:
+        return None, None
     if found.keys() == {ADD}:
         return found[ADD], None
     wide = torch.promote_types(weight.dtype, next(iter(found.values())).dtype)

@@ -2,104 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from superlora.errors import AdapterError, some
+from superlora.torch.adapter import Adapter, registered
+from superlora.torch.site import OPEN, Part, Rows
 from superlora.torch.walk import outside_adapters
-
-if TYPE_CHECKING:
-    from superlora.torch.adapter import Adapter
-    from superlora.torch.site import Link, Site
-
-
-@dataclass(eq=False)
-class _Part:
-    """An adapter, its rows, and its links by the layer's identity."""
-
-    adapter: Adapter
-    places: list[int]
-    links: Mapping[int, Link]
-    _index: dict[torch.device, Tensor] = field(default_factory=dict)
-
-    def index(self, device: torch.device) -> Tensor:
-        """Return the rows as a tensor of a device, made once."""
-        if device not in self._index:
-            self._index[device] = torch.tensor(self.places, device=device)
-        return self._index[device]
-
-
-@dataclass(eq=False)
-class Rows:
-    """Which adapter each row of a batch uses, in some layers.
-
-    Attributes
-    ----------
-    count : int
-        Rows of the batch.
-    parts : list of _Part
-        The adapters in use.
-    modules : set of int
-        The identities of all modules of the model.
-    thread : int
-        Which opened the block.
-    """
-
-    count: int
-    parts: list[_Part]
-    modules: set[int]
-    thread: int = field(default_factory=threading.get_ident)
-
-    def output(self, site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return a layer's output: that of the base, and every row's own update."""
-        if site.merged:
-            names = dict.fromkeys(link.adapter.name for link in site.merged)
-            raise AdapterError(
-                f"no adapter must be merged inside rows(): {some(map(repr, names))} are in the "
-                "weights of a layer"
-            )
-        if x.dim() < 2 or x.shape[0] != self.count:
-            raise ValueError(
-                f"names must have one entry for each row of the batch, the first axis of a layer's "
-                f"input: got {self.count} names and an input of shape {tuple(x.shape)} at "
-                f"{site.links[0].name!r}"
-            )
-        y = site._base(*args, **kwargs)
-        indices, updates = [], []
-        for part in self.parts:
-            link = part.links.get(id(site.module))
-            if link is None or not part.adapter.active or not part.adapter.attached:
-                continue
-            index = part.index(x.device)
-            own = x if len(part.places) == self.count else x.index_select(0, index)
-            indices.append(index)
-            updates.append(site.update(link, own).to(y.dtype))
-        if not updates:
-            return y
-        # At once: out of place every call copies the output.
-        return y.index_add(0, torch.cat(indices), torch.cat(updates))
-
-
-# Of the `with` blocks that are open, the innermost last.
-OPEN: list[Rows] = []
-
-
-def rows_of(module: nn.Module) -> Rows | None:
-    """Return the rows of the innermost open block whose model has a layer, if any."""
-    found = [rows for rows in reversed(OPEN) if id(module) in rows.modules]
-    if not found:
-        return None
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-        found = [rows for rows in found if rows.thread == threading.get_ident()]
-    elif len({rows.thread for rows in found}) > 1:
-        raise AdapterError("rows() must be open in one thread alone to be compiled or recomputed")
-    return found[0] if found else None
 
 
 @contextmanager
@@ -175,9 +86,6 @@ def _rows_of_names(model: nn.Module, names: Sequence[str | None]) -> Rows:
         if not isinstance(name, str):
             raise TypeError(f"names[{index}] must be a string or None: got {name!r}")
         places.setdefault(name, []).append(index)
-    from superlora.torch.adapter import registered
-    from superlora.torch.site import Link
-
     adapters: dict[str, list[Adapter]] = {}
     for adapter in registered(model):
         adapters.setdefault(adapter.name, []).append(adapter)
@@ -206,8 +114,8 @@ def _rows_of_names(model: nn.Module, names: Sequence[str | None]) -> Rows:
                 f"names must be those of one adapter each: {1 + len(others)} parts of the model "
                 f"have one named {name!r}"
             )
-        if adapter._disabled:
+        if not adapter.active:
             raise AdapterError(f"adapter {name!r} must not be disabled to serve rows")
-        links = {id(site.module): Link(adapter, key) for key, site in adapter._sites.items()}
-        parts.append(_Part(adapter, own, links))
+        links = {id(site.module): site.link_of(adapter) for site in adapter._sites.values()}
+        parts.append(Part(own, links))
     return Rows(len(names), parts, {id(module) for _, module in outside_adapters(model)})

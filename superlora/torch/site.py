@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from superlora.design.supports import OPERATIONS
-from superlora.torch import row_wise
+from superlora.errors import AdapterError, some
+from superlora.torch.blocks import Place
 from superlora.torch.layers import (
     bias_of,
     computes_plainly,
@@ -18,12 +19,9 @@ from superlora.torch.layers import (
     is_transposed,
     parameter_of,
 )
-from superlora.torch.operations import Operations, merged_changes
+from superlora.torch.operations import Base, Operations, merged_changes
 from superlora.torch.sums import add_rounded_once, is_finite
 from superlora.torch.support import Support, sum_output
-
-if TYPE_CHECKING:
-    from superlora.torch.adapter import Adapter
 
 
 @dataclass(eq=False)
@@ -32,12 +30,18 @@ class Link:
 
     Attributes
     ----------
-    adapter : Adapter
+    adapter : torch.nn.Module
         The adapter.
+    adapter_name : str
+        What errors call it.
     name : str
         The layer's dotted name in the adapter's own model.
-    supports : tuple of Support
+    supports : iterable of Support
         Its support tensors here, in the order of the operations.
+    first : Place
+        Its first factor, whose dtype all have.
+    active : bool
+        Whether the layer's forward adds them: the adapter is neither merged nor disabled.
     before : tuple of (torch.Tensor or None), or None
         The bits of weight and bias before the adapter was merged into them, while it is; None
         for one that it leaves alone.
@@ -45,16 +49,67 @@ class Link:
         Whether the layer had no bias, and has one meanwhile.
     """
 
-    adapter: Adapter
+    adapter: nn.Module
+    adapter_name: str
     name: str
-    supports: tuple[Support, ...] = field(init=False)
+    supports: Iterable[Support]
+    first: Place
+    active: bool = True
     before: tuple[Tensor | None, Tensor | None] | None = None
     bare: bool = False
 
-    def __post_init__(self) -> None:
-        own = self.adapter.plan.layout.supports[self.name]
-        found = (own[operation] for operation in OPERATIONS if operation in own)
-        self.supports = tuple(self.adapter.supports[name] for name in found)
+
+@dataclass(eq=False)
+class Part:
+    """Rows of a batch that use one adapter, and its links by the layer's identity."""
+
+    places: list[int]
+    links: Mapping[int, Link]
+    _index: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def index(self, device: torch.device) -> Tensor:
+        """Return the rows as a tensor of a device, made once."""
+        if device not in self._index:
+            self._index[device] = torch.tensor(self.places, device=device)
+        return self._index[device]
+
+
+@dataclass(eq=False)
+class Rows:
+    """Which adapter each row of a batch uses, in the layers of one model.
+
+    Attributes
+    ----------
+    count : int
+        Rows of the batch.
+    parts : list of Part
+        The adapters in use.
+    modules : set of int
+        The identities of all modules of the model.
+    thread : int
+        Which opened the block.
+    """
+
+    count: int
+    parts: list[Part]
+    modules: set[int]
+    thread: int = field(default_factory=threading.get_ident)
+
+
+# Of the `with rows(...)` blocks that are open, the innermost last.
+OPEN: list[Rows] = []
+
+
+def rows_of(module: nn.Module) -> Rows | None:
+    """Return the rows of the innermost open block whose model has a layer, if any."""
+    found = [rows for rows in reversed(OPEN) if id(module) in rows.modules]
+    if not found:
+        return None
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+        found = [rows for rows in found if rows.thread == threading.get_ident()]
+    elif len({rows.thread for rows in found}) > 1:
+        raise AdapterError("rows() must be open in one thread alone to be compiled or recomputed")
+    return found[0] if found else None
 
 
 class Site:
@@ -70,7 +125,7 @@ class Site:
 
     Attributes
     ----------
-    links : list of Link
+    links : dict of torch.nn.Module to Link
         All adapters of the layer, in the order of attachment.
     merged : list of Link
         Those whose update the weight holds, in the order of merging.
@@ -78,7 +133,7 @@ class Site:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.links: list[Link] = []
+        self.links: dict[nn.Module, Link] = {}
         self.merged: list[Link] = []
         # Another library's wrapper, put back on removal.
         self._previous: Callable[..., Tensor] | None = module.__dict__.get("forward")
@@ -94,16 +149,16 @@ class Site:
         return found if isinstance(found, Site) else None
 
     @classmethod
-    def add(cls, module: nn.Module, name: str, adapter: Adapter) -> Site:
-        """Let `adapter`, which calls it `name`, take part in the forward of `module`."""
+    def add(cls, module: nn.Module, link: Link) -> Site:
+        """Let an adapter take part in the forward of `module`."""
         site = cls.of(module) or cls(module)
-        site.links.append(Link(adapter, name))
+        site.links[link.adapter] = link
         module.forward = site.forward
         return site
 
-    def remove(self, adapter: Adapter) -> None:
+    def remove(self, adapter: nn.Module) -> None:
         """Take `adapter` away; with the last one the layer is as it was."""
-        self.links = [link for link in self.links if link.adapter is not adapter]
+        self.links.pop(adapter, None)
         self.merged = [link for link in self.merged if link.adapter is not adapter]
         if self.links:
             return
@@ -117,22 +172,19 @@ class Site:
         x = args[0] if args else kwargs.get(self._input)
         if x is None:
             return self._base(*args, **kwargs)  # says what is wrong, in the layer's own words
-        if row_wise.OPEN:
-            divided = row_wise.rows_of(self.module)
-            if divided is not None:
-                return divided.output(self, x, *args, **kwargs)
+        if OPEN:
+            rows = rows_of(self.module)
+            if rows is not None:
+                return self._divided(rows, x, *args, **kwargs)
         supports: list[Support] = []
         plain = True
-        module = self.module
-        dtype = module.weight.dtype
+        dtype = self.module.weight.dtype
         # In half precision the sum with the weight would round a small update away.
         wide = dtype in (torch.float32, torch.float64)
-        for link in self.links:
-            if link.adapter.merged or link.adapter._disabled:
+        for link in self.links.values():
+            if not link.active:
                 continue
-            owner, leaf = link.adapter._first
-            factor = owner._parameters[leaf]
-            wide = wide and factor is not None and factor.dtype == dtype
+            wide = wide and link.first.read().dtype == dtype
             for support in link.supports:
                 supports.append(support)
                 plain = plain and support.plain
@@ -149,11 +201,36 @@ class Site:
                 return self._base(moved, *args[1:], **kwargs)
             return self._base(**{**kwargs, self._input: moved})
 
-        return Operations(self, supports, x).output(fused, base)
+        return Operations(self.base, supports, x).output(fused, base)
 
-    def update(self, link: Link, x: Tensor) -> Tensor:
-        """Return one adapter's part of the layer's output."""
-        return Operations(self, link.supports, x).added()
+    def _divided(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output plus every row's own update."""
+        if self.merged:
+            names = dict.fromkeys(link.adapter_name for link in self.merged)
+            raise AdapterError(
+                f"no adapter must be merged inside rows(): {some(map(repr, names))} are in the "
+                "weights of a layer"
+            )
+        if x.dim() < 2 or x.shape[0] != rows.count:
+            raise ValueError(
+                f"names must have one entry for each row of the batch, the first axis of a layer's "
+                f"input: got {rows.count} names and an input of shape {tuple(x.shape)} at "
+                f"{next(iter(self.links.values())).name!r}"
+            )
+        y = self._base(*args, **kwargs)
+        indices, updates = [], []
+        for part in rows.parts:
+            link = part.links.get(id(self.module))
+            if link is None or not link.active or link.adapter not in self.links:
+                continue
+            index = part.index(x.device)
+            own = x if len(part.places) == rows.count else x.index_select(0, index)
+            indices.append(index)
+            updates.append(Operations(self.base, [*link.supports], own).added().to(y.dtype))
+        if not updates:
+            return y
+        # At once: out of place every call copies the output.
+        return y.index_add(0, torch.cat(indices), torch.cat(updates))
 
     def _base(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._previous is not None:
@@ -174,9 +251,10 @@ class Site:
         return bias
 
     @property
-    def wrapped(self) -> bool:
-        """Whether another library's forward stands in for the layer's own."""
-        return self._previous is not None
+    def base(self) -> Base:
+        """What the layer's weight and bias hold, and held without any adapter."""
+        merged, wrapped = bool(self.merged), self._previous is not None
+        return Base(self.weight, self.bias, self.own_weight, self.own_bias, merged, wrapped)
 
     @property
     def own_weight(self) -> Tensor:
@@ -200,11 +278,11 @@ class Site:
         site = cls.of(module)
         return bias_of(module) if site is None else site.own_bias
 
-    def link_of(self, adapter: Adapter) -> Link:
+    def link_of(self, adapter: nn.Module) -> Link:
         """Return the link of one of the layer's adapters."""
-        return next(link for link in self.links if link.adapter is adapter)
+        return self.links[adapter]
 
-    def below(self, adapter: Adapter) -> list[Link]:
+    def below(self, adapter: nn.Module) -> list[Link]:
         """Return those that were merged before an adapter, if it is merged here."""
         if not self.merged:
             return []
@@ -215,12 +293,12 @@ class Site:
         """Return the names of the adapters whose changes the weight or the bias holds."""
         index = {"weight": 0, "bias": 1}.get(key)
         return [
-            link.adapter.name
+            link.adapter_name
             for link in self.merged
             if index is not None and link.before is not None and link.before[index] is not None
         ]
 
-    def merge(self, adapter: Adapter) -> None:
+    def merge(self, adapter: nn.Module) -> None:
         """Add the adapter's update to weight and bias, in place, and keep the bits they had."""
         link = self.link_of(adapter)
         self._add(link)
@@ -229,7 +307,7 @@ class Site:
             self.unmerge(adapter)
             raise ValueError(f"weight + update of {link.name!r} must be finite to be merged")
 
-    def unmerge(self, adapter: Adapter) -> None:
+    def unmerge(self, adapter: nn.Module) -> None:
         """Give weight and bias the bits they had before the adapter was merged, if it is."""
         link = self.link_of(adapter)
         if link not in self.merged:
@@ -254,7 +332,7 @@ class Site:
     @torch.no_grad()
     def _add(self, link: Link) -> None:
         weight, bias = parameter_of(self.module), bias_of(self.module)
-        of_weight, of_bias = merged_changes(self, link.supports)
+        of_weight, of_bias = merged_changes(self.base, [*link.supports])
         kept = (
             None if of_weight is None else weight.detach().clone(),
             None if of_bias is None or bias is None else bias.detach().clone(),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from superlora.algebra.form import joint_entries
+from superlora.algebra.form import joint_entries, scaled
 from superlora.design.supports import ADD
 from superlora.design.ways import FORMED, application
 from superlora.torch.autograd import autocasts, is_traced, without_autocast
-from superlora.torch.operands import Operands, formed_operands
+from superlora.torch.blocks import Blocks, Place
+from superlora.torch.operands import Operands, Shared, formed_operands
 from superlora.torch.update import (
     Call,
     FactoredWay,
@@ -22,9 +23,6 @@ from superlora.torch.update import (
     Way,
     apply_way,
 )
-
-if TYPE_CHECKING:
-    from superlora.torch.blocks import Blocks
 
 # Entries of an update that are formed at once: few enough for a core's cache.
 _CHUNK = 1 << 18
@@ -35,10 +33,10 @@ class Support:
 
     Parameters
     ----------
-    adapter : Blocks
-        Whose it is.
+    blocks : Blocks
+        Where its blocks are.
     name : str
-        Its name in the adapter's plan.
+        Its name in their plan.
 
     Attributes
     ----------
@@ -46,13 +44,11 @@ class Support:
         The merge operation.
     along : str
         What its vector is repeated along; empty where it is no repeated vector.
-    scale, number : float and torch.Tensor
-        The number in front of it, and the same for compiled code.
     """
 
-    def __init__(self, adapter: Blocks, name: str) -> None:
-        layout = adapter.plan.layout
-        self.adapter, self.name = adapter, name
+    def __init__(self, blocks: Blocks, name: str) -> None:
+        layout = blocks.plan.layout
+        self.blocks, self.name = blocks, name
         layer = layout.layer_of[name]
         self.operation = next(op for op, own in layout.supports[layer].items() if own == name)
         self.shape = layout.shapes[name]
@@ -62,8 +58,6 @@ class Support:
         # Whether it is an update of the weight, and no repeated vector.
         self.plain = self.operation == ADD and not self.along
         self.scales = self.operation == "scale_weight"
-        self.scale: float = 1.0
-        self.number = torch.empty(0)
         self.application = application(layout, name)
         self.operands = formed_operands(layout, name)
         self.way: Way | None = None
@@ -72,31 +66,41 @@ class Support:
         elif self.application.factored is not None:
             self.way = FactoredWay(layout, name, self.application.factored)
         for own in (self.operands, *(self.way.operands if self.way else ())):
-            own.owners = _owners(adapter, own)
+            own.registered = _registered(blocks, own)
         copied = self.application.forming.multiplications <= math.prod(self.shape)
         mixed = self.operands.leading and self.operands.opened is None
         # How many rows are best formed at once; 0 for all of them.
         self.chunk = 0 if copied or mixed else max(1, _CHUNK // self.shape[1])
 
+    def shared(self) -> list[Shared]:
+        """Return what layers may share of it."""
+        every = [self.operands, *(self.way.operands if self.way else ())]
+        return [each for own in every for each in own.shared]
+
     def given(self, operands: Operands, device: torch.device) -> list[Tensor]:
         """Return the tensors that operands are made of."""
-        adapter = self.adapter
-        owners = operands.owners
-        if owners is None:
-            blocks = [block.to(device) for block in adapter.sources(operands.own)]
+        if operands.registered is None:
+            found = [array.to(device) for array in self.blocks.sources(operands.own)]
         else:
-            blocks = []
-            for owner, leaf, frozen in owners:
+            found = []
+            for owner, leaf, frozen, part in operands.registered:  # as `Place.read`, at less cost
                 block = owner._buffers[leaf] if frozen else owner._parameters[leaf]
                 assert block is not None
-                blocks.append(block if block.device == device else block.to(device))
+                block = block if part is None else block[part]
+                found.append(block if block.device == device else block.to(device))
         if not operands.shared:
-            return blocks
-        return [*[each.take(adapter) for each in operands.shared], *blocks]
+            return found
+        return [*[each.take(self.blocks) for each in operands.shared], *found]
+
+    @property
+    def scale(self) -> float | Tensor:
+        """The number in front of it; a tensor where code is compiled, to be read each time."""
+        held = self.blocks.numbers if torch.compiler.is_compiling() else self.blocks.scales
+        return held[self.name]
 
     def is_formed(self, tokens: int, fused: bool) -> bool:
         """Return whether the support is best formed for so many inputs."""
-        applied = self.adapter._applied
+        applied = self.blocks.applied
         if self.way is None or applied == FORMED:
             return True
         if applied != "auto" or is_traced():  # no compiler is to see a number of tokens compared
@@ -119,15 +123,14 @@ class Support:
         tensors = self.given(operands, x.device)
         if base is not None:
             tensors = [*tensors, base]
-        values = self.adapter.scope.values() if way.whole else None
+        values = self.blocks.scope.values() if way.whole else None
         if weight is None:
             dtype = tensors[0].dtype
             if autocasts(x.device):
                 values, dtype = None, torch.get_autocast_dtype(x.device.type)
             tensors = [tensor.to(dtype) for tensor in tensors]
             x = x.to(dtype)
-        scale = self.number if torch.compiler.is_compiling() else self.scale
-        return apply_way(way, Call(x, weight, bias, tensors, scale), [values])
+        return apply_way(way, Call(x, weight, bias, tensors, self.scale), [values])
 
     def form(self, device: torch.device) -> Tensor:
         """Return the support tensor itself, the scale multiplied in; autocasting must be off."""
@@ -138,33 +141,43 @@ class Support:
             count = len(own.shared)
             tensors = [*own.cut(tensors[:count], rows, device), *tensors[count:]]
         found = own.form(tensors, rows)
-        if torch.compiler.is_compiling():
-            return found * self.number
-        return found if self.scale == 1 else found * self.scale
+        multiplied: Tensor = scaled(found, self.scale)
+        return multiplied
+
+    def delta(self) -> Tensor:
+        """Form the support tensor; never the memory of a block."""
+        device = self.blocks.device_of(self.name)
+        # The same bits as where layers share what they are cut from; never what a pass of the
+        # model made, which may have been interrupted.
+        scope = self.blocks.scope
+        shared = nullcontext() if scope.in_block else scope.opened()
+        with without_autocast(device), shared:
+            found = self.form(device)
+        # What the caller changes must be no factor: a support of one block alone may be one.
+        return found * 1.0
 
     def vector(self, device: torch.device) -> Tensor:
         """Return the vector that is repeated, the scale multiplied in."""
-        layout = self.adapter.plan.layout
+        layout = self.blocks.plan.layout
         group = layout.grouping.pieces[self.name][0].group
         names = layout.blocks_of_joint(group)
-        tensors, make = self.adapter.inputs_of(names)
+        tensors, make = self.blocks.inputs_of(names)
         with without_autocast(device):
             given = dict(zip(names, make(tensors), strict=True))
             entries: Tensor = joint_entries(layout, given, group)
-            scale = self.number if torch.compiler.is_compiling() else self.scale
-            return (entries * scale).to(device)
+            return (entries * self.scale).to(device)
 
 
-def _owners(adapter: Blocks, operands: Operands) -> list[tuple[nn.Module, str, bool]] | None:
+def _registered(own: Blocks, operands: Operands) -> list[Place] | None:
     """Return where blocks are registered, if operands are these as they are."""
-    layout = adapter.plan.layout
+    layout = own.plan.layout
     blocks = [source.block for source in operands.own]
     whole = all(layout.block_shapes[source.block] == source.shape for source in operands.own)
     if not whole or any(source.modes for source in operands.own):
         return None
     if any(block in layout.inner for block in blocks):
         return None
-    return [(*adapter.place(block), block in layout.frozen) for block in blocks]
+    return [own.places[block] for block in blocks]
 
 
 def sum_output(
@@ -219,7 +232,6 @@ def _formed_product(
     own_weight: Tensor | None,
 ) -> Tensor:
     """Multiply inputs by the sum of formed supports, and of the weight if it is given."""
-    compiled = torch.compiler.is_compiling()
     shared: list[Tensor] = []
     blocks: list[Tensor] = []
     for support in supports:
@@ -234,9 +246,9 @@ def _formed_product(
     way = FormedWay(
         [support.operands for support in supports],
         scaling,
-        [support.number if compiled else support.scale for support in supports],
+        [support.scale for support in supports],
         min([support.chunk for support in supports]),
     )
     # A layer's supports may be of several adapters, each of which has a scope of its own.
-    kept = [support.adapter.scope.values() for support in supports] if way.whole else ()
+    kept = [support.blocks.scope.values() for support in supports] if way.whole else ()
     return apply_way(way, Call(x, weight, bias, [*shared, *blocks], 1.0), kept)

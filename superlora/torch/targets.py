@@ -130,11 +130,6 @@ def _unfit(name: str, module: nn.Module, parent: nn.Module | None) -> str:
             f"match layers whose own forward is called: {name!r} is read directly by its parent, "
             f"a {type(parent).__name__}"
         )
-    if getattr(module.__dict__.get("forward"), "alone", False):
-        return (
-            f"not match layers of a supernet: {name!r} is one; extract an adapter or detach it "
-            "first"
-        )
     return ""
 
 

@@ -12,10 +12,15 @@ from superlora.torch.blocks import Blocks
 Frozen = list[tuple[nn.Module, str]]
 
 
+def is_adapter(module: nn.Module) -> bool:
+    """Return whether a module is an adapter."""
+    return isinstance(module.__dict__.get("blocks"), Blocks)
+
+
 def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of a model by name, but those of its adapters."""
     seen: set[int] = set()
-    rest = [] if isinstance(model, Blocks) else [("", model)]
+    rest = [] if is_adapter(model) else [("", model)]
     while rest:
         name, module = rest.pop()
         if id(module) in seen:
@@ -26,7 +31,7 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         children = [
             (before + key, child)
             for key, child in module._modules.items()
-            if child is not None and not isinstance(child, Blocks)
+            if child is not None and not is_adapter(child)
         ]
         rest += children[::-1]
 

@@ -38,7 +38,7 @@ def best(delta: torch.Tensor, rank: int) -> float:
 def test_truncation_is_the_best_of_its_rank_and_says_its_error(spec, rank):
     _, adapter = attach_random(spec)
     for name in adapter.plan.shapes:
-        layer, error = low_rank_layer(adapter, name, rank, None)
+        layer, error = low_rank_layer(adapter.blocks, name, rank, None)
         delta = adapter.delta(name).detach().double()
         missing = float((delta - product(layer.parts[0])).norm() / delta.norm())
         assert layer.rank <= rank
@@ -52,7 +52,7 @@ def test_truncation_is_the_best_of_its_rank_and_says_its_error(spec, rank):
 def test_energy_keeps_the_least_rank_that_reaches_it(spec, energy):
     _, adapter = attach_random(spec)
     for name in adapter.plan.shapes:
-        layer, _ = low_rank_layer(adapter, name, None, energy)
+        layer, _ = low_rank_layer(adapter.blocks, name, None, energy)
         squares = torch.linalg.svdvals(adapter.delta(name).detach().double()).square()
         parts = squares.cumsum(0) / squares.sum()
         assert parts[layer.rank - 1] >= energy - 1e-6

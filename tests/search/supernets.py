@@ -101,5 +101,7 @@ def expected_of(
     return new_weight, new_bias
 
 
-def _numpy(stored: Any) -> list[Any]:
-    return [None if each is None else each.detach().double().numpy() for each in stored]
+def _numpy(stored: Any) -> tuple[Any, Any]:
+    """Return what is stored as matrices: left (height, r) and right (r, width), or a column."""
+    left, *right = (each.detach().double().numpy() for each in stored)
+    return left.reshape(len(left), -1), right[0].T if right else None

@@ -133,12 +133,11 @@ def test_a_block_chooses_and_gives_back():
     fixed = supernet.space.fixed(add_weight=2)
     with supernet.using(fixed):
         assert supernet.configuration == fixed
-        assert supernet.fixed
         inner = model(x)
         with supernet.using(supernet.space.most):
             assert not torch.equal(model(x), inner)
         assert torch.equal(model(x), inner)
-    assert (supernet.configuration, supernet.fixed) == (drawn, False)
+    assert supernet.configuration == drawn
     assert torch.equal(model(x), y)
     with pytest.raises(RuntimeError, match="own"), supernet.using(fixed):
         raise RuntimeError("own")
@@ -246,7 +245,6 @@ def test_copies_are_independent(copier):
     with torch.no_grad():
         y = model(x)
     other = copier(model)
-    assert other.supernet._sites["blocks.0.q"]._kept is None
     with torch.no_grad():
         assert torch.equal(other(x), y)
     assert other.supernet.space == supernet.space

@@ -15,13 +15,14 @@ from superlora.search import Supernet  # noqa: E402
 from tests.search.supernets import RANKS, TARGETS, fill, make_supernet  # noqa: E402
 from tests.torch.conftest import _one_thread  # noqa: E402, F401
 from tests.torch.helpers import (  # noqa: E402
+    assert_near,
     bits,
     every_layer,
     make_input,
     make_net,
     make_outer,
+    seeded,
     snapshot,
-    unchanged,
 )
 
 
@@ -160,12 +161,7 @@ def _shared():
         (make_net, {"dtype": torch.int8}, TypeError, "dtype must be a floating-point torch.dtype"),
         (make_net, {"name": "blocks"}, AdapterError, "an attribute 'blocks' already"),
         (make_net, {"name": "a b"}, ValueError, "name must be a Python identifier"),
-        (_wrapped, {}, AdapterError, "'blocks.0.q' is wrapped by another library"),
-        (_noisy, {}, ValueError, "compute x Wᵀ .* 'blocks.0.q' is a Noisy"),
-        (_adapted, {}, AdapterError, "no adapter and no other supernet: detach 'superlora' first"),
-        (_twice, {}, AdapterError, "no adapter and no other supernet: detach 'first' first"),
         (_shared, {}, ValueError, "a weight that two modules share"),
-        (lambda: make_net().to("meta"), {}, AdapterError, "weights must be loaded"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(make, options, error, message):
@@ -176,17 +172,92 @@ def test_bad_input_is_refused_and_changes_nothing(make, options, error, message)
     assert model is None or snapshot(model) == before
 
 
-def test_an_adapter_attached_later_leaves_first():
-    model, supernet = make_supernet()
-    with unchanged(model), pytest.raises(ValueError, match=r"layers of a supernet: 'blocks.0.q'"):
-        slt.attach(model, sl.lora(2), ["q"])
-    adapter = slt.attach(model, sl.lora(2), ["head"])
-    for leave in (supernet.detach, lambda: supernet.extract(supernet.space.most, name="other")):
-        with unchanged(model), pytest.raises(AdapterError, match="detach 'superlora' first"):
-            leave()
+@pytest.mark.parametrize("make", [_wrapped, _noisy, _adapted, _twice])
+def test_it_lies_beside_all_that_an_adapter_does(make):
+    """Other adapters, another supernet, another library's forward, a layer with one of its own."""
+    model = make()
+    if make is _twice:
+        model.first.use(fill(model.first).space.most)
+    x = make_input()
+    y = model(x)
+    before = snapshot(model)
+    supernet = Supernet(model, TARGETS, ranks=RANKS)
+    supernet.use(supernet.space.most)
+    assert torch.equal(model(x), y)
+    fill(supernet)
+    changed = model(x)
+    assert not torch.allclose(changed, y)
+    supernet.extract(supernet.space.most, name="other")
+    assert torch.equal(model(x), changed)
+    model.other.detach()
+    assert torch.equal(model(x), y)
+    assert snapshot(model) == before
+
+
+def test_an_adapter_attached_later_adds_its_own():
+    model, supernet = make_supernet(to={"dtype": torch.float64})
+    x = make_input(dtype=torch.float64)
+    supernet.use(supernet.space.most)
+    y = model(x)
+    adapter = fill(slt.attach(model, sl.lora(2), ["q"], name="other"))
+    both = model(x)
+    assert not torch.allclose(both, y)
+    with supernet.disabled(), adapter.disabled():
+        assert not torch.allclose(model(x), y)
+    with slt.rows(model, ["supernet"] * len(x)):
+        assert_near(model(x), y)
+    supernet.extract(supernet.space.most)
+    assert_near(model(x), both)
     adapter.detach()
-    assert all(parameter.requires_grad for parameter in supernet.parameters())
-    supernet.detach()
+    assert torch.equal(model(x), y)
+
+
+@every_layer
+def test_merged_it_computes_what_the_configuration_does(layer):
+    model, supernet = make_supernet(layer, to={"dtype": torch.float64})
+    before = {name: bits(value) for name, value in model.state_dict().items()}
+    x = make_input(dtype=torch.float64)
+    supernet.scale = 1.5
+    for step in range(3):
+        with supernet.using(supernet.sample(step)):
+            y = model(x)
+            supernet.merge()
+            assert_near(model(x), y)
+            with pytest.raises(AdapterError, match="must be unmerged to be given another"):
+                supernet.draw(0)
+            with supernet.disabled():
+                assert not torch.allclose(model(x), y)
+            chosen = sum(
+                o != "none" for own in supernet.configuration.values() for o in own.values()
+            )
+            assert len(supernet.deltas()) == chosen
+        assert not supernet.merged
+        now = {name: bits(value) for name, value in model.state_dict().items()}
+        assert now == before
+    with pytest.raises(AdapterError, match="must have a configuration"):
+        supernet.merge()
+    assert {name: bits(value) for name, value in model.state_dict().items()} == before
+
+
+def test_scale_and_ways_hold_for_every_configuration():
+    """Set before an option is chosen for the first time, and after."""
+    model, supernet = make_supernet(to={"dtype": torch.float64})
+    first, second = supernet.sample(0), supernet.sample(1)
+    found = {}
+    for scale in (1.0, 2.0):
+        supernet.scale = scale
+        for index, configuration in enumerate((first, second)):
+            supernet.use(configuration)
+            found[scale, index] = supernet.deltas()
+    for index in range(2):
+        for name, delta in found[1.0, index].items():
+            assert_near(found[2.0, index][name], 2 * delta)
+    x = make_input(dtype=torch.float64)
+    y = model(x)
+    for way in ("factored", "formed"):
+        supernet.applied = way
+        assert {own.blocks.applied for own in supernet.supports.values()} == {way}
+        assert_near(model(x), y)
 
 
 def test_a_forward_wrapped_later_is_not_lost():
@@ -200,13 +271,20 @@ def test_a_forward_wrapped_later_is_not_lost():
     supernet.detach()
 
 
-def test_a_weight_that_is_trained_under_it_is_refused():
-    """Its gradient would lack what the scale takes from it."""
-    model, supernet = make_supernet()
-    supernet.draw(0)
-    model.blocks[1].v.weight.requires_grad_()
-    with pytest.raises(AdapterError, match=r"must stay frozen: that of 'blocks.1.v'"):
-        model(make_input())
+def test_a_weight_that_is_trained_under_it():
+    """Its gradient has what the scale and the bias take from it."""
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(5, 4)).double()
+        x = torch.randn(3, 5, dtype=torch.float64)
+    supernet = fill(Supernet(model, ranks=(2,)))
+    supernet.use(supernet.space.most)
+    model[0].weight.requires_grad_()
+
+    def call(weight):
+        return torch.func.functional_call(model, {"0.weight": weight}, (x,))
+
+    weight = model[0].weight.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(call, (weight,))
 
 
 def test_what_is_trained_beside_it():
@@ -224,11 +302,11 @@ def test_what_is_trained_beside_it():
     model.zero_grad()
     supernet.use(supernet.space.fixed(scale_bias="vector"))
     model(x).square().sum().backward()
-    scale = 1 + supernet.stored("blocks.0.q")["scale_bias"][0][:, 0]
+    scale = 1 + supernet.stored("blocks.0.q")["scale_bias"][0]
     shifted = copy.deepcopy(plain)
     with torch.no_grad():
         for name in supernet.layers():
-            shifted.get_submodule(name).bias.mul_(1 + supernet.stored(name)["scale_bias"][0][:, 0])
+            shifted.get_submodule(name).bias.mul_(1 + supernet.stored(name)["scale_bias"][0])
     shifted.zero_grad()
     shifted(x).square().sum().backward()
     expected = scale * shifted.blocks[0].q.bias.grad

@@ -41,7 +41,7 @@ def calls_of_a_layer(design, mode):
     x = torch.randn(2, 3, WIDTH)
     for _ in range(2):
         model(x)
-    with mode(), adapter.scope.opened():
+    with mode(), adapter.blocks.scope.opened():
         model[0](x)
         return calls_of(lambda: model[1](x))
 

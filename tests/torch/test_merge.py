@@ -8,6 +8,7 @@ from torch import nn
 
 import superlora as sl
 import superlora.torch as slt
+from superlora.torch.support import Support
 from tests.torch.helpers import (
     SPECS,
     assert_near,
@@ -174,13 +175,13 @@ def test_sum_that_overflows_half_precision_is_not_merged():
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("place", range(6))
-@pytest.mark.parametrize("owner", [slt.Adapter, torch.Tensor], ids=["forming", "half-written"])
+@pytest.mark.parametrize("owner", [Support, torch.Tensor], ids=["forming", "half-written"])
 def test_interrupted_merge_changes_nothing(owner, place, fault, monkeypatch):
     model = make_net()
     adapter = attach_filled(model, "cut")
     bits, x = base_bits(model), make_input()
     expected = model(x)
-    name, calls = {slt.Adapter: "delta", torch.Tensor: "add_"}[owner], iter(range(100))
+    name, calls = {Support: "delta", torch.Tensor: "add_"}[owner], iter(range(100))
     plain = getattr(owner, name)
 
     def interrupted(self, *args, **kwargs):

@@ -85,7 +85,7 @@ def assert_same(found, expected, times=1.0):
 
 def kept(adapter):
     """List the values that an adapter holds for its layers."""
-    scope = adapter.scope
+    scope = adapter.blocks.scope
     passes = [*scope._passes.values(), *scope._kept.values()]
     held = [values for own in passes for values in own.values()]
     return [value for values in held for value in values.values()]
@@ -337,7 +337,7 @@ def test_no_value_outlives_its_use(monkeypatch, key):
             loss = loss_of(model(x))
             assert alive
             assert not kept(adapter)
-            assert adapter.scope._passes == {}
+            assert adapter.blocks.scope._passes == {}
             loss.backward()
             del loss
         model(x)  # no gradients are taken
@@ -393,7 +393,7 @@ def test_copies_share_among_themselves(made, key):
         file.seek(0)
         copies.append(torch.load(file, weights_only=False))
         for copied in copies:
-            assert copied.superlora.scope is not adapter.scope
+            assert copied.superlora.blocks.scope is not adapter.blocks.scope
             assert not kept(copied.superlora)
     for copied in copies:
         made.clear()
@@ -530,7 +530,7 @@ def test_an_interrupted_pass_leaves_nothing_to_the_next(key, grad, error):
             factor.data.mul_(1.5)
         model.head[0].error = None
         assert_near(model(x), plain(model, adapter, lambda: model(x)))
-    assert adapter.scope._passes == {}
+    assert adapter.blocks.scope._passes == {}
 
 
 @every_shared
@@ -697,7 +697,7 @@ def test_a_block_that_keeps_values_ends_with_an_error():
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert not kept(adapter)
-    assert adapter.scope.values() is None
+    assert adapter.blocks.scope.values() is None
 
 
 def test_what_a_thread_keeps_no_other_reads():
@@ -715,7 +715,7 @@ def test_what_a_thread_keeps_no_other_reads():
     thread.start()
     assert inside.wait(20)
     with torch.no_grad():
-        assert adapter.scope.values() is None
+        assert adapter.blocks.scope.values() is None
         for factor in adapter.parameters():
             factor.mul_(2)
         assert_near(model(x), plain(model, adapter, lambda: model(x)))

@@ -1,4 +1,4 @@
-"""One adapter, one safetensors file: every factor once, and what it needs to be loaded."""
+"""An adapter's file: every factor once, beside the design; its header written, read and checked."""
 
 from __future__ import annotations
 
@@ -17,28 +17,25 @@ from torch import Tensor, nn
 from superlora.algebra.frozen import fingerprint
 from superlora.design.spec import Spec
 from superlora.design.supports import OF_BIAS, Supports, design_from_dict
-from superlora.design.ways import check_apply
 from superlora.errors import some
 from superlora.plan import Plan
-from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_free, check_model, frozen_of, host_of, placed, register
+from superlora.torch.blocks import Blocks
 from superlora.torch.files.safetensors_file import (
     Header,
     other_shapes,
-    read_tensors,
     unfit_dtypes,
     write_tensors,
 )
-from superlora.torch.layers import is_adaptable, parameter_of, refuse_empty, shape_of
-from superlora.torch.replaced import refuse_unfit
+from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
-from superlora.torch.targets import find_targets
 
 FORMAT_VERSION = 1
 # Before the names of the model's own parameters that come with the adapter.
 MODEL = "model."
 # One metadata key: safetensors writes several in no fixed order.
 KEY = "superlora"
+# In it, of a supernet.
+SUPERNET = "supernet"
 # What reading a header of other values than ours can raise.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 # Between fingerprints: rounding changes one by less.
@@ -47,101 +44,44 @@ TOLERANCE = 1e-3
 _CHECKSUMS: weakref.WeakKeyDictionary[Plan, dict[str, int]] = weakref.WeakKeyDictionary()
 
 
-def save_adapter(adapter: Adapter, path: Path) -> None:
+def save_blocks(
+    blocks: Blocks,
+    modules: Mapping[str, nn.Module],
+    replaced: Replaced | None,
+    beside: Mapping[str, Any],
+    path: Path,
+) -> None:
     """Write an adapter's factors and description to `path`, atomically."""
-    refuse_empty(f"adapter {adapter.name!r} must have memory to be saved", adapter.factors())
-    blocks = {name: block.detach().cpu() for name, block in adapter.factors().items()}
+    plan = blocks.plan
+    held = {name: block.detach().cpu() for name, block in blocks.items()}
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "spec": adapter.plan.spec.to_dict(),
-        "weights": [[name, list(shape)] for name, shape in adapter.plan.layout.layers.items()],
+        "spec": plan.spec.to_dict(),
+        "weights": [[name, list(shape)] for name, shape in plan.layout.layers.items()],
+        **beside,
     }
-    if adapter.scale != adapter.plan.scale:
-        header["scale"] = adapter.scale
-    if without := _without_bias(adapter.plan, adapter.layers()):
+    if blocks.scale != plan.scale:
+        header["scale"] = blocks.scale
+    if without := _without_bias(plan, modules):
         header["without_bias"] = without
-    tensors = {name: blocks[name] for name in stored_shapes(adapter.plan)}
-    made = {name: block for name, block in blocks.items() if name not in tensors}
+    tensors = {name: held[name] for name in stored_shapes(plan)}
+    made = {name: block for name, block in held.items() if name not in tensors}
     if made:
         header["frozen"] = {name: print_of(block) for name, block in made.items()}
-    checksums = checksums_of(adapter.plan)
+    checksums = checksums_of(plan)
     if checksums:
         header["maps"] = checksums
-    if adapter.replaced is not None:
-        tensors |= {MODEL + name: value for name, value in adapter.replaced.parameters().items()}
+    if replaced is not None:
+        tensors |= {MODEL + name: value for name, value in replaced.parameters().items()}
     write_tensors(path, tensors, {KEY: json.dumps(header, separators=(",", ":"))})
-
-
-def load(
-    model: nn.Module, path: str | Path, *, name: str = "superlora", apply: str = "auto"
-) -> Adapter:
-    """Attach a saved adapter to a model.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A model with layers of the names and shapes that the file gives.
-    path : str or pathlib.Path
-        A file that ``Adapter.save`` wrote.
-    name : str
-        The attribute of `model` under which the adapter is registered.
-    apply : {"auto", "factored", "formed"}
-        Whether updates are formed in the forward pass, as in `attach`.
-
-    Returns
-    -------
-    Adapter
-        With the very factors that were saved, on the layers' devices.
-
-    Raises
-    ------
-    AdapterError
-        If `model` has an attribute of that name, or a weight lies on the meta
-        device.
-    FileNotFoundError
-        If there is no such file.
-    TypeError
-        If `model` is not a module, or a weight is not of a floating-point type.
-    ValueError
-        If the file is truncated, not an adapter, of another format version, for
-        other names or shapes, or has missing or extra tensors, or its maps or frozen
-        blocks are not drawn as they were: they are listed, and the model is as it was.
-    """
-    check_model(model)
-    path = Path(path)
-
-    def check(metadata: Mapping[str, str], tensors: Header) -> tuple[Plan, Description]:
-        description = description_of(metadata, path)
-        with valid_header(path):
-            plan = Plan(description.spec, description.layers)
-        check_tensors(plan, tensors, path)
-        return plan, description
-
-    (plan, description), tensors = read_tensors(path, check)
-    check_apply(apply, plan.layout)
-    factors = {key: value for key, value in tensors.items() if not key.startswith(MODEL)}
-    replaced = {
-        key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)
-    }
-    modules = find_layers(model, plan.layout.layers, path)
-    check_biases(plan, modules, description, path)
-    check_free(model, host_of(model, modules), name)
-    check_maps(plan, description, path)
-    refuse_unfit(model, replaced, path)
-    # Rounded as they were when they were saved.
-    dtype = factors[next(iter(plan.factor_shapes))].dtype
-    made = {name: block.to(dtype) for name, block in frozen_of(plan, modules).items()}
-    check_frozen({name: print_of(block) for name, block in made.items()}, description, path)
-    blocks = placed(plan, modules, factors | made, dtype)
-    adapter = register(model, plan, modules, blocks, name, replaced=replaced)
-    adapter.scale = description.scale
-    adapter.applied = apply
-    return adapter
 
 
 @dataclass
 class Description:
-    """What a file's header says of its adapter: the scale and the layers' shapes as saved."""
+    """What a file's header says of its adapter: the scale and the layers' shapes as saved.
+
+    `supernet` has what a supernet says of itself; None for another adapter.
+    """
 
     spec: Spec | Supports
     scale: float
@@ -149,6 +89,7 @@ class Description:
     without_bias: set[str]
     prints: dict[str, float]
     checksums: dict[str, int]
+    supernet: dict[str, Any] | None
 
 
 def description_of(metadata: Mapping[str, str], path: Path) -> Description:
@@ -176,6 +117,7 @@ def description_of(metadata: Mapping[str, str], path: Path) -> Description:
             set(header.get("without_bias", ())),
             prints,
             dict(header.get("maps", {})),
+            header.get(SUPERNET),
         )
 
 
@@ -276,31 +218,3 @@ def check_maps(plan: Plan, description: Description, path: Path) -> None:
             f"maps must be drawn from their seeds as they were when {path} was saved: those of the "
             f"groups or vectors {some(map(repr, sorted(wrong)), 20)} differ"
         )
-
-
-def find_layers(
-    model: nn.Module, layers: Mapping[str, tuple[int, int]], path: Path
-) -> dict[str, nn.Module]:
-    """Return the layers of a model that a file names, or list those that it has not."""
-    modules: dict[str, nn.Module] = {}
-    problems = []
-    for name, shape in layers.items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            problems.append(f"no layer {name!r}")
-            continue
-        if not is_adaptable(module):
-            problems.append(f"{name!r} is a {type(module).__name__}")
-        elif shape_of(module) != shape:
-            problems.append(f"{name!r} has shape {shape_of(module)} instead of {shape}")
-        else:
-            modules[name] = module
-    if problems:
-        raise ValueError(f"the model must have the layers of {path}: {some(problems, 20)}")
-    chosen = set(map(id, modules.values()))
-    find_targets(model, lambda _, module: id(module) in chosen)  # refuses unfit ones
-    # Giving the model memory later would wipe the factors.
-    weights = {name: parameter_of(module) for name, module in modules.items()}
-    refuse_empty("weights must be loaded before an adapter", weights)
-    return modules

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from superlora.design.spec import Spec
 from superlora.design.supports import Supports
-from superlora.errors import AdapterError, some
-from superlora.torch.adapter import Adapter
-from superlora.torch.blocks import scale_in_force
+from superlora.errors import some
+from superlora.torch.blocks import Blocks, scale_in_force
 from superlora.torch.files import state
 from superlora.torch.files.safetensors_file import DTYPES, Header, other_shapes, read_tensors
-from superlora.torch.layers import refuse_empty
+from superlora.torch.replaced import Replaced
 
 # The fields of a spec that decide its scale alone.
 _SCALES = ("alpha", "rslora", "scale")
@@ -25,19 +24,29 @@ _SCALES = ("alpha", "rslora", "scale")
 _PRINTS: Any = WeakTensorKeyDictionary()
 
 
-def swap_adapter(adapter: Adapter, path: Path) -> None:
-    """Give an adapter the factors and the scale of a file of the same design."""
-    own = _own_tensors(adapter)
+def swap_blocks(
+    blocks: Blocks,
+    modules: Mapping[str, nn.Module],
+    replaced: Replaced | None,
+    beside: Mapping[str, Any],
+    path: Path,
+) -> float:
+    """Copy the factors of a file of the same design into blocks, and return its scale."""
+    own = {name: blocks[name] for name in state.stored_shapes(blocks.plan)}
+    if replaced is not None:
+        own |= {state.MODEL + name: value for name, value in replaced.parameters().items()}
 
     def check(metadata: Mapping[str, str], tensors: Header) -> state.Description:
         description = state.description_of(metadata, path)
-        _check_design(adapter, description, path)
-        if isinstance(adapter.plan.spec, Supports):
-            state.check_biases(adapter.plan, adapter.layers(), description, path)
-        state.check_tensors(adapter.plan, tensors, path)
+        if description.supernet != beside.get(state.SUPERNET):
+            raise ValueError(f"{path} must be of the same supernet, or of none")
+        _check_design(blocks, description, path)
+        if isinstance(blocks.plan.spec, Supports):
+            state.check_biases(blocks.plan, modules, description, path)
+        state.check_tensors(blocks.plan, tensors, path)
         _check_replaced(own, tensors, path)
-        state.check_maps(adapter.plan, description, path)
-        _check_frozen(adapter, description, tensors, path)
+        state.check_maps(blocks.plan, description, path)
+        _check_frozen(blocks, description, tensors, path)
         return description
 
     # Not cloned: they are copied below, while the file lies there.
@@ -46,39 +55,20 @@ def swap_adapter(adapter: Adapter, path: Path) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(fitted[name])
-    adapter.scale = description.scale
-    adapter.scope.clear()
+    return description.scale
 
 
-def _own_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Return what a file's tensors take the place of, by their names in it."""
-    adapter._check_attached("given another file")
-    if adapter.merged:
-        raise AdapterError(
-            f"adapter {adapter.name!r} must be unmerged to be given another file: call unmerge() "
-            "first"
-        )
-    blocks = adapter.factors()
-    own: dict[str, Tensor] = {name: blocks[name] for name in state.stored_shapes(adapter.plan)}
-    if adapter.replaced is not None:
-        own |= {state.MODEL + name: value for name, value in adapter.replaced.parameters().items()}
-    refuse_empty(f"adapter {adapter.name!r} must have memory to be given another file", own)
-    return own
-
-
-def _check_design(adapter: Adapter, description: state.Description, path: Path) -> None:
+def _check_design(blocks: Blocks, description: state.Description, path: Path) -> None:
     """Refuse a file of another design than the adapter's, or list what differs."""
-    own, found = adapter.plan.layout.layers, description.layers
-    problems = _other_fields(adapter.plan.spec, description.spec)
+    own, found = blocks.plan.layout.layers, description.layers
+    problems = _other_fields(blocks.plan.spec, description.spec)
     problems += other_shapes(own, found, ("no layer", "another layer", "has"))
     if not problems and list(own) != list(found):
         problems = ["the layers in another order"]
     if not problems:
-        problems = _other_scales(adapter, description)
+        problems = _other_scales(blocks, description)
     if problems:
-        raise ValueError(
-            f"{path} must be of the design of adapter {adapter.name!r}: {some(problems, 20)}"
-        )
+        raise ValueError(f"{path} must be of the adapter's design: {some(problems, 20)}")
 
 
 def _other_fields(ours: Spec | Supports, theirs: Spec | Supports) -> list[str]:
@@ -106,9 +96,9 @@ def _fields(design: Spec | Supports) -> dict[str, Any]:
     }
 
 
-def _other_scales(adapter: Adapter, description: state.Description) -> list[str]:
+def _other_scales(blocks: Blocks, description: state.Description) -> list[str]:
     """Return the layers whose scale the adapter's would not give, since overrides have another."""
-    plan, spec, scale = adapter.plan, description.spec, description.scale
+    plan, spec, scale = blocks.plan, description.spec, description.scale
     if isinstance(spec, Supports) or not spec.overrides or spec.scaling == plan.scale:
         return []
     wrong = []
@@ -137,20 +127,20 @@ def _check_replaced(own: Mapping[str, Tensor], tensors: Header, path: Path) -> N
 
 
 def _check_frozen(
-    adapter: Adapter, description: state.Description, tensors: Header, path: Path
+    blocks: Blocks, description: state.Description, tensors: Header, path: Path
 ) -> None:
-    stored = state.stored_shapes(adapter.plan)
-    made = {name: block for name, block in adapter.factors().items() if name not in stored}
+    stored = state.stored_shapes(blocks.plan)
+    made = {name: block for name, block in blocks.items() if name not in stored}
     if not made:
         return
     kind = DTYPES[tensors[next(iter(stored))][1]]
-    theirs, ours = torch.finfo(kind).eps, torch.finfo(adapter.dtype).eps
+    theirs, ours = torch.finfo(kind).eps, torch.finfo(blocks.dtype).eps
     # Those of the file were rounded to its dtype, and ours to the adapter's.
-    if kind is adapter.dtype or theirs < ours:
+    if kind is blocks.dtype or theirs < ours:
         found = {name: _print_of(block) for name, block in made.items()}
     else:
         found = {name: state.print_of(block.to(kind)) for name, block in made.items()}
-    tolerance = state.TOLERANCE if kind is adapter.dtype else state.TOLERANCE + 4 * ours
+    tolerance = state.TOLERANCE if kind is blocks.dtype else state.TOLERANCE + 4 * ours
     state.check_frozen(found, description, path, tolerance)
 
 

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from superlora.algebra.form import with_blocks
 from superlora.checks import check_count
-from superlora.design.spec import Spec
 from superlora.design.supports import Supports
-from superlora.errors import AdapterError, some
-from superlora.plan import Plan
-from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_free, frozen_of, host_of, placed, register
-from superlora.torch.files.state import find_layers
-from superlora.torch.replaced import refuse_unfit
-from superlora.torch.targets import is_named
+from superlora.errors import some
+from superlora.torch.blocks import Blocks
 
 # A matrix, or the two whose product it is: (output, r) and (r, input).
 Matrix = tuple[Tensor, ...]
 # The names of the tensors of a layer's matrices, and for each method the forms that it has.
 Form = tuple[tuple[str, ...], ...]
 Forms = Mapping[str, Sequence[Form]]
-# Those that PEFT and LyCORIS share.
-COMMON_FORMS: Forms = {
+_COMMON_FORMS: Forms = {
     "loha": [(("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))],
     "lokr": [
         (first, second)
@@ -40,15 +30,17 @@ COMMON_FORMS: Forms = {
         for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
     ],
 }
-
-
-@dataclass
-class LayerUpdate:
-    """What a file says of one layer: its spec, blocks by ``"split.block"``, and the widths."""
-
-    spec: Spec
-    blocks: dict[str, Tensor]
-    shape: tuple[int, int]
+# By PEFT's name of the method in lower case.
+PEFT_FORMS: Forms = {
+    "lora": [(("lora_B.weight", "lora_A.weight"),)],
+    **_COMMON_FORMS,
+    "vera": [(("vera_lambda_b",), ("vera_lambda_d",))],
+}
+LYCORIS_FORMS: Forms = {
+    "lora": [(("lora_up.weight", "lora_down.weight"),)],
+    **_COMMON_FORMS,
+    "full": [(("diff",),)],
+}
 
 
 @dataclass
@@ -120,89 +112,6 @@ def rank_of(parts: Iterable[Matrix]) -> int | None:
     return next(iter(ranks), None)
 
 
-def update_of(method: str, parts: tuple[Matrix, ...], **fields: Any) -> LayerUpdate:
-    """Return the update that the matrices of a `Layer` make; fields say its scale."""
-    layer = Layer(method, parts, 1.0)
-    if method == "full":
-        blocks = {"0.core": parts[0][0].flatten()}
-        return LayerUpdate(Spec(rank="full", order=1), blocks, layer.shape)
-    blocks = {}
-    for split, part in enumerate(parts):
-        if len(part) == 1:
-            blocks[f"{split}.core"] = part[0]
-        else:
-            blocks[f"{split}.factor0"], blocks[f"{split}.factor1"] = part[0], part[1].t()
-    fields |= {"splits": len(parts), "dense_from": "never", "rank": rank_of(parts)}
-    if method == "lokr":
-        fields["rank"] = tuple(part[0].shape[1] if len(part) == 2 else "full" for part in parts)
-        fields["fold"] = layer.sizes
-    elif method == "loha":
-        fields["combine"] = "hadamard"
-        if layer.sizes[0] != layer.sizes[1]:
-            raise ValueError(
-                f"must have two products of one shape: got {layer.sizes[0]} and {layer.sizes[1]}"
-            )
-    return LayerUpdate(Spec(**fields), blocks, layer.shape)
-
-
-def attach_foreign(
-    model: nn.Module,
-    source: Path,
-    updates: Mapping[str, LayerUpdate],
-    replaced: Mapping[str, Tensor],
-    name: str,
-) -> Adapter:
-    """Attach an adapter that another library wrote: updates by layer, new values by parameter."""
-    plan = Plan(_common_spec(updates), {layer: update.shape for layer, update in updates.items()})
-    modules = find_layers(model, plan.layout.layers, source)
-    check_free(model, host_of(model, modules), name)
-    refuse_unfit(model, replaced, source)
-    blocks = frozen_of(plan, modules)
-    dtype = torch.float32
-    for layer, update in updates.items():
-        group = plan.layout.grouping.pieces[layer][0].group
-        for block, values in update.blocks.items():
-            split, _, leaf = block.partition(".")
-            own = plan.layout.block(group, int(split), leaf)
-            whole = tuple(map(slice, plan.layout.block_shapes[own]))
-            blocks[own] = values[whole].contiguous()
-            dtype = torch.promote_types(dtype, values.dtype)
-    blocks = placed(plan, modules, blocks, dtype)
-    return register(model, plan, modules, blocks, name, replaced=replaced)
-
-
-def _common_spec(updates: Mapping[str, LayerUpdate]) -> Spec:
-    """Return the spec that most layers have, with overrides for the others."""
-    kinds: dict[Spec, list[str]] = {}
-    for layer, update in updates.items():
-        kinds.setdefault(update.spec, []).append(layer)
-    # Scales are in proportion to that of the spec, which must not be 0 where another is not.
-    common = max(kinds, key=lambda spec: (spec.scaling != 0, len(kinds[spec])))
-    overrides = {}
-    for spec, layers in kinds.items():
-        fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-        changes = {key: own for key, own in fields.items() if own != getattr(common, key)}
-        if changes:
-            overrides[_pattern(layers, updates)] = changes
-    return common.replace(overrides=overrides)
-
-
-def _pattern(layers: Sequence[str], everything: Iterable[str]) -> str:
-    """Return a pattern that matches these layers and no others, short where that can be."""
-    wanted = set(layers)
-    for count in (1, 2):
-        ends = dict.fromkeys(".".join(layer.split(".")[-count:]) for layer in layers)
-        if {layer for layer in everything if is_named(layer, ends)} == wanted:
-            return "|".join(map(re.escape, ends))
-    return "^(?:" + "|".join(map(re.escape, layers)) + ")"
-
-
-def refuse(source: object, problems: list[str]) -> None:
-    """Raise with all that is wrong with a file, if anything is."""
-    if problems:
-        raise ValueError(f"{source} cannot be read: {some(problems, 20)}")
-
-
 @dataclass
 class Export:
     """What was written, and how near it is.
@@ -231,26 +140,26 @@ class Export:
         return "\n".join([f"wrote {self.path}", *lines])
 
 
-def exact_layer(adapter: Adapter, name: str) -> Layer | None:
+def exact_layer(blocks: Blocks, name: str) -> Layer | None:
     """Return a layer's update if LoRA, LoKr, LoHa or a dense matrix says just this."""
-    layout = adapter.plan.layout
+    layout = blocks.plan.layout
     pieces = layout.grouping.pieces[name]
     group = pieces[0].group
     own, item = layout.specs[group], layout.groups[group]
     alone = layout.grouping.members[group] == (name,) and len(pieces) == 1
     if not alone or own.terms > 1 or not layout.in_place(group):
         return None
-    scale = adapter.scale_of(name)
+    scale = blocks.scales[name]
     if own.splits == 1 and not any(item.splits[0].factored) and item.splits[0].core == "full":
-        delta = adapter.plan.delta(_doubled(adapter, name), name, scale)
+        delta = blocks.plan.delta(_doubled(blocks, name), name, scale)
         return Layer("full", ((delta,),), 1.0)
     if own.splits > 2 or item.fold != layout.shapes[name]:
         return None
-    blocks = _doubled(adapter, name)
+    doubled = _doubled(blocks, name)
     parts: list[Matrix] = []
     for index, split in enumerate(item.splits):
         found = {
-            leaf: blocks[layout.block(group, index, leaf)][tuple(map(slice, shape))]
+            leaf: doubled[layout.block(group, index, leaf)][tuple(map(slice, shape))]
             for leaf, shape in split.block_shapes.items()
         }
         if split.sizes != split.shape:
@@ -269,24 +178,24 @@ def exact_layer(adapter: Adapter, name: str) -> Layer | None:
 
 
 def low_rank_layer(
-    adapter: Adapter, name: str, rank: int | None, energy: float | None
+    blocks: Blocks, name: str, rank: int | None, energy: float | None
 ) -> tuple[Layer, float]:
     """Return the LoRA that is nearest to a layer's update, and the relative error it leaves."""
     # The truncated singular value decomposition (Eckart and Young 1936). Where the fold is aligned
     # it is taken of the two thin factors, by way of their QR decompositions, and the update is
     # never formed.
     with torch.no_grad():
-        blocks, scale = _doubled(adapter, name), adapter.scale_of(name)
-        thin = adapter.plan.low_rank(blocks, name, scale)
+        doubled, scale = _doubled(blocks, name), blocks.scales[name]
+        thin = blocks.plan.low_rank(doubled, name, scale)
         if thin is None:
             if rank is None and energy is None:
-                layout = adapter.plan.layout
+                layout = blocks.plan.layout
                 fold = layout.groups[layout.grouping.pieces[name][0].group].fold
                 raise ValueError(
                     f"rank or energy must be given: the update of {name!r}, of fold "
                     f"{fold}, is not exactly one of low rank"
                 )
-            delta = adapter.plan.delta(blocks, name, scale)
+            delta = blocks.plan.delta(doubled, name, scale)
             left, numbers, right = torch.linalg.svd(delta, full_matrices=False)
         else:
             left, right = thin
@@ -314,33 +223,31 @@ def _kept(squares: Tensor, rank: int | None, energy: float | None) -> int:
     return max(kept, 1)
 
 
-def _doubled(adapter: Adapter, name: str) -> dict[str, Tensor]:
+def _doubled(blocks: Blocks, name: str) -> dict[str, Tensor]:
     """Return a layer's blocks in double precision, apart from any gradient."""
-    blocks, layout = adapter.factors(), adapter.plan.layout
+    layout = blocks.plan.layout
     own = {block: blocks[block].detach().double() for block in layout.inputs_of(name)}
     return dict(with_blocks(layout, own, layout.blocks_of(name)))
 
 
-def written(adapter: Adapter, values: Tensor) -> Tensor:
+def written(blocks: Blocks, values: Tensor) -> Tensor:
     """Return values as they are written: in the adapter's precision, single at least."""
-    return values.to(torch.promote_types(adapter.dtype, torch.float32))
+    return values.to(torch.promote_types(blocks.dtype, torch.float32))
 
 
-def check_export(adapter: Adapter, rank: int | None, energy: float | None) -> None:
-    """Refuse an adapter that is on no model, and a rank or an energy that says nothing."""
+def check_export(blocks: Blocks, rank: int | None, energy: float | None) -> None:
+    """Refuse updates of other operations, and a rank or an energy that says nothing."""
     if rank is not None:
         check_count("rank", rank)
     if energy is not None and (
         isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1
     ):
         raise ValueError(f"energy must be in (0, 1]: got {energy!r}")
-    if isinstance(adapter.plan.spec, Supports):
+    if isinstance(blocks.plan.spec, Supports):
         raise ValueError(
             "an adapter must be of one spec, which only adds to weights, to be written for other "
-            f"libraries: got a mapping of {list(adapter.plan.spec.operations)}; merge it instead"
+            f"libraries: got a mapping of {list(blocks.plan.spec.operations)}; merge it instead"
         )
-    if not adapter.attached:
-        raise AdapterError("adapter must be attached to a model, whose layers the files name")
 
 
 def product(matrix: Matrix) -> Tensor:

@@ -1,10 +1,9 @@
-"""Adapters in PEFT's format: a folder with adapter_config.json and adapter_model.safetensors."""
+"""Read adapters that PEFT saved: a folder with a config and the tensors of one method."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -15,29 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from superlora.design.fold_shape import bounded_splits, ceil_divide
 from superlora.design.spec import Spec
 from superlora.errors import some
 from superlora.presets import vera
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_model
-from superlora.torch.files.safetensors_file import Header, read_tensors, unfit_dtypes, write_tensors
+from superlora.torch.files.safetensors_file import Header, read_tensors, unfit_dtypes
 from superlora.torch.interop import formats
-from superlora.torch.layers import is_adaptable, is_transposed, shape_of
+from superlora.torch.interop.foreign import LayerUpdate, attach_foreign, refuse, update_of
+from superlora.torch.interop.formats import PEFT_FORMS
+from superlora.torch.interop.to_peft import ALPHAS, CONFIG, PREFIX, WEIGHTS, parameters_of
+from superlora.torch.layers import is_adaptable, shape_of
 from superlora.torch.targets import is_named
 from superlora.torch.walk import outside_adapters
 
-PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# By PEFT's name of the method in lower case.
-FORMS: formats.Forms = {
-    "lora": [(("lora_B.weight", "lora_A.weight"),)],
-    **formats.COMMON_FORMS,
-    "vera": [(("vera_lambda_b",), ("vera_lambda_d",))],
-}
-_METHODS = [method.upper() for method in FORMS]
+_METHODS = [method.upper() for method in PEFT_FORMS]
 _SHARED = {"VERA": ("base_model.vera_A", "base_model.vera_B")}
-_ALPHAS = {"lora": "lora_alpha", "loha": "alpha", "lokr": "alpha"}
 # Options with which the layers compute something else than the tensors above say.
 _OTHER_FORWARD = (
     "alora_invocation_tokens",
@@ -95,7 +87,7 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
     def check(_: Mapping[str, str], header: Header) -> _Keys:
         keys = _sort_keys(config, header)
         problems = [*keys.problems, *_check_targets(model, config, keys.layers)]
-        formats.refuse(folder / WEIGHTS, problems + _check_replaced(model, config, keys))
+        refuse(folder / WEIGHTS, problems + _check_replaced(model, config, keys))
         return keys
 
     pickled = folder / "adapter_model.bin"
@@ -103,7 +95,7 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
     if not path.exists() and pickled.exists():
         path = pickled
     keys, tensors = read_tensors(path, check)
-    updates: dict[str, formats.LayerUpdate] = {}
+    updates: dict[str, LayerUpdate] = {}
     problems = []
     for parameter, key in keys.base.items():
         own, value = model.get_parameter(parameter).detach(), tensors[key]
@@ -119,9 +111,9 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
             updates[layer] = _update(config, model.get_submodule(layer), layer, found)
         except ValueError as error:
             problems.append(f"{layer!r}: {error}")
-    formats.refuse(path, problems)
+    refuse(path, problems)
     replaced = {parameter: tensors[key] for parameter, key in keys.replaced.items()}
-    return formats.attach_foreign(model, folder, updates, replaced, name)
+    return attach_foreign(model, folder, updates, replaced, name)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -161,7 +153,7 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
         "layers_to_transform": all(type(index) is int for index in many),
         "bias": isinstance(config.get("bias", "none"), str),
     }
-    alpha = _ALPHAS.get(config["peft_type"].lower())
+    alpha = ALPHAS.get(config["peft_type"].lower())
     if alpha:
         fits[alpha] = _is_number(config.get(alpha))
     for key in ("exclude_modules", "modules_to_save", "layers_pattern"):
@@ -212,7 +204,7 @@ class _Keys:
 
 def _sort_keys(config: Mapping[str, Any], header: Header) -> _Keys:
     method = config["peft_type"].lower()
-    known = set().union(*formats.names_of(FORMS[method]))
+    known = set().union(*formats.names_of(PEFT_FORMS[method]))
     shared = _SHARED.get(config["peft_type"], ())
     keys = _Keys({}, {}, {}, unfit_dtypes(header))
     rest: dict[str, str] = {}
@@ -239,7 +231,7 @@ def _sort_keys(config: Mapping[str, Any], header: Header) -> _Keys:
             keys.problems.append(f"extra {key!r}")
     keys.problems += [f"missing {key!r}" for key in shared if key not in header]
     for layer, found in keys.layers.items():
-        if set(found) not in formats.names_of(FORMS[method]):
+        if set(found) not in formats.names_of(PEFT_FORMS[method]):
             keys.problems.append(f"{layer!r} has {sorted(found)}, none of the forms of its method")
     if not keys.layers:
         keys.problems.append(f"no tensor of a {config['peft_type']} layer")
@@ -257,7 +249,7 @@ def _check_replaced(model: nn.Module, config: Mapping[str, Any], keys: _Keys) ->
     """Return the parameters that PEFT would have saved and the file lacks."""
     kind = config.get("bias", "none")
     problems = []
-    for name in _parameters_of(model):
+    for name in parameters_of(model):
         path, _, leaf = name.rpartition(".")
         # "lora_only", "vera_only"
         chosen = kind == "all" or (kind.endswith("_only") and path in keys.layers)
@@ -265,15 +257,6 @@ def _check_replaced(model: nn.Module, config: Mapping[str, Any], keys: _Keys) ->
         if (biased or _is_saved_whole(config, path)) and name not in keys.replaced:
             problems.append(f"missing {name!r}, which the config says was saved")
     return problems
-
-
-def _parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a model but its adapters'."""
-    return {
-        f"{path}.{leaf}".lstrip("."): parameter.detach()
-        for path, module in outside_adapters(model)
-        for leaf, parameter in module.named_parameters(recurse=False)
-    }
 
 
 def _check_targets(
@@ -330,22 +313,22 @@ def _is_transformed(config: Mapping[str, Any], layer: str) -> bool:
 
 def _update(
     config: Mapping[str, Any], module: nn.Module, layer: str, found: Mapping[str, Tensor]
-) -> formats.LayerUpdate:
+) -> LayerUpdate:
     method = config["peft_type"].lower()
     rank = _of_pattern(config.get("rank_pattern"), layer, config["r"])
     if method == "vera":
         return _vera_update(rank, shape_of(module)[1] if is_adaptable(module) else 1, found)
-    alpha = _of_pattern(config.get("alpha_pattern"), layer, config[_ALPHAS[method]])
-    parts = formats.parts_of(found, FORMS[method])
+    alpha = _of_pattern(config.get("alpha_pattern"), layer, config[ALPHAS[method]])
+    parts = formats.parts_of(found, PEFT_FORMS[method])
     if formats.rank_of(parts) not in (None, rank):
         raise ValueError(f"must have rank {rank}, as the config says: got {formats.rank_of(parts)}")
     if method == "lokr":  # its rank sets the scale of dense factors too
-        return formats.update_of(method, parts, scale=alpha / rank)
+        return update_of(method, parts, scale=alpha / rank)
     rslora = method == "lora" and bool(config.get("use_rslora"))
-    return formats.update_of(method, parts, alpha=alpha, rslora=rslora)
+    return update_of(method, parts, alpha=alpha, rslora=rslora)
 
 
-def _vera_update(rank: int, columns: int, found: Mapping[str, Tensor]) -> formats.LayerUpdate:
+def _vera_update(rank: int, columns: int, found: Mapping[str, Tensor]) -> LayerUpdate:
     right, left = found["vera_A"], found["vera_B"]
     b, d = found["vera_lambda_b"], found["vera_lambda_d"]
     fits = left.dim() == right.dim() == 2 and formats.rank_of([(left, right)]) == rank
@@ -356,7 +339,7 @@ def _vera_update(rank: int, columns: int, found: Mapping[str, Tensor]) -> format
     fields = {key: getattr(spec, key) for key in ("rank", "splits", "combine", "core", "tied")}
     fields["frozen"] = {"0.factor0": "stored", "0.factor1": "stored", "1.factor1": "ones"}
     blocks = {"0.core": d, "0.factor0": left, "0.factor1": right.t(), "1.factor0": b[:, None]}
-    return formats.LayerUpdate(Spec(**fields), blocks, (len(b), columns))
+    return LayerUpdate(Spec(**fields), blocks, (len(b), columns))
 
 
 def _of_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
@@ -364,146 +347,3 @@ def _of_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) ->
         if re.match(rf"(.*\.)?({pattern})$", layer):
             return value
     return default
-
-
-def save_peft(
-    adapter: Adapter, directory: Path, rank: int | None, energy: float | None
-) -> formats.Export:
-    """Write an adapter as PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``."""
-    formats.check_export(adapter, rank, energy)
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"directory must be a folder: got {directory}")
-    for name in (CONFIG, WEIGHTS):
-        if (directory / name).is_dir():
-            raise IsADirectoryError(f"directory must have no folder {name}: got {directory}")
-    layers, errors, options = _layers(adapter, rank, energy)
-    tensors = {
-        f"{PREFIX}{name}.{leaf}": formats.written(adapter, values)
-        for name, layer in layers.items()
-        for leaf, values in formats.named(FORMS, layer).items()
-    }
-    replaced, saved = _replaced(adapter)
-    tensors |= {PREFIX + key: value for key, value in replaced.items()}
-    config = _config(adapter, layers) | options | saved
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{CONFIG}.part"
-    try:
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        write_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
-        os.replace(temporary, directory / CONFIG)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return formats.Export(directory, {name: layer.method for name, layer in layers.items()}, errors)
-
-
-def _layers(
-    adapter: Adapter, rank: int | None, energy: float | None
-) -> tuple[dict[str, formats.Layer], dict[str, float], dict[str, Any]]:
-    """Return all layers in the one method that a folder can hold, their errors, its options."""
-    exact = {name: formats.exact_layer(adapter, name) for name in adapter.plan.shapes}
-    found = {name: layer for name, layer in exact.items() if layer is not None}
-    methods = {layer.method if layer else "" for layer in exact.values()}
-    errors = dict.fromkeys(exact, 0.0)
-    conv = any(is_transposed(module) for module in adapter.layers().values())
-    if methods == {"lora"} or (methods == {"loha"} and not conv):
-        return found, errors, {}
-    options = _lokr_options(found) if methods == {"lokr"} and not conv else None
-    if options is not None:
-        both = options["decompose_both"]
-        built = {name: formats.as_the_peers_build(layer, both) for name, layer in found.items()}
-        return built, errors, options
-    for name in exact:
-        if name not in found or found[name].method != "lora":
-            found[name], errors[name] = formats.low_rank_layer(adapter, name, rank, energy)
-    return {name: found[name] for name in exact}, errors, {}
-
-
-def _lokr_options(layers: dict[str, formats.Layer]) -> dict[str, Any] | None:
-    """Return the options with which PEFT makes blocks of just these shapes, if there are any."""
-    # Of both factors the outputs, and the inputs.
-    pairs = [pair for layer in layers.values() for pair in zip(*layer.sizes, strict=True)]
-    for bound in [-1, *sorted({first for first, _ in pairs})]:
-        if all(_factorised(first * second, bound) == (first, second) for first, second in pairs):
-            built = [formats.as_the_peers_build(layer, True) for layer in layers.values()]
-            both = all(len(layer.parts[0]) == 2 for layer in built)
-            return {"decompose_factor": bound, "decompose_both": both}
-    return None
-
-
-def _factorised(size: int, bound: int) -> tuple[int, int]:
-    # PEFT takes the bound itself where it divides, also where it is the larger factor.
-    if bound > 0 and size % bound == 0:
-        return bound, size // bound
-    ((first,), (second,)) = bounded_splits((size,), 2, None if bound < 0 else bound)
-    return first, second
-
-
-def _rank_to_say(layer: formats.Layer) -> int:
-    """Return the rank that the config has to say; of dense factors the least that makes them so."""
-    if layer.rank or layer.method != "lokr":
-        return layer.rank
-    return max(ceil_divide(max(size), 2) for size in layer.sizes)
-
-
-def _config(adapter: Adapter, layers: dict[str, formats.Layer]) -> dict[str, Any]:
-    method = next(iter(layers.values())).method
-    ranks = {name: _rank_to_say(layer) for name, layer in layers.items()}
-    alphas = {name: layer.scale * ranks[name] for name, layer in layers.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    config: dict[str, Any] = {
-        "peft_type": method.upper(),
-        "r": rank,
-        "rank_pattern": {f"^{re.escape(n)}": r for n, r in ranks.items() if r != rank},
-        _ALPHAS[method]: alpha,
-        "alpha_pattern": {f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
-        "target_modules": _targets(adapter.model, list(layers)),
-        "base_model_name_or_path": getattr(adapter.model, "name_or_path", None) or None,
-        "inference_mode": True,
-        "task_type": None,
-        "modules_to_save": None,
-    }
-    if method == "lora":
-        conv = all(is_transposed(module) for module in adapter.layers().values())
-        config |= {"bias": "none", "fan_in_fan_out": conv}
-    return config
-
-
-def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
-    """Return the shortest form that chooses these modules and no others."""
-    everything = [name for name, _ in outside_adapters(model)]
-    for targets in (sorted({name.rpartition(".")[2] for name in names}), sorted(names)):
-        if {name for name in everything if is_named(name, targets)} == set(names):
-            return targets
-    return "|".join(map(re.escape, names))
-
-
-def _replaced(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return parameters of the model that go with the adapter, and what the config says of them."""
-    if adapter.replaced is None:
-        return {}, {}
-    layers, values = adapter.layers(), adapter.replaced.parameters()
-    own = _parameters_of(adapter.model)
-    biases = [name for name in own if name.rpartition(".")[2] == "bias"]
-    kind = "all" if set(biases) <= set(values) else "lora_only"
-    if kind == "lora_only":
-        biases = [name for name in biases if name.rpartition(".")[0] in layers]
-    owners = {name.rpartition(".")[0] for name in values if name not in biases}
-    outermost = sorted(o for o in owners if not any(o.startswith(f"{p}.") for p in owners))
-    below = tuple(f"{owner}." for owner in outermost)
-    inside = [layer for layer in layers if layer.startswith(below)]
-    if inside or "" in owners:
-        raise ValueError(
-            f"replaced parameters must be of modules that PEFT can save whole, without adapted "
-            f"layers in them: got {outermost} with {inside}"
-        )
-    options: dict[str, Any] = {"modules_to_save": outermost} if outermost else {}
-    found = {name: values.get(name, own[name]) for name in own if name.startswith(below)}
-    if any(name in values for name in biases):
-        for name in biases:
-            if name not in found:
-                layer = name.rpartition(".")[0]
-                key = f"{layer}.base_layer.bias" if layer in layers else name
-                found[key] = values.get(name, own[name])
-                options["bias"] = kind
-    return found, options
