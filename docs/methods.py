@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import superlora as sl
 
@@ -74,9 +73,9 @@ class Method:
         """Name of the function."""
         return self.code.partition("(")[0].removeprefix("sl.")
 
-    def spec(self) -> sl.Spec | dict[str, Any]:
+    def spec(self) -> sl.Spec | sl.Supports:
         """Return the spec for the example's numbers, or one for each merge operation."""
-        spec: sl.Spec | dict[str, Any] = eval(self.code, {"sl": sl, **EXAMPLE})
+        spec: sl.Spec | sl.Supports = eval(self.code, {"sl": sl, **EXAMPLE})
         return spec
 
     def plan(self) -> sl.Plan:

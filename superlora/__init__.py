@@ -8,7 +8,7 @@ from superlora.algebra.kronecker import kronecker
 from superlora.algebra.tucker import tucker
 from superlora.design.axes import Axes
 from superlora.design.spec import Spec
-from superlora.design.supports import OPERATIONS, support_shape
+from superlora.design.supports import OPERATIONS, Supports, support_shape
 from superlora.errors import AdapterError
 from superlora.maps.walsh_hadamard import fwht
 from superlora.plan import Plan
@@ -22,6 +22,7 @@ __all__ = [
     "Axes",
     "Plan",
     "Spec",
+    "Supports",
     "bitfit",
     "c3a",
     "cdka",

@@ -37,9 +37,10 @@ class Plan:
 
     Parameters
     ----------
-    spec : Spec or mapping of str to Spec
-        The design. A mapping has one for each merge operation (`superlora.OPERATIONS`), whose
-        support tensors are then the plan's weights, named ``"operation.weight"``.
+    spec : Spec, Supports or mapping
+        The design. `superlora.Supports`, or the mapping that it takes, has one for each merge
+        operation, whose support tensors are then the plan's weights, named
+        ``"operation.weight"``.
     shapes : mapping of str to (int, int), (int, int, int, int) or Axes
         Axes of every weight, in the order in which their updates are concatenated:
         (output, input), with two axes of a window behind for a convolution, or
@@ -82,7 +83,7 @@ class Plan:
 
     def __init__(
         self,
-        spec: Spec | Supports | Mapping[Any, Any],
+        spec: Spec | Mapping[Any, Any],
         shapes: Mapping[str, tuple[int, ...] | Axes],
     ) -> None:
         self.layout = Layout(spec, shapes)

@@ -190,7 +190,7 @@ def test_every_public_object_has_a_numpydoc_docstring(name):
 EXAMPLES = [
     name
     for name in superlora.__all__
-    if inspect.isfunction(getattr(superlora, name)) or name in ("Plan", "Spec")
+    if inspect.isfunction(getattr(superlora, name)) or name in ("Plan", "Spec", "Supports")
 ]
 
 

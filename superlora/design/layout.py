@@ -20,7 +20,7 @@ from superlora.design.fold_shape import Shape
 from superlora.design.grouping import Grouping, Piece, check_shapes, group_weights, join
 from superlora.design.spec import Spec
 from superlora.design.splits import Group, Members, Split, check_memory, make_group
-from superlora.design.supports import Supports, design_of, parts_of
+from superlora.design.supports import design_of, parts_of
 from superlora.errors import some
 from superlora.maps import Map, Place
 
@@ -49,8 +49,8 @@ class Layout:
 
     Parameters
     ----------
-    spec : Spec or mapping of str to Spec
-        The design; a mapping has one for each merge operation.
+    spec : Spec, Supports or mapping
+        The design; a mapping is one that `Supports` takes.
     shapes : mapping of str to tuple of int or Axes
         Axes of every weight, in the order of concatenation.
 
@@ -85,7 +85,7 @@ class Layout:
 
     def __init__(
         self,
-        spec: Spec | Supports | Mapping[Any, Any],
+        spec: Spec | Mapping[Any, Any],
         shapes: Mapping[str, tuple[int, ...] | Axes],
     ) -> None:
         self.spec = design_of(spec)

@@ -16,7 +16,7 @@ from superlora.design.spec_checks import Rank
 from superlora.maps import Identity, Map, map_from_dict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Spec:
     """The hyper-parameters of the equation; every method is one value of this class.
 
@@ -110,7 +110,8 @@ class Spec:
     scale : float, optional
         The scale itself. Neither given: 1.
     cut : {"even", "pad"}
-        How an integer `groups` cuts a total that it does not divide.
+        How an integer `groups` cuts a total that it does not divide: into sizes that differ by
+        at most one, or into equal ones of which the last is padded.
     overrides : mapping of str to mapping
         Other fields for some weights: a regular expression that matches a whole
         name or its end after a dot, and the fields that differ; None leaves these weights
@@ -129,6 +130,11 @@ class Spec:
 
         dW_group = scale * F( sum_t kron_k( C_tk x_1 A_tk1 ... x_M A_tkM ) )
         [C, A] = F_in(theta)
+
+    Four fields are there so that parameters are laid out as in other code; a new design leaves
+    them as they are. `first_split` is ``factor`` of LoKr in LyCORIS and PEFT. `dense_from` is
+    ``"half"`` for their LoKr, and ``"never"`` for their LoRA and for GLoRA. `factor_scope` is
+    ``"block"`` for NOLA. `cut` is ``"pad"`` for groups as ``torch.chunk`` cuts them.
 
     References
     ----------
@@ -183,6 +189,12 @@ class Spec:
         checks.check_blocks(self)
         for pattern, fields in self.overrides:
             self._check_override(pattern, () if fields is None else fields)
+
+    def __repr__(self) -> str:
+        plain = Spec()
+        fields = [(item.name, getattr(self, item.name)) for item in dataclasses.fields(self)]
+        changed = [f"{name}={own!r}" for name, own in fields if own != getattr(plain, name)]
+        return f"Spec({', '.join(changed)})"
 
     @property
     def orders(self) -> tuple[int, ...]:
@@ -298,21 +310,6 @@ class Spec:
             The changed copy.
         """
         return dataclasses.replace(self, **changes)
-
-    def scaled(self, scale: float) -> Spec:
-        """Return a copy of this scale, whatever alpha it had, without overrides.
-
-        Parameters
-        ----------
-        scale : float
-            The number s.
-
-        Returns
-        -------
-        Spec
-            The changed copy.
-        """
-        return self.replace(alpha=None, rslora=False, scale=scale, overrides=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain JSON values.

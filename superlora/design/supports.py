@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +28,9 @@ OPERATIONS = tuple(_SHAPES)
 # Those that change the bias; the others change the weight.
 OF_BIAS = frozenset({"weight_to_bias", "scale_bias", "add_bias"})
 _KEY = "supports"  # in the plain form
+
+# One operation, or several whose supports are grouped together.
+Operations = str | tuple[str, ...]
 
 
 def support_shape(operation: str, shape: tuple[int, int]) -> tuple[int, int]:
@@ -79,117 +82,204 @@ def check_operation(operation: object) -> None:
         raise ValueError(f"operations must be among {OPERATIONS}: got {operation!r}{hint}")
 
 
-@dataclass(frozen=True)
-class Supports:
+@dataclass(frozen=True, init=False, repr=False)
+class Supports(Mapping[Operations, Spec | str]):
     """Merge operations of one adapter, each with the design of its support tensors.
 
     Parameters
+    ----------
+    spec : mapping of str, or tuple of str, to Spec or str
+        A spec for each merge operation of `OPERATIONS`. Operations in a tuple have their supports
+        grouped together, by one spec. The name of another operation in place of a spec: the
+        entries of the support are those of that operation's, a vector.
+
+    Attributes
     ----------
     designs : tuple of (tuple of str, Spec)
         Operations whose supports make up groups among themselves, and their spec.
     shared : tuple of (str, str)
         Operations without entries of their own, and the one whose entries they take.
 
+    Raises
+    ------
+    TypeError
+        If `spec` is no mapping, or a value is neither a spec nor a name.
+    ValueError
+        If an operation is unknown or there twice, none has a spec, or a name is not that of an
+        operation with a spec.
+
     Notes
     -----
-    Made by `design_of` from what a user gives. A support is named like its layer, after the
-    operation and a dot: overrides match that name or its end.
+    Of the weight W₀ and the bias b₀ of a layer these are made, where the support S of an
+    operation is what the equation of its `Spec` gives, its scale included; those of operations
+    that are not there are zero::
+
+        W = W₀ + S_add_weight + W₀ ∘ S_scale_weight + W₀ S_right_weight + S_left_weight W₀
+        b = b₀ + S_add_bias + b₀ ∘ S_scale_bias + W₀ S_weight_to_bias
+
+    An object is read as the mapping that it is of; operations with a spec come first. Another
+    one is equal if the operations have the same order too, which the groups are numbered by. A
+    support is named like its layer, after the operation and a dot: overrides match that name or
+    its end.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> supports = sl.Supports({"scale_weight": sl.lora(rank=1), "add_bias": sl.dense()})
+    >>> supports["add_bias"]
+    Spec(rank='full', order=1)
+    >>> sl.Plan(supports, {"q": (6, 4)}).num_parameters
+    16
+    >>> supports == sl.Supports.from_dict(supports.to_dict())
+    True
     """
 
     designs: tuple[tuple[tuple[str, ...], Spec], ...]
-    shared: tuple[tuple[str, str], ...] = ()
+    shared: tuple[tuple[str, str], ...]
 
     # Of the whole: every design has a scale of its own, which this one multiplies.
     scaling: ClassVar[float] = 1.0
 
+    def __init__(self, spec: Mapping[Any, Spec | str]) -> None:
+        if not isinstance(spec, Mapping):
+            raise TypeError(
+                "spec must be a superlora.Spec or a mapping of merge operations to them: got "
+                f"{type(spec).__name__}"
+            )
+        designs: list[tuple[tuple[str, ...], Spec]] = []
+        shared: list[tuple[str, str]] = []
+        for key, value in spec.items():
+            operations = key if isinstance(key, tuple) else (key,)
+            for operation in operations:
+                check_operation(operation)
+            if isinstance(value, str) and len(operations) == 1:
+                shared.append((*operations, value))
+            elif isinstance(value, Spec) and operations:
+                designs.append((operations, value))
+            else:
+                raise TypeError(
+                    f"spec[{key!r}] must be a superlora.Spec, or the name of an operation whose "
+                    f"entries one other shares: got {value!r}"
+                )
+        object.__setattr__(self, "designs", tuple(designs))
+        object.__setattr__(self, "shared", tuple(shared))
+        self._check()
+
+    def _check(self) -> None:
+        if not self.designs:
+            raise ValueError(
+                f"spec must have an operation with a superlora.Spec: got {self._as_dict()}"
+            )
+        if len(set(self.operations)) < len(self.operations):
+            raise ValueError(f"spec must have every operation once: got {list(self.operations)}")
+        for operation, source in self.shared:
+            if not any(source in operations for operations, _ in self.designs):
+                raise ValueError(
+                    f"spec[{operation!r}] must name an operation with a design of its own: got "
+                    f"{source!r}"
+                )
+
+    def _as_dict(self) -> dict[Operations, Spec | str]:
+        own = {names if len(names) > 1 else names[0]: spec for names, spec in self.designs}
+        return {**own, **dict(self.shared)}
+
+    def __getitem__(self, key: Operations) -> Spec | str:
+        return self._as_dict()[key]
+
+    def __iter__(self) -> Iterator[Operations]:
+        return iter(self._as_dict())
+
+    def __len__(self) -> int:
+        return len(self.designs) + len(self.shared)
+
+    def __repr__(self) -> str:
+        return f"Supports({self._as_dict()})"
+
     @property
     def operations(self) -> tuple[str, ...]:
-        """All operations, in the order given."""
+        """All operations, those with a spec first."""
         own = [operation for operations, _ in self.designs for operation in operations]
         return (*own, *(operation for operation, _ in self.shared))
 
-    def scaled(self, scale: float) -> Spec:
-        """Return a spec of this scale, if it is a good one."""
-        return Spec(scale=scale)
-
-    def without(self, operation: str, layers: Sequence[str], *, all_of: bool = False) -> Supports:
-        """Return the same without one operation's supports of some layers."""
-        if any(source == operation for _, source in self.shared):
-            return self  # its entries are those of another, which has its effect
-        designs = []
-        for operations, spec in self.designs:
-            if operation not in operations:
-                designs.append((operations, spec))
-            elif not all_of:
-                there = [name for name in layers if spec.of(f"{operation}.{name}") is not None]
-                names = "|".join(map(re.escape, there))
-                left_out = [(rf"{operation}\.({names})", None)] if there else []
-                pairs = (*left_out, *spec.overrides)
-                designs.append((operations, spec.replace(overrides=pairs)))
-            elif len(operations) > 1:
-                designs.append((tuple(o for o in operations if o != operation), spec))
-        if not designs:
-            raise ValueError(f"{operation!r} must have a layer that it changes: none has a bias")
-        return Supports(tuple(designs), self.shared)
-
     def to_dict(self) -> dict[str, Any]:
-        """Return the supports as plain JSON values."""
+        """Return the supports as plain JSON values.
+
+        Returns
+        -------
+        dict
+            Under one key a list of pairs: operations, and a spec's own dict or a name.
+        """
         designs = [[list(operations), spec.to_dict()] for operations, spec in self.designs]
         return {_KEY: [*designs, *([[operation], source] for operation, source in self.shared)]}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Supports:
+        """Make supports from what `to_dict` gave, also after a round trip through JSON.
 
-def design_of(given: object) -> Spec | Supports:
-    """Return a spec as it is, and a mapping of operations as supports, checked."""
-    if isinstance(given, (Spec, Supports)):
-        return given
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            "spec must be a superlora.Spec or a mapping of merge operations to them: got "
-            f"{type(given).__name__}"
+        Parameters
+        ----------
+        values : mapping
+            The plain values.
+
+        Returns
+        -------
+        Supports
+            The supports, checked.
+
+        Raises
+        ------
+        TypeError
+            If `values` or a spec in it is no mapping.
+        ValueError
+            If `values` has other keys, or an operation or a spec is refused.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"supports must be a mapping: got {type(values).__name__}")
+        if set(values) != {_KEY}:
+            raise ValueError(f"supports must have the key {_KEY!r} alone: got {list(values)}")
+        entries = [(tuple(operations), value) for operations, value in values[_KEY]]
+        # A dict would let a later entry take the place of an earlier one.
+        if len({operations for operations, _ in entries}) < len(entries):
+            raise ValueError(f"{_KEY} must have every operation once")
+        return cls(
+            {
+                operations: value if isinstance(value, str) else Spec.from_dict(value)
+                for operations, value in entries
+            }
         )
-    designs: list[tuple[tuple[str, ...], Spec]] = []
-    shared: list[tuple[str, str]] = []
-    for key, value in given.items():
-        operations = key if isinstance(key, tuple) else (key,)
-        for operation in operations:
-            check_operation(operation)
-        if isinstance(value, str) and len(operations) == 1:
-            shared.append((*operations, value))
-        elif isinstance(value, Spec) and operations:
-            designs.append((operations, value))
-        else:
-            raise TypeError(
-                f"spec[{key!r}] must be a superlora.Spec, or the name of an operation whose "
-                f"entries one other shares: got {value!r}"
-            )
-    found = Supports(tuple(designs), tuple(shared))
+
+
+def without(
+    design: Supports, operation: str, layers: Sequence[str], *, all_of: bool = False
+) -> Supports:
+    """Return the same without one operation's supports of some layers."""
+    if any(source == operation for _, source in design.shared):
+        return design  # its entries are those of another, which has its effect
+    designs: dict[Any, Spec | str] = {}
+    for operations, spec in design.designs:
+        if operation not in operations:
+            designs[operations] = spec
+        elif not all_of:
+            there = [name for name in layers if spec.of(f"{operation}.{name}") is not None]
+            names = "|".join(map(re.escape, there))
+            left_out = [(rf"{operation}\.({names})", None)] if there else []
+            designs[operations] = spec.replace(overrides=(*left_out, *spec.overrides))
+        elif len(operations) > 1:
+            designs[tuple(o for o in operations if o != operation)] = spec
     if not designs:
-        raise ValueError(f"spec must have an operation with a superlora.Spec: got {dict(given)!r}")
-    if len(set(found.operations)) < len(found.operations):
-        raise ValueError(f"spec must have every operation once: got {list(found.operations)}")
-    for operation, source in shared:
-        if not any(source in operations for operations, _ in designs):
-            raise ValueError(
-                f"spec[{operation!r}] must name an operation with a design of its own: got "
-                f"{source!r}"
-            )
-    return found
+        raise ValueError(f"{operation!r} must have a layer that it changes: none has a bias")
+    return Supports(designs | dict(design.shared))
+
+
+def design_of(given: Any) -> Spec | Supports:
+    """Return a spec and supports as they are, and a mapping of operations as supports."""
+    return given if isinstance(given, (Spec, Supports)) else Supports(given)
 
 
 def design_from_dict(values: Any) -> Spec | Supports:
     """Make a design from what ``to_dict`` gave, also after a round trip through JSON."""
-    if not isinstance(values, Mapping) or set(values) != {_KEY}:
-        return Spec.from_dict(values)
-    entries = [(tuple(operations), value) for operations, value in values[_KEY]]
-    # A dict would let a later entry take the place of an earlier one.
-    if len({operations for operations, _ in entries}) < len(entries):
-        raise ValueError(f"{_KEY} must have every operation once")
-    return design_of(
-        {
-            operations: value if isinstance(value, str) else Spec.from_dict(value)
-            for operations, value in entries
-        }
-    )
+    of_operations = isinstance(values, Mapping) and set(values) == {_KEY}
+    return Supports.from_dict(values) if of_operations else Spec.from_dict(values)
 
 
 def parts_of(

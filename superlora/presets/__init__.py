@@ -1,4 +1,4 @@
-"""Named methods as points of the design space: each returns a `Spec`, or one an operation."""
+"""Named methods as points of the design space: each returns a `Spec` or `Supports`."""
 
 from superlora.presets.blockwise import cdka, gralora, miss, monarch
 from superlora.presets.mapped import c3a, did, fourierft, nola, said, unilora, waveft

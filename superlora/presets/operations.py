@@ -1,4 +1,4 @@
-"""Presets of several merge operations: each returns a dict with a `Spec` for every operation."""
+"""Presets of merge operations: each returns `Supports`, with a `Spec` for every operation."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from superlora.checks import check_count
 from superlora.design.spec import Spec
-from superlora.design.supports import check_operation
+from superlora.design.supports import Supports, check_operation
 from superlora.maps import Broadcast
+from superlora.presets._make import by_rank, refuse_rank
 from superlora.presets.weightwise import dense, lora
 
 Option = int | str
-Designs = dict[str, Any]
 
 # What an option can be besides a rank.
 OPTIONS = ("vector", "constant", "none")
@@ -50,7 +50,8 @@ def glora(
     add_bias: Option = "vector",
     product: str = "hadamard",
     alpha: float | None = None,
-) -> Designs:
+    scale: float | None = None,
+) -> Supports:
     """GLoRA (Chavan et al. 2023): ``W = W₀ + W₀ ∘ A + B``, ``b = b₀ + b₀ ∘ D + E + W₀ C``.
 
     Parameters
@@ -64,17 +65,19 @@ def glora(
         matrix from the right, ``W₀ A``, as in LyCORIS and RepAdapter.
     alpha : float, optional
         Where a support is of some rank r, its scale is ``alpha / r``, as in LyCORIS; 1 without.
+    scale : float, optional
+        The number in front of each of A, B, C, D and E, in place of `alpha`.
 
     Returns
     -------
-    dict of str to Spec
-        One for each operation; ``2 r (do + di) + r (di + 1) + 2 do`` parameters a layer with
-        ``"hadamard"`` and nothing else changed.
+    Supports
+        ``2 r (do + di) + r (di + 1) + 2 do`` parameters a layer with ``"hadamard"`` and nothing
+        else changed.
 
     Raises
     ------
     ValueError
-        If an option is none of these, or all are ``"none"``.
+        If an option is none of these, all are ``"none"``, or both alpha and scale are given.
 
     Notes
     -----
@@ -96,23 +99,29 @@ def glora(
         "scale_bias": scale_bias,
         "add_bias": add_bias,
     }
+    Spec(alpha=alpha, scale=scale)  # refuses both, where no support has a rank too
     chosen = {op: rank if option is None else option for op, option in options.items()}
     own = {
-        op: support(op, option, **({} if isinstance(option, str) else {"alpha": alpha}))
+        op: support(op, option, scale=scale, alpha=None if isinstance(option, str) else alpha)
         for op, option in chosen.items()
     }
-    found: Designs = {op: spec for op, spec in own.items() if spec is not None}
+    found = {op: spec for op, spec in own.items() if spec is not None}
     if not found:
         raise ValueError("one of the options must not be 'none'")
-    return found
+    return Supports(found)
 
 
-def bitfit() -> Designs:
+def bitfit(**changes: Any) -> Supports:
     """BitFit (Ben Zaken et al. 2022): the biases of the adapted layers.
+
+    Parameters
+    ----------
+    **changes : Any
+        Other fields of the spec, such as ``scale``, in front of what is added to the bias.
 
     Returns
     -------
-    dict of str to Spec
+    Supports
         ``do`` parameters a layer.
 
     Examples
@@ -121,15 +130,21 @@ def bitfit() -> Designs:
     >>> sl.Plan(sl.bitfit(), {"q": (6, 4)}).num_parameters
     6
     """
-    return {"add_bias": dense()}
+    refuse_rank("bitfit", changes)
+    return Supports({"add_bias": dense(**changes)})
 
 
-def ssf() -> Designs:
+def ssf(*, scale: float | None = None) -> Supports:
     """SSF (Lian et al. 2022): ``y = γ ∘ (W₀ x + b₀) + β`` after each layer.
+
+    Parameters
+    ----------
+    scale : float, optional
+        The number in front of each of ``γ - 1`` and ``β``; 1 without.
 
     Returns
     -------
-    dict of str to Spec
+    Supports
         ``2 do`` parameters a layer; ``γ - 1`` scales weight and bias alike.
 
     Examples
@@ -138,11 +153,12 @@ def ssf() -> Designs:
     >>> sl.Plan(sl.ssf(), {"q": (6, 4)}).num_parameters
     12
     """
-    scale = support("scale_weight", "vector")
-    return {"scale_weight": scale, "scale_bias": "scale_weight", "add_bias": dense()}
+    outputs = dense(map=Broadcast(along="inputs"), scale=scale)
+    add_bias = dense(scale=scale)
+    return Supports({"scale_weight": outputs, "scale_bias": "scale_weight", "add_bias": add_bias})
 
 
-def ia3(inputs: Sequence[str] = ()) -> Designs:
+def ia3(inputs: Sequence[str] = (), *, scale: float | None = None) -> Supports:
     """IA³ (Liu et al. 2022): every output, or every input, times a number.
 
     Parameters
@@ -150,10 +166,12 @@ def ia3(inputs: Sequence[str] = ()) -> Designs:
     inputs : sequence of str
         Layers whose inputs are scaled, as those of the second feed-forward layer are:
         regular expressions for a name or its end after a dot.
+    scale : float, optional
+        The number in front of what these numbers differ from 1 by; 1 without.
 
     Returns
     -------
-    dict of str to Spec
+    Supports
         ``do`` parameters a layer, ``di`` where the inputs are scaled.
 
     Raises
@@ -169,24 +187,25 @@ def ia3(inputs: Sequence[str] = ()) -> Designs:
     """
     if isinstance(inputs, str):
         raise TypeError(f"inputs must be a sequence of patterns: got the string {inputs!r}")
-    outputs = {"map": Broadcast(along="outputs")}
-    scale = dense(map=Broadcast(along="inputs"), overrides={pattern: outputs for pattern in inputs})
-    return {"scale_weight": scale, "scale_bias": "scale_weight"}
+    overrides = {pattern: {"map": Broadcast(along="outputs")} for pattern in inputs}
+    outputs = dense(map=Broadcast(along="inputs"), overrides=overrides, scale=scale)
+    return Supports({"scale_weight": outputs, "scale_bias": "scale_weight"})
 
 
-def repadapter(rank: int = 8, **changes: Any) -> Designs:
-    """RepAdapter (Luo et al. 2023) without groups: ``W₀ (x + U (V x + c) + d) + b₀``.
+def repadapter(rank: int = 8, **changes: Any) -> Supports:
+    """RepAdapter (Luo et al. 2023) without groups: ``W₀ (x + s (U (V x + c) + d)) + b₀``.
 
     Parameters
     ----------
     rank : int
         The inner dimension of ``U V``.
     **changes : Any
-        Other fields of the spec of ``U V``, such as ``scale``.
+        Other fields of the spec of ``U V``. The scale s that ``scale``, or ``alpha``, gives is
+        also that of ``U c + d``.
 
     Returns
     -------
-    dict of str to Spec
+    Supports
         ``2 r di + di`` parameters a layer: the vector ``U c + d`` is one of its own.
 
     Examples
@@ -195,15 +214,22 @@ def repadapter(rank: int = 8, **changes: Any) -> Designs:
     >>> sl.Plan(sl.repadapter(rank=1), {"q": (6, 4)}).num_parameters
     12
     """
-    return {"right_weight": lora(rank=rank, **changes), "weight_to_bias": dense()}
+    own = by_rank(changes, rank)
+    shift = dense(scale=own.get("scale"))
+    return Supports({"right_weight": lora(rank=rank, **own), "weight_to_bias": shift})
 
 
-def prompt_add() -> Designs:
-    """Add a prompt to every token: ``W₀ (x + p) + b₀``.
+def prompt_add(**changes: Any) -> Supports:
+    """Add a prompt to every token: ``W₀ (x + s p) + b₀``.
+
+    Parameters
+    ----------
+    **changes : Any
+        Other fields of the spec, such as ``scale``, the number s.
 
     Returns
     -------
-    dict of str to Spec
+    Supports
         ``di`` parameters a layer.
 
     Notes
@@ -217,4 +243,5 @@ def prompt_add() -> Designs:
     >>> sl.Plan(sl.prompt_add(), {"q": (6, 4)}).num_parameters
     4
     """
-    return {"weight_to_bias": dense()}
+    refuse_rank("prompt_add", changes)
+    return Supports({"weight_to_bias": dense(**changes)})

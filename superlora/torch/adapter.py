@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from superlora.design.spec import Spec
 from superlora.design.supports import OPERATIONS
 from superlora.design.ways import check_apply
 from superlora.errors import AdapterError, some
@@ -216,7 +217,7 @@ class Adapter(nn.Module):
             raise AdapterError("scale must be set on an unmerged adapter: call unmerge() first")
         if value is None:
             raise TypeError("scale must be a number: got None")
-        scale = self.plan.spec.scaled(value).scaling
+        scale = Spec(scale=value).scaling
         for blocks in self._all_blocks():
             blocks.scale = scale
 

@@ -14,7 +14,7 @@ from superlora._backend import backend_of
 from superlora.algebra.frozen import each_frozen
 from superlora.algebra.init import each_factor
 from superlora.design.spec import Spec
-from superlora.design.supports import Supports, design_of
+from superlora.design.supports import Supports, design_of, without
 from superlora.design.ways import check_apply
 from superlora.errors import AdapterError, some
 from superlora.maps._check import check, is_own
@@ -29,7 +29,7 @@ from superlora.torch.walk import freeze
 
 def attach(
     model: nn.Module,
-    spec: Spec | Supports | Mapping[Any, Any],
+    spec: Spec | Mapping[Any, Any],
     targets: Targets = ALL_LINEAR,
     *,
     name: str = "superlora",
@@ -37,7 +37,53 @@ def attach(
     dtype: torch.dtype | None = None,
     apply: str = "auto",
 ) -> Adapter:
-    """Adapt a model's layers; its output stays bit for bit what it was."""
+    """Adapt a model's layers; its output stays bit for bit what it was.
+
+    But for a ``factor_map`` from one vector, as in `superlora.unilora`: it cannot start at zero.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model with ``Linear`` layers, or GPT-2's ``Conv1D``. Its parameters are
+        frozen; their names and the modules' classes stay as they are.
+    spec : Spec, Supports or mapping
+        The design, such as ``superlora.lora(rank=8)``; or one for each merge operation, such as
+        ``superlora.glora(rank=8)`` or a mapping that `superlora.Supports` takes.
+    targets : sequence of str, str or callable
+        Names or suffixes of layers, a regular expression for whole names,
+        ``"all-linear"``, or ``predicate(name, module) -> bool``.
+    name : str
+        The attribute of `model` under which the adapter is registered; of its
+        first adapted layer, where `model` is a ``Sequential`` or a ``ModuleList``.
+    seed : int
+        Seed of the initial factors, in [0, 2**64).
+    dtype : torch.dtype, optional
+        The factors' dtype; by default the weights', float32 for half precision.
+    apply : {"auto", "factored", "formed"}
+        Whether updates are formed in the forward pass. ``"auto"`` takes what costs least
+        for each layer and number of tokens; ``adapter.applied`` changes it.
+
+    Returns
+    -------
+    Adapter
+        A module whose parameters are the factors.
+
+    Raises
+    ------
+    AdapterError
+        If `model` has an attribute of that name.
+    TypeError, ValueError
+        If the spec, the targets or the weights do not fit, or some updates cannot be
+        applied factored; nothing is changed then.
+
+    Examples
+    --------
+    >>> import torch, superlora as sl, superlora.torch as slt
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    >>> adapter = slt.attach(model, sl.lora(rank=2), targets=["0"])
+    >>> adapter.num_parameters, model(torch.ones(1, 8)).shape
+    (32, torch.Size([1, 2]))
+    """
     check_model(model)
     modules = find_targets(model, targets)
     shapes = {target: shape_of(module) for target, module in modules.items()}
@@ -101,7 +147,7 @@ def _fitting(design: Spec | Supports, modules: Mapping[str, nn.Module]) -> Spec 
     bare = [name for name, module in modules.items() if Site.bias_below(module) is None]
     if isinstance(design, Spec) or not bare:
         return design
-    return design.without("scale_bias", bare, all_of=len(bare) == len(modules))
+    return without(design, "scale_bias", bare, all_of=len(bare) == len(modules))
 
 
 def host_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:

@@ -26,6 +26,15 @@ def test_a_spec_survives_json(plan, mapped, extended):
         assert type(again.map) is type(spec.map)
 
 
+@given(plans(), plans(mapped=True), extended_plans())
+def test_a_spec_is_shown_as_it_can_be_written(plan, mapped, extended):
+    names = {"Spec": sl.Spec, "Mixing": Mixing, "Permuting": Permuting, **vars(sl.maps)}
+    for spec in (plan.spec, mapped.spec, extended.spec):
+        assert eval(repr(spec), names) == spec
+    assert repr(sl.Spec()) == "Spec()"
+    assert repr(sl.lora(2, alpha=16)) == "Spec(rank=2, alpha=16)"
+
+
 def test_the_dict_of_a_spec_is_plain():
     spec = sl.Spec(rank=((2, "full"), 3), splits=2, fold=(4, 6), map=Permuting(seed=7), ratio=0.5)
     assert spec.to_dict() == {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import pickle
 
 import pytest
 
 import superlora as sl
 from superlora import maps
-from superlora.design.supports import Supports, design_from_dict, design_of
+from superlora.design.supports import design_from_dict, design_of, without
 from superlora.presets.operations import support
 
 LAYERS = {"blocks.0.q": (6, 4), "blocks.0.o": (4, 6), "head": (5, 5)}
@@ -164,17 +167,66 @@ DESIGNS = {
 @pytest.mark.parametrize("key", DESIGNS)
 def test_a_design_comes_back_from_its_dict_and_from_json(key):
     design = design_of(DESIGNS[key])
-    assert isinstance(design, Supports)
+    assert isinstance(design, sl.Supports)
     plain = design.to_dict()
     for values in (plain, json.loads(json.dumps(plain))):
         found = design_from_dict(values)
-        assert found == design
+        assert found == design == sl.Supports.from_dict(values)
         assert hash(found) == hash(design)
         assert found.to_dict() == plain
     own, other = sl.Plan(DESIGNS[key], LAYERS), sl.Plan(found, LAYERS)
     assert own.factor_shapes == other.factor_shapes
     assert own.layout.supports == other.layout.supports
     assert design_of(design) is design
+
+
+@pytest.mark.parametrize("key", DESIGNS)
+def test_supports_are_read_as_the_mapping_that_they_are_of(key):
+    design = sl.Supports(DESIGNS[key])
+    given = dict(DESIGNS[key])
+    assert dict(design) == given
+    assert len(design) == len(given)
+    assert all(design[operations] == given[operations] for operations in given)
+    assert "nothing" not in design
+    names = {"Supports": sl.Supports, "Spec": sl.Spec, **vars(maps)}
+    for again in (
+        sl.Supports(design),
+        sl.Supports(given),
+        eval(repr(design), names),
+        copy.deepcopy(design),
+        pickle.loads(pickle.dumps(design)),
+    ):
+        assert again == design
+        assert hash(again) == hash(design)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        design.designs = ()
+
+
+def test_supports_keep_their_order_but_for_what_is_shared():
+    weight, bias = sl.lora(2), sl.dense()
+    design = sl.Supports({"add_bias": bias, "scale_bias": "add_bias", "scale_weight": weight})
+    assert list(design) == ["add_bias", "scale_weight", "scale_bias"]
+    assert list(design) == list(design.operations)
+    shared = {"scale_bias": "add_bias", "add_bias": bias, "scale_weight": weight}
+    assert design == sl.Supports(shared)
+    assert design != sl.Supports({**shared, "add_bias": sl.dense(scale=2)})
+    turned = {"scale_weight": weight, "add_bias": bias}  # whose groups are numbered otherwise
+    assert sl.Supports(turned) != sl.Supports(dict(reversed(turned.items())))
+    assert sl.Supports({("add_bias",): bias}) == sl.Supports({"add_bias": bias})
+
+
+def test_an_operation_is_changed_in_a_mapping():
+    design = sl.Supports({**sl.ssf(), "add_bias": sl.dense(scale=0.5)})
+    assert design["add_bias"] == sl.dense(scale=0.5)
+    assert design["scale_bias"] == "scale_weight"
+
+
+def test_every_preset_returns_a_spec_or_supports():
+    kinds = {name: getattr(sl, name).__annotations__["return"] for name in sl.presets.__all__}
+    assert set(kinds.values()) == {"Spec", "Supports"}
+    several = {"bitfit", "glora", "ia3", "prompt_add", "repadapter", "ssf"}
+    assert {name for name, kind in kinds.items() if kind == "Supports"} == several
+    assert all(isinstance(getattr(sl, name)(), sl.Supports) for name in several)
 
 
 def test_a_spec_comes_back_as_a_spec():
@@ -268,32 +320,41 @@ def test_wrong_kinds(design):
 def test_a_dict_that_is_no_design_is_refused(values):
     with pytest.raises((TypeError, ValueError)):
         design_from_dict(values)
+    with pytest.raises((TypeError, ValueError)):
+        sl.Supports.from_dict(values)
+
+
+def test_the_dict_of_a_spec_is_not_one_of_supports():
+    with pytest.raises(ValueError, match=r"^supports must have the key 'supports' alone: got \["):
+        sl.Supports.from_dict(sl.lora().to_dict())
+    with pytest.raises(TypeError, match=r"^supports must be a mapping: got int$"):
+        sl.Supports.from_dict(3)
 
 
 def test_without_an_operation():
     design = design_of(sl.glora(2))
-    gone = design.without("scale_bias", LAYERS, all_of=True)
+    gone = without(design, "scale_bias", LAYERS, all_of=True)
     assert gone.operations == tuple(op for op in design.operations if op != "scale_bias")
-    part = design.without("scale_bias", ["head"])
+    part = without(design, "scale_bias", ["head"])
     assert part.operations == design.operations
     left = {n for n, own in sl.Plan(part, LAYERS).layout.supports.items() if "scale_bias" in own}
     assert left == {"blocks.0.q", "blocks.0.o"}
-    twice = sl.Plan(part.without("scale_bias", ["blocks.0.q", "head"]), LAYERS)
+    twice = sl.Plan(without(part, "scale_bias", ["blocks.0.q", "head"]), LAYERS)
     left = {n for n, own in twice.layout.supports.items() if "scale_bias" in own}
     assert left == {"blocks.0.o"}
-    assert part.without("scale_bias", ["head"]) == part
+    assert without(part, "scale_bias", ["head"]) == part
     joint = design_of({("scale_bias", "add_bias"): sl.dense(groups=1)})
-    assert joint.without("scale_bias", LAYERS, all_of=True).operations == ("add_bias",)
-    assert joint.without("left_weight", LAYERS, all_of=True) == joint
+    assert without(joint, "scale_bias", LAYERS, all_of=True).operations == ("add_bias",)
+    assert without(joint, "left_weight", LAYERS, all_of=True) == joint
     with pytest.raises(ValueError, match="'scale_bias' must have a layer that it changes"):
-        design_of({"scale_bias": sl.dense()}).without("scale_bias", LAYERS, all_of=True)
+        without(sl.Supports({"scale_bias": sl.dense()}), "scale_bias", LAYERS, all_of=True)
 
 
 def test_entries_that_another_operation_takes_stay():
     design = design_of({"scale_bias": sl.dense(), "add_bias": "scale_bias"})
-    for kept in (design.without("scale_bias", LAYERS, all_of=True),):
+    for kept in (without(design, "scale_bias", LAYERS, all_of=True),):
         assert "add_bias" in sl.Plan(kept, LAYERS).layout.supports["head"]
-    plan = sl.Plan(design.without("scale_bias", ["head"]), LAYERS)
+    plan = sl.Plan(without(design, "scale_bias", ["head"]), LAYERS)
     assert "add_bias" in plan.layout.supports["head"]
 
 

@@ -105,7 +105,7 @@ def description_of(metadata: Mapping[str, str], path: Path) -> Description:
         raise ValueError(f"{path} must be of format version {FORMAT_VERSION}: got {version!r}")
     with valid_header(path):
         spec = design_from_dict(header["spec"])
-        in_force = spec.scaled(0.0 + header["scale"]) if "scale" in header else spec
+        in_force = Spec(scale=0.0 + header["scale"]) if "scale" in header else spec
         prints = dict(header.get("frozen", {}))
         for number in prints.values():
             if isinstance(number, bool) or not math.isfinite(number):
