@@ -2,6 +2,8 @@
 
 import doctest
 import importlib
+import inspect
+import pkgutil
 import re
 from pathlib import Path
 
@@ -24,6 +26,12 @@ def example_model():
 
 # What a page's examples take for granted.
 GIVEN = {"README.md": lambda: {"model": example_model()}}
+
+
+def api_entries():
+    """The names that the lists on the API pages have."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/api").glob("*.md"))
+    return set(re.findall(r"^ {4,}([\w.]+)$", text, re.MULTILINE))
 
 
 def page_id(page):
@@ -66,8 +74,14 @@ def test_blocks_of_failing_page_fail():
 def test_api_pages_name_everything_public(module):
     """Each public name is an entry of a list on the API pages."""
     public = importlib.import_module(module).__all__
-    entries = set()
-    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
-        entries |= set(re.findall(r"^ {4,}([\w.]+)$", page.read_text(encoding="utf-8"), re.M))
-    missing = [f"{module}.{name}" for name in public if f"{module}.{name}" not in entries]
+    missing = [f"{module}.{name}" for name in public if f"{module}.{name}" not in api_entries()]
     assert missing == []
+
+
+@pytest.mark.parametrize("entry", sorted(api_entries()))
+def test_what_api_pages_name_is_there_with_its_parameters(entry):
+    if entry.startswith(("superlora.torch.", "superlora.search.")):
+        pytest.importorskip("torch")
+    value = pkgutil.resolve_name(entry)
+    if inspect.isfunction(value) and inspect.signature(value).parameters:
+        assert "\nParameters\n----------\n" in (inspect.getdoc(value) or "")

@@ -53,14 +53,15 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     Examples
     --------
     >>> import torch, superlora as sl, superlora.torch as slt
+    >>> from superlora.torch.row_wise import rows
     >>> model = torch.nn.Linear(4, 2)
     >>> for name in ("french", "german"):
     ...     adapter = slt.attach(model, sl.lora(rank=1), name=name)
     ...     _ = torch.nn.init.ones_(adapter.factors()["0.0.factor0"])
     >>> x = torch.ones(3, 4)
-    >>> with slt.rows(model, ["french", None, "german"]):
+    >>> with rows(model, ["french", None, "german"]):
     ...     y = model(x)
-    >>> with slt.rows(model, ["french"] * 3):
+    >>> with rows(model, ["french"] * 3):
     ...     torch.allclose(y[0], model(x)[0])
     True
     """
