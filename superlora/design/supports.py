@@ -110,15 +110,14 @@ class Supports(Mapping[Operations, Spec | str]):
 
     Notes
     -----
-    Of the weight W₀ and the bias b₀ of a layer these are made, where the support S of an
-    operation is what the equation of its `Spec` gives, its scale included; those of operations
-    that are not there are zero::
+    A layer's weight W₀ and bias b₀ become W and b. The support S of an operation is what the
+    equation of its `Spec` gives, scale included; the support of an absent operation is zero::
 
         W = W₀ + S_add_weight + W₀ ∘ S_scale_weight + W₀ S_right_weight + S_left_weight W₀
         b = b₀ + S_add_bias + b₀ ∘ S_scale_bias + W₀ S_weight_to_bias
 
-    An object is read as the mapping that it is of; operations with a spec come first. Another
-    one is equal if the operations have the same order too, which the groups are numbered by. A
+    Supports are read as the mapping that they are made of, with the operations that have a spec
+    first. Equal ones have their operations in the same order, by which groups are numbered. A
     support is named like its layer, after the operation and a dot: overrides match that name or
     its end.
 

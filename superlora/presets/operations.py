@@ -167,7 +167,8 @@ def ia3(inputs: Sequence[str] = (), *, scale: float | None = None) -> Supports:
         Layers whose inputs are scaled, as those of the second feed-forward layer are:
         regular expressions for a name or its end after a dot.
     scale : float, optional
-        The number in front of what these numbers differ from 1 by; 1 without.
+        The number s where outputs, or inputs, are multiplied by ``1 + s l`` and l is trained; 1
+        without.
 
     Returns
     -------
