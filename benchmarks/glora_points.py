@@ -246,6 +246,7 @@ def random_accuracy(lab: Lab, trained: Trained, seed: int, count: int) -> list[f
     found = []
     for _ in range(count):
         with trained.supernet.using(trained.supernet.space.sample(generator)):
+            trained.supernet.merge()
             found.append(trained.classifier.accuracy(validation))
     return found
 

@@ -104,6 +104,7 @@ def find(
 
     def evaluate(configuration: Configuration) -> float:
         with supernet.using(configuration):
+            supernet.merge()
             return trained.classifier.accuracy(images.validation)
 
     history = [(supernet.sample(step), loss) for step, loss in enumerate(trained.losses)]
