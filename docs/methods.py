@@ -184,7 +184,7 @@ ADDED = (
         "s A₂C_lA₃ᵀ",
         "L*r**2 + r*(do + di)",
         "published formula",
-        "equal for weights of one shape; the MLP's blocks of columns are no contiguous pieces",
+        "equal for weights of one shape; the MLP's blocks of columns are not contiguous here",
     ),
     Method(
         "sl.fact_tk(rank=r)",
@@ -383,8 +383,8 @@ MERGED = (
         "W₀ + W₀ ∘ A + B, b₀ + b₀ ∘ D + E + W₀C",
         "L*(2*r*(do + di) + r*(di + 1) + 2*do)",
         "PEFT GLoRA",
-        "equal for every option that PEFT has, on layers with a bias; there A and B have the same "
-        "one, and so have D and E",
+        "equal for every option that PEFT has, on layers with a bias; in PEFT A and B share an "
+        "option, and so do D and E",
     ),
     Method(
         'sl.glora(rank=r, product="matrix", weight_to_bias="none", scale_bias="none", '
