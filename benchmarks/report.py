@@ -172,7 +172,7 @@ def merging(rows: list[Row]) -> str:
         ]
         for row in rows
     ]
-    heads = ["adapter", "merge", "unmerge", "copy", "forming", "merge / (copy + forming)"]
+    heads = ["adapter", "merge", "unmerge", "copy", "forming", "(merge − forming) / copy"]
     heads += ["", "weights back", "save", "bare write", "load", "bare read", "bytes"]
     return table(heads, lines)
 
