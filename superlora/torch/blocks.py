@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,14 @@ class Place(NamedTuple):
         return found if self.part is None else found[self.part]
 
 
+@dataclass
+class Scale:
+    """The number in front of updates, and the tensor of it that compiled code reads."""
+
+    value: float
+    number: Tensor = field(compare=False)
+
+
 class Blocks(Mapping[str, Tensor]):
     """The blocks of a plan by name; they are read from the modules that register them.
 
@@ -51,10 +60,8 @@ class Blocks(Mapping[str, Tensor]):
         What layers share during a forward pass.
     applied : str
         How updates are applied: ``"auto"``, ``"factored"`` or ``"formed"``.
-    scales : dict of str to float
-        The number in front of each update.
-    numbers : dict of str to torch.Tensor
-        The same numbers as compiled code reads them, so that it need not be compiled again.
+    scales : dict of str to Scale
+        The numbers in front of the updates.
     """
 
     def __init__(self, plan: Plan, places: Mapping[str, Place]) -> None:
@@ -62,13 +69,13 @@ class Blocks(Mapping[str, Tensor]):
         self.scope = Scope()
         self.applied = "auto"
         layout = plan.layout
-        self.scales = {name: layout.scaling(name) for name in layout.shapes}
+        planned = {name: layout.scaling(name) for name in layout.shapes}
         with torch.inference_mode(False):
             held = {
-                own: torch.tensor(own, dtype=torch.float64, device="cpu")
-                for own in dict.fromkeys(self.scales.values())
+                own: Scale(own, torch.tensor(own, dtype=torch.float64, device="cpu"))
+                for own in dict.fromkeys(planned.values())
             }
-        self.numbers = {name: held[own] for name, own in self.scales.items()}
+        self.scales = {name: held[own] for name, own in planned.items()}
         self._scale = plan.scale
         self.first = places[next(iter(layout.factor_shapes))]
 
@@ -95,9 +102,9 @@ class Blocks(Mapping[str, Tensor]):
     def scale(self, value: float) -> None:
         self._scale = value
         layout, planned = self.plan.layout, self.plan.scale
-        for name, number in self.numbers.items():
-            self.scales[name] = float(scale_in_force(layout.scaling(name), planned, value))
-            number.fill_(self.scales[name])
+        for name, scale in self.scales.items():
+            scale.value = float(scale_in_force(layout.scaling(name), planned, value))
+            scale.number.fill_(scale.value)
 
     def device_of(self, name: str) -> torch.device:
         """Return where the blocks of one weight's update lie."""

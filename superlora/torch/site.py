@@ -184,7 +184,7 @@ class Site:
         for link in self.links.values():
             if not link.active:
                 continue
-            wide = wide and link.first.read().dtype == dtype
+            wide = wide and link.first.owner._parameters[link.first.leaf].dtype == dtype  # type: ignore[union-attr]
             for support in link.supports:
                 supports.append(support)
                 plain = plain and support.plain
@@ -253,8 +253,10 @@ class Site:
     @property
     def base(self) -> Base:
         """What the layer's weight and bias hold, and held without any adapter."""
-        merged, wrapped = bool(self.merged), self._previous is not None
-        return Base(self.weight, self.bias, self.own_weight, self.own_bias, merged, wrapped)
+        weight, bias, wrapped = self.weight, self.bias, self._previous is not None
+        if not self.merged:
+            return Base(weight, bias, weight, bias, False, wrapped)
+        return Base(weight, bias, self.own_weight, self.own_bias, True, wrapped)
 
     @property
     def own_weight(self) -> Tensor:

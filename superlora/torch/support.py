@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from superlora.algebra.form import joint_entries, scaled
+from superlora.algebra.form import joint_entries
 from superlora.design.supports import ADD
 from superlora.design.ways import FORMED, application
 from superlora.torch.autograd import autocasts, is_traced, without_autocast
@@ -42,13 +42,15 @@ class Support:
     ----------
     operation : str
         The merge operation.
+    scale : Scale
+        The number in front of it.
     along : str
         What its vector is repeated along; empty where it is no repeated vector.
     """
 
     def __init__(self, blocks: Blocks, name: str) -> None:
         layout = blocks.plan.layout
-        self.blocks, self.name = blocks, name
+        self.blocks, self.name, self.scale = blocks, name, blocks.scales[name]
         layer = layout.layer_of[name]
         self.operation = next(op for op, own in layout.supports[layer].items() if own == name)
         self.shape = layout.shapes[name]
@@ -92,12 +94,6 @@ class Support:
             return found
         return [*[each.take(self.blocks) for each in operands.shared], *found]
 
-    @property
-    def scale(self) -> float | Tensor:
-        """The number in front of it; a tensor where code is compiled, to be read each time."""
-        held = self.blocks.numbers if torch.compiler.is_compiling() else self.blocks.scales
-        return held[self.name]
-
     def is_formed(self, tokens: int, fused: bool) -> bool:
         """Return whether the support is best formed for so many inputs."""
         applied = self.blocks.applied
@@ -130,7 +126,8 @@ class Support:
                 values, dtype = None, torch.get_autocast_dtype(x.device.type)
             tensors = [tensor.to(dtype) for tensor in tensors]
             x = x.to(dtype)
-        return apply_way(way, Call(x, weight, bias, tensors, self.scale), [values])
+        scale = self.scale.number if torch.compiler.is_compiling() else self.scale.value
+        return apply_way(way, Call(x, weight, bias, tensors, scale), [values])
 
     def form(self, device: torch.device) -> Tensor:
         """Return the support tensor itself, the scale multiplied in; autocasting must be off."""
@@ -141,8 +138,9 @@ class Support:
             count = len(own.shared)
             tensors = [*own.cut(tensors[:count], rows, device), *tensors[count:]]
         found = own.form(tensors, rows)
-        multiplied: Tensor = scaled(found, self.scale)
-        return multiplied
+        if torch.compiler.is_compiling():
+            return found * self.scale.number
+        return found if self.scale.value == 1 else found * self.scale.value
 
     def delta(self) -> Tensor:
         """Form the support tensor; never the memory of a block."""
@@ -165,7 +163,8 @@ class Support:
         with without_autocast(device):
             given = dict(zip(names, make(tensors), strict=True))
             entries: Tensor = joint_entries(layout, given, group)
-            return (entries * self.scale).to(device)
+            compiled = torch.compiler.is_compiling()
+            return (entries * (self.scale.number if compiled else self.scale.value)).to(device)
 
 
 def _registered(own: Blocks, operands: Operands) -> list[Place] | None:
@@ -232,6 +231,7 @@ def _formed_product(
     own_weight: Tensor | None,
 ) -> Tensor:
     """Multiply inputs by the sum of formed supports, and of the weight if it is given."""
+    compiled = torch.compiler.is_compiling()
     shared: list[Tensor] = []
     blocks: list[Tensor] = []
     for support in supports:
@@ -246,7 +246,7 @@ def _formed_product(
     way = FormedWay(
         [support.operands for support in supports],
         scaling,
-        [support.scale for support in supports],
+        [support.scale.number if compiled else support.scale.value for support in supports],
         min([support.chunk for support in supports]),
     )
     # A layer's supports may be of several adapters, each of which has a scope of its own.

@@ -12,15 +12,11 @@ from superlora.torch.blocks import Blocks
 Frozen = list[tuple[nn.Module, str]]
 
 
-def is_adapter(module: nn.Module) -> bool:
-    """Return whether a module is an adapter."""
-    return isinstance(module.__dict__.get("blocks"), Blocks)
-
-
 def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of a model by name, but those of its adapters."""
     seen: set[int] = set()
-    rest = [] if is_adapter(model) else [("", model)]
+    # An adapter is a module that has blocks; there may be hundreds beside a layer.
+    rest = [] if type(model.__dict__.get("blocks")) is Blocks else [("", model)]
     while rest:
         name, module = rest.pop()
         if id(module) in seen:
@@ -31,7 +27,7 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         children = [
             (before + key, child)
             for key, child in module._modules.items()
-            if child is not None and not is_adapter(child)
+            if child is not None and type(child.__dict__.get("blocks")) is not Blocks
         ]
         rest += children[::-1]
 

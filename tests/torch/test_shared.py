@@ -66,7 +66,7 @@ class Planned:
 
     def delta(self, name):
         factors = self.adapter.factors()
-        return self.plan.delta(factors, name, self.adapter.scale_of(name))
+        return self.plan.delta(factors, name, self.adapter.blocks.scales[name].value)
 
 
 def plain(model, adapter, call):
@@ -848,7 +848,7 @@ def test_a_map_of_slices_is_not_shared(made):
     spec = sl.Spec(rank=2, groups=1, fold="balanced", map=maps.Gaussian(), ratio=0.3)
     model = make_net()
     adapter = slt.attach(model, spec, ["q", "v", "o"])
-    assert not adapter.shares
+    assert not model._forward_pre_hooks
     made.clear()
     model(make_input())
     assert {kind for kind, _ in made} == {"own"}

@@ -56,7 +56,7 @@ def test_every_way_gives_one_update(key, layer, dtype, tmp_path):
             if support.way is not None:  # also where it would cost more
                 assert_near(support.factored(x).t(), expected, torch.float32)
             assert_near(support.form(x.device), expected, torch.float32)
-            pair = plan.low_rank(adapter.factors(), name, adapter.scale_of(name))
+            pair = plan.low_rank(adapter.factors(), name, adapter.blocks.scales[name].value)
             if pair is not None:
                 assert_near(pair[0] @ pair[1].t(), expected, torch.float32)
             weight = module.weight.double()

@@ -149,7 +149,7 @@ def exact_layer(blocks: Blocks, name: str) -> Layer | None:
     alone = layout.grouping.members[group] == (name,) and len(pieces) == 1
     if not alone or own.terms > 1 or not layout.in_place(group):
         return None
-    scale = blocks.scales[name]
+    scale = blocks.scales[name].value
     if own.splits == 1 and not any(item.splits[0].factored) and item.splits[0].core == "full":
         delta = blocks.plan.delta(_doubled(blocks, name), name, scale)
         return Layer("full", ((delta,),), 1.0)
@@ -185,7 +185,7 @@ def low_rank_layer(
     # it is taken of the two thin factors, by way of their QR decompositions, and the update is
     # never formed.
     with torch.no_grad():
-        doubled, scale = _doubled(blocks, name), blocks.scales[name]
+        doubled, scale = _doubled(blocks, name), blocks.scales[name].value
         thin = blocks.plan.low_rank(doubled, name, scale)
         if thin is None:
             if rank is None and energy is None:
