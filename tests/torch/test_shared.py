@@ -847,7 +847,7 @@ def test_memory_given_later_is_filled():
 def test_a_map_of_slices_is_not_shared(made):
     spec = sl.Spec(rank=2, groups=1, fold="balanced", map=maps.Gaussian(), ratio=0.3)
     model = make_net()
-    adapter = slt.attach(model, spec, ["q", "v", "o"])
+    slt.attach(model, spec, ["q", "v", "o"])
     assert not model._forward_pre_hooks
     made.clear()
     model(make_input())
