@@ -48,19 +48,17 @@ class Adapter(nn.Module):
 
     Attributes
     ----------
-    plan : Plan
-        As given.
-    name : str
+    plan, name : Plan and str
         As given.
     blocks : Blocks
-        The factors and frozen blocks by name; `factors` returns them as a dict.
+        The factors and frozen blocks by name.
     supports : dict of str to Support
         What is prepared for each update, by its name in the plan.
     merged : bool
         Whether the weights hold the update.
     replaced : Replaced or None
-        Parameters of the model itself that came with the adapter, as a head that
-        was trained with it; `disabled` and `detach` put the model's own back.
+        Parameters of the model that came with the adapter, such as a trained head; `disabled` and
+        `detach` put the model's own back.
     """
 
     def __init__(self, plan: Plan, factors: Mapping[str, Tensor], name: str = "superlora") -> None:
@@ -75,8 +73,7 @@ class Adapter(nn.Module):
         self._disabled = 0  # how many `disabled` blocks are open
         self._merge_again = False  # when the last of them ends
         self._sites: dict[str, Site] = {}
-        # The model, and the module of it that registers this one; in a tuple, or
-        # torch would make them submodules of their own part.
+        # The model, and its module that registers this one; a tuple is no submodule.
         self._homes: tuple[nn.Module, ...] = ()
         self._frozen: Frozen = []
         # Before and after the model loads a state dict, and its forward.
@@ -136,13 +133,7 @@ class Adapter(nn.Module):
         return self.blocks.dtype
 
     def factors(self) -> dict[str, Tensor]:
-        """Return all blocks by name, frozen ones too: the form that ``Plan`` takes.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            The parameters and buffers themselves.
-        """
+        """Return all parameters and frozen blocks by name: the form that ``Plan`` takes."""
         return dict(self.blocks)
 
     @property
@@ -162,13 +153,7 @@ class Adapter(nn.Module):
         return self._homes[0]
 
     def layers(self) -> dict[str, nn.Module]:
-        """Return the adapted layers.
-
-        Returns
-        -------
-        dict of str to torch.nn.Module
-            By dotted name, in the plan's order.
-        """
+        """Return the adapted layers by dotted name, in the plan's order."""
         return {name: site.module for name, site in self._sites.items()}
 
     @property
@@ -205,10 +190,7 @@ class Adapter(nn.Module):
 
     @property
     def scale(self) -> float:
-        """The number in front of ΔW, in forward, merge and file alike; `plan` keeps its own.
-
-        Scales that the spec's overrides give some layers change in proportion.
-        """
+        """The number in front of ΔW; scales of the spec's overrides change in proportion."""
         return self.blocks.scale
 
     @scale.setter
@@ -243,13 +225,7 @@ class Adapter(nn.Module):
         return self.supports[name].delta()
 
     def deltas(self) -> dict[str, Tensor]:
-        """Form the updates of all layers.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            ``scale * ΔW`` for each layer, (output width, input width).
-        """
+        """Form the updates of all layers, as `delta` does."""
         with self.blocks.scope.opened():
             return {name: self.delta(name) for name in self.supports}
 
@@ -257,9 +233,8 @@ class Adapter(nn.Module):
     def shared(self) -> Iterator[None]:
         """Keep what layers share over many calls without gradients, inside a ``with`` block.
 
-        Layers of one group share what they are cut from during one call of the model. Inside the
-        block they share it over all calls, as generation makes them; factors must not change
-        there.
+        Layers of one group share tensors during one call of the model. Inside the block they
+        share them over all calls, as in generation; factors must not change there.
 
         Yields
         ------
@@ -283,7 +258,7 @@ class Adapter(nn.Module):
     def disabled(self) -> Iterator[None]:
         """Let the model compute as if the adapter were not there, inside a ``with`` block.
 
-        Works merged too: the weights are restored for the block and merged again.
+        A merged adapter is unmerged for the block.
 
         Yields
         ------
@@ -319,8 +294,7 @@ class Adapter(nn.Module):
     def merge(self) -> None:
         """Add every update to its weight, so that the model costs what its base does.
 
-        The weights' own values are kept; `unmerge` restores them bit for bit. One
-        weight is formed at a time. If any cannot be merged, none is.
+        The weights' own values are kept, for `unmerge`. If any cannot be merged, none is.
 
         Raises
         ------
@@ -353,7 +327,7 @@ class Adapter(nn.Module):
     def unmerge(self) -> None:
         """Take every update out of its weight, bit for bit.
 
-        Where another adapter was merged later, its update is formed and added again.
+        The update of an adapter that was merged later is formed and added again.
 
         Raises
         ------
@@ -379,9 +353,8 @@ class Adapter(nn.Module):
         Raises
         ------
         AdapterError
-            If the adapter is not attached, or is merged and `keep_merged` is False,
-            or lies on another merged one, or another library has wrapped a
-            layer's forward since.
+            If the adapter is not attached, or is merged and `keep_merged` is False, or lies on
+            another merged one, or another library has wrapped a layer's forward since.
         """
         self._check_attached("detached")
         if self.merged and not keep_merged:
@@ -426,7 +399,7 @@ class Adapter(nn.Module):
         self._merge_again = False
 
     def save(self, path: str | Path) -> None:
-        """Write the adapter to a safetensors file, atomically.
+        """Write every factor, and the spec with the scale now in force, to a safetensors file.
 
         Parameters
         ----------
@@ -437,11 +410,6 @@ class Adapter(nn.Module):
         ------
         AdapterError
             If a factor lies on the meta device.
-
-        Notes
-        -----
-        Every factor is stored once, beside the spec with the scale now in force,
-        the ordered names and shapes of the layers, and a format version.
         """
         refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)
         save_blocks(self.blocks, self.layers(), self.replaced, self._beside, Path(path))
@@ -449,9 +417,7 @@ class Adapter(nn.Module):
     def swap(self, path: str | Path) -> None:
         """Take the factors and the scale of another file of the same design, in place.
 
-        Made for a server that changes adapters between requests: the parameters stay the
-        same tensors, so that optimisers and compiled code go on. What an optimiser
-        remembers of the old values stays too.
+        The parameters stay the same tensors, so that optimisers and compiled code go on.
 
         Parameters
         ----------
@@ -483,10 +449,7 @@ class Adapter(nn.Module):
         """
         self._check_attached("given another file")
         if self.merged:
-            raise AdapterError(
-                f"adapter {self.name!r} must be unmerged to be given another file: call unmerge() "
-                "first"
-            )
+            raise AdapterError(f"adapter {self.name!r} must be unmerged to be given another file")
         held: dict[str, Tensor] = dict(self.blocks)
         if self.replaced is not None:
             held |= self.replaced.parameters()
@@ -527,9 +490,8 @@ class Adapter(nn.Module):
 
         Notes
         -----
-        LoRA, LoKr and LoHa are written as what they are. Any other update whose fold
-        is aligned has two thin factors, which are a LoRA of their inner width exactly; with a
-        rank or an energy it is truncated by its singular values.
+        LoRA, LoKr and LoHa are written as such, and any other update of an aligned fold as the
+        LoRA that it equals. Rank or energy truncate an update's singular values.
         """
         self._check_attached("written for another library, whose files name layers")
         return save_peft(
@@ -550,18 +512,15 @@ class Adapter(nn.Module):
         ----------
         path : str or pathlib.Path
             The file; replaced if it exists.
-        rank : int, optional
-            Where LyCORIS has no exact counterpart, the rank of the LoRA that is nearest.
-        energy : float, optional
-            Instead, or besides: keep the least rank with this part, in (0, 1], of the sum of
-            squares of the update's singular values.
+        rank, energy : int and float, optional
+            As in `to_peft`.
         prefix : str
             What the keys begin with, before the layer's name with underscores.
 
         Returns
         -------
         Export
-            The format of every layer, and its relative error; printed it is a table.
+            As in `to_peft`.
 
         Raises
         ------
@@ -594,7 +553,7 @@ class Adapter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def refuse_to_load(self, model: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
-        """Refuse before any of the model is loaded what `_load_from_state_dict` refuses."""
+        """Refuse before any of the model is loaded."""
         metadata = getattr(state_dict, "_metadata", {})
         self._check_loadable(metadata.get(prefix + registered(model).get(self, self.name), {}))
 
