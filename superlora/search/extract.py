@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from superlora.design.spec import Spec
+from superlora.design.supports import Supports
 from superlora.presets.operations import support
 
 _FIELDS = [field.name for field in dataclasses.fields(Spec) if field.name != "overrides"]
 
 
-def supports_of(configuration: Mapping[str, Mapping[str, int | str]]) -> dict[str, Spec]:
+def supports_of(configuration: Mapping[str, Mapping[str, int | str]]) -> Supports:
     """Return the designs of the support tensors that a configuration chooses."""
     chosen: dict[str, dict[str, int | str]] = {}
     for layer, options in configuration.items():
@@ -28,7 +29,7 @@ def supports_of(configuration: Mapping[str, Mapping[str, int | str]]) -> dict[st
         raise ValueError(
             "configuration must choose a support for at least one layer: got 'none' everywhere"
         )
-    return found
+    return Supports(found)
 
 
 def _design(operation: str, options: Mapping[str, int | str]) -> Spec:

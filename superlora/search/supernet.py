@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora.checks import check_count
-from superlora.design.supports import OPERATIONS, design_of
+from superlora.design.supports import OPERATIONS, Supports
 from superlora.errors import AdapterError, some
 from superlora.plan import Plan
 from superlora.presets.operations import support
@@ -25,7 +25,8 @@ from superlora.torch.attach import attach, check_free, check_model, host_of, ini
 from superlora.torch.blocks import Blocks
 from superlora.torch.files.load import read_adapter
 from superlora.torch.files.state import SUPERNET, valid_header
-from superlora.torch.layers import bias_of, shape_of
+from superlora.torch.layers import shape_of
+from superlora.torch.site import Site
 from superlora.torch.support import Support
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
 
@@ -136,7 +137,7 @@ class Supernet(Adapter):
         check_seed(seed)
         modules = find_targets(model, targets)
         shapes = {layer: shape_of(module) for layer, module in modules.items()}
-        bare = [layer for layer, module in modules.items() if bias_of(module) is None]
+        bare = [layer for layer, module in modules.items() if Site.bias_below(module) is None]
         space = Space(shapes, ranks, operations, tuple(bare))  # type: ignore[arg-type]
         plan = Plan(_stored(space), shapes)
         check_free(model, host_of(model, modules), name)
@@ -399,10 +400,10 @@ class Supernet(Adapter):
             raise ValueError(f"{path} must be a supernet's: superlora.torch.load reads it")
         with valid_header(path):
             space, seed = Space.from_dict(header["space"]), check_seed(header["seed"])
-            stored = design_of(_stored(space))
+            stored = _stored(space)
         if stored != read.plan.spec or dict(space.layers) != read.plan.layout.layers:
             raise ValueError(f"{path} must hold the tensors of its space: it has another design")
-        bare = [layer for layer, module in read.modules.items() if bias_of(module) is None]
+        bare = [name for name, module in read.modules.items() if Site.bias_below(module) is None]
         ordered = list(find_targets(model, lambda layer, _: layer in space.layers))
         for what, expected, found in (
             ("the layers", list(space.layers), ordered),
@@ -472,18 +473,15 @@ def _part(option: Option, axes: int) -> tuple[slice | int, ...]:
     return (slice(None), slice(option))
 
 
-def _stored(space: Space) -> dict[str, Any]:
+def _stored(space: Space) -> Supports:
     """Return the designs of the largest options, of which all others are parts."""
     largest = {
         layer: {name: space.options(layer, name)[0] for name in space.operations}
         for layer in space.layers
     }
-    try:
-        return supports_of(largest)
-    except ValueError:
-        raise ValueError(
-            "operations must have an option that is not 'none': got no other"
-        ) from None
+    if {option for own in largest.values() for option in own.values()} == {"none"}:
+        raise ValueError("operations must have an option that is not 'none': got no other")
+    return supports_of(largest)
 
 
 class _Unchosen:
