@@ -361,6 +361,7 @@ class Supernet(Adapter):
                     names = adapter.plan.blocks_of(f"{operation}.{layer}")
                     for block, value in zip(names, own.values(), strict=True):
                         adapter.blocks[block].copy_(value)
+        adapter.scale, adapter.applied = self.scale, self.applied
         return adapter
 
     @staticmethod

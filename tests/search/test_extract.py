@@ -146,6 +146,7 @@ def test_an_extracted_adapter_computes_the_same(layer, seed, tmp_path):
     x = make_input(dtype=torch.float64)
     configuration = supernet.sample(seed)
     supernet.use(configuration)
+    supernet.scale = 1.5
     y = model(x)
     expected = gradients(supernet, loss_of(y))
     with supernet.using(configuration):

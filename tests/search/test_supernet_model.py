@@ -236,6 +236,8 @@ def test_merged_it_computes_what_the_configuration_does(layer):
         assert now == before
     with pytest.raises(AdapterError, match="must have a configuration"):
         supernet.merge()
+    with pytest.raises(KeyError, match="name must be one of"):
+        supernet.delta("add_weight.blocks.0.q")
     assert {name: bits(value) for name, value in model.state_dict().items()} == before
 
 
