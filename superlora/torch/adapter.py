@@ -221,7 +221,7 @@ class Adapter(nn.Module):
         KeyError
             If the adapter has no layer of that name.
         """
-        self.plan.blocks_of(name)  # says which layers there are, if this is none
+        self.plan.blocks_of(name)  # says which layers there are
         if name not in self.supports:
             raise KeyError(f"name must be one of {some(map(repr, self.supports))}: got {name!r}")
         return self.supports[name].delta()
