@@ -25,8 +25,8 @@ class Place:
     group : int
         Index of the group.
     shapes : tuple of (int, int)
-        Output and input width of the group's weights, in order; none where the map makes no
-        whole group, but a part of a vector.
+        Output and input width of the group's weights, in order; none where the map
+        makes no whole group, but a part of a vector.
     whole : bool
         Whether no weight is cut by the group's boundary.
     """
@@ -144,18 +144,7 @@ class Map(abc.ABC):
         return self.apply(x, size)[start:stop]
 
     def mixes(self, before: int, size: int) -> bool:
-        """Return whether a slice costs about as much as all entries.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold, and of the slice.
-
-        Returns
-        -------
-        bool
-            True where as many entries are formed before the map for any slice.
-        """
+        """Return whether a slice of so many entries costs about as much as all of them."""
         return self.keeps_size or not self.sliced
 
     def bind(self, place: Place) -> Map:
@@ -215,72 +204,19 @@ class Map(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__}() reads no single entries")
 
     def product_operations(self, before: int, shape: tuple[int, int]) -> tuple[int, int] | None:
-        """Return what `multiply` costs for each input, where the map has it.
-
-        Parameters
-        ----------
-        before : int
-            Entries of the fold.
-        shape : (int, int)
-            Output and input width of the weight.
-
-        Returns
-        -------
-        (int, int) or None
-            Multiplications, and entries that are read or written; None without `multiply`.
-        """
+        """Return the multiplications and moved entries of `multiply` for an input, if there is."""
         return None
 
     def multiply(self, values: Array, x: Array) -> Array:
-        """Multiply inputs by the weight that is made of some entries, without forming it.
-
-        Parameters
-        ----------
-        values : array, (before,)
-            The entries.
-        x : array, (n, input width)
-            Inputs.
-
-        Returns
-        -------
-        array, (n, output width)
-            The product.
-
-        Raises
-        ------
-        NotImplementedError
-            If the map cannot.
-        """
+        """Multiply inputs (n, input width) by the weight of some entries, without forming it."""
         raise NotImplementedError(f"{type(self).__name__}() multiplies no inputs")
 
     def fixed_entries(self, place: Place) -> int | None:
-        """Return how many entries the map takes, where that is not the spec's choice.
-
-        Parameters
-        ----------
-        place : Place
-            The group and the weights in it.
-
-        Returns
-        -------
-        int or None
-            None where a ratio or a size says it.
-        """
+        """Return how many entries the map takes; None where the spec's ratio or size says it."""
         return None
 
     def check(self, before: int, size: int) -> None:  # noqa: B027
-        """Refuse sizes that the map cannot serve.
-
-        Parameters
-        ----------
-        before, size : int
-            Entries of the fold and of the group.
-
-        Raises
-        ------
-        ValueError
-            If it cannot.
-        """
+        """Raise a `ValueError` for sizes of fold and group that the map cannot serve."""
 
     def gain(self, before: int, size: int) -> float:
         """Return the mean square of an output for inputs of mean square 1.
@@ -371,8 +307,8 @@ class Map(abc.ABC):
         dict
             ``{"name": class name, field: value, …}``.
         """
-        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return {"name": type(self).__name__, **{key: _plain(v) for key, v in fields.items()}}
+        fields = self.__getstate__().items()
+        return {"name": type(self).__name__, **{key: _plain(value) for key, value in fields}}
 
     def kept(self, like: Array, draw: str, *args: int, keep: bool = True) -> Array:
         """Return what a method of the map gives, for arithmetic with an array.

@@ -63,24 +63,12 @@ class CheckedMap(Map):
 
 @dataclass(frozen=True, kw_only=True)
 class SeededMap(CheckedMap):
-    """A map whose constants are drawn from a seed.
+    """A map whose constants are drawn from a seed."""
 
-    Parameters
-    ----------
-    seed : int
-        In [0, 2**64): the same numbers on every library, device, release and platform.
-    shared : bool
-        Whether all groups of one size have the same map; else each draws its own.
-    version : int
-        Of the derivation of all numbers from the seed.
-    substream : int
-        Set by a plan where the map is not shared: the group's index.
-    """
-
-    seed: int = 0
-    shared: bool = True
-    version: int = VERSION
-    substream: int = 0
+    seed: int = 0  # the same numbers on every library, device, release and platform
+    shared: bool = True  # by all groups of one size; else each draws its own
+    version: int = VERSION  # of the derivation of all numbers from the seed
+    substream: int = 0  # set by a plan where the map is not shared: the group's index
 
     choices: ClassVar[dict[str, tuple[object, ...]]] = {}
 
@@ -102,18 +90,7 @@ class SeededMap(CheckedMap):
         return self if self.shared else self.part(place.group)
 
     def part(self, index: int) -> Map:
-        """Return the same map with other streams.
-
-        Parameters
-        ----------
-        index : int
-            At least 0.
-
-        Returns
-        -------
-        Map
-            Draws that are independent of those of any other index.
-        """
+        """Return the same map with other streams, independent of those of any other index."""
         return dataclasses.replace(self, substream=index)
 
     def _among(self, count: int, index: int) -> Map:
@@ -128,9 +105,8 @@ class SeededMap(CheckedMap):
 
 def scale_of(normalize: str | None, before: int, size: int) -> float:
     """Return the factor for columns that have unit entries: 1 / sqrt(size) is isometric."""
-    if normalize is None:
-        return 1.0
-    scale: float = (size if normalize == "isometric" else before) ** -0.5
+    counts = {"isometric": size, "variance": before, None: 1}
+    scale: float = counts[normalize] ** -0.5
     return scale
 
 
@@ -151,6 +127,11 @@ def check_vector(name: str, array: Array) -> None:
     check_floating(name, array)
     if any(short in str(array.dtype) for short in ("float8", "float6_", "float4_")):
         raise TypeError(f"{name} must have numbers of at least 16 bits: got {array.dtype}")
+    check_rank(name, array)
+
+
+def check_rank(name: str, array: Array) -> None:
+    """Refuse what is no vector of at least one entry."""
     if len(array.shape) != 1 or not array.shape[0]:
         raise ValueError(f"{name} must be a vector of entries: got shape {tuple(array.shape)}")
 
@@ -165,22 +146,42 @@ def check_enough(before: int, size: int, kind: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacedMap(SeededMap):
-    """Coefficients at some places of a transform, random ones or given ones.
-
-    Parameters
-    ----------
-    shape : tuple of int, optional
-        The two axes of the transform, in a plan those of the weight.
-    """
+class WeightMap(CheckedMap):
+    """A map of one whole weight, (outputs, inputs); in a plan it has the weight's shape."""
 
     shape: tuple[int, ...] | None = None
+
+    def _check_shape(self) -> None:
+        freeze_counts(self, "shape", least=1)
+        if self.shape is not None and len(self.shape) != 2:
+            raise ValueError(f"shape must have two axes: got {self.shape}")
+
+    def bind(self, place: Place) -> Map:  # noqa: D102  (inherited)
+        bound = super().bind(place)
+        if self.shape is not None or not place.shapes:
+            return bound
+        return dataclasses.replace(bound, **{"shape": weight_shape(self, place)})
+
+    def check(self, before: int, size: int) -> None:  # noqa: D102  (inherited)
+        axes = self._axes(size)
+        if math.prod(axes) != size:
+            raise ValueError(f"shape must have {size} entries, those of the group: got {axes}")
+
+    def _axes(self, size: int = 0) -> tuple[int, ...]:
+        if self.shape is None:
+            raise ValueError("shape must be given for a map outside a plan: got None")
+        return self.shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedMap(WeightMap, SeededMap):
+    """Coefficients at some places of a transform, random ones or given ones."""
 
     given: ClassVar[str]  # the field of given places
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        freeze_shape(self)
+        self._check_shape()
         freeze_counts(self, self.given, least=0)
         places = self._places_given
         if places is not None and len(set(places)) < len(places):
@@ -191,14 +192,10 @@ class PlacedMap(SeededMap):
         places: tuple[int, ...] | None = getattr(self, self.given)
         return places
 
-    def bind(self, place: Place) -> Map:
-        """Return the map with the shape of the group's weight."""
-        return with_shape(super().bind(place), place)
-
     def check(self, before: int, size: int) -> None:
         """Refuse a shape of another size, and more coefficients than places."""
         check_enough(before, size, type(self).__name__)
-        check_axes(self._axes(size), size)
+        super().check(before, size)
         places = self._places_given
         if places is None:
             return
@@ -216,9 +213,6 @@ class PlacedMap(SeededMap):
         if self._places_given is not None:
             return {}
         return {self.given: self._chosen(min(before, CHECKED), size)}
-
-    def _axes(self, size: int) -> tuple[int, ...]:
-        return (1, size) if self.shape is None else self.shape
 
     def _chosen(self, before: int, size: int) -> numpy.ndarray:
         if self._places_given is not None:
@@ -238,28 +232,6 @@ def freeze_counts(fixed: Map, name: str, least: int) -> None:
         check_count(f"{name}[{index}]", value, least=least)
 
 
-def freeze_shape(fixed: Map) -> None:
-    """Make the field `shape` a tuple of two integers, or refuse it; None stays."""
-    freeze_counts(fixed, "shape", least=1)
-    shape = getattr(fixed, "shape", None)
-    if shape is not None and len(shape) != 2:
-        raise ValueError(f"shape must have two axes: got {shape}")
-
-
-def check_axes(axes: tuple[int, ...], size: int) -> None:
-    """Refuse axes that have not as many entries as the group."""
-    if math.prod(axes) != size:
-        raise ValueError(f"shape must have {size} entries, those of the group: got {axes}")
-
-
-def shape_given(fixed: Map) -> tuple[int, ...]:
-    """Return a map's shape, or refuse a map that has none."""
-    shape: tuple[int, ...] | None = getattr(fixed, "shape", None)
-    if shape is None:
-        raise ValueError("shape must be given for a map outside a plan: got None")
-    return shape
-
-
 def weight_shape(fixed: Map, place: Place) -> tuple[int, int]:
     """Return the shape of the one weight of a group, or refuse another group."""
     if len(place.shapes) != 1 or not place.whole:
@@ -269,10 +241,3 @@ def weight_shape(fixed: Map, place: Place) -> tuple[int, int]:
             f"{other}: got {len(place.shapes)} weights in group {place.group}"
         )
     return place.shapes[0]
-
-
-def with_shape(fixed: Map, place: Place) -> Map:
-    """Return a map with the shape of the group's weight, unless it has one or has no weight."""
-    if getattr(fixed, "shape", None) is not None or not place.shapes:
-        return fixed
-    return dataclasses.replace(fixed, **{"shape": weight_shape(fixed, place)})

@@ -90,7 +90,7 @@ class Composed(CombinedMap):
 
     def bind(self, place: Place) -> Map:
         """Return the map as it is for one group of a plan."""
-        inside = place if self.between == "after" else part_of(place)
+        inside = place if self.between == "after" else Place(place.group, (), False)
         first, second = self.first.bind(inside), self.second.bind(place)
         bound = dataclasses.replace(self, first=first, second=second)
         return self if bound == self else bound
@@ -182,7 +182,7 @@ class BlockDiagonal(CombinedMap):
 
     def bind(self, place: Place) -> Map:
         """Return the map as it is for one group of a plan."""
-        inside = place if len(self.parts) == 1 else part_of(place)
+        inside = place if len(self.parts) == 1 else Place(place.group, (), False)
         bound = tuple(part.bind(inside) for part in self.parts)
         return self if bound == self.parts else BlockDiagonal(parts=bound)
 
@@ -239,11 +239,6 @@ class BlockDiagonal(CombinedMap):
             for part, given, made in self._cut(before, y.shape[0])
         ]
         return joined(runs)
-
-
-def part_of(place: Place) -> Place:
-    """Return the place of a map that makes a part of a group's entries, or none of them."""
-    return Place(place.group, (), False)
 
 
 def check_part(name: str, part: object) -> None:

@@ -119,13 +119,8 @@ class Fastfood(SeededMap):
 
     def gain(self, before: int, size: int) -> float:
         """Return the mean square of an output for inputs of mean square 1."""
-        width, _ = self._blocks(before, size)
-        return (
-            before
-            * width
-            * scale_of(self.normalize, before, size) ** 2
-            / (width if self.normalize else 1)
-        )
+        width = 1 if self.normalize else self._blocks(before, size)[0]
+        return before * width * scale_of(self.normalize, before, size) ** 2
 
     def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
         """Return the first entries of B, G and Π."""

@@ -15,6 +15,7 @@ from superlora.maps._seeded import (
     ORDERS,
     CheckedMap,
     SeededMap,
+    check_rank,
     freeze_counts,
     joined,
     weight_shape,
@@ -48,22 +49,17 @@ class Identity(Map):
 
     def apply(self, x: Array, size: int) -> Array:
         """Return the first `size` entries of `x`."""
-        _check_rank("x", x)
+        check_rank("x", x)
         self.check(x.shape[0], size)
         return backend_of(x).copy(x[:size])
 
     def adjoint(self, y: Array, size: int) -> Array:
         """Return `y` followed by zeros."""
-        _check_rank("y", y)
+        check_rank("y", y)
         if check_count("size", size) < y.shape[0]:
             raise ValueError(f"size must be at least {y.shape[0]}, the entries of y: got {size}")
         x = padded(y, size)
         return backend_of(y).copy(x) if x is y else x
-
-
-def _check_rank(name: str, array: Array) -> None:
-    if len(array.shape) != 1:
-        raise ValueError(f"{name} must be a vector of entries: got shape {tuple(array.shape)}")
 
 
 def padded(x: Array, size: int) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,16 +20,8 @@ from superlora._backend import (
     zeros,
 )
 from superlora.checks import check_count
-from superlora.maps._base import Map, Place
-from superlora.maps._seeded import (
-    CheckedMap,
-    PlacedMap,
-    check_axes,
-    freeze_shape,
-    shape_given,
-    weight_shape,
-    with_shape,
-)
+from superlora.maps._base import Place
+from superlora.maps._seeded import PlacedMap, WeightMap, weight_shape
 from superlora.maps.moves import position_type
 
 
@@ -106,9 +97,7 @@ class Fourier(PlacedMap):
 
     def multiply(self, values: Array, x: Array) -> Array:
         """Multiply by the update that the coefficients make, which is never formed."""
-        if self.shape is None:
-            raise ValueError("shape must be given to multiply inputs: got None")
-        rows = self.shape[0]
+        rows = super()._axes()[0]
         if x.shape[0] == 0:  # which no transform takes
             return zeros((0, rows), like=x)
         transforms = fourier_transforms(x)
@@ -128,29 +117,32 @@ class Fourier(PlacedMap):
 
     def _upper(self, before: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Return the frequencies, or their mirrors, whose u is in a real transform's half."""
-        rows, columns = self._axes(0)
+        rows, columns = self._axes()
         u, v = numpy.divmod(self._chosen(before, rows * columns), columns)
         beyond = u > rows // 2
         return numpy.where(beyond, -u % rows, u), numpy.where(beyond, -v % columns, v)
 
     def _sources(self, before: int) -> numpy.ndarray:
         """Return where the inputs' half spectrum has each frequency, real and imaginary."""
-        columns = self._axes(0)[1]
+        columns = self._axes()[1]
         _, v = self._upper(before)
         return _both_parts(numpy.minimum(v, columns - v), columns)
 
     def _targets(self, before: int) -> numpy.ndarray:
         """Return where the outputs' half spectrum has each frequency, real and imaginary."""
-        return _both_parts(self._upper(before)[0], self._axes(0)[0])
+        return _both_parts(self._upper(before)[0], self._axes()[0])
 
     def _weights(self, before: int) -> numpy.ndarray:
         """Return what multiplies the real and imaginary parts."""
-        rows, columns = self._axes(0)
+        rows, columns = self._axes()
         u, v = self._upper(before)
         own = 2 * u % rows == 0  # a frequency that is its own mirror has no imaginary part
         signs = numpy.where(v > columns // 2, 0.5, -0.5)
         both = numpy.concatenate([numpy.where(own, 1.0, 0.5), numpy.where(own, 0.0, signs)])
         return both * (self._factor(rows * columns) / columns)
+
+    def _axes(self, size: int = 0) -> tuple[int, ...]:
+        return self.shape or (1, size)
 
     def _factor(self, size: int) -> float:
         return float(2 * size) ** 0.5 if self.normalize else 1.0
@@ -194,14 +186,13 @@ class Fourier(PlacedMap):
         return found * (self._factor(size) / size)
 
 
-# The four outputs of a coefficient.
-_CORNERS = tuple(itertools.product((0, 1), (0, 1)))
-
-
 def _both_parts(places: numpy.ndarray, size: int) -> numpy.ndarray:
     """Return places in the real parts of a half spectrum, and then in its imaginary parts."""
     both = numpy.concatenate([places, places + size // 2 + 1])
     return both.astype(position_type(2 * size))
+
+
+_T, _U = numpy.divmod(numpy.arange(4)[:, None], 2)  # the four outputs of a coefficient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +247,7 @@ class Wavelet(PlacedMap):
 
     def gain(self, before: int, size: int) -> float:
         """Return the mean square of an output for inputs of mean square 1."""
-        kept = math.prod(1 - width % 2 / (2 * width) for width in shape_given(self))
+        kept = math.prod(1 - width % 2 / (2 * width) for width in self._axes())
         return before / size * kept
 
     def operations(self, before: int, size: int) -> int:
@@ -267,30 +258,25 @@ class Wavelet(PlacedMap):
         """Return how many bytes of positions and signs are kept."""
         return 4 * before * (position_type(size + 1).itemsize + 1)
 
-    def _axes(self, size: int) -> tuple[int, ...]:
-        return shape_given(self)
-
     def _split(self, before: int) -> tuple[numpy.ndarray, ...]:
         """Return the coefficients' half and place within it, of rows and of columns."""
-        rows, columns = shape_given(self)
+        rows, columns = self._axes()
         row, column = numpy.divmod(self._chosen(before, rows * columns), columns)
         return *numpy.divmod(row, -(-rows // 2)), *numpy.divmod(column, -(-columns // 2))
 
     def _outputs(self, before: int) -> numpy.ndarray:
         """Return the four outputs of every coefficient; what is cut goes beyond the end."""
-        rows, columns = shape_given(self)
+        rows, columns = self._axes()
         _, i, _, j = self._split(before)
-        found = []
-        for t, u in _CORNERS:
-            row, column = 2 * i + t, 2 * j + u
-            inside = (row < rows) & (column < columns)
-            found.append(numpy.where(inside, row * columns + column, rows * columns))
-        return numpy.concatenate(found).astype(position_type(rows * columns + 1))
+        row, column = 2 * i + _T, 2 * j + _U
+        inside = (row < rows) & (column < columns)
+        found = numpy.where(inside, row * columns + column, rows * columns)
+        return found.ravel().astype(position_type(rows * columns + 1))
 
     def _signs(self, before: int) -> numpy.ndarray:
         p, _, q, _ = self._split(before)
-        odd = numpy.concatenate([(t * q + u * p) % 2 for t, u in _CORNERS])
-        return (1 - 2 * odd).astype(numpy.int8)
+        odd: numpy.ndarray = (_T * q + _U * p) % 2
+        return (1 - 2 * odd).ravel().astype(numpy.int8)
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
         before = x.shape[0]
@@ -305,7 +291,7 @@ class Wavelet(PlacedMap):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Circulant(CheckedMap):
+class Circulant(WeightMap):
     """A weight of circulant blocks, each made of one kernel (C3A [1]_).
 
     Parameters
@@ -342,17 +328,12 @@ class Circulant(CheckedMap):
     """
 
     block: int
-    shape: tuple[int, ...] | None = None
 
     sliced: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("block", self.block)
-        freeze_shape(self)
-
-    def bind(self, place: Place) -> Map:
-        """Return the map with the shape of the group's weight."""
-        return with_shape(self, place)
+        self._check_shape()
 
     def fixed_entries(self, place: Place) -> int:
         """Return how many entries the kernels have."""
@@ -361,9 +342,8 @@ class Circulant(CheckedMap):
 
     def check(self, before: int, size: int) -> None:
         """Refuse a shape of another size, and another number of kernels."""
-        shape = shape_given(self)
-        check_axes(shape, size)
-        rows, columns = self._divided(shape)
+        super().check(before, size)
+        rows, columns = self._divided(self._axes())
         if before != rows * columns * self.block:
             raise ValueError(
                 f"x must have {rows * columns * self.block} entries, those of the kernels: "
@@ -372,7 +352,7 @@ class Circulant(CheckedMap):
 
     def gain(self, before: int, size: int) -> float:
         """Return the mean square of an output for inputs of mean square 1."""
-        return float(shape_given(self)[1] ** -2)
+        return float(self._axes()[1] ** -2)
 
     def operations(self, before: int, size: int) -> int:
         """Return how many multiplications `apply` takes."""
@@ -389,7 +369,7 @@ class Circulant(CheckedMap):
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
         library = backend_of(x)
-        block, columns = self.block, shape_given(self)[1]
+        block, columns = self.block, self._axes()[1]
         each = block * columns  # entries of a row of blocks
         first, last = start // each, -(-stop // each)
         kernels = library.reshape(x, (-1, columns // block, 1, block))[first:last] / columns
@@ -401,7 +381,7 @@ class Circulant(CheckedMap):
 
     def _backward(self, y: Array, before: int) -> Array:
         library = backend_of(y)
-        block, (height, columns) = self.block, shape_given(self)
+        block, (height, columns) = self.block, self._axes()
         blocks = library.reshape(y, (height // block, block, columns // block, block))
         rows = library.transpose(blocks, (0, 2, 1, 3))
         rows = library.concatenate([rows, zeros((*rows.shape[:3], block - 1), like=y)], axis=3)

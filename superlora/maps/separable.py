@@ -14,7 +14,7 @@ import numpy
 from superlora._backend import Array, backend_of, cast, move_axis, widened
 from superlora.maps._base import Map, Place
 from superlora.maps._seeded import freeze_counts
-from superlora.maps.composed import CombinedMap, check_part, part_of
+from superlora.maps.composed import CombinedMap, check_part
 from superlora.maps.fastfood import Fastfood
 from superlora.maps.moves import Identity, padded
 
@@ -98,7 +98,7 @@ class Separable(CombinedMap):
 
     def bind(self, place: Place) -> Map:
         """Return the map as it is for one group of a plan."""
-        inner = self.inner.bind(part_of(place))
+        inner = self.inner.bind(Place(place.group, (), False))
         if place.group >= _MODES and inner is not self.inner:
             raise ValueError(
                 f"groups must be at most {_MODES} with map=Separable() of an inner map that is not "
