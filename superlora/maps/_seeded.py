@@ -156,13 +156,13 @@ class WeightMap(CheckedMap):
         if self.shape is not None and len(self.shape) != 2:
             raise ValueError(f"shape must have two axes: got {self.shape}")
 
-    def bind(self, place: Place) -> Map:  # noqa: D102  (inherited)
+    def bind(self, place: Place) -> Map:
         bound = super().bind(place)
         if self.shape is not None or not place.shapes:
             return bound
         return dataclasses.replace(bound, **{"shape": weight_shape(self, place)})
 
-    def check(self, before: int, size: int) -> None:  # noqa: D102  (inherited)
+    def check(self, before: int, size: int) -> None:
         axes = self._axes(size)
         if math.prod(axes) != size:
             raise ValueError(f"shape must have {size} entries, those of the group: got {axes}")

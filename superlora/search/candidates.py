@@ -7,8 +7,7 @@ from collections.abc import Iterable
 
 from superlora.search.space import Configuration, Space
 
-LEAST_LOSSES = 3
-"""How many configurations of training are taken for their loss."""
+LEAST_LOSSES = 3  # configurations of training that are taken for their loss
 
 
 def candidates(

@@ -12,17 +12,10 @@ from superlora.checks import check_count
 from superlora.search.space import Space
 from superlora.search.tilted import Tilted
 
-Indices = tuple[int, ...]
-"""A configuration, as `Space.indices` gives it."""
-
-UNIFORM_TRIES = 10
-"""Uniform draws before cheap or dear options are preferred."""
-
-TILTED_TRIES = 20
-"""Such draws before one is repaired."""
-
-UNSEEN_TRIES = 100
-"""Draws before the configurations are gone through in order."""
+Indices = tuple[int, ...]  # a configuration, as `Space.indices` gives it
+UNIFORM_TRIES = 10  # uniform draws before cheap or dear options are preferred
+TILTED_TRIES = 20  # such draws before one is repaired
+UNSEEN_TRIES = 100  # draws before the configurations are gone through in order
 
 
 @dataclass(frozen=True)
@@ -103,13 +96,9 @@ class Limits:
 
     def draw(self, generator: numpy.random.Generator) -> Indices | None:
         """Draw a configuration within the limits."""
-        sizes = [len(costs) for costs in self.space.costs]
-        for _ in range(UNIFORM_TRIES):
-            drawn: list[int] = generator.integers(sizes).tolist()
-            if self.hold(drawn):
-                return tuple(drawn)
-        for _ in range(TILTED_TRIES):
-            drawn = self._tilted.draw(generator)
+        for attempt in range(UNIFORM_TRIES + TILTED_TRIES):
+            source = self.space if attempt < UNIFORM_TRIES else self._tilted
+            drawn = source.draw(generator)
             if self.hold(drawn):
                 return tuple(drawn)
         return self._repaired(drawn, generator)
@@ -152,26 +141,17 @@ class Limits:
         """Yield every configuration within the limits; no step leads to a dead end."""
         costs = self.space.costs
         orders = [generator.permutation(len(options)).tolist() for options in costs]
-        tried = [0]
-        chosen: list[int] = []
-        counts = [0]
-        while tried:
+        begun: list[tuple[Indices, int]] = [((), 0)]  # and their counts; the last is next
+        while begun:
+            chosen, count = begun.pop()
             place = len(chosen)
             if place == len(costs):
-                yield tuple(chosen)
-            elif tried[-1] < len(costs[place]):
-                option = orders[place][tried[-1]]
-                tried[-1] += 1
-                count = counts[-1] + costs[place][option]
-                if self._can_end(place + 1, count):
-                    chosen.append(option)
-                    counts.append(count)
-                    tried.append(0)
+                yield chosen
                 continue
-            tried.pop()
-            counts.pop()
-            if chosen:
-                chosen.pop()
+            for option in reversed(orders[place]):
+                total = count + costs[place][option]
+                if self._can_end(place + 1, total):
+                    begun.append(((*chosen, option), total))
 
     def _can_end(self, place: int, count: int) -> bool:
         """Return whether the operations from one on can bring a count within the limits."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from superlora.checks import check_count, hashable
 from superlora.errors import some
@@ -16,6 +16,7 @@ Option = int | str
 Configuration = Mapping[str, Mapping[str, Option]]
 """An option for every layer and operation: ``configuration[layer][operation]``."""
 
+# GLoRA's operations A, B, C, D and E, and the kinds of options that each may have.
 KINDS: Mapping[str, tuple[str, ...]] = {
     "scale_weight": ("rank", "vector", "constant", "none"),
     "add_weight": ("rank", "vector", "constant", "none"),
@@ -23,47 +24,6 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "scale_bias": ("vector", "constant", "none"),
     "add_bias": ("vector", "constant", "none"),
 }
-"""GLoRA's operations A, B, C, D and E, and the kinds of options that each may have."""
-
-_Value = TypeVar("_Value")
-
-
-class Ordered(Mapping[str, _Value]):
-    """A mapping that cannot be changed and can be hashed; its order is part of it.
-
-    Parameters
-    ----------
-    items : mapping or iterable of pairs
-        Keys and hashable values.
-
-    Examples
-    --------
-    >>> Ordered({"a": 1})["a"]
-    1
-    """
-
-    def __init__(self, items: Mapping[str, _Value] | Iterable[tuple[str, _Value]]) -> None:
-        self._items = dict(items)
-
-    def __getitem__(self, key: str) -> _Value:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(tuple(self._items.items()))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Ordered):
-            return NotImplemented
-        return tuple(self._items.items()) == tuple(other._items.items())
-
-    def __repr__(self) -> str:
-        return repr(self._items)
 
 
 def cost_of(operation: str, option: Option, outputs: int, inputs: int) -> int:
@@ -74,7 +34,7 @@ def cost_of(operation: str, option: Option, outputs: int, inputs: int) -> int:
     return {"vector": vector, "constant": 1, "none": 0}[option]
 
 
-def checked_layers(value: Any) -> Ordered[tuple[int, int]]:
+def checked_layers(value: Any) -> dict[str, tuple[int, int]]:
     """Return the widths of layers, or say what they must be."""
     if not isinstance(value, Mapping) or not value:
         raise TypeError(f"layers must be a mapping of names to widths, not empty: got {value!r}")
@@ -87,7 +47,7 @@ def checked_layers(value: Any) -> Ordered[tuple[int, int]]:
             raise TypeError(f"layers[{name!r}] must be (output width, input width): got {widths!r}")
         outputs, inputs = (check_count(f"layers[{name!r}]", width) for width in pair)
         checked[name] = (outputs, inputs)
-    return Ordered(checked)
+    return checked
 
 
 def checked_subset(value: Any, layers: Iterable[str]) -> tuple[str, ...]:
@@ -123,7 +83,7 @@ def refuse_rank_above(largest: int, place: str, option: object) -> None:
 
 def checked_operations(
     value: Any, ranks: tuple[int, ...], *, biases: bool = True
-) -> Ordered[tuple[Option, ...]]:
+) -> dict[str, tuple[Option, ...]]:
     """Return the options of operations in their usual order, or say what they must be."""
     every: dict[str, tuple[Option, ...]] = {
         name: (*(ranks if "rank" in kinds else ()), *(kind for kind in kinds if kind != "rank"))
@@ -131,7 +91,7 @@ def checked_operations(
         if biases or name != "scale_bias"
     }
     if value is None:
-        return Ordered(every)
+        return every
     if not isinstance(value, Mapping) or not value:
         raise TypeError(f"operations must be a mapping of some operations: got {value!r}")
     unknown = [name for name in value if name not in KINDS]
@@ -139,13 +99,11 @@ def checked_operations(
         raise ValueError(f"operations must be some of {list(KINDS)}: got also {unknown}")
     if "scale_bias" in value and not biases:
         raise ValueError("operations must not have 'scale_bias' where no layer has a bias")
-    return Ordered(
-        {
-            name: _checked_options(f"operations[{name!r}]", value[name], allowed, ranks[0])
-            for name, allowed in every.items()
-            if name in value
-        }
-    )
+    return {
+        name: _checked_options(f"operations[{name!r}]", value[name], allowed, ranks[0])
+        for name, allowed in every.items()
+        if name in value
+    }
 
 
 def _checked_options(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from superlora.search.evolution import Evolution
 from superlora.search.limits import Indices, Limits
-from superlora.search.space import Option, Space
+from superlora.search.space import Space
 
 
 class Parameters:
@@ -27,13 +28,11 @@ class Parameters:
     """
 
     def __init__(self, space: Space) -> None:
-        every: dict[tuple[Option, ...], CategoricalDistribution] = {}
-        self.distributions: dict[str, CategoricalDistribution] = {}
-        for layer, operation in space.categoricals:
-            options = space.options(layer, operation)
-            if options not in every:
-                every[options] = CategoricalDistribution(options)
-            self.distributions[f"{layer}/{operation}"] = every[options]
+        shared = functools.cache(CategoricalDistribution)  # by all of equal options
+        self.distributions: dict[str, CategoricalDistribution] = {
+            f"{layer}/{operation}": shared(space.options(layer, operation))
+            for layer, operation in space.categoricals
+        }
 
     def encoded(self, indices: Iterable[int]) -> dict[str, Any]:
         """Return a configuration as values of the parameters."""

@@ -30,19 +30,11 @@ from superlora.search.sampler import EvolutionSampler, Parameters
 from superlora.search.settings import differences
 from superlora.search.space import Configuration, Space
 
-FORMAT = 2
-"""Raised whenever the same settings would give other configurations."""
-
+FORMAT = 2  # raised whenever the same settings would give other configurations
 SAMPLERS = ("evolution", "nsga2", "random")
-
-SETTINGS = "superlora"
-"""The user attribute of a study that says which search it is of."""
-
-HEARTBEAT = 60
-"""Seconds; the running trial of a worker without one for twice as long is tried again."""
-
-Storage = str | os.PathLike[str] | BaseStorage | None
-"""A file, a database's URL, a storage of Optuna's, or None for this process alone."""
+SETTINGS = "superlora"  # the user attribute of a study that says which search it is of
+HEARTBEAT = 60  # seconds; a worker's running trial without one for twice as long is tried again
+Storage = str | os.PathLike[str] | BaseStorage | None  # a file, URL, storage, or none that is kept
 
 
 def search(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Configuration", "Option", "Space"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Space:
     """The configurations of a supernet: one option for every layer and operation.
 
@@ -218,9 +218,12 @@ class Space:
         dict
             An option for every layer and operation.
         """
-        return self.configuration(
-            int(index) for index in generator.integers([len(costs) for costs in self.costs])
-        )
+        return self.configuration(self.draw(generator))
+
+    def draw(self, generator: numpy.random.Generator) -> list[int]:
+        """Draw a configuration as indices, each with the same probability."""
+        drawn: list[int] = generator.integers([len(costs) for costs in self.costs]).tolist()
+        return drawn
 
     def fixed(
         self, chosen: Mapping[str, Option] | None = None, /, **options: Option
@@ -355,11 +358,17 @@ class Space:
         """
         return digest(self.indices(configuration))
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """20 hexadecimal digits, the same for equal spaces."""
         # The order of layers decides what a seed draws: it counts.
         return digest(list(self.to_dict().items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Space) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the space as plain JSON values.

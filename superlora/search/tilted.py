@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy
+from scipy.special import softmax
 
 # Halvings of an interval of slopes; its ends leave every choice its cheapest or dearest option.
 _STEPS = 60
@@ -41,17 +43,13 @@ class Tilted:
 
     def __init__(self, costs: Sequence[Sequence[int]], mean: float) -> None:
         self._last = numpy.array([len(own) - 1 for own in costs])
-        largest = max(map(max, costs)) or 1
-        values = numpy.zeros((len(costs), int(self._last.max()) + 1))
-        there = numpy.zeros(values.shape, bool)
-        for row, own in enumerate(costs):
-            values[row, : len(own)] = own
-            there[row, : len(own)] = True
+        table = numpy.array([*itertools.zip_longest(*costs, fillvalue=numpy.nan)]).T
+        there, values = numpy.isfinite(table), numpy.nan_to_num(table)
+        largest = values.max() or 1
 
         def shares(slope: float) -> numpy.ndarray:
             exponents = numpy.where(there, -slope * values / largest, -numpy.inf)
-            weights = numpy.exp(exponents - exponents.max(axis=1, keepdims=True))
-            found: numpy.ndarray = weights / weights.sum(axis=1, keepdims=True)
+            found: numpy.ndarray = softmax(exponents, axis=1)
             return found
 
         low, high = -_STEEPEST, _STEEPEST
