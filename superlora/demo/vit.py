@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# What stands for each part of a name in the ONNX file.
 OUR_NAMES = {
     "backbone.": "",
     "embeddings.patch_embeddings.projection": "patch",
@@ -18,7 +19,6 @@ OUR_NAMES = {
     "layer_scale2.lambda1": "scale2",
     "layernorm": "norm",
 }
-"""What stands for each part of a name in the ONNX file."""
 
 
 class Block(nn.Module):
@@ -27,14 +27,10 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, *, fused: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.fused = fused
+        self.inputs = ("qkv",) if fused else ("query", "key", "value")
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        if fused:
-            self.qkv = nn.Linear(width, 3 * width)
-        else:
-            self.query = nn.Linear(width, width)
-            self.key = nn.Linear(width, width)
-            self.value = nn.Linear(width, width)
+        for name in self.inputs:
+            setattr(self, name, nn.Linear(width, 3 * width // len(self.inputs)))
         self.proj = nn.Linear(width, width)
         self.scale1 = nn.Parameter(torch.ones(width))
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
@@ -51,10 +47,8 @@ class Block(nn.Module):
 
     def attend(self, tokens: Tensor) -> Tensor:
         """Return multi-head self-attention, of the tokens' shape."""
-        if self.fused:
-            parts = self.qkv(tokens).chunk(3, dim=-1)
-        else:
-            parts = tuple(layer(tokens) for layer in (self.query, self.key, self.value))
+        made = [getattr(self, name)(tokens) for name in self.inputs]
+        parts = [part for own in made for part in own.chunk(3 // len(made), dim=-1)]
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(query, key, value)
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(-2))
