@@ -10,6 +10,7 @@ import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -206,19 +207,17 @@ def _sampler(
     return EvolutionSampler(limits.space, evolution, limits=(limits.least, limits.most), seed=seed)
 
 
+@dataclass
 class _Run:
     """A worker at a study: what its trials evaluate, and what all of them found so far."""
 
-    def __init__(
-        self,
-        evaluate: Callable[[Configuration], float],
-        study: optuna.Study,
-        limits: Limits,
-        objectives: int,
-    ) -> None:
-        self.evaluate, self.study, self.limits = evaluate, study, limits
-        self.objectives = objectives
-        self.parameters = Parameters(limits.space)
+    evaluate: Callable[[Configuration], float]
+    study: optuna.Study
+    limits: Limits
+    objectives: int
+
+    def __post_init__(self) -> None:
+        self.parameters = Parameters(self.limits.space)
         self._decoded: dict[int, Indices | None] = {}
 
     def read(self) -> dict[Indices, FrozenTrial]:
@@ -316,12 +315,9 @@ def _open(
     """Open a study, or make it; one of another search is refused and not touched."""
     directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][:objectives]
     opened = _storage(storage)
-    try:
-        study = optuna.load_study(study_name=name, storage=opened)
-    except KeyError:
-        study = optuna.create_study(
-            study_name=name, storage=opened, directions=directions, load_if_exists=True
-        )
+    study = optuna.create_study(
+        study_name=name, storage=opened, directions=directions, load_if_exists=True
+    )
     same = study.directions == directions
     if same and SETTINGS not in study.user_attrs and not study.get_trials(deepcopy=False):
         study.set_user_attr(SETTINGS, settings)
