@@ -13,8 +13,8 @@ import numpy
 from superlora._backend import Array, backend_of, cast, check_floating, widened
 from superlora.checks import check_count, hashable
 from superlora.maps._base import Map, Place
-from superlora.maps.permutations import Permutation
-from superlora.random import VERSION, check_seed
+from superlora.maps.permutations import Permutation, permutation_rows
+from superlora.random import VERSION, check_seed, coarse_normals, signs
 
 NORMALIZE = ("isometric", "variance", None)
 # Seeds of one map: signs, numbers, permutations small and large, each with streams of its own.
@@ -101,6 +101,19 @@ class SeededMap(CheckedMap):
 
     def _stream(self, kind: int) -> int:
         return kind << 56 | self.substream << 32
+
+    def _order(self, size: int, kind: int = ORDERS) -> Permutation:
+        return Permutation(self.seed, self._stream(kind), size)
+
+    def _orders(self, size: int, first: int, last: int, inverse: bool = False) -> numpy.ndarray:
+        """Return some permutations of one size, a row each."""
+        return permutation_rows(self.seed, self._stream(ROWS), size, first, last, inverse=inverse)
+
+    def _draw_signs(self, start: int, stop: int, kind: int = SIGNS) -> numpy.ndarray:
+        return signs(self.seed, self._stream(kind), start, stop)
+
+    def _draw_normals(self, start: int, stop: int, kind: int = NORMALS) -> numpy.ndarray:
+        return coarse_normals(self.seed, self._stream(kind), start, stop)
 
 
 def scale_of(normalize: str | None, before: int, size: int) -> float:
@@ -217,7 +230,7 @@ class PlacedMap(WeightMap, SeededMap):
     def _chosen(self, before: int, size: int) -> numpy.ndarray:
         if self._places_given is not None:
             return numpy.array(self._places_given)
-        return Permutation(self.seed, self._stream(ORDERS), size).forward(0, before)
+        return self._order(size).forward(0, before)
 
 
 def freeze_counts(fixed: Map, name: str, least: int) -> None:

@@ -13,22 +13,20 @@ from superlora.maps._seeded import (
     NORMALIZE,
     NORMALS,
     ROWS,
-    SIGNS,
     SeededMap,
     chunks,
     joined,
     scale_of,
 )
 from superlora.maps.moves import padded, position_type
-from superlora.maps.permutations import Permutation, check_size, permutation_rows
-from superlora.maps.walsh_hadamard import (
-    next_power_of_two,
-    transform_cropped,
-    transform_padded,
-)
-from superlora.random import coarse_normals, signs
+from superlora.maps.permutations import check_size
+from superlora.maps.walsh_hadamard import next_power_of_two, transform_cropped, transform_padded
 
 _CHUNK = 1 << 18  # entries of stacked blocks that are worked out at once
+
+
+def _run(width: int) -> int:
+    return max(1, _CHUNK // width) * width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +124,10 @@ class Fastfood(SeededMap):
         """Return the first entries of B, G and Π."""
         width, _ = self._blocks(before, size)
         most = min(width, CHECKED)
-        order = Permutation(self.seed, self._stream(ROWS), width)
         return {
             "signs": self._draw_signs(0, most),
             "values": self._draw_values(0, most),
-            "positions": order.forward(0, most),
+            "positions": self._order(width, ROWS).forward(0, most),
         }
 
     def operations(self, before: int, size: int) -> int:
@@ -159,16 +156,13 @@ class Fastfood(SeededMap):
             return 1.0, 1.0
         return float(width) ** -0.5, scale_of(self.normalize, before, size)
 
-    def _chunks(self, width: int, count: int, start: int, stop: int) -> list[tuple[int, int]]:
-        return chunks(max(1, _CHUNK // width) * width, count * width, start, stop)
-
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
         width, count = self._blocks(x.shape[0], size)
         scales = self._scales(x.shape[0], size, width)
         on_outputs = self.order == "paper"
         spread = transform_padded(x, width, scales[0]) if on_outputs else None
         parts = []
-        for first, last in self._chunks(width, count, start, stop):
+        for first, last in chunks(_run(width), count * width, start, stop):
             end = min(last, size)
             if not on_outputs:
                 signed = x * self._rows(x, "_draw_signs", width, first, last)[:, : x.shape[0]]
@@ -187,7 +181,7 @@ class Fastfood(SeededMap):
         scales = self._scales(before, size, width)
         on_outputs = self.order == "paper"
         total = None
-        for first, last in self._chunks(width, count, 0, size):
+        for first, last in chunks(_run(width), count * width, 0, size):
             end = min(last, size)
             part = y[first:end]
             if on_outputs:
@@ -217,14 +211,10 @@ class Fastfood(SeededMap):
         return self._fixed(like, draw, first, last).reshape((-1, width))
 
     def _draw_positions(self, width: int, first: int, last: int, inverse: bool) -> numpy.ndarray:
-        stream = self._stream(ROWS)
-        rows = permutation_rows(self.seed, stream, width, first, last, inverse=inverse)
+        rows = self._orders(width, first, last, inverse)
         rows = rows + numpy.arange(last - first)[:, None] * width
         return rows.reshape(-1).astype(position_type(rows.size))
 
     def _draw_values(self, start: int, stop: int) -> numpy.ndarray:
-        draw = coarse_normals if self.values == "normal" else signs
-        return draw(self.seed, self._stream(NORMALS), start, stop)
-
-    def _draw_signs(self, start: int, stop: int) -> numpy.ndarray:
-        return signs(self.seed, self._stream(SIGNS), start, stop)
+        draw = self._draw_normals if self.values == "normal" else self._draw_signs
+        return draw(start, stop, NORMALS)

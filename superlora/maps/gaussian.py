@@ -11,10 +11,9 @@ from typing import ClassVar
 import numpy
 
 from superlora._backend import Array, backend_of, cast
-from superlora.maps._seeded import CHECKED, NORMALIZE, NORMALS, SeededMap, chunks, joined, scale_of
+from superlora.maps._seeded import CHECKED, NORMALIZE, SeededMap, chunks, joined, scale_of
 from superlora.maps.fastfood import Fastfood
 from superlora.maps.walsh_hadamard import next_power_of_two
-from superlora.random import coarse_normals
 
 _MOST = 1 << 28  # entries of a dense matrix
 _KEPT = 1 << 24  # that are kept in memory
@@ -154,9 +153,7 @@ class Gaussian(SeededMap):
             yield first, self.kept(like, "_rows", before, first, last, keep=False)
 
     def _rows(self, before: int, first: int, last: int) -> numpy.ndarray:
-        stream = self._stream(NORMALS)
-        drawn = coarse_normals(self.seed, stream, first * before, last * before)
-        return drawn.reshape(-1, before)
+        return self._draw_normals(first * before, last * before).reshape(-1, before)
 
     def _scaled(self, y: Array, before: int, size: int, start: int, scale: float) -> Array:
         """Give rows that are some of the fastfood blocks' their own lengths."""
@@ -185,7 +182,7 @@ class Gaussian(SeededMap):
     def _lengths(self, before: int, start: int, stop: int) -> numpy.ndarray:
         # Of a normal vector of d entries: about sqrt(d - 1/2) + a normal number / sqrt(2).
         width = next_power_of_two(before)
-        drawn = coarse_normals(self.seed, self._stream(_LENGTHS), start, stop)
+        drawn = self._draw_normals(start, stop, _LENGTHS)
         drawn = drawn.astype(numpy.float64) * math.sqrt(0.5)
         lengths: numpy.ndarray = numpy.abs(math.sqrt(width - 0.5) + drawn)
         return lengths

@@ -12,7 +12,6 @@ from superlora.checks import check_count
 from superlora.maps._base import Map, Place
 from superlora.maps._seeded import (
     CHECKED,
-    ORDERS,
     CheckedMap,
     SeededMap,
     check_rank,
@@ -20,7 +19,6 @@ from superlora.maps._seeded import (
     joined,
     weight_shape,
 )
-from superlora.maps.permutations import Permutation
 
 
 @dataclass(frozen=True)
@@ -134,14 +132,11 @@ class Shuffle(SeededMap):
 
     def constants(self, before: int, size: int) -> dict[str, numpy.ndarray]:
         """Return the first positions."""
-        return {"positions": self._permutation(size).forward(0, min(size, CHECKED))}
+        return {"positions": self._order(size).forward(0, min(size, CHECKED))}
 
     def nbytes(self, before: int, size: int) -> int:
         """Return how many bytes of positions are kept, both ways."""
         return 2 * size * position_type(size).itemsize if self.stored else 0
-
-    def _permutation(self, size: int) -> Permutation:
-        return Permutation(self.seed, self._stream(ORDERS), size)
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
         return self._taken(x[:size], start, stop, inverse=False)
@@ -160,7 +155,7 @@ class Shuffle(SeededMap):
         return joined(parts)
 
     def _draw(self, size: int, first: int, last: int, inverse: bool) -> numpy.ndarray:
-        permutation = self._permutation(size)
+        permutation = self._order(size)
         found = (permutation.inverse if inverse else permutation.forward)(first, last)
         return found.astype(position_type(size))
 

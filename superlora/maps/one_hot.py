@@ -12,17 +12,13 @@ from superlora.checks import check_count
 from superlora.maps._seeded import (
     CHECKED,
     NORMALIZE,
-    ORDERS,
     ROWS,
-    SIGNS,
     SeededMap,
     check_enough,
     chunks,
     joined,
 )
 from superlora.maps.moves import position_type
-from superlora.maps.permutations import Permutation, permutation_rows
-from superlora.random import signs
 
 _CHUNK = 1 << 19  # entries whose constants are made at once
 
@@ -119,14 +115,10 @@ class OneHot(SeededMap):
         most = min(size, CHECKED)
         tile = self._tile(before, size)
         if (self.tiled or self.window) and tile > most:
-            sources = Permutation(self.seed, self._stream(ROWS), tile).forward(0, most)
-            sources = self._dealt(sources, before, size) if self.window else sources
+            sources = self._dealt(self._order(tile, ROWS).forward(0, most), before, size)
         else:
             sources = self._sources(before, size, 0, most)
-        found = {"sources": sources}
-        if self.signed:
-            found["signs"] = self._signs(0, most)
-        return found
+        return {"sources": sources} | ({"signs": self._draw_signs(0, most)} if self.signed else {})
 
     def operations(self, before: int, size: int) -> int:
         """Return how many multiplications `apply` takes."""
@@ -161,7 +153,7 @@ class OneHot(SeededMap):
             low, high = max(start, first), min(stop, last)
             inside = slice(low - first, high - first)
             sources = self._fixed(like, "_sources", before, size, first, last)[inside]
-            drawn = self._fixed(like, "_signs", first, last)[inside] if self.signed else None
+            drawn = self._fixed(like, "_draw_signs", first, last)[inside] if self.signed else None
             runs.append((slice(low - start, high - start), sources, drawn))
         return runs
 
@@ -175,9 +167,6 @@ class OneHot(SeededMap):
             total = part if total is None else total + part
         return self.normalized(total, y.shape[0])
 
-    def _signs(self, first: int, last: int) -> numpy.ndarray:
-        return signs(self.seed, self._stream(SIGNS), first, last)
-
     def normalized(self, x: Array, size: int) -> Array:
         """Divide every input by the norm of its column, where the map is isometric."""
         if self.normalize != "isometric":
@@ -187,28 +176,26 @@ class OneHot(SeededMap):
 
     def _sources(self, before: int, size: int, first: int, last: int) -> numpy.ndarray:
         """Return which inputs are taken by outputs `first`, where a tile begins, to `last`."""
-        if self.window is not None:
+        if self.tiled or self.window:
             tile = self._tile(before, size)
             tiles = first // tile, -(-last // tile)
-            found = permutation_rows(self.seed, self._stream(ROWS), tile, *tiles)
-            found = (found + numpy.arange(*tiles)[:, None] * tile).reshape(-1)
-            # The last tile is cut: what is left of a permutation is one of the rest.
-            found = self._dealt(found[found < size][: last - first], before, size)
-        elif self.tiled:
-            tiles = first // before, -(-last // before)
-            found = permutation_rows(self.seed, self._stream(ROWS), before, *tiles)
-            found = found.reshape(-1)[: last - first]
+            places = self._orders(tile, *tiles)
+            if self.window:
+                places = places + numpy.arange(*tiles)[:, None] * tile
+                places = places[places < size]  # of the last tile, which is cut, what is left
+            places = places.reshape(-1)[: last - first]
         else:
-            deal = Permutation(self.seed, self._stream(ORDERS), size)
-            found = deal.forward(first, last) % before
-        return found.astype(position_type(before))
+            places = self._order(size).forward(first, last) % before
+        return self._dealt(places, before, size).astype(position_type(before))
 
     def _tile(self, before: int, size: int) -> int:
         """Return how many outputs are permuted together."""
         return before if self.window is None else min(self.window, before) * (size // before)
 
     def _dealt(self, places: numpy.ndarray, before: int, size: int) -> numpy.ndarray:
-        """Return the inputs at some places of all in order, each as often as it is taken."""
+        """Return the inputs at some places, where each stands as often as it is taken."""
+        if self.window is None:  # every tile has each once
+            return places
         whole, rest = divmod(size, before)
         longer = rest * (whole + 1)  # places of the first inputs, which are taken once more
         later = rest + (places - longer) // whole
@@ -218,7 +205,5 @@ class OneHot(SeededMap):
         whole, rest = divmod(size, before)
         place = numpy.arange(before)
         if self.tiled and self.window is None and rest:
-            place = permutation_rows(
-                self.seed, self._stream(ROWS), before, whole, whole + 1, inverse=True
-            )[0]
+            place = self._orders(before, whole, whole + 1, inverse=True)[0]
         return (whole + (place < rest)) ** -0.5

@@ -84,7 +84,7 @@ class Separable(CombinedMap):
         if (self.before is None) != (self.after is None):
             raise ValueError("before and after must be given together: got one of them")
         if self.before is not None and self.after is not None:
-            self.check_modes(len(self.after))
+            self._check_modes(len(self.after))
             if len(self.before) != len(self.after):
                 raise ValueError(
                     f"before must have {len(self.after)} modes, those of after: got {self.before}"
@@ -108,7 +108,7 @@ class Separable(CombinedMap):
 
     def check_fold(self, order: int) -> None:
         """Refuse a fold of an order that the map cannot serve, or sizes besides it."""
-        self.check_modes(order)
+        self._check_modes(order)
         if self.before is not None:
             raise ValueError(
                 "map=Separable() must leave before and after to the fold and the ratio: got "
@@ -119,19 +119,7 @@ class Separable(CombinedMap):
         inner = self.inner._among(count, index)
         return self if inner is self.inner else dataclasses.replace(self, inner=inner)
 
-    def check_modes(self, order: int) -> None:
-        """Refuse modes that a tensor does not have.
-
-        Parameters
-        ----------
-        order : int
-            The number of its modes.
-
-        Raises
-        ------
-        ValueError
-            If it is so.
-        """
+    def _check_modes(self, order: int) -> None:
         if self.modes is not None and max(self.modes) >= order:
             raise ValueError(
                 f"modes must be below {order}, the order of the fold: got {self.modes}"
@@ -192,12 +180,11 @@ class Separable(CombinedMap):
 
     def check(self, before: int, size: int) -> None:
         """Refuse sizes that are not those of the modes."""
-        if self.before is None or self.after is None:
-            raise ValueError("before and after must be given for a map outside a plan: got neither")
-        if math.prod(self.before) != before:
-            raise ValueError(f"before must have {before} entries, those of x: got {self.before}")
-        if math.prod(self.after) < size:
-            raise ValueError(f"after must cover {size} entries: got {self.after}")
+        given, made = self._sizes
+        if math.prod(given) != before:
+            raise ValueError(f"before must have {before} entries, those of x: got {given}")
+        if math.prod(made) < size:
+            raise ValueError(f"after must cover {size} entries: got {made}")
         super().check(before, size)
 
     def operations(self, before: int, size: int) -> int:
@@ -227,22 +214,24 @@ class Separable(CombinedMap):
         fixed = dataclasses.replace(self.mode(index))  # what it keeps is of no use afterwards
         matrix = numpy.empty((after, before), dtype=numpy.float64 if double else numpy.float32)
         for column in range(before):
-            unit = numpy.zeros(before)
-            unit[column] = 1.0
-            matrix[:, column] = fixed.apply(unit, after)
+            matrix[:, column] = fixed.apply(numpy.eye(1, before, column)[0], after)
         return matrix
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
-        return self._moved(x, self.before, self.after, adjoint=False)[start:stop]
+        return self._moved(x, *self._sizes, adjoint=False)[start:stop]
 
     def _backward(self, y: Array, before: int) -> Array:
-        return self._moved(y, self.after, self.before, adjoint=True)
+        return self._moved(y, *self._sizes[::-1], adjoint=True)
+
+    @property
+    def _sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if self.before is None or self.after is None:
+            raise ValueError("before and after must be given for a map outside a plan: got neither")
+        return self.before, self.after
 
     def _moved(
-        self, x: Array, given: tuple[int, ...] | None, made: tuple[int, ...] | None, adjoint: bool
+        self, x: Array, given: tuple[int, ...], made: tuple[int, ...], *, adjoint: bool
     ) -> Array:
-        assert given is not None
-        assert made is not None
         tensor = backend_of(x).reshape(padded(x, math.prod(given)), given)
         for mode in self.mapped(len(made)):
             tensor = self.map_mode(tensor, mode, mode, made[mode], adjoint=adjoint)
