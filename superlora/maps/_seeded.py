@@ -27,6 +27,16 @@ _GROUPS = 1 << 24  # that can have streams of their own
 class CheckedMap(Map):
     """A map that refuses wrong arguments, and computes in single precision at least."""
 
+    choices: ClassVar[dict[str, tuple[object, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            name, value = item.name, getattr(self, item.name)
+            allowed = (True, False) if item.type == "bool" else self.choices.get(name)
+            # 1 is not True here: a file would hold the number.
+            if allowed and not any(type(value) is type(one) and value == one for one in allowed):
+                raise ValueError(f"{name} must be one of {allowed}: got {value!r}")
+
     def apply(self, x: Array, size: int) -> Array:
         """Return F x."""
         return self.apply_slice(x, size, 0, size)
@@ -70,20 +80,13 @@ class SeededMap(CheckedMap):
     version: int = VERSION  # of the derivation of all numbers from the seed
     substream: int = 0  # set by a plan where the map is not shared: the group's index
 
-    choices: ClassVar[dict[str, tuple[object, ...]]] = {}
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed)
         if check_count("version", self.version) != VERSION:
             raise ValueError(f"version must be {VERSION}, the derivation here: got {self.version}")
         if check_count("substream", self.substream, least=0) >= _GROUPS:
             raise ValueError(f"substream must be below {_GROUPS}: got {self.substream}")
-        for item in dataclasses.fields(self):
-            name, value = item.name, getattr(self, item.name)
-            allowed = (True, False) if item.type == "bool" else self.choices.get(name)
-            # 1 is not True here: a file would hold the number.
-            if allowed and not any(type(value) is type(one) and value == one for one in allowed):
-                raise ValueError(f"{name} must be one of {allowed}: got {value!r}")
 
     def bind(self, place: Place) -> Map:
         """Return the map as it is for one group of a plan."""
@@ -164,7 +167,8 @@ class WeightMap(CheckedMap):
 
     shape: tuple[int, ...] | None = None
 
-    def _check_shape(self) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         freeze_counts(self, "shape", least=1)
         if self.shape is not None and len(self.shape) != 2:
             raise ValueError(f"shape must have two axes: got {self.shape}")
@@ -194,7 +198,6 @@ class PlacedMap(WeightMap, SeededMap):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_shape()
         freeze_counts(self, self.given, least=0)
         places = self._places_given
         if places is not None and len(set(places)) < len(places):

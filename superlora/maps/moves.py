@@ -197,12 +197,7 @@ class Broadcast(CheckedMap):
     along: str = "all"
 
     sliced: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.along not in ("all", "inputs", "outputs"):
-            raise ValueError(
-                f"along must be one of ('all', 'inputs', 'outputs'): got {self.along!r}"
-            )
+    choices: ClassVar = {"along": ("all", "inputs", "outputs")}
 
     def repeated(self) -> str:
         """Return what the vector is repeated along."""

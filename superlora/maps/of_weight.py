@@ -333,7 +333,7 @@ class Circulant(WeightMap):
 
     def __post_init__(self) -> None:
         check_count("block", self.block)
-        self._check_shape()
+        super().__post_init__()
 
     def fixed_entries(self, place: Place) -> int:
         """Return how many entries the kernels have."""

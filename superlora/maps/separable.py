@@ -131,11 +131,9 @@ class Separable(CombinedMap):
 
     def mode(self, index: int) -> Map:
         """Return the map of one mode, or of one split's mode."""
-        found = self._of_modes.get(index)
-        if found is None:
-            found = self.inner._among(_MODES, index)
-            self._of_modes[index] = found
-        return found
+        if index not in self._of_modes:
+            self._of_modes[index] = self.inner._among(_MODES, index)
+        return self._of_modes[index]
 
     @functools.cached_property
     def _of_modes(self) -> dict[int, Map]:

@@ -9,23 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from superlora.search.candidates import candidates
+from superlora.search.evolution import Evolution
+from superlora.search.outcome import Candidate, Outcome
 from superlora.search.space import Configuration, Option, Space
 
 if TYPE_CHECKING:
-    from superlora.search.evolution import Evolution
-    from superlora.search.outcome import Candidate, Outcome
     from superlora.search.sampler import EvolutionSampler
     from superlora.search.searching import search
     from superlora.search.supernet import Supernet
 
-_LAZY = {
-    "Candidate": "outcome",
-    "Evolution": "evolution",
-    "EvolutionSampler": "sampler",
-    "Outcome": "outcome",
-    "Supernet": "supernet",
-    "search": "searching",
-}
+_LAZY = {"EvolutionSampler": "sampler", "Supernet": "supernet", "search": "searching"}
 
 __all__ = [
     "Candidate",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -62,29 +61,14 @@ class Evolution:
                 f"population must be at least mutations + crossovers: expected "
                 f"{self.mutations + self.crossovers} or more, got {self.population}"
             )
-        number = isinstance(self.probability, int | float) and math.isfinite(self.probability)
-        if not number or isinstance(self.probability, bool) or not 0 < self.probability <= 1:
+        number = isinstance(self.probability, int | float) and self.probability is not True
+        if not number or not 0 < self.probability <= 1:
             raise ValueError(f"probability must be in (0, 1]: got {self.probability!r}")
 
     def mutated(
         self, parent: Indices, sizes: Sequence[int], generator: numpy.random.Generator
     ) -> Indices:
-        """Draw some options of a configuration anew.
-
-        Parameters
-        ----------
-        parent : tuple of int
-            The configuration.
-        sizes : sequence of int
-            How many options there are for each.
-        generator : numpy.random.Generator
-            Where the numbers come from.
-
-        Returns
-        -------
-        tuple of int
-            The child.
-        """
+        """Draw some options of a configuration anew, each of so many."""
         drawn = generator.random(len(parent)) < self.probability
         child: list[int] = numpy.where(drawn, generator.integers(sizes), parent).tolist()
         return tuple(child)
@@ -92,20 +76,7 @@ class Evolution:
     def crossed(
         self, first: Indices, second: Indices, generator: numpy.random.Generator
     ) -> Indices:
-        """Take each option from either of two configurations.
-
-        Parameters
-        ----------
-        first, second : tuple of int
-            The configurations.
-        generator : numpy.random.Generator
-            Where the numbers come from.
-
-        Returns
-        -------
-        tuple of int
-            The child.
-        """
+        """Take each option from either of two configurations."""
         child: list[int] = numpy.where(generator.random(len(first)) < 0.5, first, second).tolist()
         return tuple(child)
 
@@ -151,18 +122,14 @@ class Evolution:
             first, second = generator.choice(len(parents), 2, replace=False).tolist()
             return self.crossed(parents[first], parents[second], generator)
 
-        def add(make: Callable[[], Indices]) -> None:
-            for _ in range(self.tries):
-                child = make()
+        makers = [mutation] * (self.mutations if parents else 0)
+        makers += [crossover] * (self.crossovers if len(parents) > 1 else 0)
+        for make in makers:
+            for child in (make() for _ in range(self.tries)):
                 if child not in taken and limits.hold(child):
                     taken.add(child)
                     children.append(child)
-                    return
-
-        for _ in range(self.mutations if parents else 0):
-            add(mutation)
-        for _ in range(self.crossovers if len(parents) > 1 else 0):
-            add(crossover)
+                    break
         while len(children) < self.population:
             drawn = limits.unseen(generator, taken)
             if drawn is None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from superlora.checks import check_count, hashable
@@ -63,14 +64,20 @@ def checked_subset(value: Any, layers: Iterable[str]) -> tuple[str, ...]:
 
 def checked_ranks(value: Any) -> tuple[int, ...]:
     """Return ranks in descending order, or say what they must be."""
-    ranks = hashable(value)
-    if not isinstance(ranks, tuple) or not ranks:
-        raise TypeError(f"ranks must be a sequence of integers, not empty: got {value!r}")
-    for rank in ranks:
-        check_count("ranks", rank)
-    if len(set(ranks)) < len(ranks):
-        raise ValueError(f"ranks must be distinct: got {list(ranks)}")
+    ranks = _several("ranks", "integers", value, functools.partial(check_count, "ranks"))
     return tuple(sorted(ranks, reverse=True))
+
+
+def _several(place: str, what: str, value: Any, check: Callable[[Any], object]) -> tuple[Any, ...]:
+    """Return a sequence of distinct values that pass a check, or say what it must be."""
+    values = hashable(value)
+    if not isinstance(values, tuple) or not values:
+        raise TypeError(f"{place} must be a sequence of {what}, not empty: got {value!r}")
+    for own in values:
+        check(own)
+    if len(set(values)) < len(values):
+        raise ValueError(f"{place} must be distinct: got {list(values)}")
+    return values
 
 
 def refuse_rank_above(largest: int, place: str, option: object) -> None:
@@ -109,15 +116,12 @@ def checked_operations(
 def _checked_options(
     place: str, value: Any, allowed: tuple[Option, ...], largest: int
 ) -> tuple[Option, ...]:
-    options = hashable(value)
-    if not isinstance(options, tuple) or not options:
-        raise TypeError(f"{place} must be a sequence of options: got {value!r}")
-    for option in options:
+    def check(option: Any) -> None:
         refuse_rank_above(largest, place, option)
         if isinstance(option, bool) or option not in allowed:
             raise ValueError(f"{place} must be of {list(allowed)}: got {option!r}")
-    if len(set(options)) < len(options):
-        raise ValueError(f"{place} must be distinct: got {list(options)}")
+
+    options = _several(place, "options", value, check)
     return tuple(option for option in allowed if option in options)
 
 
