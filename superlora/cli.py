@@ -1,4 +1,4 @@
-"""The command line. Each command is a function in a module of its own."""
+"""The command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build() -> typer.Typer:
     """Return the command line application; typer is imported no sooner."""
     import typer
 
-    from superlora.demo import command, search_command
+    from superlora.demo import command
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -38,6 +38,6 @@ def build() -> typer.Typer:
     ) -> None:
         """Low-rank adaptation of many weights at once, as tensors."""
 
-    app.command(help=command.HELP)(command.demo)
-    app.command(help=search_command.HELP)(search_command.search)
+    app.command()(command.demo)
+    app.command()(command.search)
     return app
