@@ -212,17 +212,16 @@ class BlockDiagonal(CombinedMap):
 
     def _cut(self, before: int, size: int) -> Iterator[tuple[Map, slice, slice]]:
         """Yield every part, and which entries it takes and makes."""
-        count = len(self.parts)
-        given, made = (
-            [index * (total // count) + min(index, total % count) for index in range(count + 1)]
-            for total in (before, size)
-        )
-        for index, part in enumerate(self._own):
-            yield part, slice(*given[index : index + 2]), slice(*made[index : index + 2])
+        taken = done = 0
+        for _, part, given, made in self._each(before, size):
+            yield part, slice(taken, taken + given), slice(done, done + made)
+            taken, done = taken + given, done + made
 
     def _each(self, before: int, size: int) -> Iterator[tuple[str, Map, int, int]]:
-        for index, (part, given, made) in enumerate(self._cut(before, size)):
-            yield str(index), part, given.stop - given.start, made.stop - made.start
+        count = len(self.parts)
+        for index, part in enumerate(self._own):
+            given, made = (total // count + (index < total % count) for total in (before, size))
+            yield str(index), part, given, made
 
     def _forward(self, x: Array, size: int, start: int, stop: int) -> Array:
         runs = []

@@ -88,27 +88,8 @@ class Evolution:
         seen: Collection[Indices],
         seed: int,
     ) -> list[Indices]:
-        """Make the configurations of one generation.
-
-        Parameters
-        ----------
-        index : int
-            0 for the first.
-        limits : Limits
-            What the configurations must meet.
-        best : sequence of tuple of int
-            All earlier configurations, the best first; only the parents are looked at. Empty
-            for a random generation.
-        seen : collection of tuple of int
-            The configurations of earlier generations, which are left out.
-        seed : int
-            With `index` and the other arguments it decides the result.
-
-        Returns
-        -------
-        list of tuple of int
-            As many as the population; fewer only if there are no more within the limits.
-        """
+        """Make one generation, of parents that are the first of `best`, and of none of `seen`."""
+        # There are fewer than the population only if there are no more within the limits.
         generator = numpy.random.default_rng((seed, index))
         sizes = [len(costs) for costs in limits.space.costs]
         parents = list(best[: self.parents])

@@ -171,18 +171,7 @@ class Space:
         return self.count(self.indices(configuration))
 
     def count(self, indices: Iterable[int]) -> int:
-        """Count the parameters of a configuration given as indices.
-
-        Parameters
-        ----------
-        indices : iterable of int
-            From `indices`.
-
-        Returns
-        -------
-        int
-            The exact number.
-        """
+        """Count the parameters of a configuration given as indices."""
         return sum(costs[index] for costs, index in zip(self.costs, indices, strict=True))
 
     @property
