@@ -24,7 +24,7 @@ from superlora.design.network import Network, network_of
 from superlora.design.placement import Placement, placements
 from superlora.design.spec import Spec
 from superlora.design.supports import Supports
-from superlora.design.ways import Application, application, check_apply, no_factored_way
+from superlora.design.ways import application, check_apply, no_factored_way
 from superlora.errors import some
 from superlora.operations import merge
 
@@ -440,11 +440,10 @@ class Plan:
             )
         found = application(self.layout, name)
         # The support of a scaled weight meets inputs beside the weight alone.
-        if found.factored is not None and found.factored.base is not None:
-            found = Application(None, found.forming, {})
-        if apply == "factored" and found.factored is None:
+        applies = found.factored is not None and found.factored.base is None
+        if apply == "factored" and not applies:
             raise ValueError(no_factored_way(repr(name)))
-        if not found.formed(math.prod(x.shape[:-1]), apply):
+        if applies and not found.formed(math.prod(x.shape[:-1]), apply):
             return apply_factored(self.layout, factors, name, x, number)
         delta = weight_delta(self.layout, factors, name, number)
         return backend_of(x).tensordot(x, delta, axes=([len(x.shape) - 1], [1]))

@@ -22,7 +22,7 @@ from superlora.design.network import (
     group_network,
     network_of,
 )
-from superlora.design.ways import Factored, application, row_pair
+from superlora.design.ways import application, row_pair
 from superlora.maps import Map
 
 # Gives the vector that a group's map makes, or some of its entries.
@@ -230,42 +230,19 @@ def apply_factored(
         y = layout.maps[group].multiply(entries, flat)
     else:
         arrays = source_arrays(layout, factors, factored.sources)
-        opened: list[Array] = []
-        if factored.opened is not None:
-            leading = source_arrays(layout, factors, factored.opened.sources)
-            count = len(factored.opened.ranks)
-            opened = [open_rows(factored.opened, leading, index) for index in range(count)]
-        y = factored_product(factored, factored.terms(flat.shape[0]), arrays, opened, flat, rows)
+        opened, leading = factored.opened, []
+        if opened is not None:
+            leading = source_arrays(layout, factors, opened.sources)
+        inputs = library.reshape(flat, (-1, *factored.inputs))
+        products = []
+        for index, term in enumerate(factored.terms(flat.shape[0])):
+            first = [inputs]
+            if opened is not None:
+                own = open_rows(opened, leading, index)
+                first.append(library.reshape(own, (*factored.lead, *own.shape[1:])))
+            products.append(run_term(term, arrays, first))
+        y = total(products)
     return library.reshape(y, (*x.shape[:-1], rows)) * float(scale)
-
-
-def factored_product(
-    factored: Factored,
-    terms: Sequence[Term],
-    arrays: Sequence[Array],
-    opened: Sequence[Array],
-    x: Array,
-    rows: int,
-) -> Array:
-    """Return the product of inputs, (n, input width), with the networks of an update."""
-    firsts = first_operands(factored, opened, x, rows)
-    found = total(run_term(term, arrays, own) for term, own in zip(terms, firsts, strict=True))
-    return backend_of(x).reshape(found, (x.shape[0], rows))
-
-
-def first_operands(
-    factored: Factored, opened: Sequence[Array], x: Array, rows: int
-) -> list[list[Array]]:
-    """Return what every term has before its blocks: the inputs' digits, and rows if opened."""
-    library = backend_of(x)
-    inputs = x
-    if len(factored.inputs) != 1:
-        inputs = library.reshape(x, (x.shape[0], *factored.inputs))
-    if factored.opened is None:
-        return [[inputs]] * len(factored.few)
-    blocks = factored.opened.rows // rows
-    lead = (rows, blocks) if blocks > 1 else (rows,)
-    return [[inputs, library.reshape(own, (*lead, *own.shape[1:]))] for own in opened]
 
 
 def low_rank_factors(

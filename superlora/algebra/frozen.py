@@ -9,8 +9,9 @@ from typing import Any
 import numpy
 
 from superlora._backend import Array, backend_of, from_numpy, widened
-from superlora.algebra.init import frozen_variance, is_last
+from superlora.algebra.init import frozen_variance
 from superlora.design.layout import Layout
+from superlora.design.splits import is_last
 from superlora.random import normal
 
 # Apart from the streams of the initial factors, which count from 0.

@@ -10,7 +10,7 @@ import numpy
 
 from superlora._backend import Array, from_numpy
 from superlora.design.layout import Layout
-from superlora.design.splits import Split, mode_of
+from superlora.design.splits import Split, is_last
 from superlora.random import check_seed, normal
 
 # The deviation of numbers in ±0.02, which Uni-LoRA starts its vector with.
@@ -81,11 +81,6 @@ def frozen_variance(source: str, shape: tuple[int, ...], last: bool) -> float:
     if source == "random":
         return 1 / shape[-2 if last else -1]
     return 1 / shape[0] if source.startswith("singular") else 1.0
-
-
-def is_last(split: Split, leaf: str) -> bool:
-    """Return whether a block is of a split's last mode, a train's core or a factor."""
-    return mode_of(leaf) == len(split.sizes) - 1
 
 
 def _variance(layout: Layout, group: int, term: int) -> float:

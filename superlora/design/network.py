@@ -8,21 +8,18 @@ boxes of them, read one after the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from superlora.design.contraction import TOKENS, Contraction, Cost, Labels, contract
 from superlora.design.fold_shape import Shape
-from superlora.design.grouping import Piece, cut_pieces
+from superlora.design.grouping import cut_pieces
 from superlora.design.layout import Layout, kept
 from superlora.design.slices import Box, slice_of
-from superlora.design.splits import Split, mode_of
+from superlora.design.splits import Split, is_last, neighbours
 
 # The numbers of tokens that paths are planned for.
 FEW, MANY = 1, 4096
-# Labels of a second network, beyond those of any first one.
-ROWS, BLOCKS = 1_000, 1_001
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,8 @@ class Operand:
         One an axis.
     frozen : bool
         Whether it has no gradient.
+    whole : bool
+        Whether it is the source as it is.
     """
 
     source: int
@@ -73,11 +72,7 @@ class Operand:
     shape: Shape | None
     labels: Labels
     frozen: bool
-    whole: bool = field(init=False)  # whether it is the source as it is
-
-    def __post_init__(self) -> None:
-        whole = self.digits is None and self.cut is None and self.shape is None
-        object.__setattr__(self, "whole", whole)
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -88,8 +83,8 @@ class Term:
     contraction: Contraction
 
 
-# The terms of one sum, in the order that is best for few tokens, and for many.
-Orders = tuple[tuple[Term, ...], tuple[Term, ...]]
+# What is taken of a digit or of a rank, its size, and its labels.
+Part = tuple[tuple[int, int], int, Labels]
 
 
 @dataclass(frozen=True)
@@ -161,16 +156,6 @@ def _cut_text(operand: Operand) -> str:
     return f"[{', '.join(parts)}]"
 
 
-class End(NamedTuple):
-    """How a split ends: its last mode's factor, and the labels that join it to the others.
-
-    Without a factor the labels are those of the mode itself.
-    """
-
-    factor: Operand | None
-    labels: Labels
-
-
 class Sources:
     """Collects the sources of a network."""
 
@@ -224,143 +209,97 @@ class Factorisation:
         spec = self.layout.specs[self.group]
         return mode * spec.splits + split if spec.combine == "kronecker" else mode
 
-    def term(self, index: int) -> tuple[list[Operand], list[End]]:
-        """Return one product's operands but those of the last mode, and how each split ends."""
-        for label in [label for label in self.sizes if label >= self._first]:
-            del self.sizes[label]
-        found: list[Operand] = []
-        last: list[End] = []
-        for place, split in enumerate(self.layout.terms(self.group)[index]):
-            own, end = self._split(place, index, split)
-            found += own
-            last.append(end)
-        return found, last
+    def products(self) -> Iterator[tuple[list[Operand], list[Operand], Labels]]:
+        """Yield every product's operands, those of the last mode apart, and what joins the two."""
+        splits = self.layout.specs[self.group].splits
+        for term, product in enumerate(self.layout.terms(self.group)):
+            # The ranks of every product take the same labels.
+            for label in [label for label in self.sizes if label >= self._first]:
+                del self.sizes[label]
+            found: list[Operand] = []
+            last: list[Operand] = []
+            joining: list[int] = []
+            for place, split in enumerate(product):
+                ends = self.digits[self._digit(place, len(split.shape) - 1)]
+                for leaf, parts in self._parts(split, place).items():
+                    apart = is_last(split, leaf) and len(split.sizes) > 1 and not split.joined
+                    to = self.ends if apart else self.sources
+                    name = self.layout.block(self.group, term * splits + place, leaf)
+                    operand = self._operand(split, place, leaf, parts, name, to)
+                    (last if apart else found).append(operand)
+                    if apart:
+                        ends = tuple(label for label in operand.labels if label not in ends)
+                joining += ends
+            present = {label for own in found for label in own.labels}
+            yield found, last, tuple(dict.fromkeys(own for own in joining if own in present))
 
-    def _split(self, place: int, term: int, split: Split) -> tuple[list[Operand], End]:
-        order, modes = len(split.sizes), len(split.shape)
-        least, extra = divmod(modes, order)
-        bounds = [mode * least + min(mode, extra) for mode in range(order + 1)]
-        digits = [
-            [self._digit(place, mode) for mode in range(bounds[own], bounds[own + 1])]
-            for own in range(order)
+    def _parts(self, split: Split, place: int) -> dict[str, list[Part]]:
+        """Return what every block of a split is read as, one entry a digit or a rank."""
+        digits = [self._digit(place, mode) for mode in range(len(split.shape))]
+        read = [
+            (self.box[digit], size, self.digits[digit])
+            for digit, size in zip(digits, split.shape, strict=True)
         ]
-        sizes = [split.shape[bounds[own] : bounds[own + 1]] for own in range(order)]
-        ranks = self._ranks(split)
-        index = term * self.layout.specs[self.group].splits + place
-        last = f"core{order - 1}" if split.core == "train" else f"factor{order - 1}"
-        own_labels = self.digits[self._digit(place, modes - 1)]
-        found: list[Operand] = []
-        end = End(None, own_labels)
-        for leaf in split.block_shapes:
-            apart = leaf == last and not split.joined and order > 1
-            to = self.ends if apart else self.sources
-            operand = self._operand(split, place, index, leaf, digits, sizes, ranks, to)
-            if apart:
-                joining = tuple(label for label in operand.labels if label not in own_labels)
-                end = End(operand, joining)
-            else:
-                found.append(operand)
-        return found, end
+        modes = neighbours(read, len(split.sizes))
+        if split.core == "train":
+            ranks = [self._rank(rank) for rank in (1, *split.ranks, 1)]
+            cores = zip(ranks, modes, ranks[1:], strict=False)
+            return {f"core{mode}": [*one, *own, *two] for mode, (one, own, two) in enumerate(cores)}
+        if split.core == "full":
+            ranks = [
+                self._rank(rank) if factored else mode
+                for rank, factored, mode in zip(split.ranks, split.factored, modes, strict=True)
+            ]
+            core = [part for rank in ranks for part in rank]
+        else:  # one rank of all modes
+            core = self._rank(split.ranks[0])
+            ranks = [core] * len(modes)
+        both = enumerate(zip(modes, ranks, strict=True))
+        found = {"core": core, **{f"factor{mode}": [*own, *rank] for mode, (own, rank) in both}}
+        return {leaf: found[leaf] for leaf in split.block_shapes}
 
-    def _ranks(self, split: Split) -> list[Labels]:
-        """Return the labels of every rank: of the modes, or between them for a train core."""
-        if split.core in ("identity", "diagonal"):
-            shared = self._rank(split.ranks[0])
-            return [shared] * len(split.sizes)
-        factored = split.factored if split.core == "full" else (True,) * len(split.ranks)
-        return [
-            self._rank(rank) if own else () for rank, own in zip(split.ranks, factored, strict=True)
-        ]
-
-    def _rank(self, rank: int) -> Labels:
-        return (self._label(rank),) if rank > 1 else ()
+    def _rank(self, rank: int) -> list[Part]:
+        return [((0, rank), rank, (self._label(rank),) if rank > 1 else ())]
 
     def _operand(
-        self,
-        split: Split,
-        place: int,
-        index: int,
-        leaf: str,
-        digits: list[list[int]],
-        sizes: list[Shape],
-        ranks: list[Labels],
-        sources: Sources,
+        self, split: Split, place: int, leaf: str, parts: list[Part], block: str, sources: Sources
     ) -> Operand:
-        shape = split.block_shapes[leaf]
-        # For every axis its digits, or the labels of its rank.
-        axes: list[tuple[list[int] | None, Shape, Labels]] = []
-        mode = mode_of(leaf) or 0
-        if leaf == "core":
-            for own, size in enumerate(shape):
-                bare = split.core == "full" and not split.factored[own]
-                if bare:
-                    axes.append((digits[own], sizes[own], ()))
-                else:
-                    axes.append((None, (size,), ranks[own]))
-        elif leaf.startswith("core"):
-            before = ranks[mode - 1] if mode else ()
-            after = ranks[mode] if mode < len(ranks) else ()
-            axes = [(None, shape[:1], before), (digits[mode], sizes[mode], ())]
-            axes.append((None, shape[2:], after))
-        else:
-            axes = [(digits[mode], sizes[mode], ()), (None, shape[1:], ranks[mode])]
-        read: list[int] = []
-        cuts: list[tuple[int, int]] = []
-        labels: list[int] = []
-        for places, wide, joining in axes:
-            read += wide
-            if places is None:
-                cuts += [(0, wide[0])]
-                labels += joining
-            else:
-                cuts += [self.box[digit] for digit in places]
-                labels += [label for digit in places for label in self.digits[digit]]
-        final = tuple(self.sizes[label] for label in labels)
-        mapped = self._mapped(split, place, leaf, mode)
-        after_map = list(shape)
-        for axis, _, size in mapped:
-            after_map[axis] = size
-        taken = tuple(stop - start for start, stop in cuts)
-        whole = taken == tuple(read)
-        block = self.layout.block(self.group, index, leaf)
-        group = self.group if mapped else -1
-        source = sources.add(Source(block, shape, group, mapped))
-        frozen = block in self.layout.frozen
+        shape, order = split.block_shapes[leaf], len(split.shape)
+        mapped = []
+        made = list(shape)  # by the group's map of single modes
+        for mode in self.layout.maps[self.group].mapped(order):
+            of, axis = (f"factor{mode}", 0) if split.factored[mode] else ("core", mode)
+            if of == leaf:
+                made[axis] = split.shape[mode]
+                mapped.append((axis, place * order + mode, made[axis]))
+        source = Source(block, shape, self.group if mapped else -1, tuple(mapped))
+        read = [size for _, size, _ in parts]
+        taken = [stop - start for (start, stop), _, _ in parts]
+        labels = tuple(label for _, _, own in parts for label in own)
+        final = [self.sizes[label] for label in labels]
         # A slice of a source is a view, so it is cut before axes are dropped.
-        same = tuple(read) == tuple(after_map)
-        if whole:
-            to = None if final == tuple(after_map) else final
-            return Operand(source, None, None, to, tuple(labels), frozen)
-        cut = tuple(
-            slice(None) if (start, stop) == (0, size) else slice(start, stop)
-            for (start, stop), size in zip(cuts, read, strict=True)
+        cut = None
+        if taken != read:
+            cut = tuple(
+                slice(None) if stop - start == size else slice(start, stop)
+                for (start, stop), size, _ in parts
+            )
+        digits = None if cut is None or read == made else tuple(read)
+        to = None if final == (made if cut is None else taken) else tuple(final)
+        return Operand(
+            sources.add(source),
+            digits,
+            cut,
+            to,
+            labels,
+            block in self.layout.frozen,
+            whole=cut is None and to is None,
         )
-        to = None if final == taken else final
-        return Operand(source, None if same else tuple(read), cut, to, tuple(labels), frozen)
-
-    def _mapped(
-        self, split: Split, place: int, leaf: str, mode: int
-    ) -> tuple[tuple[int, int, int], ...]:
-        """Return the axes of a block that the group's map of single modes is applied to."""
-        modes = len(split.shape)
-        found = []
-        for own in self.layout.maps[self.group].mapped(modes):
-            axis = (f"factor{own}", 0) if split.factored[own] else ("core", own)
-            if axis[0] == leaf:
-                found.append((axis[1], place * modes + own, split.shape[own]))
-        return tuple(found)
 
     def closed(self) -> tuple[Term, ...]:
         """Return the terms that make the box's entries, its digits in order."""
         output = tuple(label for digit in self.digits for label in digit)
-        return tuple(
-            self._join(index, output) for index in range(len(self.layout.terms(self.group)))
-        )
-
-    def _join(self, index: int, output: Labels) -> Term:
-        operands, last = self.term(index)
-        operands += [end.factor for end in last if end.factor is not None]
-        return self.contracted([], operands, output)
+        return tuple(self.contracted([], [*own, *last], output) for own, last, _ in self.products())
 
     def contracted(
         self, first: Sequence[Labels], operands: Sequence[Operand], output: Labels, tokens: int = 0
@@ -370,17 +309,6 @@ class Factorisation:
         frozen = (len(first) + place for place, own in enumerate(operands) if own.frozen)
         path = contract(labels, output, self.sizes, tokens, frozenset(frozen))
         return Term(tuple(operands), path)
-
-    def applied(self, outputs: Labels, inputs: Labels, scales: bool) -> Orders:
-        """Return the terms that multiply inputs, the first operand of each contraction."""
-        first = [(TOKENS, *inputs), *([(*outputs, *inputs)] if scales else [])]
-        found = []
-        for index in range(len(self.layout.terms(self.group))):
-            operands, last = self.term(index)
-            operands += [end.factor for end in last if end.factor is not None]
-            found.append(self.ordered(first, operands, (TOKENS, *outputs)))
-        few, many = zip(*found, strict=True)
-        return few, many
 
     def ordered(
         self, first: Sequence[Labels], operands: Sequence[Operand], output: Labels
@@ -393,28 +321,25 @@ class Factorisation:
 @kept
 def network_of(layout: Layout, name: str) -> Network:
     """Return what a weight's update is made of."""
-    return weight_network(layout, name)
+    return weight_network(layout, name, (0, layout.shapes[name][0]))
 
 
-def weight_network(layout: Layout, name: str, rows: tuple[int, int] | None = None) -> Network:
-    """Return what a weight's update, or a range of its rows, is made of."""
-    height, width = layout.shapes[name]
-    first, last = rows or (0, height)
+def weight_network(layout: Layout, name: str, rows: tuple[int, int]) -> Network:
+    """Return what some rows of a weight's update are made of."""
+    width = layout.shapes[name][1]
+    first, last = rows
     sources = Sources()
     runs = []
     for piece in cut_pieces(layout.grouping.pieces[name], first * width, last * width):
-        if layout.in_place(piece.group):
-            runs.append(_run(layout, piece, sources))
+        group = piece.group
+        if layout.in_place(group):
+            part = slice_of(layout.radices(group), piece.start, piece.stop)
+            boxes = [Factorisation(layout, group, box, sources).closed() for box in part.boxes]
+            runs.append(Run(tuple(boxes), part.skip, part.size))
         else:
             start, stop = layout.position(piece)
-            runs.append(Run((), start, stop - start, layout.joint(piece.group)[0]))
+            runs.append(Run((), start, stop - start, layout.joint(group)[0]))
     return Network(sources.all, tuple(runs), (last - first, width))
-
-
-def _run(layout: Layout, piece: Piece, sources: Sources) -> Run:
-    part = slice_of(layout.radices(piece.group), piece.start, piece.stop)
-    boxes = tuple(Factorisation(layout, piece.group, box, sources).closed() for box in part.boxes)
-    return Run(boxes, part.skip, part.size)
 
 
 @kept
@@ -474,117 +399,20 @@ def opened_rows(layout: Layout, group: int, start: int, stop: int) -> Opened:
     trailing = tuple((0, size) for size in layout.radices(group)[len(leading) :])
     part = slice_of(leading, start, stop)
     sources, ends = Sources(), Sources()
-    boxes, ranks = [], []
-    for place, box in enumerate(part.boxes):
+    boxes = []
+    for box in part.boxes:
         made = Factorisation(layout, group, (*box, *trailing), sources, ends)
         output = tuple(label for digit in made.digits[: len(leading)] for label in digit)
-        terms = []
-        for index in range(len(layout.terms(group))):
-            operands, last = made.term(index)
-            open_labels = _open_labels(last)
-            present = {label for operand in operands for label in operand.labels}
-            kept = tuple(label for label in open_labels if label in present)
-            terms.append(made.contracted([], operands, (*output, *kept)))
-            if not place:
-                ranks.append(tuple(made.sizes[label] for label in kept))
+        digits = tuple(label for digit in made.digits[len(leading) :] for label in digit)
+        terms, ranks, completed = [], [], []
+        for own, last, joining in made.products():
+            terms.append(made.contracted([], own, (*output, *joining)))
+            ranks.append(tuple(made.sizes[label] for label in joining))
+            # As many rows as are given, which are formed some at a time.
+            completed.append(made.contracted([(TOKENS, *joining)], last, (TOKENS, *digits), MANY))
         boxes.append(tuple(terms))
-    made = Factorisation(layout, group, (*part.boxes[0], *trailing), sources, ends)
-    forms = _completed(made, len(leading))
-    return Opened(sources.all, ends.all, tuple(boxes), part.skip, part.size, tuple(ranks), forms)
-
-
-def _open_labels(last: Sequence[End]) -> Labels:
-    return tuple(dict.fromkeys(label for end in last for label in end.labels))
-
-
-def _completed(made: Factorisation, leading: int) -> tuple[Term, ...]:
-    """Return the contractions of opened rows with the last factors: entries, or products."""
-    digits = tuple(label for digit in made.digits[leading:] for label in digit)
-    found = []
-    for index in range(len(made.layout.terms(made.group))):
-        _, kept, factors = _ends(made, index)
-        # As many rows as are given, which are formed some at a time.
-        found.append(made.contracted([(TOKENS, *kept)], factors, (TOKENS, *digits), MANY))
-    return tuple(found)
-
-
-def _ends(made: Factorisation, index: int) -> tuple[list[Operand], Labels, list[Operand]]:
-    """Return the leading operands of a term, the open labels that they have, the last factors."""
-    operands, last = made.term(index)
-    present = {label for own in operands for label in own.labels}
-    kept = tuple(label for label in _open_labels(last) if label in present)
-    factors = [end.factor for end in last if end.factor is not None]
-    return operands, kept, factors
-
-
-def opened_products(layout: Layout, group: int, shape: tuple[int, int]) -> Orders:
-    """Return for every term the contraction of inputs, opened rows and last factors."""
-    order = len(layout.groups[group].fold)
-    count = len(layout.radices(group, order - 1))
-    box = tuple((0, size) for size in layout.radices(group))
-    made = Factorisation(layout, group, box, Sources(), Sources())
-    digits = tuple(label for digit in made.digits[count:] for label in digit)
-    blocks = shape[1] // layout.groups[group].fold[-1]
-    found = []
-    for index in range(len(layout.terms(group))):
-        _, kept, factors = _ends(made, index)
-        made.sizes |= {ROWS: shape[0], BLOCKS: blocks}
-        cut = (BLOCKS,) if blocks > 1 else ()
-        first = [(TOKENS, *cut, *digits), (ROWS, *cut, *kept)]
-        found.append(made.ordered(first, factors, (TOKENS, ROWS)))
-    few, many = zip(*found, strict=True)
-    return few, many
-
-
-@dataclass(frozen=True)
-class Direct:
-    """A weight's update as one network with its inputs, under the digits of both widths."""
-
-    sources: tuple[Source, ...]
-    outputs: Shape
-    inputs: Shape
-    few: tuple[Term, ...]
-    many: tuple[Term, ...]
-
-
-def direct_network(layout: Layout, name: str, *, scales: bool = False) -> Direct | None:
-    """Return a weight's network with its inputs, where the fold tells inputs from outputs."""
-    pieces = layout.grouping.pieces[name]
-    rows, columns = layout.shapes[name]
-    piece = pieces[0]
-    if len(pieces) > 1 or not layout.in_place(piece.group):
-        return None
-    part = slice_of(layout.radices(piece.group), piece.start, piece.stop)
-    if len(part.boxes) > 1 or part.skip:
-        return None
-    (box,) = part.boxes
-    sizes = [last - first for first, last in box]
-    if math.prod(sizes) != rows * columns:
-        return None
-    place = len(sizes)
-    trailing = 1
-    while place and trailing * sizes[place - 1] <= columns:
-        place -= 1
-        trailing *= sizes[place]
-    parted = None
-    if trailing != columns:
-        rest, over = divmod(columns, trailing)
-        if over or not place or sizes[place - 1] % rest:
-            return None
-        place -= 1
-        parted = (place, rest)
-    sources = Sources()
-    made = Factorisation(layout, piece.group, box, sources, parted=parted)
-    labels = [label for digit in made.digits for label in digit]
-    inputs: list[int] = []
-    width = 1
-    while width < columns:
-        label = labels.pop()
-        width *= made.sizes[label]
-        inputs.insert(0, label)
-    few, many = made.applied(tuple(labels), tuple(inputs), scales)
-    shapes = [tuple(made.sizes[label] for label in own) for own in (labels, inputs)]
-    return Direct(sources.all, shapes[0], shapes[1], few, many)
+    found = tuple(ranks), tuple(completed)  # the same of every box
+    return Opened(sources.all, ends.all, tuple(boxes), part.skip, part.size, *found)
 
 
 def row_slice(layout: Layout, name: str) -> tuple[int, int] | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from superlora.design.fold_shape import (
     Shape,
@@ -18,6 +20,8 @@ from superlora.design.fold_shape import (
 )
 from superlora.design.spec import Spec
 from superlora.maps import Map, Place
+
+_Item = TypeVar("_Item")
 
 # What costs nothing to write down may have this many entries, and 16 times as many as weights.
 _MOST = 1 << 24
@@ -76,10 +80,16 @@ class Split:
         return len(self.sizes) < len(self.shape)
 
 
-def mode_of(leaf: str) -> int | None:
-    """Return the mode of ``factorM``, or of a train's ``coreM``; None of a ``core``."""
-    mode = leaf.removeprefix("core").removeprefix("factor")
-    return int(mode) if mode else None
+def is_last(split: Split, leaf: str) -> bool:
+    """Return whether a block is of a split's last mode, a train's core or a factor."""
+    return leaf in (f"core{len(split.sizes) - 1}", f"factor{len(split.sizes) - 1}")
+
+
+def neighbours(items: Sequence[_Item], order: int) -> list[list[_Item]]:
+    """Cut a sequence into `order` runs of neighbours, the first ones of the most."""
+    least, extra = divmod(len(items), order)
+    bounds = [mode * least + min(mode, extra) for mode in range(order + 1)]
+    return [list(items[start:stop]) for start, stop in itertools.pairwise(bounds)]
 
 
 @dataclass(frozen=True)
@@ -284,7 +294,7 @@ def _stack(spec: Spec, before: int, members: Members) -> Shape:
 
 
 def _make_split(spec: Spec, index: int, shape: Shape, before: Shape, rank: Any) -> Split:
-    sizes = _neighbours(before, spec.orders[index])
+    sizes = tuple(map(math.prod, neighbours(before, spec.orders[index])))
     order, core = len(sizes), spec.cores[index]
     dense = Split(shape, sizes, sizes, (False,) * order, "full")
     if rank == "full":
@@ -339,14 +349,6 @@ def _place(spec: Spec, index: int) -> str:
     """Return what error messages call the rank of a split."""
     nested = isinstance(spec.rank, tuple) and isinstance(spec.rank[index], tuple)
     return f"rank[{index}]" if nested else "rank"
-
-
-def _neighbours(shape: Shape, order: int) -> Shape:
-    """Join neighbouring modes so that `order` are left, the first ones of the most."""
-    least, extra = divmod(len(shape), order)
-    counts = [least + (mode < extra) for mode in range(order)]
-    modes = iter(shape)
-    return tuple(math.prod(next(modes) for _ in range(count)) for count in counts)
 
 
 def _make_nested(

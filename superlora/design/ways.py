@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
-from superlora.design.contraction import Cost
+from superlora.design.contraction import TOKENS, Cost, Labels
 from superlora.design.fold_shape import Shape, ceil_divide
 from superlora.design.layout import Layout, kept
 from superlora.design.network import (
+    Factorisation,
     Opened,
     Source,
+    Sources,
     Term,
-    direct_network,
     network_of,
-    opened_products,
     opened_rows,
     row_slice,
 )
+from superlora.design.slices import slice_of
+from superlora.design.spec_checks import check_choice
 from superlora.errors import some
 
 FORMED = "formed"
 APPLY = ("auto", "factored", "formed")
-_NO_PRODUCT = (
-    "apply must be 'auto' or 'formed' for {}, whose fold has no digits or last mode of the input "
-    "width alone, as that of fold='aligned' has, and whose map offers no product, or "
-    "whose contraction with inputs makes results many times larger than they are: got 'factored'"
-)
+# Labels of opened rows and of their blocks, beyond those of any product.
+_ROWS, _BLOCKS = 1_000, 1_001
 # Rows are opened for a whole group if they are this many times fewer than its entries.
 _LEAST = 8
 # No way is looked for beyond so many tokens.
@@ -41,43 +42,49 @@ class Factored:
 
     Attributes
     ----------
+    inputs : tuple of int
+        What an input is read as.
+    before : Cost
+        Of what is no term: the opened rows, or the map's own product.
+    few, many : tuple of Term
+        The terms in the order that is best for few tokens, and for many; none where a map
+        multiplies inputs itself.
     sources : tuple of Source
         The blocks that are operands themselves.
     opened : Opened or None
         The rows that are the first operand of every term, where the leading modes are contracted
         on their own.
-    inputs : tuple of int
-        What an input is read as.
-    few, many : tuple of Term
-        The terms in the order that is best for few tokens, and for many; none where a map
-        multiplies inputs itself.
     lead : tuple of int
         What the rows are read as before their ranks, (outputs, blocks), where they are opened.
     base : tuple of int, or None
         What the layer's weight is read as, the operand after the inputs, where it is one.
-    switch : int
-        From how many tokens on the order for many is taken.
-    costs : (Cost, Cost)
-        Of the two.
     """
 
-    sources: tuple[Source, ...]
-    opened: Opened | None
     inputs: Shape
-    few: tuple[Term, ...]
-    many: tuple[Term, ...]
-    switch: int
-    costs: tuple[Cost, Cost]
+    before: Cost
+    few: tuple[Term, ...] = ()
+    many: tuple[Term, ...] = ()
+    sources: tuple[Source, ...] = ()
+    opened: Opened | None = None
     lead: Shape = ()
     base: Shape | None = None
+
+    @functools.cached_property
+    def costs(self) -> tuple[Cost, ...]:
+        """The cost of the one order, and of the other."""
+        orders = self.few, self.many
+        return tuple(sum((t.contraction.cost for t in own), self.before) for own in orders)
+
+    @functools.cached_property
+    def switch(self) -> int:
+        """From how many tokens on the order for many is taken."""
+        few, many = self.costs
+        found = _crossing(many, few)
+        return _MOST_TOKENS if found is None else found
 
     def terms(self, tokens: int) -> tuple[Term, ...]:
         """Return the terms in the better order for so many tokens."""
         return self.many if tokens >= self.switch else self.few
-
-    def cost(self, tokens: int) -> int:
-        """Return the cost of a product with so many inputs."""
-        return self.costs[tokens >= self.switch].of(tokens)
 
 
 @dataclass(frozen=True)
@@ -124,13 +131,8 @@ def opens_rows(layout: Layout, group: int) -> bool:
         return False
     if any(len(layout.grouping.pieces[name]) > 1 for name in names):
         return False
-    few = _LEAST * open_width(layout, group) <= fold[-1]
+    few = _LEAST * opened_rows(layout, group, 0, 1).width <= fold[-1]
     return few or (len(fold) == 2 and len(layout.groups[group].splits) == 1)
-
-
-def open_width(layout: Layout, group: int) -> int:
-    """Return the columns of a group's opened rows."""
-    return opened_rows(layout, group, 0, 1).width
 
 
 def rows_of(layout: Layout, name: str) -> tuple[int, int]:
@@ -163,70 +165,94 @@ def application(layout: Layout, name: str) -> Application:
     """Return how a weight's update is applied."""
     found = _factored(layout, name)
     forming = _forming(layout, name)
-    bounds = {}
-    for trained in (False, True):
-        for fused in (False, True):
-            bounds[trained, fused] = (
-                None if found is None else _bound(layout, name, found, forming, trained, fused)
-            )
+    ways = [(trained, fused) for trained in (False, True) for fused in (False, True)]
+    bounds = {way: _bound(layout, name, found, forming, *way) for way in ways if found is not None}
     return Application(found, forming, bounds)
 
 
 def _factored(layout: Layout, name: str) -> Factored | None:
-    group = layout.grouping.pieces[name][0].group
-    rows, columns = layout.shapes[name]
-    if name.startswith("scale_weight."):  # W₀ is an operand too
-        direct = direct_network(layout, name, scales=True)
-        if direct is None or not _fits(layout, name, direct.few):
-            return None
-        terms = (direct.few, direct.few)
-        shape = (*direct.outputs, *direct.inputs)
-        return _with_switch(direct.sources, None, direct.inputs, *terms, Cost(), base=shape)
-    products = layout.multiplies(name)
+    scales = name.startswith("scale_weight.")  # W₀ is an operand too
+    products = None if scales else layout.multiplies(name)
     if products is not None:
-        cost = Cost(0, 0, *products)
-        return Factored((), None, (columns,), (), (), 0, (cost, cost))
-    span = row_slice(layout, name)
-    shared = opens_rows(layout, group)
-    direct = None if shared and span is not None else direct_network(layout, name)
-    if direct is not None and _fits(layout, name, direct.few, direct.many):
-        return _with_switch(direct.sources, None, direct.inputs, direct.few, direct.many, Cost())
-    if span is None:
-        return None
-    width = layout.groups[group].fold[-1]
-    digits = layout.radices(group)[len(layout.radices(group, len(layout.groups[group].fold) - 1)) :]
-    blocks = columns // width
-    opened = opened_rows(layout, group, *span)
-    if opened.width * blocks >= 4 * columns:
-        return None
-    inputs = tuple(size for size in (blocks, *digits) if size > 1)
-    few, many = opened_products(layout, group, (rows, columns))
-    if not _fits(layout, name, few, many):
-        return None
-    lead = (rows, blocks) if blocks > 1 else (rows,)
-    return _with_switch(opened.ends, opened, inputs, few, many, opened.cost, lead)
+        return Factored((layout.shapes[name][1],), Cost(0, 0, *products))
+    span = None if scales else row_slice(layout, name)
+    if span is None or not opens_rows(layout, layout.grouping.pieces[name][0].group):
+        found = _direct(layout, name, scales)
+        if _fits(layout, name, found):
+            return found
+    found = None if span is None else _with_opened_rows(layout, name, span)
+    return found if _fits(layout, name, found) else None
 
 
-def _fits(layout: Layout, name: str, *orders: tuple[Term, ...]) -> bool:
+def _fits(layout: Layout, name: str, found: Factored | None) -> bool:
+    if found is None:
+        return False
     rows, columns = layout.shapes[name]
     most = _MOST_LARGER * (rows + columns + rows * columns)
-    return all(term.contraction.largest <= most for terms in orders for term in terms)
+    return all(term.contraction.largest <= most for term in (*found.few, *found.many))
 
 
-def _with_switch(
-    sources: tuple[Source, ...],
-    opened: Opened | None,
-    inputs: Shape,
-    few: tuple[Term, ...],
-    many: tuple[Term, ...],
-    before: Cost,
-    lead: Shape = (),
-    base: Shape | None = None,
-) -> Factored:
-    costs = tuple(sum((t.contraction.cost for t in terms), before) for terms in (few, many))
-    switch = _crossing(costs[1], costs[0])
-    switch = _MOST_TOKENS if switch is None else switch
-    return Factored(sources, opened, inputs, few, many, switch, (costs[0], costs[1]), lead, base)
+def _direct(layout: Layout, name: str, scales: bool) -> Factored | None:
+    """Return one network with the inputs, where the fold tells inputs from outputs."""
+    pieces = layout.grouping.pieces[name]
+    rows, columns = layout.shapes[name]
+    piece = pieces[0]
+    if len(pieces) > 1 or not layout.in_place(piece.group):
+        return None
+    box, *others = slice_of(layout.radices(piece.group), piece.start, piece.stop).boxes
+    sizes = [last - first for first, last in box]
+    if others or math.prod(sizes) != rows * columns:
+        return None
+    place = len(sizes)
+    trailing = 1
+    while place and trailing * sizes[place - 1] <= columns:
+        place -= 1
+        trailing *= sizes[place]
+    parted = None
+    if trailing != columns:
+        rest, over = divmod(columns, trailing)
+        if over or sizes[place - 1] % rest:
+            return None
+        parted = (place - 1, rest)
+    sources = Sources()
+    made = Factorisation(layout, piece.group, box, sources, parted=parted)
+    labels = [label for digit in made.digits for label in digit]
+    inputs: list[int] = []
+    while math.prod(made.sizes[label] for label in inputs) < columns:
+        inputs.insert(0, labels.pop())
+    first: list[Labels] = [(TOKENS, *inputs), *([(*labels, *inputs)] if scales else [])]
+    output = (TOKENS, *labels)
+    terms = [made.ordered(first, [*own, *last], output) for own, last, _ in made.products()]
+    few, many = zip(*terms, strict=True)
+    outputs, read = (tuple(made.sizes[label] for label in own) for own in (labels, inputs))
+    if scales:  # one product with each rank would cost more, but for few tokens
+        return Factored(read, Cost(), few, few, sources.all, base=(*outputs, *read))
+    return Factored(read, Cost(), few, many, sources.all)
+
+
+def _with_opened_rows(layout: Layout, name: str, span: tuple[int, int]) -> Factored | None:
+    """Return the networks of inputs, opened rows and last factors."""
+    group = layout.grouping.pieces[name][0].group
+    rows, columns = layout.shapes[name]
+    fold = layout.groups[group].fold
+    opened = opened_rows(layout, group, *span)
+    blocks = columns // fold[-1]
+    if opened.width * blocks >= 4 * columns:
+        return None
+    box = tuple((0, size) for size in layout.radices(group))
+    made = Factorisation(layout, group, box, Sources(), Sources())
+    leading = len(layout.radices(group, len(fold) - 1))
+    digits = [label for digit in made.digits[leading:] for label in digit]
+    cut = (_BLOCKS,) if blocks > 1 else ()
+    terms = []
+    for _, last, joining in made.products():
+        made.sizes.update({_ROWS: rows, _BLOCKS: blocks})
+        first = [(TOKENS, *cut, *digits), (_ROWS, *cut, *joining)]
+        terms.append(made.ordered(first, last, (TOKENS, _ROWS)))
+    few, many = zip(*terms, strict=True)
+    wide = (blocks,) if cut else ()
+    inputs = (*wide, *(made.sizes[label] for label in digits))
+    return Factored(inputs, opened.cost, few, many, opened.ends, opened, (rows, *wide))
 
 
 def _forming(layout: Layout, name: str) -> Cost:
@@ -275,8 +301,7 @@ def _crossing(one: Cost, other: Cost) -> int | None:
 
 def check_apply(apply: object, layout: Layout | None = None) -> None:
     """Refuse what is no way of applying updates, or none that all weights have."""
-    if not isinstance(apply, str) or apply not in APPLY:
-        raise ValueError(f"apply must be one of {', '.join(map(repr, APPLY))}: got {apply!r}")
+    check_choice("apply", apply, APPLY)
     if apply == "factored" and layout is not None:
         # What changes a bias, or scales a weight, is applied in its own way.
         asked = [
@@ -292,4 +317,9 @@ def check_apply(apply: object, layout: Layout | None = None) -> None:
 
 def no_factored_way(names: str) -> str:
     """Return what is wrong where weights are to be applied factored that cannot be."""
-    return _NO_PRODUCT.format(names)
+    return (
+        f"apply must be 'auto' or 'formed' for {names}, whose fold has no digits or last mode of "
+        "the input width alone, as that of fold='aligned' has, and whose map offers no product, or "
+        "whose contraction with inputs makes results many times larger than they are: got "
+        "'factored'"
+    )

@@ -136,9 +136,10 @@ def both_orders(plan, name):
     if found.factored is None:
         return
     for switch in (0, 1 << 40):
+        own = replace(found, factored=replace(found.factored))
+        vars(own.factored)["switch"] = switch
         layout = copy.copy(plan.layout)
-        own = replace(found, factored=replace(found.factored, switch=switch))
-        layout._applications = {name: own}
+        layout.kept = {**layout.kept, ("application", name): own}
         yield layout
 
 

@@ -67,8 +67,9 @@ def reversed_kronecker(product: Factorisation) -> tuple[Term, ...]:
         product.digits[first : first + splits] for first in range(0, len(product.digits), splits)
     ]
     output = tuple(label for mode in modes for digit in reversed(mode) for label in digit)
-    terms = range(len(product.layout.terms(product.group)))
-    return tuple(product._join(index, output) for index in terms)
+    return tuple(
+        product.contracted([], [*own, *last], output) for own, last, _ in product.products()
+    )
 
 
 def squared(term: Term, arrays: Sequence[Any], first: Sequence[Any] = ()) -> Any:

@@ -103,7 +103,8 @@ def test_the_orders_for_few_tokens_and_for_many_are_one(key):
     for switch in (0, 1 << 40):
         for support in adapter.supports.values():
             if isinstance(support.way, FactoredWay):
-                support.way.factored = replace(support.way.factored, switch=switch)
+                support.way.factored = replace(support.way.factored)
+                vars(support.way.factored)["switch"] = switch
         found = model(x)
         assert_near(found, y)
         assert_same(step(x, adapter, found), expected)
