@@ -89,11 +89,12 @@ def run_term(
     return run(term.contraction, values, library)
 
 
-def form(network: Network, arrays: Sequence[Array], vector: Vector) -> Array:
-    """Form what a network makes."""
+def form(network: Network, arrays: Sequence[Array], vector: Vector | None = None) -> Array:
+    """Form what a network makes; `vector` is asked for what is cut from mapped vectors."""
     runs = []
     for part in network.runs:
         if part.vector >= 0:
+            assert vector is not None
             runs.append(vector(part.vector, part.skip, part.skip + part.size))
             continue
         boxes = (total(run_term(term, arrays) for term in box) for box in part.boxes)
@@ -116,9 +117,9 @@ def cut(array: Array, skip: int, size: int) -> Array:
     return array if array.shape[0] == size else array[skip : skip + size]
 
 
-def joined(parts: Sequence[Array]) -> Array:
-    """Concatenate arrays along the first axis; one alone is returned as it is."""
-    return parts[0] if len(parts) == 1 else backend_of(*parts).concatenate(list(parts), axis=0)
+def joined(parts: Sequence[Array], axis: int = 0) -> Array:
+    """Concatenate arrays; one alone is returned as it is."""
+    return parts[0] if len(parts) == 1 else backend_of(*parts).concatenate(list(parts), axis=axis)
 
 
 def total(terms: Iterable[Array]) -> Array:
@@ -134,11 +135,7 @@ def scaled(x: Array, scale: Any) -> Array:
 def group_tensor(layout: Layout, factors: Mapping[str, Array], group: int) -> Array:
     """Return a group's folded tensor before its map: the products of its splits, summed."""
     network = group_network(layout, group)
-    return form(network, source_arrays(layout, factors, network.sources), _no_vector)
-
-
-def _no_vector(*_: int) -> Array:
-    raise AssertionError("a folded tensor is not cut from a mapped vector")
+    return form(network, source_arrays(layout, factors, network.sources))
 
 
 def joint_entries(layout: Layout, factors: Mapping[str, Array], first: int) -> Array:
@@ -267,8 +264,4 @@ def low_rank_factors(
         last = library.reshape(run_term(completed, ends, [unit]), (count, -1))
         right = library.transpose(last)
         rights.append(kronecker([eye(blocks, like=right), right]) if blocks > 1 else right)
-    return _beside(lefts) * float(scale), _beside(rights) * 1.0
-
-
-def _beside(parts: Sequence[Array]) -> Array:
-    return parts[0] if len(parts) == 1 else backend_of(*parts).concatenate(list(parts), axis=1)
+    return joined(lefts, 1) * float(scale), joined(rights, 1) * 1.0

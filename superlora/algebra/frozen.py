@@ -25,14 +25,9 @@ def frozen_blocks(
     layout: Layout,
     weights: Mapping[str, Array] | None = None,
     like: Any = numpy.float32,
-    *,
-    singular: bool = True,
 ) -> dict[str, Array]:
     """Make the blocks that are not trained."""
-    return {
-        name: from_numpy(values, like)
-        for name, values in each_frozen(layout, weights, singular=singular)
-    }
+    return {name: from_numpy(values, like) for name, values in each_frozen(layout, weights)}
 
 
 def each_frozen(

@@ -29,10 +29,11 @@ def zero_block(layout: Layout, group: int, term: int = 0) -> str:
     tied = layout.specs[group].tied
     if tied:
         first = term * count
+        alike = layout.alike(layout.first_group(group))
         common = [
             (i, leaf)
             for i, leaf in candidates
-            if all(leaf in item.splits[first + i].block_shapes for item in layout.alike(group))
+            if all(leaf in item.splits[first + i].block_shapes for item in alike)
         ]
         own = [(i, leaf) for i, leaf in common if f"{i}.{leaf}" not in tied]
         shared = [(i, leaf) for i, leaf in candidates if f"{i}.{leaf}" in tied]

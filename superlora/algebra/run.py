@@ -42,8 +42,8 @@ def contract_pair(library: Any, pair: Pair, left: Array, right: Array) -> Array:
 
 def matrices(library: Any, pair: Pair, left: Array, right: Array) -> tuple[Array, Array]:
     """Return the two stacks of matrices whose product, by entry or by matrix, is summed."""
-    one = left if pair.left.nothing else _arranged(library, left, pair.left)
-    other = right if pair.right.nothing else _arranged(library, right, pair.right)
+    one = left if pair.left is None else _arranged(library, left, pair.left)
+    other = right if pair.right is None else _arranged(library, right, pair.right)
     return (other, one) if pair.turned else (one, other)
 
 

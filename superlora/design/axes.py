@@ -97,10 +97,9 @@ class Axes:
                 f"{name} must be (output width, input width) or (output, input, window, window): "
                 f"got {shape!r}{_hint(sizes)}"
             )
-        try:
-            return _axes(*sizes)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}{error}") from None
+        for index, size in enumerate(sizes):
+            check_count(f"{name}[{index}]", size)
+        return _axes(*sizes)
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
@@ -128,11 +127,8 @@ class Axes:
         return math.prod(self.shape)
 
 
-# Most weights of a large model are alike. Typed, since True is no width.
-@functools.lru_cache(maxsize=4096, typed=True)
+@functools.lru_cache(maxsize=4096)  # most weights of a large model are alike
 def _axes(out: int, in_: int, *window: int) -> Axes:
-    for index, size in enumerate((out, in_, *window)):
-        check_count(f"[{index}]", size)
     return Axes(out, in_, window)
 
 

@@ -58,17 +58,17 @@ def inner_vectors(
         assert own.factor_map is not None
         assert own.factor_size is not None
         if own.factor_scope == "all":
-            name, start, total = f"{first}.0.theta", 0, sum(sizes.values())
-            fixed = own.factor_map.bind(Place(first, (), False))
-            check_serves(fixed, own.factor_size, total, f"factor_map for {name!r}")
-            for block, size in sizes.items():
+            vectors = [(f"{first}.0.theta", first, sizes)]
+        else:
+            vectors = [(f"{b}_theta", numbers[b], {b: size}) for b, size in sizes.items()]
+        for name, number, blocks in vectors:
+            fixed, total = own.factor_map.bind(Place(number, (), False)), sum(blocks.values())
+            called = name.removesuffix("_theta")
+            check_serves(fixed, own.factor_size, total, f"factor_map for {called!r}")
+            start = 0
+            for block, size in blocks.items():
                 found[block] = Inner(name, fixed, own.factor_size, total, start, start + size)
                 start += size
-            continue
-        for block, size in sizes.items():
-            fixed = own.factor_map.bind(Place(numbers[block], (), False))
-            check_serves(fixed, own.factor_size, size, f"factor_map for {block!r}")
-            found[block] = Inner(f"{block}_theta", fixed, own.factor_size, size, 0, size)
     return found
 
 

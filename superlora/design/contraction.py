@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import opt_einsum
 
@@ -78,13 +78,7 @@ class Arranged:
 
     axes: Labels | None
     shape: Labels | None
-    swapped: Labels | None = None
-    nothing: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Asked at every step.
-        nothing = self.axes is None and self.shape is None and self.swapped is None
-        object.__setattr__(self, "nothing", nothing)
+    swapped: Labels | None
 
 
 @dataclass(frozen=True)
@@ -93,8 +87,8 @@ class Pair:
 
     Attributes
     ----------
-    left, right : Arranged
-        How the two are arranged.
+    left, right : Arranged or None
+        How the two are arranged; None as they are.
     summed : tuple of int, or None
         None for a matrix product. Else the two are multiplied entry by entry, and the product is
         summed over these axes.
@@ -110,8 +104,8 @@ class Pair:
         Whether it is a product of two plain matrices, which another array can be added to.
     """
 
-    left: Arranged
-    right: Arranged
+    left: Arranged | None
+    right: Arranged | None
     summed: Labels | None
     turned: bool
     shape: Labels | None
@@ -174,11 +168,18 @@ def _axes(labels: Sequence[int], wanted: Sequence[int]) -> Labels | None:
     return None if found == tuple(range(len(found))) else found
 
 
-def _spread(labels: Labels, order: Sequence[int], sizes: Mapping[int, int]) -> Arranged:
+def _arranged(
+    axes: Labels | None, shape: Labels | None, swapped: Labels | None = None
+) -> Arranged | None:
+    nothing = axes is None and shape is None and swapped is None
+    return None if nothing else Arranged(axes, shape, swapped)
+
+
+def _spread(labels: Labels, order: Sequence[int], sizes: Mapping[int, int]) -> Arranged | None:
     """Arrange an operand so that it broadcasts to the labels of `order`."""
     axes = _axes(labels, [label for label in order if label in labels])
     shape = tuple(sizes[label] if label in labels else 1 for label in order)
-    return Arranged(axes, None if len(labels) == len(order) else shape)
+    return _arranged(axes, None if len(labels) == len(order) else shape)
 
 
 def _arrange(
@@ -189,7 +190,7 @@ def _arrange(
     sizes: Mapping[int, int],
     *,
     columns: bool,
-) -> Arranged:
+) -> Arranged | None:
     """Arrange an operand as (batch, free, summed), or (batch, summed, free) if not `columns`."""
     first, second = (free, summed) if columns else (summed, free)
     groups = ([batch] if batch else []) + [list(first), list(second)]
@@ -200,7 +201,7 @@ def _arrange(
     shape = tuple(_entries(group, sizes) for group in groups)
     unchanged = all(len(group) == 1 for group in groups)
     last = ((0, 2, 1) if batch else (1, 0)) if swapped else None
-    return Arranged(axes, None if unchanged else shape, last)
+    return _arranged(axes, None if unchanged else shape, last)
 
 
 def _entries(labels: Sequence[int], sizes: Mapping[int, int]) -> int:
@@ -310,14 +311,10 @@ class Contraction:
 
 
 def letters(labels: Sequence[int]) -> str:
-    """Return labels as einsum writes them; the tokens are ``t``."""
-    return "".join("t" if label == TOKENS else _letter(label) for label in labels)
-
-
-def _letter(label: int) -> str:
-    # Every letter but t, which stands for the tokens.
-    symbol: str = opt_einsum.get_symbol(label if label < _T else label + 1)
-    return symbol
+    """Return labels as einsum writes them; the tokens are ``t``, which is no other label."""
+    return "".join(
+        "t" if label == TOKENS else opt_einsum.get_symbol(label + (label >= _T)) for label in labels
+    )
 
 
 _T = 19
@@ -331,14 +328,6 @@ def contract(
     frozen: frozenset[int] = frozenset(),
 ) -> Contraction:
     """Find the order of a network's contraction and prepare its steps."""
-    if len(set(output)) < len(output):
-        raise ValueError(f"output must have every label once: got {letters(output)}")
-    missing = [label for label in output if not any(label in own for own in operands)]
-    if missing:
-        raise ValueError(f"output must have labels of operands: got {letters(missing)}")
-    for index, own in enumerate(operands):
-        if len(set(own)) < len(own):
-            raise ValueError(f"operands[{index}] must have every label once: got {letters(own)}")
     known = {label: sizes[label] for own in operands for label in own if label != TOKENS}
     return _contract(tuple(operands), output, tuple(known.items()), tokens, frozen)
 
@@ -408,8 +397,6 @@ def _path(
     tokens: int,
     frozen: frozenset[int],
 ) -> list[tuple[int, ...]]:
-    if len(terms) < 3:
-        return [tuple(range(len(terms)))] if len(terms) == 2 else []
     real = {**sizes, TOKENS: max(1, tokens)}
     if len(terms) <= _SEARCHED_WHOLLY:
         return _least_path(terms, output, real, frozen)

@@ -7,6 +7,7 @@ when the group is unfolded. Entries are never floored away.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -66,14 +67,8 @@ def balanced(size: int, order: int) -> Shape:
 
 def integer_root(size: int, degree: int) -> int:
     """Return the least integer whose `degree`-th power is at least `size`."""
-    low, high = 1, 1 << ceil_divide(size.bit_length(), degree)
-    while low < high:
-        middle = (low + high) // 2
-        if middle**degree < size:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    most = 1 << ceil_divide(size.bit_length(), degree)
+    return bisect.bisect_left(range(most), size, key=lambda root: root**degree)
 
 
 def ceil_divide(size: int, by: int) -> int:

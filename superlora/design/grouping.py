@@ -61,15 +61,12 @@ class Grouping:
         Entries of each group that some weight uses.
     pieces : dict of str to tuple of Piece
         For each weight the runs that make it up, in order.
-    members : tuple of tuples of str
-        For each group the weights that have a piece in it, in order.
     room : tuple of int
         Entries that each group is made to hold: its own, or those of a padded one.
     """
 
     sizes: Shape
     pieces: dict[str, tuple[Piece, ...]]
-    members: tuple[tuple[str, ...], ...]
     room: Shape
 
     @functools.cached_property
@@ -82,6 +79,11 @@ class Grouping:
                 found[piece.group].append((name, start, piece))
                 start += piece.stop - piece.start
         return found
+
+    @functools.cached_property
+    def members(self) -> tuple[tuple[str, ...], ...]:
+        """For each group the weights that have a piece in it, in order."""
+        return tuple([tuple([name for name, *_ in held]) for held in self.contents])
 
     def matrices(
         self, group: int, axes: Mapping[str, Axes]
@@ -163,8 +165,7 @@ def group_weights(
         held = _equal(sum(sizes.values()), check_count("groups", groups), cut)
     padded = cut == "pad" and isinstance(groups, int)
     room = held[:1] * len(held) if padded else held
-    pieces: dict[str, tuple[Piece, ...]] = {}
-    members: list[list[str]] = [[] for _ in held]
+    pieces: dict[str, tuple[Piece, ...]] = dict.fromkeys(shapes, ())
     group = start = 0
     for name, size in sizes.items():
         parts = []
@@ -173,12 +174,10 @@ def group_weights(
                 group, start = group + 1, 0
             stop = min(start + size, held[group])
             parts.append(Piece(group, start, stop))
-            members[group].append(name)
             size -= stop - start
             start = stop
         pieces[name] = tuple(parts)
-    ordered = {name: pieces[name] for name in shapes}
-    return Grouping(tuple(held), ordered, tuple(map(tuple, members)), tuple(room))
+    return Grouping(tuple(held), pieces, tuple(room))
 
 
 def _equal(total: int, count: int, cut: str) -> list[int]:
@@ -203,7 +202,7 @@ def join(parts: list[Grouping], names: Iterable[str]) -> Grouping:
     """Join groupings of different weights, whose groups are numbered one after the other."""
     if len(parts) == 1:
         return parts[0]
-    pieces: dict[str, tuple[Piece, ...]] = {}
+    pieces: dict[str, tuple[Piece, ...]] = dict.fromkeys(names, ())
     offset = 0
     for part in parts:
         for name, found in part.pieces.items():
@@ -211,7 +210,6 @@ def join(parts: list[Grouping], names: Iterable[str]) -> Grouping:
         offset += len(part.sizes)
     return Grouping(
         tuple([size for part in parts for size in part.sizes]),
-        {name: pieces[name] for name in names},
-        tuple([group for part in parts for group in part.members]),
+        pieces,
         tuple([room for part in parts for room in part.room]),
     )

@@ -106,10 +106,6 @@ class Layout:
         self.grouping: Grouping = join(groupings, self.shapes)
         self._offsets = list(itertools.accumulate(self.grouping.sizes, initial=0))
         self.groups: list[Group] = self._groups()
-        self._alike = {
-            part: tuple(dict.fromkeys(self.groups[part.start : part.stop]))
-            for part in dict.fromkeys(self._parts)
-        }
         self._shared = self._find_shared(shared)
         plain = all(type(own.map).bind is Map.bind for own, _ in designs)
         # Equal ones are one object, which keeps what it draws from its seed once.
@@ -330,9 +326,11 @@ class Layout:
         """Return the first of the groups that a group can share blocks with."""
         return self._parts[group].start
 
-    def alike(self, group: int) -> tuple[Group, ...]:
-        """Return the distinct groups among those that a group can share blocks with."""
-        return self._alike[self._parts[group]]
+    @kept
+    def alike(self, first: int) -> list[Group]:
+        """Return the distinct groups among those that share blocks with a first one."""
+        part = self._parts[first]
+        return list(dict.fromkeys(self.groups[part.start : part.stop]))
 
     def term_blocks(self, group: int) -> list[list[str]]:
         """Return the names of the blocks of each of a group's products."""

@@ -260,14 +260,9 @@ class Spec:
         str or None
             The first that matches.
         """
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
         for pattern, _ in self.overrides:
-            compiled = _compile(pattern)
-            start = 0
-            while not compiled.fullmatch(name, start):
-                start = name.find(".", start) + 1
-                if not start:
-                    break
-            else:
+            if any(_compile(pattern).fullmatch(name, start) for start in starts):
                 return str(pattern)
         return None
 

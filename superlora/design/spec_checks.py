@@ -8,6 +8,7 @@ from typing import Any
 
 from superlora.checks import check_count
 from superlora.maps import Map
+from superlora.random import check_seed
 
 # `Spec` checks itself by this file, which cannot import it.
 Spec = Any
@@ -64,8 +65,7 @@ def check_values(spec: Spec) -> None:
         _check_at_most(name, getattr(spec, name))
     for name, order in _entries("order", spec.order, spec.splits).items():
         _check_at_most(name, order)
-    if check_count("seed", spec.seed, least=0) >= 1 << 64:
-        raise ValueError(f"seed must be below 2**64: got {spec.seed}")
+    check_seed(spec.seed)
     if spec.first_split is not None:
         check_count("first_split", spec.first_split)
         if spec.splits < 2 or spec.combine != "kronecker":

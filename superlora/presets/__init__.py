@@ -17,7 +17,6 @@ from superlora.presets.shared import (
 )
 from superlora.presets.weightwise import dense, krona, loha, lokr, lonkr, lora, tt_lora
 
-# The package names them too.  pylint: disable=duplicate-code
 __all__ = [
     "bitfit",
     "c3a",

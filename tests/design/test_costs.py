@@ -311,7 +311,8 @@ def test_an_update_is_formed_from_the_number_of_tokens_on_at_which_that_costs_le
     bound = found.bounds[trained, fused]
 
     def gain(tokens):
-        factored = (3 if trained else 1) * found.factored.cost(tokens)
+        cost = found.factored.costs[tokens >= found.factored.switch]
+        factored = (3 if trained else 1) * cost.of(tokens)
         return factored - formed_cost(shape, found.forming, tokens, trained, fused)
 
     options = {"trained": trained, "fused": fused}
