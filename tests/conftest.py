@@ -99,9 +99,11 @@ def _library_rows() -> list[tuple[str, str]]:
     return rows + [(name, "") for name in others if is_installed(name)]
 
 
-@pytest.fixture(
-    scope="session", params=_library_rows(), ids=lambda row: "-".join(filter(None, row))
-)
+# Name and device of every array library that is installed.
+LIBRARIES = {"-".join(filter(None, row)): row for row in _library_rows()}
+
+
+@pytest.fixture(scope="session", params=LIBRARIES.values(), ids=LIBRARIES)
 def xp(request: pytest.FixtureRequest) -> Library:
     """Every array library that is installed, float64 included."""
     return _make_library(*request.param)

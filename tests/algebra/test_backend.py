@@ -20,7 +20,7 @@ from tests.strategies import draw_factors
 def test_the_library_is_installed_and_so_all_of_its_tests_run(package):
     if not conftest.is_installed(package):
         pytest.skip(f"{package} is not installed: its rows are left out")
-    assert package in {name for name, _ in conftest._library_rows()}
+    assert package in {name for name, _ in conftest.LIBRARIES.values()}
 
 
 def test_the_backend_is_that_of_the_type(xp):

@@ -12,12 +12,20 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import superlora as sl
 from superlora.operations import GIVES_BIAS, OF_BIAS, adjoint, apply, change, changes, merge
+from tests.conftest import LIBRARIES
+from tests.pairs import pairwise
 from tests.strategies import draw_factors
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 SHAPES = [(3, 5), (5, 3), (4, 4), (1, 3), (3, 1), (1, 1)]
 every_operation = pytest.mark.parametrize("operation", sl.OPERATIONS)
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+PARAMETERS = {
+    "operation": sl.OPERATIONS,
+    "shape": SHAPES,
+    "with_bias": {"bias": True, "no-bias": False},
+    "xp": LIBRARIES,
+}
+every_pair = pairwise(PARAMETERS, indirect=["xp"])
 
 
 def draw(shape, seed=0):
@@ -69,9 +77,7 @@ def test_the_loops_know_every_operation():
     assert GIVES_BIAS < OF_BIAS < set(sl.OPERATIONS)
 
 
-@every_operation
-@every_shape
-@pytest.mark.parametrize("with_bias", [True, False])
+@every_pair
 def test_change_is_the_loop(xp, operation, shape, with_bias):
     weight, bias, supports = draw(shape)
     bias = bias if with_bias else None
@@ -83,10 +89,7 @@ def test_change_is_the_loop(xp, operation, shape, with_bias):
     assert_allclose(xp.to_numpy(found), expected, **CLOSE)
 
 
-@every_operation
-@every_shape
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+@pairwise({**PARAMETERS, "leading": [(), (2,), (2, 3)]}, indirect=["xp"])
 def test_apply_is_the_product_with_the_change(xp, operation, shape, with_bias, leading):
     weight, bias, supports = draw(shape, 4)
     bias = bias if with_bias else None
@@ -120,9 +123,7 @@ def test_apply_refuses_what_does_not_fit(operation):
         apply(operation, [1.0], good, weight, bias)
 
 
-@every_operation
-@every_shape
-@pytest.mark.parametrize("with_bias", [True, False])
+@every_pair
 def test_adjoint_passes_the_dot_test(xp, operation, shape, with_bias):
     """<change(S), G> == <S, adjoint(G)> for random S and G."""
     weight, bias, supports = draw(shape, 1)

@@ -8,9 +8,11 @@ from torch import nn
 import superlora as sl
 import superlora.torch as slt
 from tests import oracles
+from tests.pairs import pairwise
 from tests.strategies import Mixing
 from tests.torch.helpers import (
     INNER,
+    LAYERS,
     SPECS,
     WIDTH,
     assert_near,
@@ -31,7 +33,6 @@ from tests.torch.helpers import (
 )
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
 def input_of(layer, *shape, **to):
@@ -40,9 +41,7 @@ def input_of(layer, *shape, **to):
         return torch.randn(*shape, width).to(**to)
 
 
-@every_spec
-@every_layer
-@every_dtype
+@pairwise({"key": list(SPECS), "layer": LAYERS, "dtype": DTYPES})
 def test_forward_equals_base_plus_update_equals_merged(key, layer, dtype, device):
     if device == "mps" and dtype == torch.float64:
         pytest.skip("there are no float64 numbers on mps")

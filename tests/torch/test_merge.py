@@ -9,7 +9,9 @@ from torch import nn
 import superlora as sl
 import superlora.torch as slt
 from superlora.torch.support import Support
+from tests.pairs import pairwise
 from tests.torch.helpers import (
+    LAYERS,
     SPECS,
     assert_near,
     attach_filled,
@@ -28,9 +30,7 @@ from tests.torch.helpers import (
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@every_spec
-@every_layer
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pairwise({"key": list(SPECS), "layer": LAYERS, "dtype": DTYPES})
 def test_unmerge_restores_every_bit(key, layer, dtype):
     model = make_net(layer, dtype=dtype)
     before = base_bits(model)
