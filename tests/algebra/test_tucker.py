@@ -11,6 +11,8 @@ from numpy.testing import assert_allclose
 
 import superlora as sl
 from tests import oracles
+from tests.conftest import LIBRARIES
+from tests.pairs import pairwise
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -81,8 +83,14 @@ def test_tucker_is_linear_in_each_block(xp, sizes, ranks):
         assert_allclose(ends[2], 2 * ends[0] - 3 * ends[1], **CLOSE)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 5])
-@pytest.mark.parametrize("sizes", [(4,), (3, 4), (2, 3, 4), (2, 1, 3, 2), (2, 2, 2, 2, 3)])
+@pairwise(
+    {
+        "rank": [1, 2, 5],
+        "sizes": [(4,), (3, 4), (2, 3, 4), (2, 1, 3, 2), (2, 2, 2, 2, 3)],
+        "xp": LIBRARIES,
+    },
+    indirect=["xp"],
+)
 def test_no_core_is_a_sum_of_rank_one_terms(xp, sizes, rank):
     _, factors = draw(sizes, (rank,) * len(sizes))
     tensor = reconstruct(xp, None, factors)

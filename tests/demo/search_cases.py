@@ -20,8 +20,8 @@ SETTINGS = Settings(
     epochs=3,
     batch_size=20,
     rates=dict.fromkeys(KINDS, 1e-2),
-    trials=12,
-    evolution=Evolution(population=6, parents=3, mutations=3, crossovers=3),
+    trials=8,
+    evolution=Evolution(population=4, parents=2, mutations=2, crossovers=2),
 )
 
 

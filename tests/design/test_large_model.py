@@ -184,7 +184,7 @@ def test_planning_takes_few_operations(spec):
 
 @pytest.mark.usefixtures("_no_arrays")
 @every_spec
-@every_model
+@pytest.mark.parametrize("model", ["8B", "70B", pytest.param("405B", marks=pytest.mark.slow)])
 def test_a_plan_and_its_table_take_little_memory(spec, model):
     weights = weights_of(model, spec)
     tracemalloc.start()

@@ -336,6 +336,7 @@ adapter.to_lycoris(sys.argv[1] + "/l.safetensors")
 """
 
 
+@pytest.mark.slow
 def test_exports_do_not_depend_on_the_hash_seed(tmp_path):
     content = []
     for seed in ("1", "2"):

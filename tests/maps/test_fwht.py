@@ -17,12 +17,15 @@ from superlora.maps.walsh_hadamard import (
     transform_cropped,
     transform_padded,
 )
-from tests.conftest import is_installed
+from tests.conftest import LIBRARIES, is_installed
 from tests.maps.fwht_helpers import DOUBLE, ROUNDING, SINGLE, draw
+from tests.pairs import pairwise
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
-@pytest.mark.parametrize("bits", range(11))
+@pairwise(
+    {"bits": range(11), "dtype": {"single": SINGLE, "double": DOUBLE}, "xp": LIBRARIES},
+    indirect=["xp"],
+)
 def test_it_multiplies_by_the_matrix(xp, bits, dtype):
     n = 2**bits
     x = draw(3, n, dtype=dtype, seed=bits)

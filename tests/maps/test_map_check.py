@@ -12,7 +12,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 import superlora as sl
 from superlora import maps
 from superlora.maps._check import is_own
+from tests.conftest import LIBRARIES
 from tests.maps.map_cases import KINDS, as_dtype, draw, every_kind, rows
+from tests.pairs import pairwise
 from tests.strategies import Mixing, Permuting
 from tests.test_docs import read_blocks
 
@@ -53,9 +55,16 @@ def test_maps_of_the_library_pass(fixed, before, size):
     maps.check(fixed, before, size)
 
 
-@pytest.mark.parametrize(("fixed", "before", "size"), rows([*KINDS[::4], (Mixing(3), 5, 7)]))
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_they_pass_in_any_dtype_of_any_library(xp, fixed, before, size, dtype):
+@pairwise(
+    {
+        "case": {case.id: case.values for case in rows([*KINDS[::4], (Mixing(3), 5, 7)])},
+        "dtype": ["float64", "float32", "bfloat16"],
+        "xp": LIBRARIES,
+    },
+    indirect=["xp"],
+)
+def test_they_pass_in_any_dtype_of_any_library(xp, case, dtype):
+    fixed, before, size = case
     if xp.name == "numpy" and dtype == "bfloat16":
         dtype = "float16"
     maps.check(fixed, before, size, like=as_dtype(xp, numpy.zeros(1), dtype))

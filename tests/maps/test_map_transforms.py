@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from superlora import maps
 from tests.conftest import jax_x64
-from tests.maps.map_cases import draw, every_kind, matrix_of
+from tests.maps.map_cases import KINDS, draw, every_kind, matrix_of, rows
 
 
 @pytest.fixture
@@ -81,7 +81,13 @@ def test_jax_differentiates_vectorises_and_compiles(jax, fixed, before, size):
         assert type(kept) is numpy.ndarray
 
 
-@every_kind
+@pytest.mark.parametrize(
+    ("fixed", "before", "size"),
+    [
+        pytest.param(*case.values, id=case.id, marks=[pytest.mark.slow] if place % 4 else [])
+        for place, case in enumerate(rows(KINDS))
+    ],
+)
 def test_torch_compiles_it_whole_once_it_has_drawn(torch, fixed, before, size):
     (there, matrix, _), _, (back, _, _) = calls(fixed, before, size)
     x = torch.tensor(draw(before), requires_grad=True)

@@ -73,6 +73,7 @@ def lab(script: Any, tmp_path: Path) -> Any:
     return points.Lab(make_base(), make_images, setup, tmp_path / "points", {}, lambda text: None)
 
 
+@pytest.mark.slow
 def test_the_experiment_from_end_to_end(
     script: Any, lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

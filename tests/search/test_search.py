@@ -30,9 +30,9 @@ def listed(outcome):
 
 def test_it_finds_the_optimum_that_random_search_does_not():
     evolution = Evolution(25, 5, 15, 10, probability=0.1)
-    found = search(agreement, HIDDEN, trials=800, evolution=evolution)
+    found = search(agreement, HIDDEN, trials=400, evolution=evolution)
     assert found.best.value == 20
-    random = search(agreement, HIDDEN, trials=800, sampler="random")
+    random = search(agreement, HIDDEN, trials=400, sampler="random")
     assert random.best.value < 14
 
 
@@ -179,7 +179,7 @@ def volume(outcome):
 
 
 def test_two_objectives_find_a_better_front_than_random_search():
-    options = {"trials": 240, "objectives": 2, "evolution": Evolution(20, 5, 10, 10)}
+    options = {"trials": 160, "objectives": 2, "evolution": Evolution(20, 5, 10, 10)}
     found, random = (
         [search(separable, MIDDLE, sampler=sampler, seed=seed, **options) for seed in range(2)]
         for sampler in ("nsga2", "random")
@@ -198,7 +198,7 @@ def test_fronts_with_ties(pairs):
 
 def test_optuna_finds_the_same_front(tmp_path):
     path = tmp_path / "study.db"
-    found = search(separable, SMALL, storage=path, trials=40, objectives=2, evolution=FEW)
+    found = search(separable, SMALL, storage=path, trials=25, objectives=2, evolution=FEW)
     study = load(path)
     # A configuration that was proposed twice is there twice.
     assert points(found.front()) == sorted({tuple(trial.values) for trial in study.best_trials})
@@ -234,19 +234,19 @@ def test_the_file_is_a_plain_study(tmp_path):
 def test_a_finished_search_is_read_and_extended(tmp_path):
     path = tmp_path / "study.db"
     options = {"evolution": FEW, "seed": 5}
-    whole = search(separable, MIDDLE, trials=40, **options)
+    whole = search(separable, MIDDLE, trials=24, **options)
     calls = []
 
     def counted(configuration):
         calls.append(MIDDLE.key(configuration))
         return separable(configuration)
 
-    search(counted, MIDDLE, storage=path, trials=23, **options)
-    assert len(calls) == 23
-    assert search(counted, MIDDLE, storage=path, trials=23, **options).trials == whole.trials[:23]
-    assert len(calls) == 23
-    assert search(counted, MIDDLE, storage=path, trials=40, **options) == whole
-    assert len(calls) == len(set(calls)) == 40
+    search(counted, MIDDLE, storage=path, trials=13, **options)
+    assert len(calls) == 13
+    assert search(counted, MIDDLE, storage=path, trials=13, **options).trials == whole.trials[:13]
+    assert len(calls) == 13
+    assert search(counted, MIDDLE, storage=path, trials=24, **options) == whole
+    assert len(calls) == len(set(calls)) == 24
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Many workers and killed ones: one study, no finished trial lost; others' files are safe."""
 
 import dataclasses
+import shutil
 import sqlite3
 import threading
 import time
@@ -17,7 +18,10 @@ from optuna.trial import TrialState  # noqa: E402
 
 from superlora.search import search, searching  # noqa: E402
 
-SAMPLERS = ["evolution", "nsga2", "random"]
+SAMPLERS = [
+    "evolution",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("nsga2", "random")),
+]
 
 
 @pytest.fixture
@@ -185,6 +189,14 @@ BARE = dataclasses.replace(MIDDLE, without_bias=("blocks.1.q",))
 REORDERED = Space(dict(reversed(list(MIDDLE.layers.items()))), ranks=(2,))
 
 
+@pytest.fixture(scope="module")
+def base_study(tmp_path_factory):
+    """Return a file with the study of a search that is over."""
+    path = tmp_path_factory.mktemp("base") / "study.db"
+    search(separable, storage=path, space=MIDDLE, **BASE)
+    return path
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -204,9 +216,8 @@ REORDERED = Space(dict(reversed(list(MIDDLE.layers.items()))), ranks=(2,))
         ({"space": Space(MIDDLE.layers, (2, 1))}, r"in its space ranks \[2\] instead of \[2, 1\]"),
     ],
 )
-def test_a_study_of_another_search_is_refused(changes, message, tmp_path):
-    path = tmp_path / "study.db"
-    search(separable, storage=path, space=MIDDLE, **BASE)
+def test_a_study_of_another_search_is_refused(changes, message, tmp_path, base_study):
+    path = shutil.copy(base_study, tmp_path / "study.db")
     before = path.read_bytes()
 
     def nothing(configuration):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -89,12 +89,20 @@ SPECS = {
     "splits-3-aligned": sl.Spec(rank=1, order=3, splits=3, groups=1, fold="aligned", scale=0.7),
 }
 every_spec = pytest.mark.parametrize("key", SPECS)
+# Networks with inputs, of whole widths, of digits, and of a digit in two; a map's own product; and
+# opened rows. Each is also formed.
+KINDS = ("lora", "lokr", "one-group", "fourierft", "aligned-3")
 # One that is applied as factors, one that is formed, one that shares factors over cut weights.
 # One whose map mixes what all layers are cut from.
 some_specs = pytest.mark.parametrize("key", ["lora", "dense", "cut", "fastfood"])
 
 LAYERS = ("bias", "no-bias", "conv1d")
 every_layer = pytest.mark.parametrize("layer", LAYERS)
+
+
+def slow_but(quick: Collection[str], keys: Iterable[str]) -> list[Any]:
+    """Return values of a parameter, of which all but the quick ones are left to the slow tests."""
+    return [key if key in quick else pytest.param(key, marks=pytest.mark.slow) for key in keys]
 
 
 def targets_of(key: str) -> list[str]:

@@ -14,6 +14,7 @@ from superlora.design.ways import application
 from superlora.torch.update import FactoredWay, FormedWay, MultipliedWay
 from tests.torch.counting import Tracker
 from tests.torch.helpers import (
+    KINDS,
     SPECS,
     WIDTH,
     assert_near,
@@ -40,13 +41,12 @@ def ways_of(key):
     return ("auto", "factored", "formed") if factored else ("auto", "formed")
 
 
-EVERY = [(key, way) for key in SPECS for way in ways_of(key)]
+ALL = [(key, way) for key in SPECS for way in ways_of(key)]
+# "auto" is one of the others for each layer: one test has it for every spec.
+EVERY = [(key, way) for key, way in ALL if way != "auto"]
 every_way = pytest.mark.parametrize(("key", "way"), EVERY)
 # torch imports at first use of forward mode what warns of itself.
 forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-# Networks with inputs, of whole widths, of digits, and of a digit in two; a map's own product; and
-# opened rows. Each is also formed.
-KINDS = ("lora", "lokr", "one-group", "fourierft", "aligned-3")
 some_ways = pytest.mark.parametrize(
     ("key", "way"), [(key, way) for key in KINDS for way in ("factored", "formed")]
 )
@@ -82,7 +82,7 @@ def assert_same(found, expected, tolerance=1e-12):
         assert (found[name] - gradient).abs().max() <= tolerance * largest, name
 
 
-@every_way
+@pytest.mark.parametrize(("key", "way"), ALL)
 def test_outputs_and_gradients_are_those_of_plain_autograd(key, way):
     model, adapter, x = make_pair(key, way)
     y, expected = plain(model, adapter, x)
@@ -201,8 +201,9 @@ def test_mixed_precision(key, way):
         assert (gradient - expected[name]).norm() < 0.35 * expected[name].norm(), name
 
 
-@every_way
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize(  # in turns: each spec by default has both in test_gradients
+    ("key", "way", "reentrant"), [(*each, place % 2 == 0) for place, each in enumerate(EVERY)]
+)
 def test_gradient_checkpointing(key, way, reentrant):
     model, adapter, x = make_pair(key, way)
     _, expected = plain(model, adapter, x)

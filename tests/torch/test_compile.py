@@ -1,7 +1,7 @@
 """torch.compile(fullgraph=True) gives the same outputs and gradients, without a graph break.
 
 What is trained goes through "aot_eager", which traces the backward pass too. For time the default
-run traces one layer, and the slow one whole models.
+run traces one layer of some specs, and the slow one a layer of each spec, and whole models.
 """
 
 import subprocess
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import superlora.torch as slt
 from tests.torch.helpers import (
+    KINDS,
     SPECS,
     assert_near,
     attach_filled,
@@ -23,6 +24,7 @@ from tests.torch.helpers import (
     loss_of,
     make_input,
     make_net,
+    slow_but,
     some_specs,
 )
 
@@ -85,7 +87,7 @@ def depth_of(key):
     return 2 if whole else 1
 
 
-@every_spec
+@pytest.mark.parametrize("key", slow_but({*KINDS, "dense", "cut", "fastfood"}, SPECS))
 def test_compiled_layer_trains_as_eager(key):
     """Each spec goes its own way in one layer."""
     model = make_net(depth=depth_of(key), dtype=torch.float64)

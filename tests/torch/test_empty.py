@@ -182,4 +182,4 @@ def test_attaching_takes_as_many_calls_for_each_layer_of_a_deeper_model(key):
         return count
 
     calls(1)  # what is worked out once
-    assert calls(256) <= 4.2 * calls(64)
+    assert calls(128) <= 4.2 * calls(32)

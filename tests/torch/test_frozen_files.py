@@ -223,6 +223,7 @@ for key in {KEYS}:
 """
 
 
+@pytest.mark.slow
 def test_bytes_are_the_same_in_every_process(tmp_path):
     """This one and two with other hash seeds: no set or hash decides an order or a stream."""
     for seed in ("1", "2"):

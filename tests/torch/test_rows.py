@@ -19,6 +19,7 @@ from tests.torch.helpers import (
     make_input,
     make_net,
     make_outer,
+    slow_but,
     some_specs,
     unchanged,
 )
@@ -239,7 +240,7 @@ def test_an_adapter_disabled_inside_the_block_is_left_out():
     assert_near(y, one_by_one(model, adapters, x, [None, None, "german", None]))
 
 
-@pytest.mark.parametrize("key", ["lora", "dense", "cut"])
+@pytest.mark.parametrize("key", slow_but(["lora"], ["lora", "dense", "cut"]))
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_model_sees_the_block(key):
     model = make_net(depth=1, dtype=torch.float64)

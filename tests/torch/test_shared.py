@@ -30,6 +30,7 @@ from tests.torch.helpers import (
     make_input,
     make_net,
     plain_forward,
+    slow_but,
     targets_of,
 )
 
@@ -44,9 +45,8 @@ STAGES = {
 
 # One vector, several with cut weights, one that a map makes of all groups, the entries before a
 # map that reads them, and the vector that a map makes blocks of.
-every_shared = pytest.mark.parametrize(
-    "key", ["fastfood", "fastfood-cut", "shuffle-all", "one-hot", *STAGES]
-)
+SHARED = ["fastfood", "fastfood-cut", "shuffle-all", "one-hot", *STAGES]
+every_shared = pytest.mark.parametrize("key", SHARED)
 
 
 def make_pair(key):
@@ -293,7 +293,7 @@ def test_other_parameters_by_functional_call(key):
         assert_near(loss({n: p.clone() for n, p in own.items()}, x), loss(own, x))
 
 
-@every_shared
+@pytest.mark.parametrize("key", slow_but(["fastfood-cut", "one-hot", "inner"], SHARED))
 def test_exported_program(key):
     model, _, x = make_pair(key)
     y = model(x)

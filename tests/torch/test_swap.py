@@ -21,6 +21,7 @@ from tests.torch.helpers import (
     loss_of,
     make_input,
     make_net,
+    slow_but,
     some_specs,
     targets_of,
     unchanged,
@@ -123,7 +124,7 @@ def test_an_optimiser_goes_on(tmp_path):
     assert all(bits(p) != old for p, old in zip(adapter.parameters(), before, strict=True))
 
 
-@some_specs
+@pytest.mark.parametrize("key", slow_but(["lora", "dense"], ["lora", "dense", "cut", "fastfood"]))
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("scale", [None, 0.3], ids=["same scale", "another scale"])
 def test_compiled_code_is_not_compiled_again(key, scale, tmp_path):

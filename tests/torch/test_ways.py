@@ -10,6 +10,7 @@ from safetensors.torch import load_file, safe_open
 import superlora as sl
 import superlora.torch as slt
 from tests import oracles
+from tests.pairs import pairwise
 from tests.torch.helpers import (
     SPECS,
     assert_near,
@@ -25,9 +26,9 @@ from tests.torch.helpers import (
 )
 
 
-@every_spec
-@pytest.mark.parametrize("layer", ["bias", "no-bias"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pairwise(
+    {"key": list(SPECS), "layer": ["bias", "no-bias"], "dtype": [torch.float32, torch.bfloat16]}
+)
 def test_every_way_gives_one_update(key, layer, dtype, tmp_path):
     model = make_net(layer, dtype=dtype)
     adapter = attach_filled(model, key)
