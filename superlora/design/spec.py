@@ -260,9 +260,10 @@ class Spec:
         str or None
             The first that matches.
         """
-        starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+        starts = [0, *[dot.end() for dot in re.finditer(r"\.", name)]]
         for pattern, _ in self.overrides:
-            if any(_compile(pattern).fullmatch(name, start) for start in starts):
+            compiled = _compile(pattern)
+            if any([compiled.fullmatch(name, start) for start in starts]):
                 return str(pattern)
         return None
 

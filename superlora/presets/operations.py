@@ -216,7 +216,12 @@ def repadapter(rank: int = 8, **changes: Any) -> Supports:
     12
     """
     own = by_rank(changes, rank)
-    shift = dense(scale=own.get("scale"))
+    overrides = {
+        pattern: None if fields is None else {"scale": fields["scale"]}
+        for pattern, fields in dict(own.get("overrides", {})).items()
+        if fields is None or "scale" in fields
+    }
+    shift = dense(scale=own.get("scale"), overrides=overrides)
     return Supports({"right_weight": lora(rank=rank, **own), "weight_to_bias": shift})
 
 

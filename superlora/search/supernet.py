@@ -61,8 +61,6 @@ class Supernet(Adapter):
         The configurations.
     seed : int
         As given.
-    configuration : Configuration or None
-        The one in force; None until one is chosen.
 
     Raises
     ------
@@ -73,8 +71,9 @@ class Supernet(Adapter):
 
     See Also
     --------
-    superlora.torch.Adapter : Its methods act on the configuration in force: `merge`, `delta`,
-        `disabled`, `detach`. `num_parameters` counts all that is stored.
+    superlora.torch.Adapter : `merge`, `delta`, `deltas`, `gains_bias` and `disabled` are those of
+        the configuration in force; `plan`, `num_parameters`, `factors` and `save` of all that is
+        stored.
 
     Notes
     -----
@@ -143,12 +142,13 @@ class Supernet(Adapter):
         check_free(model, host_of(model, modules), name)
         super().__init__(plan, initial(plan, modules, seed, dtype), name)
         self.space, self.seed, self._seed = space, seed, seed
-        self.configuration: Configuration | None = None
-        # Of each option of a layer's operation that was chosen so far; `supports` has those in
-        # force.
-        self._prepared: dict[tuple[str, str, Option], Support] = {}
-        self.supports = {}
+        self._configuration: dict[str, dict[str, Option]] | None = None
+        # Of each option of a layer's operation that was chosen so far.
+        self._options: dict[tuple[str, str, Option], Support] = {}
         register(model, self, modules)
+
+    def _prepared(self) -> dict[str, Support]:
+        return {}  # `supports` has those of the configuration in force
 
     def __repr__(self) -> str:
         # The tensors are too many to list.
@@ -156,6 +156,12 @@ class Supernet(Adapter):
             f"Supernet({len(self.space.layers)} layers, ranks={self.space.ranks}, "
             f"{self.num_parameters:,} parameters)"
         )
+
+    @property
+    def configuration(self) -> Configuration | None:
+        """A copy of the configuration in force; None until one is chosen."""
+        own = self._configuration
+        return None if own is None else {layer: dict(options) for layer, options in own.items()}
 
     def sample(self, step: int) -> Configuration:
         """Return the configuration of a training step, without choosing it.
@@ -226,16 +232,19 @@ class Supernet(Adapter):
         if configuration is not None:
             self.space.check(configuration)
             self._check_attached("given a configuration")
-            # What is done to the caller's own afterwards must not pass unseen.
-            configuration = {layer: dict(own) for layer, own in configuration.items()}
         if self.merged:
-            raise AdapterError(f"supernet {self.name!r} must be unmerged to be given another one")
+            raise AdapterError(
+                f"supernet {self.name!r} must be unmerged to be given another configuration"
+            )
         self._choose(configuration)
 
     def _choose(self, configuration: Configuration | None) -> None:
-        self.configuration, self.supports = configuration, {}
+        self.supports, self._configuration = {}, None
+        if configuration is not None:
+            # What is done to the caller's own afterwards must not pass unseen.
+            self._configuration = {layer: dict(own) for layer, own in configuration.items()}
         for layer, site in self._sites.items():
-            site.link_of(self).supports = self._supports_of(layer)
+            site.links[self].supports = self._supports_of(layer)
 
     @contextmanager
     def using(self, configuration: Configuration) -> Iterator[None]:
@@ -281,12 +290,15 @@ class Supernet(Adapter):
             If there is no such layer.
         """
         check_known("layer", layer, self.space.layers)
-        if self.configuration is None:
+        return dict(self._check_chosen()[layer])
+
+    def _check_chosen(self) -> dict[str, dict[str, Option]]:
+        if self._configuration is None:
             raise AdapterError(
                 f"supernet {self.name!r} must have a configuration: call draw(step) at every "
                 "training step, or use(configuration) to evaluate one"
             )
-        return self.configuration[layer]
+        return self._configuration
 
     def stored(self, layer: str) -> dict[str, tuple[Tensor, ...]]:
         """Return the parameters that are stored for one layer.
@@ -334,7 +346,7 @@ class Supernet(Adapter):
         AdapterError
             If the supernet is not attached, or is merged, or cannot be detached, or `name` is in
             use.
-        KeyError, TypeError, ValueError
+        TypeError, ValueError
             If the configuration is none of the space, or has no support at all.
         """
         self._check_attached("extracted from")
@@ -385,7 +397,7 @@ class Supernet(Adapter):
         Raises
         ------
         AdapterError
-            As for a new one.
+            If `model` has an attribute of that name, or a weight lies on the meta device.
         FileNotFoundError
             If there is no such file.
         TypeError
@@ -434,13 +446,23 @@ class Supernet(Adapter):
     def _beside(self) -> dict[str, Any]:
         return {SUPERNET: {"seed": self.seed, "space": self.space.to_dict()}}
 
+    def delta(self, name: str) -> Tensor:
+        """Form one support tensor of the configuration in force."""
+        self._check_chosen()
+        return super().delta(name)
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Form the support tensors of the configuration in force."""
+        self._check_chosen()
+        return super().deltas()
+
     def _all_blocks(self) -> list[Blocks]:
-        return [self.blocks, *(own.blocks for own in self._prepared.values())]
+        return [self.blocks, *(own.blocks for own in self._options.values())]
 
     def _supports_of(self, layer: str) -> Iterable[Support]:
-        if self.configuration is None:
-            return _Unchosen(self, layer)
-        options = self.configuration[layer]
+        if self._configuration is None:
+            return _Unchosen(self)
+        options = self._configuration[layer]
         chosen = [o for o in OPERATIONS if options.get(o, "none") != "none"]
         found = [self._support(layer, operation, options[operation]) for operation in chosen]
         self.supports |= {own.name: own for own in found}
@@ -449,7 +471,7 @@ class Supernet(Adapter):
     def _support(self, layer: str, operation: str, option: Option) -> Support:
         """Return what is prepared for an option: a support whose blocks are parts of the stored."""
         key = (layer, operation, option)
-        if key not in self._prepared:
+        if key not in self._options:
             plan = Plan({operation: support(operation, option)}, {layer: self.space.layers[layer]})
             stored = self.plan.blocks_of(f"{operation}.{layer}")
             names = plan.blocks_of(f"{operation}.{layer}")
@@ -460,8 +482,8 @@ class Supernet(Adapter):
                 places[name] = self.blocks.places[block]._replace(part=part)
             own = Blocks(plan, places)
             own.scope, own.applied, own.scale = self.blocks.scope, self.applied, self.scale
-            self._prepared[key] = Support(own, f"{operation}.{layer}")
-        return self._prepared[key]
+            self._options[key] = Support(own, f"{operation}.{layer}")
+        return self._options[key]
 
 
 def _part(option: Option, axes: int) -> tuple[slice | int, ...]:
@@ -486,11 +508,11 @@ def _stored(space: Space) -> Supports:
 
 
 class _Unchosen:
-    """The support tensors of a layer of a supernet that has no configuration: an error."""
+    """The support tensors of a supernet that has no configuration: an error."""
 
-    def __init__(self, supernet: Supernet, layer: str) -> None:
-        self.supernet, self.layer = supernet, layer
+    def __init__(self, supernet: Supernet) -> None:
+        self.supernet = supernet
 
     def __iter__(self) -> Iterator[Support]:
-        self.supernet.options(self.layer)
+        self.supernet._check_chosen()
         return iter(())

@@ -19,7 +19,7 @@ from superlora.errors import AdapterError, some
 from superlora.operations import GIVES_BIAS
 from superlora.plan import Plan
 from superlora.torch.blocks import Blocks, register_blocks
-from superlora.torch.files.state import save_blocks
+from superlora.torch.files.state import save_blocks, without_bias
 from superlora.torch.files.swap import swap_blocks
 from superlora.torch.interop.formats import Export
 from superlora.torch.interop.to_lycoris import save_lycoris
@@ -67,18 +67,22 @@ class Adapter(nn.Module):
         self.merged = False
         self.replaced: Replaced | None = None
         self.blocks = register_blocks(self, plan, factors)
-        self.supports = {name: Support(self.blocks, name) for name in plan.layout.shapes}
+        self.supports = self._prepared()
         self.blocks.prepare()
         self._seed = 0  # of the initial factors
         self._disabled = 0  # how many `disabled` blocks are open
         self._merge_again = False  # when the last of them ends
         self._sites: dict[str, Site] = {}
+        self._without_bias: list[str] = []  # when it was attached last
         # The model, and its module that registers this one; a tuple is no submodule.
         self._homes: tuple[nn.Module, ...] = ()
         self._frozen: Frozen = []
         # Before and after the model loads a state dict, and its forward.
         self._hooks: list[RemovableHandle] = []
         self._order = 0  # of attachment
+
+    def _prepared(self) -> dict[str, Support]:
+        return {name: Support(self.blocks, name) for name in self.plan.layout.shapes}
 
     def __prepare_scriptable__(self) -> Adapter:
         raise AdapterError(
@@ -159,11 +163,11 @@ class Adapter(nn.Module):
     @property
     def gains_bias(self) -> list[str]:
         """The layers without a bias that have one while the adapter is merged."""
-        supports = self.plan.layout.supports
         return [
             name
             for name, site in self._sites.items()
-            if site.own_bias is None and not GIVES_BIAS.isdisjoint(supports[name])
+            if site.own_bias is None
+            and not GIVES_BIAS.isdisjoint([own.operation for own in site.links[self].supports])
         ]
 
     @property
@@ -248,7 +252,8 @@ class Adapter(nn.Module):
 
     def link(self, module: nn.Module, name: str) -> None:
         """Let the forward of a layer, which the plan calls `name`, add its updates."""
-        link = Link(self, self.name, name, self._supports_of(name), self.blocks.first)
+        supports, first = self._supports_of(name), self.blocks.first
+        link = Link(self, self.name, name, supports, first, active=self.active)
         self._sites[name] = Site.add(module, link)
 
     def _supports_of(self, layer: str) -> Iterable[Support]:
@@ -287,7 +292,7 @@ class Adapter(nn.Module):
     def _activate(self) -> None:
         """Let the layers' forward know whether it is to add the updates."""
         for site in self._sites.values():
-            site.link_of(self).active = self.active
+            site.links[self].active = self.active
 
     def _use_replaced(self, new: bool) -> None:
         if self.replaced is not None:
@@ -379,10 +384,11 @@ class Adapter(nn.Module):
                 f"detach or unmerge {', '.join(map(repr, below))} first"
             )
         model, host = self._homes
+        self._without_bias = without_bias(self.plan, self.layers())
         if not self.merged:
             self._use_replaced(False)
         self.replaced = None
-        gained = {site.module for site in self._sites.values() if site.link_of(self).bare}
+        gained = {site.module for site in self._sites.values() if site.links[self].bare}
         for adapter in adapters_of(model) if gained else ():  # as trainable as the weight
             frozen = [owner for owner, key in adapter._frozen if key == "weight"]
             adapter._frozen += [(owner, "bias") for owner in frozen if owner in gained]
@@ -414,7 +420,8 @@ class Adapter(nn.Module):
             If a factor lies on the meta device.
         """
         refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)
-        save_blocks(self.blocks, self.layers(), self.replaced, self._beside, Path(path))
+        bare = without_bias(self.plan, self.layers()) if self.attached else self._without_bias
+        save_blocks(self.blocks, bare, self.replaced, self._beside, Path(path))
 
     def swap(self, path: str | Path) -> None:
         """Take the factors and the scale of another file of the same design, in place.
@@ -597,5 +604,5 @@ def adapters_of(model: nn.Module) -> set[Adapter]:
     for _, module in outside_adapters(model):
         site = Site.of(module)
         if site is not None:
-            found |= {link for link in site.links if isinstance(link, Adapter)}
+            found |= {adapter for adapter in site.links if isinstance(adapter, Adapter)}
     return found

@@ -79,6 +79,10 @@ class Blocks(Mapping[str, Tensor]):
         self._scale = plan.scale
         self.first = places[next(iter(layout.factor_shapes))]
 
+    # Two adapters with the same numbers are two.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def __getitem__(self, name: str) -> Tensor:
         return self.places[name].read()
 

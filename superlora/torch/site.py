@@ -37,7 +37,8 @@ class Link:
     name : str
         The layer's dotted name in the adapter's own model.
     supports : iterable of Support
-        Its support tensors here, in the order of the operations.
+        Its support tensors here, in the order of the operations. To iterate over them raises an
+        error where there are none to choose, as in a supernet without a configuration.
     first : Place
         Its first factor, whose dtype all have.
     active : bool
@@ -280,15 +281,11 @@ class Site:
         site = cls.of(module)
         return bias_of(module) if site is None else site.own_bias
 
-    def link_of(self, adapter: nn.Module) -> Link:
-        """Return the link of one of the layer's adapters."""
-        return self.links[adapter]
-
     def below(self, adapter: nn.Module) -> list[Link]:
         """Return those that were merged before an adapter, if it is merged here."""
         if not self.merged:
             return []
-        link = self.link_of(adapter)
+        link = self.links[adapter]
         return self.merged[: self.merged.index(link)] if link in self.merged else []
 
     def holders(self, key: str) -> list[str]:
@@ -302,7 +299,7 @@ class Site:
 
     def merge(self, adapter: nn.Module) -> None:
         """Add the adapter's update to weight and bias, in place, and keep the bits they had."""
-        link = self.link_of(adapter)
+        link = self.links[adapter]
         self._add(link)
         changed = [parameter_of(self.module), bias_of(self.module)]
         if not all(is_finite(each) for each in changed if each is not None and each.numel()):
@@ -311,7 +308,7 @@ class Site:
 
     def unmerge(self, adapter: nn.Module) -> None:
         """Give weight and bias the bits they had before the adapter was merged, if it is."""
-        link = self.link_of(adapter)
+        link = self.links[adapter]
         if link not in self.merged:
             return
         place = self.merged.index(link)

@@ -59,11 +59,11 @@ class Support:
         self.along = layout.maps[group].repeated() if of_weight else ""
         # Whether it is an update of the weight, and no repeated vector.
         self.plain = self.operation == ADD and not self.along
-        self.scales = self.operation == "scale_weight"
+        self.scales_weight = self.operation == "scale_weight"
         self.application = application(layout, name)
         self.operands = formed_operands(layout, name)
         self.way: Way | None = None
-        if layout.multiplies(name) and not self.scales:
+        if layout.multiplies(name) and not self.scales_weight:
             self.way = MultipliedWay(layout, name)
         elif self.application.factored is not None:
             self.way = FactoredWay(layout, name, self.application.factored)
@@ -101,7 +101,7 @@ class Support:
             return True
         if applied != "auto" or is_traced():  # no compiler is to see a number of tokens compared
             # One product with each rank would cost more, but for few tokens.
-            return self.scales
+            return self.scales_weight
         bound = self.application.bounds[torch.is_grad_enabled(), fused]
         return bound is not None and tokens >= bound
 
@@ -201,14 +201,14 @@ def sum_output(
         formed = []
     elif weight is not None and rest and not autocasts(x.device):
         first = rest.pop(0)
-        y = first.factored(flat, weight, bias, own_weight if first.scales else None)
+        y = first.factored(flat, weight, bias, own_weight if first.scales_weight else None)
     if y is None:
         y = base()
         y = y if y.dim() == 2 else y.reshape(-1, y.shape[-1])
     if formed:
         y = y + _formed_product(formed, flat, None, None, own_weight).to(y.dtype)
     for support in rest:
-        own = own_weight if support.scales else None
+        own = own_weight if support.scales_weight else None
         y = y + support.factored(flat, base=own).to(y.dtype)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -239,7 +239,7 @@ def _formed_product(
         count = len(support.operands.shared)
         shared += tensors[:count]
         blocks += tensors[count:]
-    scaling = [support.scales for support in supports]
+    scaling = [support.scales_weight for support in supports]
     if any(scaling):
         assert own_weight is not None
         blocks.append(own_weight)

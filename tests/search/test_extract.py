@@ -253,6 +253,11 @@ def test_an_attachment_that_fails_puts_the_supernet_back(monkeypatch):
     monkeypatch.setattr("superlora.search.supernet.attach", fail)
     with pytest.raises(RuntimeError, match="own"):
         supernet.extract(supernet.space.most)
+    with supernet.disabled():
+        base = model(make_input())
+        with pytest.raises(RuntimeError, match="own"):
+            supernet.extract(supernet.space.most)
+        assert torch.equal(model(make_input()), base)
     assert supernet.attached
     assert torch.equal(model(make_input()), y)
     supernet.detach()

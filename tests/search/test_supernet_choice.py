@@ -105,7 +105,7 @@ def test_steps_are_checked(step, error, message):
     before = supernet.configuration
     with pytest.raises(error, match=message):
         supernet.draw(step)
-    assert supernet.configuration is before
+    assert supernet.configuration == before
 
 
 # Choosing.
@@ -149,7 +149,12 @@ def test_a_configuration_is_copied():
     own = supernet.space.fixed(add_weight=2)
     supernet.use(own)
     y = model(make_input())
-    own["blocks.0.q"]["add_weight"] = "none"
+    for one in (own, supernet.configuration):
+        one["blocks.0.q"]["add_weight"] = "none"
+    supernet.options("blocks.0.q")["add_weight"] = "none"
+    assert supernet.options("blocks.0.q")["add_weight"] == 2
+    with pytest.raises(AttributeError):
+        supernet.configuration = own
     assert torch.equal(model(make_input()), y)
 
 

@@ -57,6 +57,18 @@ def test_round_trip(layer, dtype, tmp_path):
         assert torch.equal(other(x), model(x))
 
 
+@every_layer
+def test_a_detached_one_is_saved_too(layer, tmp_path):
+    """As those from which an adapter was extracted."""
+    for end in ("detach", "extract"):
+        _, supernet = make_supernet(layer, seed=11)
+        supernet.save(tmp_path / "a.safetensors")
+        supernet.detach() if end == "detach" else supernet.extract(supernet.space.most)
+        supernet.save(tmp_path / "b.safetensors")
+        first, second = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "ab")
+        assert first == second
+
+
 def test_every_tensor_is_stored_once(path):
     _, supernet = make_supernet()
     tensors = load_file(path)
@@ -163,9 +175,9 @@ def test_adapters_and_supernets_are_not_mistaken(path, tmp_path):
     other = make_net()
     adapter = slt.attach(other, supernet.plan.spec, TARGETS)
     adapter.save(tmp_path / "a.safetensors")
-    with unchanged(model), pytest.raises(ValueError, match="the same supernet, or of none"):
+    with unchanged(model), pytest.raises(ValueError, match="a supernet of the same space"):
         supernet.swap(tmp_path / "a.safetensors")
-    with unchanged(other), pytest.raises(ValueError, match="the same supernet, or of none"):
+    with unchanged(other), pytest.raises(ValueError, match="a supernet of the same space"):
         adapter.swap(path)
     with pytest.raises(ValueError, match=r"torch.load reads it"):
         Supernet.load(make_net(), tmp_path / "a.safetensors")
@@ -181,6 +193,9 @@ def test_swapping_takes_the_values_of_every_configuration(path):
             parameter.zero_()
     assert torch.equal(model(make_input()), make_net()(make_input()))
     supernet.swap(path)
+    _, other = make_supernet(seed=12)
+    other.swap(path)  # the seed is no part of the design
+    assert all(map(torch.equal, other.parameters(), first.parameters()))
     first.use(configuration)
     assert torch.equal(model(make_input()), first.model(make_input()))
 

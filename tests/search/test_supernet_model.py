@@ -236,8 +236,15 @@ def test_merged_it_computes_what_the_configuration_does(layer):
         assert now == before
     with pytest.raises(AdapterError, match="must have a configuration"):
         supernet.merge()
+    for ask in (lambda: supernet.delta("add_weight.blocks.0.q"), supernet.deltas):
+        with pytest.raises(AdapterError, match="must have a configuration"):
+            ask()
+    supernet.use(supernet.space.fixed(add_bias="vector"))
     with pytest.raises(KeyError, match="name must be one of"):
         supernet.delta("add_weight.blocks.0.q")
+    assert supernet.gains_bias == ([*supernet.layers()] if layer == "no-bias" else [])
+    supernet.use(supernet.space.fixed(add_weight=2))
+    assert supernet.gains_bias == []
     assert {name: bits(value) for name, value in model.state_dict().items()} == before
 
 

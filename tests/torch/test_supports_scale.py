@@ -96,3 +96,12 @@ def test_presets_of_one_operation_take_the_fields_of_a_spec(preset):
     assert spec == sl.dense(groups=1, seed=3)
     with pytest.raises(TypeError, match=rf"{preset.__name__}\(\) must have no rank"):
         preset(rank=2)
+
+
+def test_overrides_of_repadapter_scale_and_leave_out_both_supports():
+    design = sl.repadapter(rank=2, overrides={"a": {"scale": 4}, "b": None, "c": {"rank": 1}})
+    plan = sl.Plan(design, {name: (6, 4) for name in "abcd"})
+    assert {name: plan.layout.scaling(name) for name in plan.shapes} == {
+        **{f"{operation}.a": 4 for operation in ("right_weight", "weight_to_bias")},
+        **{f"{o}.{name}": 1 for o in ("right_weight", "weight_to_bias") for name in "cd"},
+    }

@@ -46,7 +46,7 @@ _CHECKSUMS: weakref.WeakKeyDictionary[Plan, dict[str, int]] = weakref.WeakKeyDic
 
 def save_blocks(
     blocks: Blocks,
-    modules: Mapping[str, nn.Module],
+    bare: list[str],
     replaced: Replaced | None,
     beside: Mapping[str, Any],
     path: Path,
@@ -62,8 +62,8 @@ def save_blocks(
     }
     if blocks.scale != plan.scale:
         header["scale"] = blocks.scale
-    if without := _without_bias(plan, modules):
-        header["without_bias"] = without
+    if bare:
+        header["without_bias"] = bare
     tensors = {name: held[name] for name in stored_shapes(plan)}
     made = {name: block for name, block in held.items() if name not in tensors}
     if made:
@@ -134,7 +134,7 @@ def check_biases(
     plan: Plan, modules: Mapping[str, nn.Module], description: Description, path: Path
 ) -> None:
     """Refuse layers whose bias an operation changes and that have one only here or in the file."""
-    found = set(_without_bias(plan, modules))
+    found = set(without_bias(plan, modules))
     problems = [
         f"{name!r} has {'no' if name in found else 'a'} bias"
         for name in plan.layout.layers
@@ -146,7 +146,7 @@ def check_biases(
         )
 
 
-def _without_bias(plan: Plan, modules: Mapping[str, nn.Module]) -> list[str]:
+def without_bias(plan: Plan, modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the layers that have no bias where an operation would change it."""
     return [
         name

@@ -38,8 +38,15 @@ def swap_blocks(
 
     def check(metadata: Mapping[str, str], tensors: Header) -> state.Description:
         description = state.description_of(metadata, path)
-        if description.supernet != beside.get(state.SUPERNET):
-            raise ValueError(f"{path} must be of the same supernet, or of none")
+        # The seed of a supernet says nothing of its tensors.
+        spaces = [
+            (of or {}).get("space") for of in (beside.get(state.SUPERNET), description.supernet)
+        ]
+        if spaces[0] != spaces[1]:
+            raise ValueError(
+                f"{path} must be of a supernet of the same space, or of none where the adapter is "
+                "none"
+            )
         _check_design(blocks, description, path)
         if isinstance(blocks.plan.spec, Supports):
             state.check_biases(blocks.plan, modules, description, path)
