@@ -159,32 +159,19 @@ def map_slice(fixed: Map, x: Array, size: int, start: int, stop: int) -> Array:
     return y
 
 
-class Vectors:
-    """The vectors that maps make of groups, each map's input formed once.
+def vectors(layout: Layout, factors: Mapping[str, Array], *, whole: bool) -> Vector:
+    """Return what makes the vectors of maps: of each its input is kept, or the `whole` of it."""
+    made: dict[int, Array] = {}
 
-    Parameters
-    ----------
-    layout : Layout
-        What lies where.
-    factors : mapping of str to array
-        The blocks by name, frozen ones too.
-    whole : bool
-        Whether whole vectors are made and kept, of which many slices are asked for.
-    """
+    def vector(first: int, start: int, stop: int) -> Array:
+        fixed, size = layout.maps[first], layout.joint_sizes(first)[1]
+        if first not in made:
+            entries = joint_entries(layout, factors, first)
+            made[first] = fixed.apply(entries, size) if whole else entries
+        own = made[first]
+        return own[start:stop] if whole else map_slice(fixed, own, size, start, stop)
 
-    def __init__(self, layout: Layout, factors: Mapping[str, Array], *, whole: bool) -> None:
-        self.layout, self.factors, self.whole = layout, factors, whole
-        self._made: dict[int, Array] = {}
-
-    def __call__(self, first: int, start: int, stop: int) -> Array:
-        """Return a range of a mapped vector."""
-        fixed = self.layout.maps[first]
-        size = self.layout.joint_sizes(first)[1]
-        if first not in self._made:
-            entries = joint_entries(self.layout, self.factors, first)
-            self._made[first] = fixed.apply(entries, size) if self.whole else entries
-        made = self._made[first]
-        return made[start:stop] if self.whole else map_slice(fixed, made, size, start, stop)
+    return vector
 
 
 def weight_delta(
@@ -197,7 +184,7 @@ def weight_delta(
     """Form one weight's update, from the slices of the blocks that it needs."""
     network = network_of(layout, name)
     arrays = source_arrays(layout, factors, network.sources)
-    found = form(network, arrays, vector or Vectors(layout, factors, whole=False))
+    found = form(network, arrays, vector or vectors(layout, factors, whole=False))
     return found * float(scale)
 
 
@@ -206,7 +193,7 @@ def weight_deltas(
 ) -> dict[str, Array]:
     """Form the updates of all weights; a map that mixes a group's entries is applied once."""
     blocks = with_blocks(layout, factors, layout.block_shapes)
-    vector = Vectors(layout, blocks, whole=True)
+    vector = vectors(layout, blocks, whole=True)
     return {
         name: weight_delta(layout, blocks, name, scales[name], vector) for name in layout.shapes
     }

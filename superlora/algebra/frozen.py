@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
@@ -38,7 +39,7 @@ def each_frozen(
     skipped: Container[str] = (),
 ) -> Iterator[tuple[str, numpy.ndarray]]:
     """Make what `frozen_blocks` returns, one block at a time."""
-    decomposed: dict[int, tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] = {}
+    decompose = functools.cache(lambda group: _decompose(layout, group, weights or {}))
     for stream, (name, source) in enumerate(layout.frozen.items()):
         shape = layout.block_shapes[name]
         group, index, leaf = name.split(".")
@@ -55,9 +56,7 @@ def each_frozen(
         else:
             if not singular:
                 continue
-            if int(group) not in decomposed:
-                decomposed[int(group)] = _decompose(layout, int(group), weights or {})
-            left, numbers, right = decomposed[int(group)]
+            left, numbers, right = decompose(int(group))
             vectors = (right if last else left)[:, : shape[1]]
             values = vectors * numbers[: shape[1]] ** _POWERS[source]
         yield name, values

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from superlora._backend import Array, backend_of
-from superlora.design.contraction import Arranged, Contraction, Pair, Step
+from superlora.design.contraction import Arranged, Contraction, Pair
 
 
 def run(contraction: Contraction, operands: Sequence[Array], library: Any = None) -> Array:
@@ -14,16 +14,9 @@ def run(contraction: Contraction, operands: Sequence[Array], library: Any = None
     library = library or backend_of(operands[0])
     values = list(operands)
     for step in contraction.steps:
-        values.append(take_step(library, step, values))
+        values.append(contract_pair(library, step.pair, values[step.left], values[step.right]))
     axes = contraction.axes
     return values[-1] if axes is None else library.transpose(values[-1], axes)
-
-
-def take_step(library: Any, step: Step, values: Sequence[Array]) -> Array:
-    """Return what one step of a path makes of the values so far."""
-    if step.pair is None:
-        return library.sum(values[step.left], axis=step.summed)
-    return contract_pair(library, step.pair, values[step.left], values[step.right])
 
 
 def contract_pair(library: Any, pair: Pair, left: Array, right: Array) -> Array:

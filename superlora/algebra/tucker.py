@@ -56,9 +56,11 @@ def tucker(core: Array | None, factors: Sequence[Array | None]) -> Array:
         raise ValueError("factors must hold one factor a mode: got none")
     arrays = [array for array in (core, *factors) if array is not None]
     library = backend_of(*arrays)
-    _check(core, factors)
     order = len(factors)
-    shared = core is None or _is_diagonal(core, factors)
+    shared = core is None or len(core.shape) == 1 < order
+    _check(core, factors, shared)
+    if core is None and order == 1:  # the rank is in no other array
+        return library.sum(factors[0], axis=1)
     # Labels of modes come first; those of ranks follow, one for all where the core is diagonal.
     ranks = [order if shared else mode if own is None else order + mode
              for mode, own in enumerate(factors)]  # fmt: skip
@@ -74,13 +76,8 @@ def tucker(core: Array | None, factors: Sequence[Array | None]) -> Array:
     return run(contract(operands, tuple(range(order)), sizes), arrays)
 
 
-def _is_diagonal(core: Array, factors: Sequence[Array | None]) -> bool:
-    return len(core.shape) == 1 < len(factors)
-
-
-def _check(core: Array | None, factors: Sequence[Array | None]) -> None:
-    diagonal = core is not None and _is_diagonal(core, factors)
-    if core is not None and not diagonal and len(core.shape) != len(factors):
+def _check(core: Array | None, factors: Sequence[Array | None], shared: bool) -> None:
+    if core is not None and not shared and len(core.shape) != len(factors):
         raise ValueError(
             f"factors must hold one factor for each of {len(core.shape)} modes of core: got "
             f"{len(factors)}"
@@ -88,7 +85,7 @@ def _check(core: Array | None, factors: Sequence[Array | None]) -> None:
     rank = None
     for mode, factor in enumerate(factors):
         if factor is None:
-            if core is None or diagonal:
+            if shared:
                 kind = "None" if core is None else "diagonal"
                 raise ValueError(f"factors[{mode}] must be an array where core is {kind}: got None")
             continue
@@ -97,7 +94,7 @@ def _check(core: Array | None, factors: Sequence[Array | None]) -> None:
                 f"factors[{mode}] must have two modes (size, rank): got shape {tuple(factor.shape)}"
             )
         if core is not None:
-            rank = core.shape[0 if diagonal else mode]
+            rank = core.shape[0 if shared else mode]
         elif rank is None:
             rank = factor.shape[1]
         if factor.shape[1] != rank:

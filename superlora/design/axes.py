@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from superlora.checks import check_count, hashable
 
@@ -91,7 +92,7 @@ class Axes:
         """
         if isinstance(shape, Axes):
             return shape
-        sizes = hashable(shape) if isinstance(shape, (tuple, list)) else ()
+        sizes: Any = hashable(shape) if isinstance(shape, (tuple, list)) else ()
         if len(sizes) not in (2, 4):
             raise ValueError(
                 f"{name} must be (output width, input width) or (output, input, window, window): "
@@ -99,7 +100,7 @@ class Axes:
             )
         for index, size in enumerate(sizes):
             check_count(f"{name}[{index}]", size)
-        return _axes(*sizes)
+        return _axes(*sizes[:2], sizes[2:])
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
@@ -127,9 +128,8 @@ class Axes:
         return math.prod(self.shape)
 
 
-@functools.lru_cache(maxsize=4096)  # most weights of a large model are alike
-def _axes(out: int, in_: int, *window: int) -> Axes:
-    return Axes(out, in_, window)
+# Most weights of a large model are alike.
+_axes = functools.lru_cache(maxsize=4096)(Axes)
 
 
 def _hint(sizes: Sequence[object]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -44,13 +45,10 @@ class Cost:
     each_moved: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(self._numbers(), other._numbers(), strict=True)))
+        return Cost(*map(operator.add, vars(self).values(), vars(other).values()))
 
     def __mul__(self, times: int) -> Cost:
-        return Cost(*(times * number for number in self._numbers()))
-
-    def _numbers(self) -> tuple[int, int, int, int]:
-        return self.multiplications, self.moved, self.each_multiplications, self.each_moved
+        return Cost(*(times * number for number in vars(self).values()))
 
     def at(self, tokens: int) -> Cost:
         """Return the cost with so many tokens."""
@@ -215,20 +213,16 @@ class Step:
     Attributes
     ----------
     left, right : int
-        Indices among the operands and the results of earlier steps; `right` is -1 for a sum over
-        axes of one operand.
-    pair : Pair or None
-        The contraction; None for such a sum.
-    summed : tuple of int
-        The axes of such a sum.
+        Indices among the operands and the results of earlier steps.
+    pair : Pair
+        The contraction.
     entries, each : int
         Entries of the result; of every token.
     """
 
     left: int
     right: int
-    pair: Pair | None
-    summed: Labels
+    pair: Pair
     entries: int
     each: int
 
@@ -268,18 +262,15 @@ class Contraction:
 
     def __str__(self) -> str:
         terms = ",".join(map(letters, self.operands))
-        sizes = {letters((label,)): size for label, size in self.sizes.items() if label != TOKENS}
-        listed = " ".join(f"{letter}={size}" for letter, size in sizes.items())
+        known = [(label, size) for label, size in self.sizes.items() if label != TOKENS]
+        listed = " ".join(f"{letters([label])}={size}" for label, size in known)
         return f"{terms}->{letters(self.output)}" + (f"  {listed}" if listed else "")
 
     @functools.cached_property
-    def pulls(self) -> tuple[tuple[Pair, Pair] | None, ...]:
+    def pulls(self) -> tuple[tuple[Pair, Pair], ...]:
         """For every step the contractions that give the gradients of its two operands."""
-        found: list[tuple[Pair, Pair] | None] = []
+        found = []
         for index, step in enumerate(self.steps):
-            if step.pair is None:
-                found.append(None)
-                continue
             left, right = self.labels[step.left], self.labels[step.right]
             own = self.labels[len(self.operands) + index]
             found.append(
@@ -303,10 +294,7 @@ class Contraction:
         return tuple(
             count + index
             for index, step in enumerate(self.steps[:-1])
-            if step.pair is not None
-            and step.pair.summed is None
-            and step.each <= most[0]
-            and step.entries <= most[1]
+            if step.pair.summed is None and step.each <= most[0] and step.entries <= most[1]
         )
 
 
@@ -343,21 +331,10 @@ def _contract(
     sizes = {**dict(known), TOKENS: -1}
     values = list(operands)
     steps: list[Step] = []
+    cost = Cost()
     current = list(range(len(operands)))
 
-    def add(left: int, right: int, found: Pair | None, summed: Labels, labels: Labels) -> int:
-        steps.append(Step(left, right, found, summed, *_split(labels, sizes)))
-        values.append(labels)
-        return len(values) - 1
-
-    for place, own in enumerate(operands):
-        others = {label for index, term in enumerate(operands) if index != place for label in term}
-        alone = [label for label in own if label not in others and label not in output]
-        if alone:
-            kept = tuple(label for label in own if label not in alone)
-            axes = tuple(own.index(label) for label in alone)
-            current[place] = add(place, -1, None, axes, kept)
-    for chosen in _path([values[index] for index in current], output, sizes, tokens, frozen):
+    for chosen in _path(operands, output, sizes, tokens, frozen):
         taken = [current[index] for index in sorted(chosen)]
         current = [index for place, index in enumerate(current) if place not in chosen]
         while len(taken) > 1:
@@ -365,7 +342,10 @@ def _contract(
             rest = [values[index] for index in (*current, *taken[2:])]
             kept = _kept(values[left], values[right], output, rest)
             found = pair(values[left], values[right], kept, sizes)
-            taken[:2] = [add(left, right, found, (), found.labels)]
+            steps.append(Step(left, right, found, *_split(found.labels, sizes)))
+            cost += _cost(values[left], values[right], found.labels, sizes)
+            taken[:2] = [len(values)]
+            values.append(found.labels)
         current += taken
     (last,) = current
     return Contraction(
@@ -375,7 +355,7 @@ def _contract(
         tuple(steps),
         tuple(values),
         _axes(values[last], output),
-        _cost(steps, values, sizes),
+        cost,
         max((step.entries + step.each for step in steps), default=0),
     )
 
@@ -440,10 +420,8 @@ def _least_path(
                 work += BALANCE * entries[subset]
             work *= 1 + bool(one & trained) + bool(other & trained)
             moved = entries[one] + entries[other] + entries[subset]
-            work, moved = (
-                work + best[one][0] + best[other][0],
-                moved + best[one][1] + best[other][1],
-            )
+            for side in (one, other):
+                work, moved = work + best[side][0], moved + best[side][1]
             found.append((work, moved, one))
         if found:
             best[subset] = min(found)
@@ -482,14 +460,8 @@ def _split(labels: Labels, sizes: Mapping[int, int]) -> tuple[int, int]:
     return (0, count) if TOKENS in labels else (count, 0)
 
 
-def _cost(steps: Sequence[Step], values: Sequence[Labels], sizes: Mapping[int, int]) -> Cost:
-    total = Cost()
-    first = len(values) - len(steps)
-    for index, step in enumerate(steps):
-        taken = [values[step.left], *([values[step.right]] if step.pair else [])]
-        every = tuple(dict.fromkeys(label for own in taken for label in own))
-        multiplied = _split(every, sizes)
-        moved = [_split(own, sizes) for own in (*taken, values[first + index])]
-        fixed, each = (sum(side) for side in zip(*moved, strict=True))
-        total += Cost(multiplied[0], fixed, multiplied[1], each)
-    return total
+def _cost(left: Labels, right: Labels, result: Labels, sizes: Mapping[int, int]) -> Cost:
+    multiplied, each_multiplied = _split(tuple(dict.fromkeys((*left, *right))), sizes)
+    entries = [_split(own, sizes) for own in (left, right, result)]
+    moved, each_moved = (sum(side) for side in zip(*entries, strict=True))
+    return Cost(multiplied, moved, each_multiplied, each_moved)

@@ -181,11 +181,8 @@ class Layout:
         before = self._offsets[piece.group] - self._offsets[self.joint(piece.group)[0]]
         return before + piece.start, before + piece.stop
 
-    def blocks_of_joint(self, group: int) -> tuple[str, ...]:
-        """Return the names of the blocks of all groups that a group's map takes together."""
-        return self._blocks_of(self.joint(group))
-
-    def _blocks_of(self, groups: Iterable[int]) -> tuple[str, ...]:
+    def blocks_of_groups(self, groups: Iterable[int]) -> tuple[str, ...]:
+        """Return the names of the blocks of some groups."""
         terms = (blocks for group in groups for blocks in self.term_blocks(group))
         return tuple(dict.fromkeys(block for blocks in terms for block in blocks))
 
@@ -314,7 +311,7 @@ class Layout:
             )
         pieces = self.grouping.pieces[name]
         groups = dict.fromkeys(group for piece in pieces for group in self.joint(piece.group))
-        return self._blocks_of(groups)
+        return self.blocks_of_groups(groups)
 
     def inputs_of(self, name: str) -> tuple[str, ...]:
         """Return the names of what a weight's update is made from, keys of `input_shapes`."""

@@ -156,20 +156,8 @@ def _cut_text(operand: Operand) -> str:
     return f"[{', '.join(parts)}]"
 
 
-class Sources:
-    """Collects the sources of a network."""
-
-    def __init__(self) -> None:
-        self._places: dict[Source, int] = {}
-
-    def add(self, source: Source) -> int:
-        """Return the index of a source."""
-        return self._places.setdefault(source, len(self._places))
-
-    @property
-    def all(self) -> tuple[Source, ...]:
-        """Every source, in order."""
-        return tuple(self._places)
+# The sources of a network, and their indices.
+Sources = dict[Source, int]
 
 
 class Factorisation:
@@ -189,7 +177,7 @@ class Factorisation:
         parted: tuple[int, int] | None = None,
     ) -> None:
         self.layout, self.group, self.box = layout, group, box
-        self.sources, self.ends = sources, ends or sources
+        self.sources, self.ends = sources, sources if ends is None else ends
         self.sizes: dict[int, int] = {}
         self.digits: list[Labels] = []
         for index, (first, last) in enumerate(box):
@@ -287,7 +275,7 @@ class Factorisation:
         digits = None if cut is None or read == made else tuple(read)
         to = None if final == (made if cut is None else taken) else tuple(final)
         return Operand(
-            sources.add(source),
+            sources.setdefault(source, len(sources)),
             digits,
             cut,
             to,
@@ -339,7 +327,7 @@ def weight_network(layout: Layout, name: str, rows: tuple[int, int]) -> Network:
         else:
             start, stop = layout.position(piece)
             runs.append(Run((), start, stop - start, layout.joint(group)[0]))
-    return Network(sources.all, tuple(runs), (last - first, width))
+    return Network(tuple(sources), tuple(runs), (last - first, width))
 
 
 @kept
@@ -349,7 +337,7 @@ def group_network(layout: Layout, group: int) -> Network:
     sources = Sources()
     terms = Factorisation(layout, group, tuple((0, size) for size in radices), sources).closed()
     fold = layout.groups[group].fold
-    return Network(sources.all, (Run((terms,), 0, math.prod(fold)),), fold)
+    return Network(tuple(sources), (Run((terms,), 0, math.prod(fold)),), fold)
 
 
 @dataclass(frozen=True)
@@ -412,7 +400,7 @@ def opened_rows(layout: Layout, group: int, start: int, stop: int) -> Opened:
             completed.append(made.contracted([(TOKENS, *joining)], last, (TOKENS, *digits), MANY))
         boxes.append(tuple(terms))
     found = tuple(ranks), tuple(completed)  # the same of every box
-    return Opened(sources.all, ends.all, tuple(boxes), part.skip, part.size, *found)
+    return Opened(tuple(sources), tuple(ends), tuple(boxes), part.skip, part.size, *found)
 
 
 def row_slice(layout: Layout, name: str) -> tuple[int, int] | None:

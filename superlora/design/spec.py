@@ -260,11 +260,12 @@ class Spec:
         str or None
             The first that matches.
         """
-        starts = [0, *[dot.end() for dot in re.finditer(r"\.", name)]]
+        starts = [0, *[place for place, before in enumerate(name, 1) if before == "."]]
         for pattern, _ in self.overrides:
             compiled = _compile(pattern)
-            if any([compiled.fullmatch(name, start) for start in starts]):
-                return str(pattern)
+            for start in starts:
+                if compiled.fullmatch(name, start):
+                    return str(pattern)
         return None
 
     def _with(self, changes: Any) -> Spec:

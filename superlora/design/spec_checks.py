@@ -118,8 +118,7 @@ def check_fold(spec: Spec) -> None:
             if size is not None:
                 check_count(f"{name}[{mode}]", size)
     # None, what is left of a weight's outputs or inputs, must say something.
-    outputs = -(-spec.modes // 2)
-    for side, modes in (("outputs", slice(outputs)), ("inputs", slice(outputs, None))):
+    for side, modes in sides(spec.modes).items():
         left = sum(sizes[modes].count(None) for sizes in splits.values())
         if left > 1:
             raise ValueError(
@@ -130,6 +129,12 @@ def check_fold(spec: Spec) -> None:
                 f"fold must have no None with map={type(spec.map).__name__}, whose fold is not the "
                 f"weights' own: got {fold}"
             )
+
+
+def sides(modes: int) -> dict[str, slice]:
+    """Return which modes of a fold are those of a weight's outputs, and of its inputs."""
+    outputs = -(-modes // 2)
+    return {"outputs": slice(outputs), "inputs": slice(outputs, None)}
 
 
 def split_ranks(

@@ -19,6 +19,7 @@ from superlora.design.fold_shape import (
     ceil_divide,
 )
 from superlora.design.spec import Spec
+from superlora.design.spec_checks import sides
 from superlora.maps import Map, Place
 
 _Item = TypeVar("_Item")
@@ -249,10 +250,9 @@ def _explicit(spec: Spec, splits: int, before: int, members: Members) -> tuple[S
 
 def _filled(spec: Spec, given: tuple[Any, ...], members: Members) -> tuple[Shape, ...]:
     """Return sizes with what is left of one weight's outputs and inputs in the place of None."""
-    outputs = ceil_divide(spec.modes, 2)
     filled = [list(sizes) for sizes in given]
-    sides = (("outputs", slice(outputs)), ("inputs", slice(outputs, None)))
-    for (side, modes), width in zip(sides, _one_weight(spec, members), strict=True):
+    widths = _one_weight(spec, members)
+    for (side, modes), width in zip(sides(spec.modes).items(), widths, strict=True):
         found = [size for sizes in given for size in sizes[modes]]
         known = math.prod([size for size in found if size is not None])
         if width % known or (known != width and None not in found):
@@ -307,16 +307,28 @@ def _make_split(spec: Spec, index: int, shape: Shape, before: Shape, rank: Any) 
         return dense
     if core == "train":
         return _make_train(spec, index, dense, rank)
+    asked = rank if isinstance(rank, tuple) else (rank,) * order
+    uniform = len(set(asked)) == 1 and asked[0] != "full"
+    if core in ("identity", "diagonal") and not uniform:
+        raise ValueError(
+            f"core={core!r} must have one rank for all modes of split {index}: got {rank}"
+        )
+    core = core or ("identity" if order <= 2 and uniform else "full")
     kept = [source for key, source in spec.frozen if key.partition(".")[0] == str(index)]
     if isinstance(rank, tuple):
-        return _make_nested(spec, index, dense, rank, kept=bool(kept))
-    if core in ("identity", "diagonal") or (core is None and order <= 2):
+        # A core beyond a mode's size is redundant, and so is a matrix of such a rank; where
+        # blocks are fixed it is not.
+        bounded = core == "full" and f"{index}.core" not in dict(spec.frozen)
+        bounded |= order == 2 and not kept and spec.dense_from != "never"
+        ranks = _within(spec, index, rank, sizes, "the size of mode {0}", bounded)
+        return Split(shape, sizes, ranks, tuple(value != "full" for value in rank), core)
+    if core != "full":
         # A matrix has rank min(sizes) at most: above it dense has fewer parameters.
         # A CP rank has no such bound. Frozen factors are not made trainable by it.
         dense_from = {"rank": min(sizes) + 1, "half": max(sizes) / 2, "never": math.inf}
         if order == 2 and rank >= dense_from[spec.dense_from] and not kept:
             return replace(dense, capped=True)
-        return Split(shape, sizes, (rank,) * order, (True,) * order, core or "identity")
+        return Split(shape, sizes, (rank,) * order, (True,) * order, core)
     bounds = sizes
     if any(source.startswith("singular") for source in kept):
         # There are as many singular vectors of the outputs as of the inputs.
@@ -332,48 +344,29 @@ def _make_train(spec: Spec, index: int, dense: Split, rank: Any) -> Split:
     bounds = [
         min(math.prod(sizes[:mode]), math.prod(sizes[mode:])) for mode in range(1, len(sizes))
     ]
-    asked = rank if isinstance(rank, tuple) else (rank,) * len(bounds)
-    ranks = []
-    for place, (value, bound) in enumerate(zip(asked, bounds, strict=True)):
-        if isinstance(rank, tuple) and value != "full" and value > bound:
-            raise ValueError(
-                f"{_place(spec, index)}[{place}] must be at most {bound}, the largest rank between "
-                f"modes {place} and {place + 1} of split {index}: got {value}"
-            )
-        ranks.append(bound if value == "full" else min(value, bound))
-    capped = not isinstance(rank, tuple) and min(ranks) < rank
-    return replace(dense, ranks=tuple(ranks), core="train", capped=capped)
+    if isinstance(rank, tuple):
+        ranks = _within(spec, index, rank, bounds, "the largest rank between modes {0} and {1}")
+        return replace(dense, ranks=ranks, core="train")
+    ranks = tuple(min(rank, bound) for bound in bounds)
+    return replace(dense, ranks=ranks, core="train", capped=min(ranks) < rank)
 
 
-def _place(spec: Spec, index: int) -> str:
-    """Return what error messages call the rank of a split."""
+def _within(
+    spec: Spec,
+    index: int,
+    rank: tuple[Any, ...],
+    bounds: Sequence[int],
+    what: str,
+    bounded: bool = True,
+) -> Shape:
+    """Return ranks that are given one by one, of which ``"full"`` is the largest."""
     nested = isinstance(spec.rank, tuple) and isinstance(spec.rank[index], tuple)
-    return f"rank[{index}]" if nested else "rank"
-
-
-def _make_nested(
-    spec: Spec, index: int, dense: Split, rank: tuple[Any, ...], *, kept: bool
-) -> Split:
-    sizes, order, core = dense.sizes, len(dense.sizes), spec.cores[index]
-    uniform = len(set(rank)) == 1 and rank[0] != "full"
-    if core in ("identity", "diagonal") and not uniform:
-        raise ValueError(
-            f"core={core!r} must have one rank for all modes of split {index}: got {rank}"
-        )
-    if core is None:
-        core = "identity" if order <= 2 and uniform else "full"
-    # A core beyond a mode's size is redundant, and so is a matrix of such a rank; where
-    # blocks are fixed it is not.
-    bounded = core == "full" and f"{index}.core" not in dict(spec.frozen)
-    bounded |= order == 2 and not kept and spec.dense_from != "never"
-    factored = tuple(value != "full" for value in rank)
-    ranks = tuple(
-        size if value == "full" else value for value, size in zip(rank, sizes, strict=True)
-    )
-    for mode, (value, size) in enumerate(zip(ranks, sizes, strict=True)):
-        if bounded and value > size:
+    for place, (value, bound) in enumerate(zip(rank, bounds, strict=True)):
+        if bounded and value != "full" and value > bound:
             raise ValueError(
-                f"{_place(spec, index)}[{mode}] must be at most {size}, the size of mode {mode} of "
-                f"split {index}: got {value}"
+                f"{f'rank[{index}]' if nested else 'rank'}[{place}] must be at most {bound}, "
+                f"{what.format(place, place + 1)} of split {index}: got {value}"
             )
-    return replace(dense, ranks=ranks, factored=factored, core=core)
+    return tuple(
+        bound if value == "full" else value for value, bound in zip(rank, bounds, strict=True)
+    )

@@ -226,8 +226,8 @@ def _direct(layout: Layout, name: str, scales: bool) -> Factored | None:
     few, many = zip(*terms, strict=True)
     outputs, read = (tuple(made.sizes[label] for label in own) for own in (labels, inputs))
     if scales:  # one product with each rank would cost more, but for few tokens
-        return Factored(read, Cost(), few, few, sources.all, base=(*outputs, *read))
-    return Factored(read, Cost(), few, many, sources.all)
+        return Factored(read, Cost(), few, few, tuple(sources), base=(*outputs, *read))
+    return Factored(read, Cost(), few, many, tuple(sources))
 
 
 def _with_opened_rows(layout: Layout, name: str, span: tuple[int, int]) -> Factored | None:

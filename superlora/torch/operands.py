@@ -228,7 +228,7 @@ class SharedVector(Shared):
     def make(self, held: Blocks, whole: bool) -> Tensor:
         """Return the whole, or what this layer needs of it."""
         layout, first, fixed, size = self.layout, self.first, self.map, self.size
-        names = layout.blocks_of_joint(first)
+        names = layout.blocks_of_groups(layout.joint(first))
         tensors, blocks = held.inputs_of(names)
 
         def entries(*own: Tensor) -> Tensor:
@@ -393,17 +393,13 @@ class Operands:
         if rows not in self.networks:
             self.networks[rows] = weight_network(self.layout, self.name, rows)
         network = self.networks[rows]
-        found = form(network, [arrays[self._sources[s]] for s in network.sources], _no_vector)
+        found = form(network, [arrays[self._sources[s]] for s in network.sources])
         return found
 
 
 def _size(term: Term) -> int:
     path = term.contraction
     return math.prod(path.sizes[label] for label in path.output)
-
-
-def _no_vector(*_: int) -> Tensor:
-    raise AssertionError("this support is not cut from a mapped vector")
 
 
 def _shared_block(layout: Layout, source: Source) -> Shared | None:

@@ -158,7 +158,7 @@ class Support:
         """Return the vector that is repeated, the scale multiplied in."""
         layout = self.blocks.plan.layout
         group = layout.grouping.pieces[self.name][0].group
-        names = layout.blocks_of_joint(group)
+        names = layout.blocks_of_groups(layout.joint(group))
         tensors, make = self.blocks.inputs_of(names)
         with without_autocast(device):
             given = dict(zip(names, make(tensors), strict=True))

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from superlora._backend import backend_of
 from superlora.algebra.form import form, scaled, take, total
-from superlora.algebra.run import contract_pair, matrices, run, take_step
+from superlora.algebra.run import contract_pair, matrices, run
 from superlora.design.contraction import Contraction
 from superlora.design.layout import Layout
 from superlora.design.network import Operand, group_network
@@ -217,7 +217,8 @@ class FactoredWay(Way):
         for index, (path, places) in enumerate(self._terms(x.shape[0])):
             values = self._values(x, arrays, places, index)
             for step in path.steps[:-1]:
-                values.append(take_step(_torch, step, values))
+                left, right = values[step.left], values[step.right]
+                values.append(contract_pair(_torch, step.pair, left, right))
             if keep:
                 for place in path.cheap:
                     kept.append(values[place])
@@ -230,7 +231,6 @@ class FactoredWay(Way):
     ) -> Tensor:
         """Add the last contraction to the output, in the same pass where it can be."""
         step = path.steps[-1]
-        assert step.pair is not None
         left, right = values[step.left], values[step.right]
         if y is not None and step.pair.adds and path.axes is None:
             one, other = matrices(_torch, step.pair, left, right)
@@ -256,8 +256,11 @@ class FactoredWay(Way):
             values = self._values(back.x, arrays, places, index)
             count = len(values)
             for number, step in enumerate(path.steps[:-1]):
+                left, right = values[step.left], values[step.right]
                 cheap = count + number in path.cheap
-                values.append(next(kept) if cheap else take_step(_torch, step, values))
+                values.append(
+                    next(kept) if cheap else contract_pair(_torch, step.pair, left, right)
+                )
             # Where each operand stands among the arrays; the inputs stand nowhere.
             stand = [place for place, _ in places]
             if count > 1 + len(places):
@@ -291,7 +294,7 @@ def _pull(
     count = len(wanted)
     needed = list(wanted)
     for step in path.steps:
-        needed.append(needed[step.left] or (step.right >= 0 and needed[step.right]))
+        needed.append(needed[step.left] or needed[step.right])
     found: list[Tensor | None] = [None] * len(needed)
     last = back.gradient
     if len(path.output) != 2:
@@ -305,11 +308,6 @@ def _pull(
         gradient = found[count + number]
         found[count + number] = None
         if gradient is None:
-            continue
-        if pulls is None:  # a sum over axes
-            for axis in sorted(step.summed):
-                gradient = gradient.unsqueeze(axis)
-            found[step.left] = gradient.expand(values[step.left].shape)
             continue
         sides = ((step.left, step.right), (step.right, step.left))
         for (place, other), pair in zip(sides, pulls, strict=True):
