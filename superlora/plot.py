@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -79,9 +78,7 @@ def _draw_term(network: Network, term: Term, place: Axes) -> None:
         place.annotate(block, points[index], ha="center", va="center", size=7, zorder=3)
     opened = [label for label in path.output if label in ends]
     for label, own in ends.items():
-        lines: list[tuple[Sequence[float], Sequence[float]]] = []
-        for one, other in itertools.pairwise(own):
-            lines.append((points[one], points[other]))
+        lines = [(points[one], points[other]) for one, other in itertools.pairwise(own)]
         if label in opened:
             x, y = points[own[0]]
             turn = 0.3 * (opened.index(label) - (len(opened) - 1) / 2)

@@ -214,9 +214,8 @@ def apply_factored(
         y = layout.maps[group].multiply(entries, flat)
     else:
         arrays = source_arrays(layout, factors, factored.sources)
-        opened, leading = factored.opened, []
-        if opened is not None:
-            leading = source_arrays(layout, factors, opened.sources)
+        opened = factored.opened
+        leading = [] if opened is None else source_arrays(layout, factors, opened.sources)
         inputs = library.reshape(flat, (-1, *factored.inputs))
         products = []
         for index, term in enumerate(factored.terms(flat.shape[0])):

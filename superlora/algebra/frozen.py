@@ -45,7 +45,7 @@ def each_frozen(
         group, index, leaf = name.split(".")
         split = layout.groups[int(group)].splits[int(index)]
         last = is_last(split, leaf)
-        if source == "stored" or name in skipped:
+        if source == "stored" or name in skipped or (source in _POWERS and not singular):
             continue
         if source == "ones":
             values = numpy.ones(shape)
@@ -54,8 +54,6 @@ def each_frozen(
             deviation = frozen_variance(source, shape, last) ** 0.5
             values = normal(seed, _FIRST_STREAM + stream, shape) * deviation
         else:
-            if not singular:
-                continue
             left, numbers, right = decompose(int(group))
             vectors = (right if last else left)[:, : shape[1]]
             values = vectors * numbers[: shape[1]] ** _POWERS[source]

@@ -14,25 +14,13 @@ from superlora.maps import Map, Place
 
 @dataclass(frozen=True)
 class Inner:
-    """What a block is cut from.
+    """What a block is cut from."""
 
-    Attributes
-    ----------
-    name : str
-        The trained vector, a key of ``factor_shapes``.
-    map : Map
-        F_in.
-    before, size : int
-        Entries of the vector, and of what it is mapped to.
-    start, stop : int
-        Which of them are the block's.
-    """
-
-    name: str
-    map: Map
-    before: int
-    size: int
-    start: int
+    name: str  # of the trained vector, a key of ``factor_shapes``
+    map: Map  # F_in
+    before: int  # entries of the vector
+    size: int  # of what it is mapped to
+    start: int  # of the block in that
     stop: int
 
 

@@ -81,35 +81,18 @@ class Arranged:
 
 @dataclass(frozen=True)
 class Pair:
-    """One contraction of two operands.
+    """One contraction of two operands."""
 
-    Attributes
-    ----------
-    left, right : Arranged or None
-        How the two are arranged; None as they are.
-    summed : tuple of int, or None
-        None for a matrix product. Else the two are multiplied entry by entry, and the product is
-        summed over these axes.
-    turned : bool
-        Whether the right operand is the first of the matrix product.
-    shape : tuple of int, or None
-        What the result is reshaped to.
-    axes : tuple of int, or None
-        How it is transposed at last.
-    labels : tuple of int
-        Those of the result.
-    adds : bool
-        Whether it is a product of two plain matrices, which another array can be added to.
-    """
-
-    left: Arranged | None
+    left: Arranged | None  # how the operand is arranged; None as it is
     right: Arranged | None
+    # None for a matrix product. Else the two are multiplied entry by entry, and the product is
+    # summed over these axes.
     summed: Labels | None
-    turned: bool
-    shape: Labels | None
-    axes: Labels | None
-    labels: Labels
-    adds: bool
+    turned: bool  # whether the right operand is the first of the matrix product
+    shape: Labels | None  # what the result is reshaped to
+    axes: Labels | None  # how it is transposed at last
+    labels: Labels  # of the result
+    adds: bool  # whether another array can be added to it: a product of two plain matrices
 
 
 def pair(
@@ -208,23 +191,13 @@ def _entries(labels: Sequence[int], sizes: Mapping[int, int]) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """One contraction of a path: which values it takes, and how.
+    """One contraction of a path."""
 
-    Attributes
-    ----------
-    left, right : int
-        Indices among the operands and the results of earlier steps.
-    pair : Pair
-        The contraction.
-    entries, each : int
-        Entries of the result; of every token.
-    """
-
-    left: int
+    left: int  # among the operands and the results of earlier steps
     right: int
     pair: Pair
-    entries: int
-    each: int
+    entries: int  # of the result
+    each: int  # of every token
 
 
 @dataclass(frozen=True)

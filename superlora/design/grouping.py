@@ -24,15 +24,7 @@ _MOST_GROUPS = 1 << 20
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of a weight's raveled entries and where a group holds it.
-
-    Attributes
-    ----------
-    group : int
-        Index of the group.
-    start, stop : int
-        Positions in the group's vector, ``start <= position < stop``.
-    """
+    """A run of a weight's raveled entries: ``start <= position < stop`` in a group's vector."""
 
     group: int
     start: int
@@ -53,21 +45,11 @@ def cut_pieces(pieces: Sequence[Piece], start: int, stop: int) -> list[Piece]:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Where every weight lies.
+    """Where every weight lies."""
 
-    Attributes
-    ----------
-    sizes : tuple of int
-        Entries of each group that some weight uses.
-    pieces : dict of str to tuple of Piece
-        For each weight the runs that make it up, in order.
-    room : tuple of int
-        Entries that each group is made to hold: its own, or those of a padded one.
-    """
-
-    sizes: Shape
-    pieces: dict[str, tuple[Piece, ...]]
-    room: Shape
+    sizes: Shape  # entries of each group that some weight uses
+    pieces: dict[str, tuple[Piece, ...]]  # the runs that make up each weight, in order
+    room: Shape  # entries that each group is made to hold: its own, or those of a padded one
 
     @functools.cached_property
     def contents(self) -> list[list[tuple[str, int, Piece]]]:

@@ -45,43 +45,7 @@ def kept(
 
 
 class Layout:
-    """A spec joined with the shapes of the weights that it adapts.
-
-    Parameters
-    ----------
-    spec : Spec, Supports or mapping
-        The design; a mapping is one that `Supports` takes.
-    shapes : mapping of str to tuple of int or Axes
-        Axes of every weight, in the order of concatenation.
-
-    Attributes
-    ----------
-    spec : Spec or Supports
-        As given.
-    layer_axes : dict of str to Axes
-        The shapes as given, checked.
-    layers : dict of str to (int, int)
-        The matrices that they are inside.
-    axes : dict of str to Axes
-        Those of the updates: of the layers that the design has, or of their supports.
-    shapes : dict of str to (int, int)
-        The matrices that they are inside.
-    supports : dict of str to dict of str to str
-        For each layer the names of its supports by merge operation.
-    grouping : Grouping
-        Where every weight lies.
-    groups : list of Group
-        Every group's fold and splits.
-    specs : list of Spec
-        Every group's design, overrides applied.
-    maps : list of Map
-        Every group's map, its own where it depends on the group.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the spec cannot serve these shapes; the message names the argument.
-    """
+    """A spec joined with the shapes of the weights that it adapts, which it must serve."""
 
     def __init__(
         self,
@@ -91,6 +55,8 @@ class Layout:
         self.spec = design_of(spec)
         self.layer_axes = check_shapes(shapes)
         self.layers = {name: axes.matrix for name, axes in self.layer_axes.items()}
+        # Of the updates: of the layers themselves, or of their supports, which have names by layer
+        # and operation.
         designs, self.axes, self.supports, shared = parts_of(self.spec, self.layer_axes)
         self.shapes = {name: axes.matrix for name, axes in self.axes.items()}
         groupings: list[Grouping] = []

@@ -345,29 +345,17 @@ class Opened:
     """Rows of a fold's leading modes, the ranks of its last mode left open.
 
     Of ``factor0 @ factor1.T`` the rows are those of `factor0` itself, and `factor1` is the end.
-
-    Attributes
-    ----------
-    sources, ends : tuple of Source
-        Of the rows, and of the last factors.
-    boxes : tuple of tuples of Term
-        The rows are those of the boxes, one after the other. Every term makes an array of its
-        own, (rows, *ranks).
-    skip, rows : int
-        Which rows of the boxes.
-    ranks : tuple of tuples of int
-        For every term the sizes of its open labels.
-    completed : tuple of Term
-        For every term the contraction of rows, the first operand, with the last factors.
     """
 
-    sources: tuple[Source, ...]
-    ends: tuple[Source, ...]
+    sources: tuple[Source, ...]  # of the rows
+    ends: tuple[Source, ...]  # of the last factors
+    # The rows are those of the boxes, one after the other. Every term makes an array of its own,
+    # (rows, *ranks).
     boxes: tuple[tuple[Term, ...], ...]
-    skip: int
+    skip: int  # rows of the boxes before the first
     rows: int
-    ranks: tuple[Shape, ...]
-    completed: tuple[Term, ...]
+    ranks: tuple[Shape, ...]  # for every term the sizes of its open labels
+    completed: tuple[Term, ...]  # of rows, the first operand, with the last factors
 
     @property
     def width(self) -> int:

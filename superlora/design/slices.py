@@ -22,22 +22,11 @@ _WASTE = 8
 
 @dataclass(frozen=True)
 class Slice:
-    """The boxes that hold a range of a group's vector.
+    """The boxes that hold a range of a group's vector, and a little around it."""
 
-    Attributes
-    ----------
-    boxes : tuple of Box
-        One ``(first, last + 1)`` pair a digit; read one after the other, each in
-        row-major order, they hold the range and a little around it.
-    skip : int
-        Entries before the range.
-    size : int
-        Entries of the range.
-    """
-
-    boxes: tuple[Box, ...]
-    skip: int
-    size: int
+    boxes: tuple[Box, ...]  # one after the other, each read in row-major order
+    skip: int  # entries before the range
+    size: int  # of the range
 
 
 def slice_of(radices: Sequence[int], start: int, stop: int) -> Slice:

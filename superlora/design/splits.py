@@ -30,33 +30,15 @@ _MOST = 1 << 24
 
 @dataclass(frozen=True)
 class Split:
-    """One Tucker or tensor-train factorisation of the product.
+    """One Tucker or tensor-train factorisation of the product, of M modes."""
 
-    Attributes
-    ----------
-    shape : tuple of int
-        Its mode sizes as the product takes them, one for each mode of the fold.
-    sizes : tuple of M int
-        Mode sizes ``d_km`` that are factored: `shape`, fewer modes where its own order is
-        lower, or those before a map of single modes.
-    ranks : tuple of M int
-        Core sizes ``r_km``; equal to the mode's size where it is un-factored. Of a train
-        the M - 1 ranks between neighbouring modes.
-    factored : tuple of M bool
-        Whether mode m has a factor ``A_km``; else it is the identity. A train has none.
-    core : str
-        ``"full"``; ``"diagonal"``, stored as a vector; ``"identity"``, not stored; or
-        ``"train"``, stored as one core a mode.
-    capped : bool
-        Whether an integer rank exceeded a mode's size here.
-    """
-
-    shape: Shape
+    shape: Shape  # as the product takes it, one size for each mode of the fold
+    # As it is factored: fewer modes where its own order is lower, or those before a map of modes.
     sizes: Shape
-    ranks: Shape
-    factored: tuple[bool, ...]
-    core: str
-    capped: bool = False
+    ranks: Shape  # of each mode, its size where it is un-factored; of a train between neighbours
+    factored: tuple[bool, ...]  # whether a mode has a factor; else it is the identity
+    core: str  # "full", "diagonal", stored as a vector, "identity", not stored, or "train"
+    capped: bool = False  # whether an integer rank exceeded a mode's size here
 
     @functools.cached_property
     def block_shapes(self) -> dict[str, Shape]:
@@ -95,24 +77,12 @@ def neighbours(items: Sequence[_Item], order: int) -> list[list[_Item]]:
 
 @dataclass(frozen=True)
 class Group:
-    """One tensor of the equation.
+    """One tensor of the equation."""
 
-    Attributes
-    ----------
-    size : int
-        Entries after the map: what the weights of the group hold.
-    fold : tuple of M int
-        Mode sizes ``D_m`` before the map; after it where it is one of single modes.
-    before : int
-        Entries before the map.
-    splits : tuple of Split
-        The K factors of each of the products that are summed, one after the other.
-    """
-
-    size: int
-    fold: Shape
-    before: int
-    splits: tuple[Split, ...]
+    size: int  # entries after the map: what the weights of the group hold
+    fold: Shape  # before the map; after it where it is one of single modes
+    before: int  # entries before the map
+    splits: tuple[Split, ...]  # of each of the products that are summed, one after the other
 
 
 @dataclass(frozen=True)

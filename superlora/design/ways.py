@@ -38,36 +38,20 @@ _MOST_LARGER = 16
 
 @dataclass(frozen=True)
 class Factored:
-    """A weight's update as networks with inputs.
+    """A weight's update as networks with inputs."""
 
-    Attributes
-    ----------
-    inputs : tuple of int
-        What an input is read as.
-    before : Cost
-        Of what is no term: the opened rows, or the map's own product.
-    few, many : tuple of Term
-        The terms in the order that is best for few tokens, and for many; none where a map
-        multiplies inputs itself.
-    sources : tuple of Source
-        The blocks that are operands themselves.
-    opened : Opened or None
-        The rows that are the first operand of every term, where the leading modes are contracted
-        on their own.
-    lead : tuple of int
-        What the rows are read as before their ranks, (outputs, blocks), where they are opened.
-    base : tuple of int, or None
-        What the layer's weight is read as, the operand after the inputs, where it is one.
-    """
-
-    inputs: Shape
-    before: Cost
+    inputs: Shape  # what an input is read as
+    before: Cost  # of what is no term: the opened rows, or the map's own product
+    # The terms in the order that is best for few tokens, and for many; none where a map multiplies
+    # inputs itself.
     few: tuple[Term, ...] = ()
     many: tuple[Term, ...] = ()
-    sources: tuple[Source, ...] = ()
+    sources: tuple[Source, ...] = ()  # the blocks that are operands themselves
+    # The rows after the inputs in every term, where the leading modes are contracted on their own,
+    # and what they are read as before their ranks, (outputs, blocks).
     opened: Opened | None = None
     lead: Shape = ()
-    base: Shape | None = None
+    base: Shape | None = None  # what the layer's weight is read as, where it is an operand
 
     @functools.cached_property
     def costs(self) -> tuple[Cost, ...]:
@@ -89,21 +73,12 @@ class Factored:
 
 @dataclass(frozen=True)
 class Application:
-    """How one weight's update is applied.
+    """How one weight's update is applied."""
 
-    Attributes
-    ----------
-    factored : Factored or None
-        None where the update can only be formed.
-    forming : Cost
-        Of forming the update once.
-    bounds : dict of (bool, bool) to int or None
-        From how many tokens on it is formed: by whether a backward pass follows, and whether one
-        product with ``W₀ + ΔW`` takes the place of two; None for no number.
-    """
-
-    factored: Factored | None
-    forming: Cost
+    factored: Factored | None  # None where the update can only be formed
+    forming: Cost  # of forming the update once
+    # From how many tokens on it is formed, if any: by whether a backward pass follows, and whether
+    # one product with ``W₀ + ΔW`` takes the place of two.
     bounds: dict[tuple[bool, bool], int | None]
 
     def formed(
