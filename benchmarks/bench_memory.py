@@ -31,7 +31,7 @@ from typing import Any
 import measuring
 from measuring import MEGABYTE, RETURN_LARGE_BLOCKS
 
-from superlora.design.ways import application
+from superlora.design.cost_rule import application
 
 MEASURES = ("live", "resident", "default")
 

@@ -18,13 +18,13 @@ from superlora.algebra.form import (
 from superlora.algebra.frozen import frozen_blocks
 from superlora.algebra.init import init_factors
 from superlora.design.axes import Axes
+from superlora.design.cost_rule import application, check_apply, no_factored_way
 from superlora.design.describe import describe
 from superlora.design.layout import Layout
 from superlora.design.network import Network, network_of
 from superlora.design.placement import Placement, placements
 from superlora.design.spec import Spec
 from superlora.design.supports import Supports
-from superlora.design.ways import application, check_apply, no_factored_way
 from superlora.errors import some
 from superlora.operations import merge
 

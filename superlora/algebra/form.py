@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from superlora._backend import Array, backend_of, eye
+from superlora.algebra.contract import run
 from superlora.algebra.folding import ravel
 from superlora.algebra.kronecker import kronecker
-from superlora.algebra.run import run
+from superlora.design.cost_rule import application, row_pair
 from superlora.design.layout import Layout
 from superlora.design.network import (
     Network,
@@ -22,7 +23,6 @@ from superlora.design.network import (
     group_network,
     network_of,
 )
-from superlora.design.ways import application, row_pair
 from superlora.maps import Map
 
 # Gives the vector that a group's map makes, or some of its entries.

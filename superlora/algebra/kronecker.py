@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from superlora._backend import Array, backend_of
-from superlora.algebra.run import run
+from superlora.algebra.contract import run
 from superlora.design.contraction import contract
 
 

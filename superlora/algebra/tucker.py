@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from superlora._backend import Array, backend_of
-from superlora.algebra.run import run
+from superlora.algebra.contract import run
 from superlora.design.contraction import contract
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from superlora.design.blocks import unit_modes_of
+from superlora.design.cost_rule import FORMED, application
+from superlora.design.factor_maps import unit_modes_of
 from superlora.design.layout import Layout
 from superlora.design.spec import Spec
 from superlora.design.splits import Split
 from superlora.design.supports import OF_BIAS
-from superlora.design.ways import FORMED, application
 
 _GROUP = ("operations", "groups", "entries", "map", "fold", "splits (size:rank)")
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from superlora.design.axes import Axes
-from superlora.design.blocks import Inner, inner_vectors, unit_modes_of
+from superlora.design.factor_maps import Inner, inner_vectors, unit_modes_of
 from superlora.design.fold_shape import Shape
 from superlora.design.grouping import Grouping, Piece, check_shapes, group_weights, join
 from superlora.design.spec import Spec

@@ -12,10 +12,10 @@ from superlora.maps._check import check
 from superlora.maps.composed import BlockDiagonal, Composed
 from superlora.maps.fastfood import Fastfood
 from superlora.maps.gaussian import Gaussian
-from superlora.maps.moves import Broadcast, Identity, Selection, Shuffle
-from superlora.maps.of_weight import Circulant, Fourier, Wavelet
+from superlora.maps.index_maps import Broadcast, Identity, Selection, Shuffle
 from superlora.maps.one_hot import OneHot
 from superlora.maps.separable import Separable
+from superlora.maps.weight_transforms import Circulant, Fourier, Wavelet
 
 __all__ = [
     "BlockDiagonal",

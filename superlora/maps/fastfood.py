@@ -18,7 +18,7 @@ from superlora.maps._seeded import (
     joined,
     scale_of,
 )
-from superlora.maps.moves import padded, position_type
+from superlora.maps.index_maps import padded, position_type
 from superlora.maps.permutations import check_size
 from superlora.maps.walsh_hadamard import next_power_of_two, transform_cropped, transform_padded
 

@@ -18,7 +18,7 @@ from superlora.maps._seeded import (
     chunks,
     joined,
 )
-from superlora.maps.moves import position_type
+from superlora.maps.index_maps import position_type
 
 _CHUNK = 1 << 19  # entries whose constants are made at once
 

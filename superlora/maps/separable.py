@@ -16,7 +16,7 @@ from superlora.maps._base import Map, Place
 from superlora.maps._seeded import freeze_counts
 from superlora.maps.composed import CombinedMap, check_part
 from superlora.maps.fastfood import Fastfood
-from superlora.maps.moves import Identity, padded
+from superlora.maps.index_maps import Identity, padded
 
 _DENSE = 1 << 24  # entries of a mode's matrix that is kept, so that a product takes its place
 _MODES = 4096  # that can have streams of their own

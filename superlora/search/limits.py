@@ -10,7 +10,7 @@ import numpy
 
 from superlora.checks import check_count
 from superlora.search.space import Space
-from superlora.search.tilted import Tilted
+from superlora.search.tilted_draws import Tilted
 
 Indices = tuple[int, ...]  # a configuration, as `Space.indices` gives it
 UNIFORM_TRIES = 10  # uniform draws before cheap or dear options are preferred

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from superlora.design.cost_rule import check_apply
 from superlora.design.spec import Spec
 from superlora.design.supports import OPERATIONS
-from superlora.design.ways import check_apply
 from superlora.errors import AdapterError, some
 from superlora.operations import GIVES_BIAS
 from superlora.plan import Plan

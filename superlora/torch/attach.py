@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from superlora._backend import backend_of
 from superlora.algebra.frozen import each_frozen
 from superlora.algebra.init import each_factor
+from superlora.design.cost_rule import check_apply
 from superlora.design.spec import Spec
 from superlora.design.supports import Supports, design_of, without
-from superlora.design.ways import check_apply
 from superlora.errors import AdapterError, some
 from superlora.maps._check import check, is_own
 from superlora.plan import Plan

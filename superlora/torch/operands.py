@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from superlora._backend import backend_of
+from superlora.algebra.contract import run
 from superlora.algebra.form import (
     cut,
     form,
@@ -21,7 +22,7 @@ from superlora.algebra.form import (
     take,
     total,
 )
-from superlora.algebra.run import run
+from superlora.design.cost_rule import opens_rows, rows_of, whole_rows
 from superlora.design.grouping import cut_pieces
 from superlora.design.layout import Layout
 from superlora.design.network import (
@@ -34,7 +35,6 @@ from superlora.design.network import (
     opened_rows,
     weight_network,
 )
-from superlora.design.ways import opens_rows, rows_of, whole_rows
 from superlora.torch.autograd import made, moved, parts
 from superlora.torch.blocks import Blocks, Place
 

@@ -19,8 +19,8 @@ from superlora.torch.layers import (
     is_transposed,
     parameter_of,
 )
-from superlora.torch.operations import Base, Operations, merged_changes
-from superlora.torch.sums import add_rounded_once, is_finite
+from superlora.torch.merge_operations import Base, Operations, merged_changes
+from superlora.torch.rounding import add_rounded_once, is_finite
 from superlora.torch.support import Support, sum_output
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from superlora.algebra.form import joint_entries
+from superlora.design.cost_rule import FORMED, application
 from superlora.design.supports import ADD
-from superlora.design.ways import FORMED, application
 from superlora.torch.autograd import autocasts, is_traced, without_autocast
 from superlora.torch.blocks import Blocks, Place
 from superlora.torch.operands import Operands, Shared, formed_operands

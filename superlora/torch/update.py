@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from superlora._backend import backend_of
+from superlora.algebra.contract import contract_pair, matrices, run
 from superlora.algebra.form import form, scaled, take, total
-from superlora.algebra.run import contract_pair, matrices, run
 from superlora.design.contraction import Contraction
+from superlora.design.cost_rule import Factored
 from superlora.design.layout import Layout
 from superlora.design.network import Operand, group_network
-from superlora.design.ways import Factored
 from superlora.torch.autograd import (
     aliases,
     gradients,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 
 import superlora as sl
-from superlora.design.ways import application
+from superlora.design.cost_rule import application
 from tests.strategies import Mixing, Permuting, draw_factors, make_plan, plans
 
 torch = pytest.importorskip("torch")

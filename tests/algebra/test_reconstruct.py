@@ -14,8 +14,8 @@ from numpy.testing import assert_allclose
 
 import superlora as sl
 from superlora.algebra.form import apply_factored, group_tensor, joint_entries
+from superlora.design.cost_rule import application
 from superlora.design.network import row_slice
-from superlora.design.ways import application
 from tests import oracles
 from tests.strategies import Mixing, Permuting, draw_factors, make_plan, problems
 

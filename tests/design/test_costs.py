@@ -11,8 +11,8 @@ import superlora as sl
 from superlora import maps
 from superlora.design import ways
 from superlora.design.contraction import BALANCE, TOKENS, Cost, contract
+from superlora.design.cost_rule import APPLY, check_apply
 from superlora.design.network import FEW, MANY, network_of
-from superlora.design.ways import APPLY, check_apply
 from tests.strategies import make_plan
 
 SQUARE = {"q": (768, 768)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import superlora as sl
-from superlora.design.ways import application
+from superlora.design.cost_rule import application
 from tests.strategies import Mixing, make_plan
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import superlora as sl
 from superlora import maps
-from superlora.design.ways import application
+from superlora.design.cost_rule import application
 from tests.oracles import jacobian_rank
 from tests.reductions.cases import fill
 from tests.strategies import draw_factors

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from superlora.search import Space
 from superlora.search.limits import UNIFORM_TRIES, Limits
-from superlora.search.tilted import Tilted
+from superlora.search.tilted_draws import Tilted
 from tests.search.spaces import SMALL, count, every, spaces
 
 VIT = Space({f"blocks.{i}.qkv": (1152, 384) for i in range(12)}, ranks=(8, 4))

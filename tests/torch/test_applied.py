@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import superlora as sl
 import superlora.torch as slt
-from superlora.design.ways import application
+from superlora.design.cost_rule import application
 from superlora.torch.update import FactoredWay, FormedWay, MultipliedWay
 from tests.torch.counting import Tracker
 from tests.torch.helpers import (

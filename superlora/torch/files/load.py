@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from superlora.design.ways import check_apply
+from superlora.design.cost_rule import check_apply
 from superlora.errors import some
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter

@@ -22,7 +22,7 @@ from superlora._backend import (
 from superlora.checks import check_count
 from superlora.maps._base import Place
 from superlora.maps._seeded import PlacedMap, WeightMap, weight_shape
-from superlora.maps.moves import position_type
+from superlora.maps.index_maps import position_type
 
 
 @dataclass(frozen=True, kw_only=True)
