@@ -1,4 +1,4 @@
-"""Cases of several parameters in which every two values meet, but not every combination."""
+"""Cases of several parameters: few of them, in which all values are, or every two of them meet."""
 
 from __future__ import annotations
 
@@ -28,10 +28,28 @@ def pairwise(
     return pytest.mark.parametrize(list(parameters), cases, indirect=list(indirect))
 
 
+def in_turn(
+    first: str, values: Iterable[Any], second: str, others: Sequence[Any]
+) -> pytest.MarkDecorator:
+    """Parametrise a test by every pair of two parameters' values, most of which are slow cases.
+
+    The default run has each of the first parameter's values once, with the second's in turn.
+    """
+    cases = []
+    for place, value in enumerate(values):
+        for turn, other in enumerate(others):
+            marks = [] if place % len(others) == turn else [pytest.mark.slow]
+            (one, _), (two, _) = _named([value, other])
+            cases.append(pytest.param(value, other, id=f"{one}-{two}", marks=marks))
+    return pytest.mark.parametrize((first, second), cases)
+
+
 def _named(values: Iterable[Any]) -> Iterable[tuple[str, Any]]:
     if isinstance(values, Mapping):
         return values.items()
-    return ((str(value).removeprefix("torch."), value) for value in values)
+    return (
+        (getattr(value, "__name__", str(value).removeprefix("torch.")), value) for value in values
+    )
 
 
 def cover(sizes: Sequence[int]) -> list[tuple[int, ...]]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.pairs import cover, pairwise
+from tests.pairs import cover, in_turn, pairwise
 
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=6))
@@ -37,3 +37,10 @@ def test_names_and_values_of_the_cases():
         ("b-(3,)", (2, (3,))),
     }
     assert mark.kwargs["indirect"] == ["key"]
+
+
+def test_every_pair_is_a_case_and_every_value_a_quick_one():
+    cases = in_turn("key", "abcde", "size", (1, 2)).mark.args[1]
+    assert {case.values for case in cases} == set(itertools.product("abcde", (1, 2)))
+    quick = [case.id for case in cases if not case.marks]
+    assert quick == ["a-1", "b-2", "c-1", "d-2", "e-1"]

@@ -96,7 +96,7 @@ few_rows = pytest.mark.parametrize(("spec", "shapes"), [ROWS[key] for key in FEW
 
 def examples(xp, base=100):
     """Ask jax, which compiles for every new shape, fewer questions."""
-    share = {"numpy": 5.0, "jax": 0.02}.get(xp.name, 1.0)
+    share = {"numpy": 3.0, "jax": 0.02}.get(xp.name, 1.0)
     thorough = settings().max_examples / 60
     return settings(max_examples=max(1, round(base * share * thorough)))
 

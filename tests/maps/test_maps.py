@@ -283,4 +283,5 @@ def test_a_map_without_adjoint_cannot_be_made():
 def test_two_maps_of_one_name_are_refused():
     with pytest.raises(TypeError, match=r"'Mixing' exists already in tests\.strategies"):
         type("Mixing", (maps.Map,), {"__module__": "elsewhere"})
-    assert maps.Map._known["Mixing"] is Mixing
+    spec = sl.dense(fold="balanced", map=Mixing(4))
+    assert type(sl.Spec.from_dict(spec.to_dict()).map) is Mixing

@@ -10,6 +10,7 @@ from torch import nn
 
 import superlora as sl
 import superlora.torch as slt
+from tests.pairs import in_turn
 from tests.torch.helpers import (
     SPECS,
     assert_near,
@@ -39,13 +40,11 @@ def through_torch(model):
     return torch.load(buffer, weights_only=False)
 
 
-copiers = pytest.mark.parametrize(
-    "copier", [copy.deepcopy, through_pickle, through_torch], ids=["deepcopy", "pickle", "save"]
-)
+COPIERS = (copy.deepcopy, through_pickle, through_torch)
+copiers = pytest.mark.parametrize("copier", COPIERS)
 
 
-@every_spec
-@copiers
+@in_turn("key", SPECS, "copier", COPIERS)
 def test_copy_computes_the_same_and_is_independent(key, copier):
     model = make_net(dtype=torch.float64)
     adapter = attach_filled(model, key)

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 import superlora.torch as slt
-from tests.torch.helpers import SPECS, bits, fill, loss_of, make_input, make_net, targets_of
+from tests.pairs import in_turn
+from tests.torch.helpers import (
+    SPECS,
+    bits,
+    fill,
+    loss_of,
+    make_input,
+    make_net,
+    slow_but,
+    targets_of,
+)
 
 # Singular vectors are refused where there are no weights yet.
 DRAWN = [
@@ -62,8 +72,7 @@ WAYS = [with_memory, copied_onto, one_by_one]
 every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 
 
-@every_drawn
-@every_way
+@in_turn("key", DRAWN, "way", WAYS)
 def test_equals_the_same_adapter_attached_after_loading(key, way):
     expected, source = make_net(), make_net()
     late = attached(expected, key)
@@ -77,8 +86,7 @@ def test_equals_the_same_adapter_attached_after_loading(key, way):
     assert torch.equal(steps(model, early), steps(expected, late))
 
 
-@every_drawn
-@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@in_turn("key", DRAWN, "assign", [False, True])
 def test_a_state_dict_with_the_adapter(key, assign):
     source = make_net()
     fill(attached(source, key))
@@ -160,7 +168,10 @@ def test_a_detached_adapter_leaves_no_hooks():
     assert not model._load_state_dict_pre_hooks
 
 
-@pytest.mark.parametrize("key", ["lora", "vera", "lorta", "unilora", "fastfood", "lokr"])
+@pytest.mark.parametrize(
+    "key",
+    slow_but(["lora", "unilora"], ["lora", "vera", "lorta", "unilora", "fastfood", "lokr"]),
+)
 def test_attaching_takes_as_many_calls_for_each_layer_of_a_deeper_model(key):
     def calls(depth):
         model = empty_net(depth=depth)

@@ -125,6 +125,7 @@ def test_scripting_says_what_to_do():
         torch.jit.script(model)
 
 
+@pytest.mark.slow
 def test_nothing_stays_on_another_device():
     found = subprocess.run(
         [sys.executable, "-m", "tests.torch.fake_device"], capture_output=True, text=True

@@ -13,13 +13,14 @@ from torch import nn
 import superlora as sl
 import superlora.torch as slt
 from superlora.torch.files import safetensors_file as files
+from tests.pairs import in_turn
 from tests.torch.helpers import (
+    LAYERS,
     SPECS,
     assert_near,
     attach_filled,
     base_bits,
     bits,
-    every_layer,
     every_spec,
     fill,
     make_input,
@@ -29,8 +30,7 @@ from tests.torch.helpers import (
 )
 
 
-@every_spec
-@every_layer
+@in_turn("key", SPECS, "layer", LAYERS)
 def test_save_load_gives_the_same_floats(key, layer, tmp_path):
     path = tmp_path / "a.safetensors"
     model = make_net(layer)

@@ -8,7 +8,7 @@ from torch import nn
 import superlora as sl
 import superlora.torch as slt
 from tests import oracles
-from tests.pairs import pairwise
+from tests.pairs import in_turn, pairwise
 from tests.strategies import Mixing
 from tests.torch.helpers import (
     INNER,
@@ -66,8 +66,7 @@ def test_forward_equals_base_plus_update_equals_merged(key, layer, dtype, device
     assert base_bits(model) == before
 
 
-@every_spec
-@every_layer
+@in_turn("key", SPECS, "layer", LAYERS)
 def test_output_starts_bit_equal_and_base_is_untouched(key, layer):
     model = make_net(layer, dtype=torch.float32)
     x = make_input()

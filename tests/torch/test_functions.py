@@ -24,7 +24,7 @@ from tests.torch.helpers import (
     slow_but,
     targets_of,
 )
-from tests.torch.support_cases import attach_small, every_design, make_model, plain_call
+from tests.torch.support_cases import DESIGNS, attach_small, every_design, make_model, plain_call
 from tests.torch.test_applied import EVERY, every_way, forward_mode, make_pair
 
 # torch's own tracer does what its own warning forbids.
@@ -149,11 +149,25 @@ def test_gradients_of_gradients_of_merge_operations(key):
     y = plain_call(model, [adapter], lambda: model(x))
     expected = torch.autograd.grad(penalty_of(y, leaves), leaves)
     assert_same(torch.autograd.grad(penalty_of(model(x), leaves), leaves), expected)
+
+
+@pytest.mark.parametrize("key", slow_but(["ssf", "bias in one group"], DESIGNS))
+def test_gradients_of_gradients_of_merge_operations_against_finite_differences(key):
+    model = make_model(dtype=torch.float64)
+    adapter = attach_small(model, key)
+    x = make_input(2, dtype=torch.float64).requires_grad_()
+    leaves = used_leaves(model, adapter, x)
     assert torch.autograd.gradgradcheck(lambda x, *_: model(x), leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("applied", ["factored", "formed"])
-@pytest.mark.parametrize("key", ["add_weight", "right_weight", "left_weight", "glora, matrix"])
+@pytest.mark.parametrize(
+    "key",
+    slow_but(
+        ["add_weight", "right_weight", "left_weight"],
+        ["add_weight", "right_weight", "left_weight", "glora, matrix"],
+    ),
+)
 def test_gradients_of_gradients_of_merge_operations_in_each_way(key, applied):
     model = make_model(dtype=torch.float64)
     adapter = attach_small(model, key, apply=applied)

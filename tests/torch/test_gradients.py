@@ -7,7 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 import superlora as sl
 import superlora.torch as slt
+from tests.pairs import in_turn
 from tests.torch.helpers import (
+    LAYERS,
     SPECS,
     WIDTH,
     assert_near,
@@ -40,8 +42,7 @@ def assert_gradients_equal(found, expected):
         assert (found[name] - gradient).abs().max() <= 1e-12 * largest, name
 
 
-@every_spec
-@every_layer
+@in_turn("key", SPECS, "layer", LAYERS)
 def test_gradients_equal_plain_autograd(key, layer):
     model, adapter, x = make_pair(key, layer)
     y = model(x)

@@ -9,7 +9,7 @@ from torch import nn
 import superlora as sl
 import superlora.torch as slt
 from superlora.torch.support import Support
-from tests.pairs import pairwise
+from tests.pairs import in_turn, pairwise
 from tests.torch.helpers import (
     LAYERS,
     SPECS,
@@ -17,7 +17,6 @@ from tests.torch.helpers import (
     attach_filled,
     base_bits,
     every_layer,
-    every_spec,
     fill,
     make_input,
     make_net,
@@ -49,8 +48,7 @@ def test_unmerge_restores_every_bit(key, layer, dtype):
         assert base_bits(model) == before
 
 
-@every_spec
-@every_layer
+@in_turn("key", SPECS, "layer", LAYERS)
 def test_detach_leaves_the_very_model(key, layer):
     model = make_net(layer)
     model.blocks[1].requires_grad_(False)

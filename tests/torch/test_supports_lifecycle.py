@@ -20,6 +20,7 @@ from tests.torch.helpers import (
 )
 from tests.torch.support_cases import (
     DESIGNS,
+    PAIRS,
     TARGETS,
     attach_small,
     every_design,
@@ -31,6 +32,14 @@ from tests.torch.support_cases import (
 )
 
 F64 = {"dtype": torch.float64}
+# The dtypes in turns: each design has both.
+every_pair_and_dtype = pytest.mark.parametrize(
+    ("key", "layer", "dtype"),
+    [
+        pytest.param(*pair.values, (torch.float32, torch.bfloat16)[place % 2], id=pair.id)
+        for place, pair in enumerate(PAIRS)
+    ],
+)
 
 
 def merged_names(adapter):
@@ -45,8 +54,7 @@ def merged_names(adapter):
     return found
 
 
-@every_pair
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_pair_and_dtype
 def test_attach_changes_no_bit_of_the_output(key, layer, dtype):
     model = make_model(layer, dtype=dtype)
     x = make_input(dtype=dtype)
@@ -127,8 +135,7 @@ def test_plan_merge_is_what_the_adapter_merges(scale):
         assert_near(module.bias, found[name][1])
 
 
-@every_pair
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_pair_and_dtype
 def test_unmerge_and_detach_restore_every_bit(key, layer, dtype):
     model = make_model(layer, dtype=dtype)
     before = base_bits(model)

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 
 import superlora as sl
 import superlora.torch as slt
+from tests.pairs import in_turn
 from tests.torch.helpers import (
     SPECS,
     attach_filled,
     bits,
     every_layer,
-    every_spec,
     fill,
     gradients,
     loss_of,
@@ -58,8 +58,7 @@ def assert_refused(model, adapter, path, message, error=ValueError):
     assert adapter.scale == scale
 
 
-@every_spec
-@pytest.mark.parametrize("scale", [None, 0.3], ids=["same scale", "another scale"])
+@in_turn("key", SPECS, "scale", [None, 0.3])
 def test_equals_a_fresh_load(key, scale, tmp_path):
     path = saved(tmp_path, key, scale=scale)
     model = make_net()

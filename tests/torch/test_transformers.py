@@ -5,6 +5,7 @@ import torch
 
 import superlora as sl
 import superlora.torch as slt
+from tests.pairs import in_turn
 from tests.torch.helpers import SPECS, assert_near, fill, seeded, unchanged
 
 transformers = pytest.importorskip("transformers")
@@ -86,8 +87,7 @@ def output(model, x):
 
 
 @pytest.mark.filterwarnings("ignore:no Kronecker structure:UserWarning")
-@pytest.mark.parametrize("key", SPEC_KEYS)
-@pytest.mark.parametrize("kind", MODELS)
+@in_turn("key", SPEC_KEYS, "kind", list(MODELS))
 def test_attach_train_merge_save_detach(kind, key, tmp_path):
     model, x, targets = build(kind)
     base = output(model, x)
@@ -170,7 +170,8 @@ def test_save_pretrained_of_a_detached_model_is_plain(tmp_path):
     y = output(model, x)
     adapter.detach(keep_merged=True)
     model.save_pretrained(tmp_path)
-    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    dtype = "dtype" if int(transformers.__version__.partition(".")[0]) > 4 else "torch_dtype"
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, **{dtype: torch.float64}).eval()
     assert_near(output(again, x), y)
 
 
