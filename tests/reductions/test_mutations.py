@@ -356,13 +356,9 @@ def kinds_of(spec: sl.Spec) -> set[str]:
     return found
 
 
-@contextlib.contextmanager
-def patched(name: str, wrong: Any) -> Iterator[None]:
-    """Replace what all modules of maps have imported under a name."""
-    with contextlib.ExitStack() as stack:
-        for module in ("fastfood", "one_hot"):
-            stack.enter_context(mock.patch(f"superlora.maps.{module}.{name}", wrong))
-        yield
+def patched(name: str, wrong: Any) -> Any:
+    """Replace what all seeded maps draw with."""
+    return mock.patch(f"superlora.maps._seeded.{name}", wrong)
 
 
 BROKEN: dict[str, tuple[str, Callable[[], Any]]] = {
