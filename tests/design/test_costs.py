@@ -9,7 +9,7 @@ import pytest
 
 import superlora as sl
 from superlora import maps
-from superlora.design import ways
+from superlora.design import cost_rule
 from superlora.design.contraction import BALANCE, TOKENS, Cost, contract
 from superlora.design.cost_rule import APPLY, check_apply
 from superlora.design.network import FEW, MANY, network_of
@@ -20,7 +20,7 @@ COUNT = 256
 
 
 def application(spec, shapes=SQUARE):
-    return ways.application(make_plan(spec, shapes).layout, next(iter(shapes)))
+    return cost_rule.application(make_plan(spec, shapes).layout, next(iter(shapes)))
 
 
 def is_formed(spec, tokens=COUNT, **options):
@@ -188,7 +188,7 @@ def test_the_order_of_contractions_costs_least(key, which):
     """Of every network with its inputs, and of the one that forms: all orders are tried."""
     spec, shape = NETWORKS[key]
     layout = make_plan(spec, {"q": shape}).layout
-    found = ways.application(layout, "q").factored
+    found = cost_rule.application(layout, "q").factored
     assert found.opened is None
     network = network_of(layout, "q")
     sources, terms, first = network.sources, network.terms(), 0

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import superlora as sl
 from superlora import maps
-from superlora.maps import fastfood, gaussian, moves, one_hot, separable
+from superlora.maps import fastfood, gaussian, index_maps, one_hot, separable
 from tests.maps.map_cases import (
     CASES,
     KINDS,
@@ -111,7 +111,7 @@ def small_chunks(monkeypatch):
     for module, name, value in [
         (fastfood, "_CHUNK", 16),
         (one_hot, "_CHUNK", 12),
-        (moves, "CHUNK", 4),
+        (index_maps, "CHUNK", 4),
         (gaussian, "_CHUNK", 32),
         (gaussian, "_KEPT", 50),
         (gaussian, "_RUN", 4),

@@ -7,7 +7,7 @@ import pytest
 
 import superlora as sl
 import superlora.torch as slt
-from superlora.torch import operations, support, update
+from superlora.torch import merge_operations, support, update
 from tests.torch.counting import FEW, MANY, MODELS, WEIGHT, WIDTH, count, make_chain
 from tests.torch.support_cases import vector
 
@@ -134,9 +134,9 @@ def test_every_layer_costs_as_much_in_a_deeper_model():
 
 
 def test_a_product_of_its_own_for_what_scales_outputs_is_noticed(monkeypatch):
-    finished = operations.Operations._finished
+    finished = merge_operations.Operations._finished
     monkeypatch.setattr(
-        operations.Operations, "_finished", lambda self, y, z: finished(self, y, None)
+        merge_operations.Operations, "_finished", lambda self, y, z: finished(self, y, None)
     )
     assert "flops a token" in exceeded(*CASES["ssf"])
 

@@ -167,9 +167,9 @@ def test_swap_refuses_another_design(tmp_path):
     model = make_net()
     adapter = attach_small(model, "glora")
     for key, message in {
-        "ssf": "must be of the design.*: other operations, or others together$",
-        "glora, matrix": "must be of the design.*: other operations, or others together$",
-        "bitfit": "must be of the design.*: other operations, or others together$",
+        "ssf": "must be of the adapter.s design: other operations, or others together$",
+        "glora, matrix": "must be of the adapter.s design: other operations, or others together$",
+        "bitfit": "must be of the adapter.s design: other operations, or others together$",
     }.items():
         path, _ = saved(tmp_path, key)
         with unchanged(model), pytest.raises(ValueError, match=message):
@@ -192,7 +192,8 @@ def test_swap_refuses_a_file_of_layers_with_other_biases(tmp_path, mine, theirs)
     model = make_net(mine)
     for key, message in {
         "bitfit": f"'blocks.0.q' has {'a' if mine == 'bias' else 'no'} bias",
-        "glora": "must be of the design",  # what scales a bias is left out where there is none
+        # What scales a bias is left out where there is none.
+        "glora": "must be of the adapter.s design",
     }.items():
         path, _ = saved(tmp_path, key, theirs)
         adapter = attach_small(model, key)
