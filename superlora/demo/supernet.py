@@ -111,8 +111,7 @@ def train_supernet(
     factors: dict[float, list[nn.Parameter]] = {}
     for layer in supernet.layers():
         for operation, stored in supernet.stored(layer).items():
-            own = factors.setdefault(settings.rates[operation], [])
-            own += [factor for factor in stored if isinstance(factor, nn.Parameter)]
+            factors.setdefault(settings.rates[operation], []).extend(stored)
     losses = fit(
         classifier,
         classifier.head,

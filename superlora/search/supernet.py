@@ -59,8 +59,6 @@ class Supernet(Adapter):
     ----------
     space : Space
         The configurations.
-    seed : int
-        As given.
 
     Raises
     ------
@@ -141,7 +139,7 @@ class Supernet(Adapter):
         plan = Plan(_stored(space), shapes)
         check_free(model, host_of(model, modules), name)
         super().__init__(plan, initial(plan, modules, seed, dtype), name)
-        self.space, self.seed, self._seed = space, seed, seed
+        self.space, self._seed = space, seed
         self._configuration: dict[str, dict[str, Option]] | None = None
         # Of each option of a layer's operation that was chosen so far.
         self._options: dict[tuple[str, str, Option], Support] = {}
@@ -156,6 +154,11 @@ class Supernet(Adapter):
             f"Supernet({len(self.space.layers)} layers, ranks={self.space.ranks}, "
             f"{self.num_parameters:,} parameters)"
         )
+
+    @property
+    def seed(self) -> int:
+        """As given."""
+        return self._seed
 
     @property
     def configuration(self) -> Configuration | None:
@@ -300,7 +303,7 @@ class Supernet(Adapter):
             )
         return self._configuration
 
-    def stored(self, layer: str) -> dict[str, tuple[Tensor, ...]]:
+    def stored(self, layer: str) -> dict[str, tuple[nn.Parameter, ...]]:
         """Return the parameters that are stored for one layer.
 
         Parameters
@@ -321,7 +324,7 @@ class Supernet(Adapter):
         """
         check_known("layer", layer, self.space.layers)
         return {
-            operation: tuple(self.blocks[block] for block in self.plan.blocks_of(name))
+            operation: tuple(map(self.get_parameter, self.plan.blocks_of(name)))
             for operation, name in self.plan.layout.supports.get(layer, {}).items()
         }
 
@@ -456,9 +459,6 @@ class Supernet(Adapter):
         self._check_chosen()
         return super().deltas()
 
-    def _all_blocks(self) -> list[Blocks]:
-        return [self.blocks, *(own.blocks for own in self._options.values())]
-
     def _supports_of(self, layer: str) -> Iterable[Support]:
         if self._configuration is None:
             return _Unchosen(self)
@@ -480,8 +480,7 @@ class Supernet(Adapter):
                 whole = self.plan.layout.block_shapes[block]
                 part = _part(option, len(whole))
                 places[name] = self.blocks.places[block]._replace(part=part)
-            own = Blocks(plan, places)
-            own.scope, own.applied, own.scale = self.blocks.scope, self.applied, self.scale
+            own = Blocks(plan, places, whole=self.blocks)
             self._options[key] = Support(own, f"{operation}.{layer}")
         return self._options[key]
 

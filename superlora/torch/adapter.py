@@ -18,8 +18,8 @@ from superlora.design.supports import OPERATIONS
 from superlora.errors import AdapterError, some
 from superlora.operations import GIVES_BIAS
 from superlora.plan import Plan
-from superlora.torch.blocks import Blocks, register_blocks
-from superlora.torch.files.state import save_blocks, without_bias
+from superlora.torch.blocks import register_blocks
+from superlora.torch.files.state import save_blocks
 from superlora.torch.files.swap import swap_blocks
 from superlora.torch.interop.formats import Export
 from superlora.torch.interop.to_lycoris import save_lycoris
@@ -73,7 +73,7 @@ class Adapter(nn.Module):
         self._disabled = 0  # how many `disabled` blocks are open
         self._merge_again = False  # when the last of them ends
         self._sites: dict[str, Site] = {}
-        self._without_bias: list[str] = []  # when it was attached last
+        self._bare: list[str] = []  # layers without the bias that an operation would change
         # The model, and its module that registers this one; a tuple is no submodule.
         self._homes: tuple[nn.Module, ...] = ()
         self._frozen: Frozen = []
@@ -181,16 +181,12 @@ class Adapter(nn.Module):
 
         It can be set; ``"auto"`` takes what costs least for a layer and its number of tokens.
         """
-        return self.blocks.applied
+        return self.blocks.scope.applied
 
     @applied.setter
     def applied(self, value: str) -> None:
         check_apply(value, self.plan.layout)
-        for blocks in self._all_blocks():
-            blocks.applied = value
-
-    def _all_blocks(self) -> list[Blocks]:
-        return [self.blocks]
+        self.blocks.scope.applied = value
 
     @property
     def scale(self) -> float:
@@ -203,9 +199,7 @@ class Adapter(nn.Module):
             raise AdapterError("scale must be set on an unmerged adapter: call unmerge() first")
         if value is None:
             raise TypeError("scale must be a number: got None")
-        scale = Spec(scale=value).scaling
-        for blocks in self._all_blocks():
-            blocks.scale = scale
+        self.blocks.scale = Spec(scale=value).scaling
 
     def delta(self, name: str) -> Tensor:
         """Form one layer's update.
@@ -250,7 +244,7 @@ class Adapter(nn.Module):
         with self.blocks.scope.kept():
             yield
 
-    def link(self, module: nn.Module, name: str) -> None:
+    def _link(self, module: nn.Module, name: str) -> None:
         """Let the forward of a layer, which the plan calls `name`, add its updates."""
         supports, first = self._supports_of(name), self.blocks.first
         link = Link(self, self.name, name, supports, first, active=self.active)
@@ -384,7 +378,6 @@ class Adapter(nn.Module):
                 f"detach or unmerge {', '.join(map(repr, below))} first"
             )
         model, host = self._homes
-        self._without_bias = without_bias(self.plan, self.layers())
         if not self.merged:
             self._use_replaced(False)
         self.replaced = None
@@ -420,8 +413,7 @@ class Adapter(nn.Module):
             If a factor lies on the meta device.
         """
         refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)
-        bare = without_bias(self.plan, self.layers()) if self.attached else self._without_bias
-        save_blocks(self.blocks, bare, self.replaced, self._beside, Path(path))
+        save_blocks(self.blocks, self._bare, self.replaced, self._beside, Path(path))
 
     def swap(self, path: str | Path) -> None:
         """Take the factors and the scale of another file of the same design, in place.

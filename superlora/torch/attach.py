@@ -20,6 +20,7 @@ from superlora.errors import AdapterError, some
 from superlora.maps._check import check, is_own
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter, adapters_of, registered
+from superlora.torch.files.state import without_bias
 from superlora.torch.layers import parameter_of, shape_of, weight_of
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
@@ -122,8 +123,9 @@ def register(
     # Those of another model on these layers too.
     adapter._order = 1 + max([other._order for other in adapters_of(model)], default=0)
     adapter._frozen = freeze(model)
+    adapter._bare = without_bias(adapter.plan, modules)
     for target in adapter.plan.layout.supports:
-        adapter.link(modules[target], target)
+        adapter._link(modules[target], target)
     host = host_of(model, modules)
     adapter._homes = (model, host)
     host.add_module(adapter.name, adapter)

@@ -51,6 +51,8 @@ class Blocks(Mapping[str, Tensor]):
         What lies where.
     places : mapping of str to Place
         One for each of ``plan.factor_shapes`` and ``plan.frozen_shapes``.
+    whole : Blocks, optional
+        The blocks of the same adapter that these are parts of: scope and scales are theirs.
 
     Attributes
     ----------
@@ -58,17 +60,26 @@ class Blocks(Mapping[str, Tensor]):
         The first factor, whose dtype all have.
     scope : Scope
         What layers share during a forward pass.
-    applied : str
-        How updates are applied: ``"auto"``, ``"factored"`` or ``"formed"``.
     scales : dict of str to Scale
         The numbers in front of the updates.
     """
 
-    def __init__(self, plan: Plan, places: Mapping[str, Place]) -> None:
+    scope: Scope
+    scales: dict[str, Scale]
+    # Two adapters with the same numbers are two.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __init__(
+        self, plan: Plan, places: Mapping[str, Place], whole: Blocks | None = None
+    ) -> None:
         self.plan, self.places = plan, places
-        self.scope = Scope()
-        self.applied = "auto"
         layout = plan.layout
+        self.first = places[next(iter(layout.factor_shapes))]
+        if whole is not None:
+            self.scope, self.scales = whole.scope, whole.scales
+            return
+        self.scope = Scope()
         planned = {name: layout.scaling(name) for name in layout.shapes}
         with torch.inference_mode(False):
             held = {
@@ -77,11 +88,6 @@ class Blocks(Mapping[str, Tensor]):
             }
         self.scales = {name: held[own] for name, own in planned.items()}
         self._scale = plan.scale
-        self.first = places[next(iter(layout.factor_shapes))]
-
-    # Two adapters with the same numbers are two.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
 
     def __getitem__(self, name: str) -> Tensor:
         return self.places[name].read()

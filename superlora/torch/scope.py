@@ -1,4 +1,4 @@
-"""`Scope`: what the layers of an adapter share during one forward pass of the model."""
+"""`Scope`: what the layers of an adapter have in common, and share during a forward pass."""
 
 from __future__ import annotations
 
@@ -21,15 +21,21 @@ class Scope:
     Each value is a dict of parts by layer. Outside of a pass, and where each operation is traced,
     nothing is shared. Every thread has a pass of its own. A pass that no `Exception` but a keyboard
     interrupt ended is open until the next call of the model.
+
+    Attributes
+    ----------
+    applied : str
+        How the layers apply their updates: ``"auto"``, ``"factored"`` or ``"formed"``.
     """
 
     def __init__(self) -> None:
+        self.applied = "auto"
         self._passes: dict[int, dict[object, Values]] = {}
         self._blocks: set[int] = set()  # the threads that are inside `opened`
         self._kept: dict[int, dict[object, Values]] = {}  # over several passes, without gradients
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_passes": {}, "_blocks": set(), "_kept": {}}
+        return {**self.__dict__, "_passes": {}, "_blocks": set(), "_kept": {}}
 
     def open(self, *_: Any) -> None:
         """Begin a pass of this thread."""

@@ -96,7 +96,7 @@ class Support:
 
     def is_formed(self, tokens: int, fused: bool) -> bool:
         """Return whether the support is best formed for so many inputs."""
-        applied = self.blocks.applied
+        applied = self.blocks.scope.applied
         if self.way is None or applied == FORMED:
             return True
         if applied != "auto" or is_traced():  # no compiler is to see a number of tokens compared

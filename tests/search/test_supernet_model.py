@@ -265,7 +265,7 @@ def test_scale_and_ways_hold_for_every_configuration():
     y = model(x)
     for way in ("factored", "formed"):
         supernet.applied = way
-        assert {own.blocks.applied for own in supernet.supports.values()} == {way}
+        assert {own.blocks.scope.applied for own in supernet.supports.values()} == {way}
         assert_near(model(x), y)
 
 
