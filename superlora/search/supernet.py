@@ -25,10 +25,9 @@ from superlora.torch.attach import attach, check_free, check_model, host_of, ini
 from superlora.torch.blocks import Blocks
 from superlora.torch.files.load import read_adapter
 from superlora.torch.files.state import SUPERNET, valid_header
-from superlora.torch.layers import shape_of
 from superlora.torch.site import Site
 from superlora.torch.support import Support
-from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
+from superlora.torch.targets import ALL_LINEAR, Selection, Targets, find_targets
 
 
 class Supernet(Adapter):
@@ -132,9 +131,11 @@ class Supernet(Adapter):
     ) -> None:
         check_model(model)
         check_seed(seed)
-        modules = find_targets(model, targets)
-        shapes = {layer: shape_of(module) for layer, module in modules.items()}
-        bare = [layer for layer, module in modules.items() if Site.bias_below(module) is None]
+        selection = find_targets(model, targets)
+        modules = selection.weights
+        _check_linear(selection)
+        shapes = {layer: weight.shape for layer, weight in modules.items()}
+        bare = [layer for layer, weight in modules.items() if Site.bias_below(weight) is None]
         space = Space(shapes, ranks, operations, tuple(bare))  # type: ignore[arg-type]
         plan = Plan(_stored(space), shapes)
         check_free(model, host_of(model, modules), name)
@@ -143,7 +144,7 @@ class Supernet(Adapter):
         self._configuration: dict[str, dict[str, Option]] | None = None
         # Of each option of a layer's operation that was chosen so far.
         self._options: dict[tuple[str, str, Option], Support] = {}
-        register(model, self, modules)
+        register(model, self, selection)
 
     def _prepared(self) -> dict[str, Support]:
         return {}  # `supports` has those of the configuration in force
@@ -354,7 +355,7 @@ class Supernet(Adapter):
         """
         self._check_attached("extracted from")
         self.space.check(configuration)
-        (model, host), modules = self._homes, self.layers()
+        (model, host), selection = self._homes, self._selection
         layers = self.space.layers
         designs = supports_of(configuration)
         if name != self.name:
@@ -365,7 +366,7 @@ class Supernet(Adapter):
                 model, designs, lambda layer, _: layer in layers, name=name, dtype=self.dtype
             )
         except BaseException:
-            register(model, self, modules)
+            register(model, self, selection)
             raise
         with torch.no_grad():
             for layer, options in configuration.items():
@@ -419,8 +420,9 @@ class Supernet(Adapter):
             stored = _stored(space)
         if stored != read.plan.spec or dict(space.layers) != read.plan.layout.layers:
             raise ValueError(f"{path} must hold the tensors of its space: it has another design")
-        bare = [name for name, module in read.modules.items() if Site.bias_below(module) is None]
-        ordered = list(find_targets(model, lambda layer, _: layer in space.layers))
+        held = read.selection.weights
+        bare = [name for name, weight in held.items() if Site.bias_below(weight) is None]
+        ordered = list(find_targets(model, lambda layer, _: layer in space.layers).weights)
         for what, expected, found in (
             ("the layers", list(space.layers), ordered),
             ("layers without a bias", list(space.without_bias), bare),
@@ -483,6 +485,17 @@ class Supernet(Adapter):
             own = Blocks(plan, places, whole=self.blocks)
             self._options[key] = Support(own, f"{operation}.{layer}")
         return self._options[key]
+
+
+def _check_linear(selection: Selection) -> None:
+    """Refuse layers whose weight is none that all operations take."""
+    unfit = [n for n, w in selection.weights.items() if not w.linear or not w.summable]
+    if unfit or selection.rows or selection.designs:
+        kinds = sorted({type(selection.weights[name].module).__name__ for name in unfit})
+        raise ValueError(
+            f"targets must match Linear or Conv1D layers: got {some(map(repr, unfit))} of type "
+            f"{', '.join(kinds) or 'rows, or with designs'}"
+        )
 
 
 def _part(option: Option, axes: int) -> tuple[slice | int, ...]:

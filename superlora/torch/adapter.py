@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +25,19 @@ from superlora.torch.files.swap import swap_blocks
 from superlora.torch.interop.formats import Export
 from superlora.torch.interop.to_lycoris import save_lycoris
 from superlora.torch.interop.to_peft import save_peft
-from superlora.torch.layers import parameter_of, refuse_empty
+from superlora.torch.layers import Weight, refuse_empty
+from superlora.torch.reached import ChangeWatch, Watch, check_mergeable, listed
 from superlora.torch.replaced import Replaced
-from superlora.torch.site import Link, Site
+from superlora.torch.site import Link, Site, holders_of
+from superlora.torch.summary import Summary, summary_of
 from superlora.torch.support import Support
+from superlora.torch.targets import Selection
 from superlora.torch.walk import Frozen, outside_adapters, release
+
+# In a state dict, of an adapter that was merged when it was taken.
+_MERGED = "merged"
+# Of a model's entries, below which a warning is given.
+_LEAST_SHARE = 0.1
 
 
 class Adapter(nn.Module):
@@ -72,7 +81,10 @@ class Adapter(nn.Module):
         self._seed = 0  # of the initial factors
         self._disabled = 0  # how many `disabled` blocks are open
         self._merge_again = False  # when the last of them ends
-        self._sites: dict[str, Site] = {}
+        self._sites: dict[str, Site] = {}  # by weight; those of rows of one layer are one
+        self._twins: list[Site] = []  # the same parameters in other modules
+        self._selection = Selection({})
+        self._watch: ChangeWatch | None = None  # while it is attached
         self._bare: list[str] = []  # layers without the bias that an operation would change
         # The model, and its module that registers this one; a tuple is no submodule.
         self._homes: tuple[nn.Module, ...] = ()
@@ -97,7 +109,9 @@ class Adapter(nn.Module):
 
     def __repr__(self) -> str:
         # The factors are too many to list.
-        return f"Adapter({self.plan!r}, scale={self.scale})"
+        left_out = self._selection.left_out
+        rest = f", {len(left_out)} layers left out" if left_out else ""
+        return f"Adapter({self.plan!r}, scale={self.scale}{rest})"
 
     def reset(self, seed: int = 0) -> None:
         """Draw the initial factors anew, so that every update is zero.
@@ -146,6 +160,13 @@ class Adapter(nn.Module):
         return {}
 
     @property
+    def _selected(self) -> dict[str, Any]:
+        """What a file's header says of weights that are more, or less, than a layer's own."""
+        rows = {name: list(each) for name, each in self._selection.rows.items()}
+        twins = list(self._selection.twins)
+        return {**({"rows": rows} if rows else {}), **({"tied": twins} if twins else {})}
+
+    @property
     def attached(self) -> bool:
         """Whether the adapter is on a model."""
         return bool(self._homes)
@@ -159,6 +180,49 @@ class Adapter(nn.Module):
     def layers(self) -> dict[str, nn.Module]:
         """Return the adapted layers by dotted name, in the plan's order."""
         return {name: site.module for name, site in self._sites.items()}
+
+    def weights(self) -> dict[str, Weight]:
+        """Return the adapted weights by dotted name, in the plan's order."""
+        return {name: site.held for name, site in self._sites.items()}
+
+    def reached(self) -> dict[str, bool | None]:
+        """Return of every adapted layer whether its update took part in a forward pass so far.
+
+        Returns
+        -------
+        dict of str to (bool or None)
+            None where the module that has the layer did not run either, as experts that no token
+            was sent to. Compiled passes are not seen.
+        """
+        return {name: site.reached for name, site in self._sites.items()}
+
+    def summary(self) -> Summary:
+        """Return the adapted layers, those left out and why, and the share of the model.
+
+        Returns
+        -------
+        Summary
+            A dict; printed it is a table.
+
+        Raises
+        ------
+        AdapterError
+            If the adapter is not attached.
+        """
+        self._check_attached("summarised")
+        return summary_of(self, self.model, self._selection, self._sites)
+
+    def warn_of_few(self) -> None:
+        """Warn where little of a model is adapted."""
+        share, left_out = self.summary()["share"], self._selection.left_out
+        if share < _LEAST_SHARE:
+            rest = f"; left out: {some(f'{n!r} {why}' for n, why in left_out.items())}"
+            warnings.warn(
+                f"adapter {self.name!r} reaches {share:.1%} of the entries of the model's weights"
+                f"{rest * bool(left_out)}; targets='all' takes convolutions and stacked experts "
+                "too",
+                stacklevel=3,
+            )
 
     @property
     def gains_bias(self) -> list[str]:
@@ -244,11 +308,47 @@ class Adapter(nn.Module):
         with self.blocks.scope.kept():
             yield
 
-    def _link(self, module: nn.Module, name: str) -> None:
-        """Let the forward of a layer, which the plan calls `name`, add its updates."""
-        supports, first = self._supports_of(name), self.blocks.first
-        link = Link(self, self.name, name, supports, first, active=self.active)
-        self._sites[name] = Site.add(module, link)
+    def _link(self, model: nn.Module, selection: Selection) -> None:
+        """Let the forward of the selected layers add their updates."""
+        self._selection, self._twins = selection, []
+        first = self.blocks.first
+        for name in self.plan.layout.supports:
+            weight = selection.weights[name]
+            supports = self._supports_of(name)
+            if name in selection.rows:
+                supports = tuple(supports)
+                for own in supports:
+                    own.cut_to(selection.rows[name])
+            site = Site.of(weight.module, weight.key)
+            link = None if site is None else site.links.get(self)
+            if link is not None:  # rows of the same layer
+                link.supports = (*link.supports, *supports)
+            else:
+                link = Link(self, self.name, name, supports, first, weight.shape, self.active)
+            readers = selection.readers.get(name, ())
+            site = self._sites[name] = Site.add(weight, link, readers)
+            for twin in selection.twins.get(name, ()):
+                self._twins.append(Site.add(twin, link, readers, site))
+        self._hooks += Watch.on(self._sites, selection.parents)
+        names = {site: _module_of(name, selection) for name, site in self._sites.items()}
+        self._watch = ChangeWatch.on(model, names)
+
+    @property
+    def _every(self) -> list[Site]:
+        return [*dict.fromkeys(self._sites.values()), *self._twins]
+
+    @property
+    def _own(self) -> list[Site]:
+        """Each parameter once."""
+        return [*dict.fromkeys(self._sites.values())]
+
+    def _check_unchanged(self, verb: str) -> None:
+        found = self._watch.changes(set(self._own)) if self._watch is not None else {}
+        if found:
+            raise AdapterError(
+                f"adapter {self.name!r} cannot be {verb}: layers were changed since it was "
+                f"attached, {listed(found)}; detach it and attach it again"
+            )
 
     def _supports_of(self, layer: str) -> Iterable[Support]:
         """Return the support tensors of a layer, in the order of the operations."""
@@ -285,37 +385,49 @@ class Adapter(nn.Module):
 
     def _activate(self) -> None:
         """Let the layers' forward know whether it is to add the updates."""
-        for site in self._sites.values():
+        for site in self._every:
             site.links[self].active = self.active
 
     def _use_replaced(self, new: bool) -> None:
         if self.replaced is not None:
             self.replaced.use(new)
 
-    def merge(self) -> None:
+    def merge(self, *, unreached: str = "refuse", bias: str = "warn") -> None:
         """Add every update to its weight, so that the model costs what its base does.
 
         The weights' own values are kept, for `unmerge`. If any cannot be merged, none is.
 
+        Parameters
+        ----------
+        unreached : {"refuse", "merge"}
+            What is done where the module that has a layer ran and the layer did not, so that the
+            forward pass lacks an update that merging would add.
+        bias : {"warn", "refuse", "ignore"}
+            What is done where layers gain a bias, which ``from_pretrained`` drops when the merged
+            model was saved.
+
         Raises
         ------
         AdapterError
-            If the adapter is merged already, disabled or not attached, or a
-            weight lies on the meta device.
+            If the adapter is merged already, disabled or not attached, a weight lies on the meta
+            device, is quantised or shared with another layer, a layer was changed since or not
+            reached, or one gains a bias that is refused.
         ValueError
-            If the sum of a weight and its update is not finite.
+            If the sum of a weight and its update is not finite, or an argument is none of those.
         """
         self._check_attached("merged")
         if self.merged:
             raise AdapterError(f"adapter {self.name!r} is merged already")
         if self._disabled:
             raise AdapterError(f"adapter {self.name!r} must not be disabled to be merged")
-        weights = {name: parameter_of(site.module) for name, site in self._sites.items()}
+        weights = {name: site.held.parameter for name, site in self._sites.items()}
         refuse_empty("weights must be loaded to be merged", weights)
+        self._check_unchanged("merged")
+        check_mergeable(self, self._homes[0], self._sites, self._twins, unreached, bias)
         done: list[Site] = []
         try:
             with self.blocks.scope.opened():
-                for site in self._sites.values():
+                for site in self._own:
                     done.append(site)
                     site.merge(self)
         except BaseException:
@@ -337,7 +449,7 @@ class Adapter(nn.Module):
         """
         if not self.merged:
             raise AdapterError(f"adapter {self.name!r} must be merged to be unmerged")
-        for site in self._sites.values():
+        for site in self._own:
             site.unmerge(self)
         self.merged = False
         self._activate()
@@ -363,15 +475,8 @@ class Adapter(nn.Module):
                 f"adapter {self.name!r} is merged: call unmerge() first, or "
                 "detach(keep_merged=True) to leave the weights merged"
             )
-        wrapped = [name for name, site in self._sites.items() if Site.of(site.module) is not site]
-        if wrapped:
-            raise AdapterError(
-                f"adapter {self.name!r} cannot be detached while the forward of {wrapped[0]!r} is "
-                "wrapped by something attached later: remove that first"
-            )
-        below = {
-            link.adapter_name: None for site in self._sites.values() for link in site.below(self)
-        }
+        self._check_not_wrapped()
+        below = {link.adapter_name: None for site in self._own for link in site.below(self)}
         if below:
             raise AdapterError(
                 f"adapter {self.name!r} must not lie on another merged one to be detached merged: "
@@ -381,11 +486,11 @@ class Adapter(nn.Module):
         if not self.merged:
             self._use_replaced(False)
         self.replaced = None
-        gained = {site.module for site in self._sites.values() if site.links[self].bare}
+        gained = {site.module for site in self._own if site.links[self].bare}
         for adapter in adapters_of(model) if gained else ():  # as trainable as the weight
             frozen = [owner for owner, key in adapter._frozen if key == "weight"]
             adapter._frozen += [(owner, "bias") for owner in frozen if owner in gained]
-        for site in self._sites.values():
+        for site in self._every:
             site.remove(self)
         del host._modules[self.name]
         for hook in self._hooks:
@@ -395,9 +500,27 @@ class Adapter(nn.Module):
             later = [(a._homes[0], a._frozen) for a in ordered if a._order > self._order]
             release(self._frozen, later)
         self._sites, self._homes, self._frozen, self._hooks = {}, (), [], []
+        self._twins, self._selection = [], Selection({})
+        if self._watch is not None:
+            self._watch.drop()
+            self._watch = None
         self.merged = False
         self.blocks.scope.clear()
         self._merge_again = False
+
+    def _check_not_wrapped(self) -> None:
+        """Refuse to be taken away below another library's wrapper, which would still call us."""
+        for site in self._every:
+            kind = site.held.kind
+            for holder in site.readers if kind == "parameter" else [site, *site.readers]:
+                forward = holder.module.__dict__.get("forward")
+                lost = forward is None or getattr(forward, "__self__", None) is holder.module
+                if not lost and holder not in holders_of(holder.module):
+                    raise AdapterError(
+                        f"adapter {self.name!r} cannot be detached while the forward of "
+                        f"{site.links[self].name!r} is wrapped by something attached later: "
+                        "remove that first"
+                    )
 
     def save(self, path: str | Path) -> None:
         """Write every factor, and the spec with the scale now in force, to a safetensors file.
@@ -410,10 +533,13 @@ class Adapter(nn.Module):
         Raises
         ------
         AdapterError
-            If a factor lies on the meta device.
+            If a factor lies on the meta device, or a layer was changed since the adapter was
+            attached.
         """
         refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)
-        save_blocks(self.blocks, self._bare, self.replaced, self._beside, Path(path))
+        self._check_unchanged("saved")
+        beside = self._beside | self._selected
+        save_blocks(self.blocks, self._bare, self.replaced, beside, Path(path))
 
     def swap(self, path: str | Path) -> None:
         """Take the factors and the scale of another file of the same design, in place.
@@ -456,7 +582,7 @@ class Adapter(nn.Module):
             held |= self.replaced.parameters()
         refuse_empty(f"adapter {self.name!r} must have memory to be given another file", held)
         self.scale = swap_blocks(
-            self.blocks, self.layers(), self.replaced, self._beside, Path(path)
+            self.blocks, self.weights(), self.replaced, self._beside, Path(path)
         )
         self.blocks.scope.clear()
 
@@ -496,7 +622,7 @@ class Adapter(nn.Module):
         """
         self._check_attached("written for another library, whose files name layers")
         return save_peft(
-            self.blocks, self.model, self.layers(), self.replaced, Path(directory), rank, energy
+            self.blocks, self.model, self._whole(), self.replaced, Path(directory), rank, energy
         )
 
     def to_lycoris(
@@ -538,30 +664,44 @@ class Adapter(nn.Module):
                 f"cannot hold: {some(self.replaced.names)}"
             )
         return save_lycoris(
-            self.blocks, self.model, self.layers(), Path(path), rank, energy, prefix
+            self.blocks, self.model, self._whole(), Path(path), rank, energy, prefix
         )
+
+    def _whole(self) -> dict[str, Weight]:
+        """Return the weights, or refuse those that another library's files cannot name."""
+        self._check_unchanged("written")
+        more = [*self._selection.rows, *self._selection.twins]
+        if more:
+            raise ValueError(
+                "weights must be a layer's own to be written for another library: got "
+                f"{some(map(repr, more))}, rows or a shared weight"
+            )
+        return self.weights()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._check_in_use()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
+            # In a tensor, since formats such as safetensors drop the metadata.
+            destination[prefix + _MERGED] = torch.ones(1)
             destination._metadata[prefix[:-1]]["merged"] = True
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        self._check_loadable(local_metadata)
+        self._check_loadable(local_metadata, prefix + _MERGED in state_dict)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def refuse_to_load(self, model: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
         """Refuse before any of the model is loaded."""
         metadata = getattr(state_dict, "_metadata", {})
-        self._check_loadable(metadata.get(prefix + registered(model).get(self, self.name), {}))
+        own = prefix + registered(model).get(self, self.name)
+        self._check_loadable(metadata.get(own, {}), f"{own}.{_MERGED}" in state_dict)
 
-    def _check_loadable(self, metadata: Mapping[str, Any]) -> None:
+    def _check_loadable(self, metadata: Mapping[str, Any], marked: bool) -> None:
         """Refuse to load a state dict, with this metadata, that would count an update twice."""
         self._check_in_use()
-        if self.merged or metadata.get("merged"):
+        if self.merged or marked or metadata.get("merged"):
             whose = "the model" if self.merged else "the state dict"
             raise AdapterError(
                 f"adapter {self.name!r} must be unmerged where a state dict is taken and where it "
@@ -578,6 +718,12 @@ class Adapter(nn.Module):
     def _check_attached(self, verb: str) -> None:
         if not self._homes:
             raise AdapterError(f"adapter {self.name!r} must be attached to be {verb}")
+
+
+def _module_of(name: str, selection: Selection) -> str:
+    """Return the name of the module that has a weight."""
+    own = name in selection.rows or selection.weights[name].kind == "parameter"
+    return name.rpartition(".")[0] if own else name
 
 
 def registered(model: nn.Module) -> dict[Adapter, str]:

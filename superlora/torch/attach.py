@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Container, Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,46 +15,63 @@ from torch import Tensor, nn
 from superlora._backend import backend_of
 from superlora.algebra.frozen import each_frozen
 from superlora.algebra.init import each_factor
-from superlora.design.cost_rule import check_apply
+from superlora.design.cost_rule import FORMED, application, check_apply
 from superlora.design.spec import Spec
-from superlora.design.supports import Supports, design_of, without
+from superlora.design.supports import ADD, OF_BIAS, Supports, design_of, without
 from superlora.errors import AdapterError, some
 from superlora.maps._check import check, is_own
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter, adapters_of, registered
 from superlora.torch.files.state import without_bias
-from superlora.torch.layers import parameter_of, shape_of, weight_of
+from superlora.torch.layers import KINDS, Weight
+from superlora.torch.low_rank import applies, low_rank
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
-from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
+from superlora.torch.targets import ALL, ALL_LINEAR, Selection, Targets, find_targets
 from superlora.torch.walk import freeze
 
 
 def attach(
     model: nn.Module,
-    spec: Spec | Mapping[Any, Any],
+    spec: Spec | Mapping[Any, Any] | None,
     targets: Targets = ALL_LINEAR,
     *,
+    exclude: Targets | None = None,
+    layers: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
+    tied: str = "refuse",
     name: str = "superlora",
     seed: int = 0,
     dtype: torch.dtype | None = None,
     apply: str = "auto",
 ) -> Adapter:
-    """Adapt a model's layers; its output stays bit for bit what it was.
+    """Adapt a model's weights; its output stays bit for bit what it was.
 
     But for a ``factor_map`` from one vector, as in `superlora.unilora`: it cannot start at zero.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Any model with ``Linear`` layers, or GPT-2's ``Conv1D``. Its parameters are
-        frozen; their names and the modules' classes stay as they are.
+        Any model with linear layers, convolutions, embeddings, norms, or other parameters such as
+        stacked experts. Its parameters are frozen; their names and the modules' classes stay as
+        they are.
     spec : Spec, Supports or mapping
         The design, such as ``superlora.lora(rank=8)``; or one for each merge operation, such as
-        ``superlora.glora(rank=8)`` or a mapping that `superlora.Supports` takes.
-    targets : sequence of str, str or callable
-        Names or suffixes of layers, a regular expression for whole names,
-        ``"all-linear"``, or ``predicate(name, module) -> bool``.
+        ``superlora.glora(rank=8)`` or a mapping that `superlora.Supports` takes. None where
+        `targets` gives one for each key.
+    targets : sequence of str, str, callable or mapping
+        Names or suffixes of layers or parameters; a regular expression for whole names;
+        ``"all-linear"``, all linear layers but output heads; ``"all"``, convolutions and stacked
+        experts too, but no embeddings; ``predicate(name, module) -> bool``; or a mapping, of
+        which each layer takes the first key that it is named by or lies below: to a `Spec` of its
+        own, to None to leave it out, or to rows of a layer that are adapted by themselves, such as
+        ``{"attn.qkv": {"q": (0, d), "v": (2 * d, 3 * d)}}``.
+    exclude : sequence of str, str or callable, optional
+        Layers to leave out, with all that lies below them.
+    layers : iterable of int, or mapping of str to it, optional
+        Numbers of the layers to adapt, such as ``range(8, 24)``: the first number in a name, or
+        that after the path which the one key is.
+    tied : {"refuse", "once"}
+        Whether a weight that other layers share is refused, or adapted once for all of them.
     name : str
         The attribute of `model` under which the adapter is registered; of its
         first adapted layer, where `model` is a ``Sequential`` or a ``ModuleList``.
@@ -86,25 +105,29 @@ def attach(
     (32, torch.Size([1, 2]))
     """
     check_model(model)
-    modules = find_targets(model, targets)
-    shapes = {target: shape_of(module) for target, module in modules.items()}
-    plan = Plan(_fitting(design_of(spec), modules), shapes)
-    check_free(model, host_of(model, modules), name)
+    selection = find_targets(model, targets, exclude=exclude, layers=layers, tied=tied)
+    plan = Plan(_fitting(_design(spec, selection), selection), selection.shapes)
+    check_free(model, host_of(model, selection.weights), name)
     _refuse_stored(plan)
+    check_operations(plan, selection)
     check_apply(apply, plan.layout)
+    check_ways(plan, selection, apply)
     for fixed, before, size in plan.layout.map_uses():
         if is_own(fixed):  # the library's are tested
             check(fixed, before, size, like=torch.empty(0, dtype=torch.float64))
-    adapter = Adapter(plan, initial(plan, modules, seed, dtype), name)
+    adapter = Adapter(plan, initial(plan, selection.weights, seed, dtype), name)
     adapter._seed = seed
     adapter.applied = apply
-    return register(model, adapter, modules)
+    register(model, adapter, selection)
+    if isinstance(targets, str) and targets in (ALL_LINEAR, ALL):
+        adapter.warn_of_few()
+    return adapter
 
 
 def register(
     model: nn.Module,
     adapter: Adapter,
-    modules: Mapping[str, nn.Module],
+    selection: Selection,
     replaced: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Put an adapter on a model; the checks of the blocks that it holds lie behind us."""
@@ -123,13 +146,12 @@ def register(
     # Those of another model on these layers too.
     adapter._order = 1 + max([other._order for other in adapters_of(model)], default=0)
     adapter._frozen = freeze(model)
-    adapter._bare = without_bias(adapter.plan, modules)
-    for target in adapter.plan.layout.supports:
-        adapter._link(modules[target], target)
-    host = host_of(model, modules)
+    adapter._bare = without_bias(adapter.plan, selection.weights)
+    adapter._link(model, selection)
+    host = host_of(model, selection.weights)
     adapter._homes = (model, host)
     host.add_module(adapter.name, adapter)
-    adapter._hooks = [
+    adapter._hooks += [
         model.register_load_state_dict_pre_hook(adapter.refuse_to_load),
         model.register_load_state_dict_post_hook(functools.partial(_fill, adapter)),
     ]
@@ -144,19 +166,97 @@ def register(
     return adapter
 
 
-def _fitting(design: Spec | Supports, modules: Mapping[str, nn.Module]) -> Spec | Supports:
+def _design(spec: Any, selection: Selection) -> Spec | Supports:
+    """Return one design for all weights, also where targets give several."""
+    designs = selection.designs
+    rest = [name for name in selection.weights if name not in designs]
+    if spec is None and rest:
+        raise TypeError(
+            f"spec must be a superlora.Spec or a mapping where targets give none: {rest[0]!r} has "
+            "no other"
+        )
+    if not designs:
+        return design_of(spec)
+    if rest:
+        designs = {**dict.fromkeys(rest, design_of(spec)), **designs}
+    for name, own in designs.items():
+        if not isinstance(own, Spec):
+            raise TypeError(
+                f"targets must map layers to a superlora.Spec, None or rows: got {own!r} for "
+                f"{name!r}"
+            )
+    names: dict[Spec | None, list[str]] = {}
+    for name in selection.weights:
+        names.setdefault(designs[name].of(name), []).append(name)
+    first, *others = [own for own in names if own is not None] or [None]
+    if first is None:
+        raise ValueError("targets must leave a layer to adapt: overrides leave out all of them")
+    overrides = {}
+    for own in (*others, *([None] if None in names else [])):
+        fields = None
+        if own is not None:
+            every = {item.name: getattr(own, item.name) for item in dataclasses.fields(own)}
+            fields = {key: value for key, value in every.items() if key != "overrides"}
+        overrides["|".join(f"^{re.escape(name)}$" for name in names[own])] = fields
+    return first.replace(overrides=overrides)
+
+
+def _fitting(design: Spec | Supports, selection: Selection) -> Spec | Supports:
     """Leave out what scales the bias of layers that have none."""
-    bare = [name for name, module in modules.items() if Site.bias_below(module) is None]
+    weights = selection.weights
+    bare = [name for name, weight in weights.items() if Site.bias_below(weight) is None]
     if isinstance(design, Spec) or not bare:
         return design
-    return without(design, "scale_bias", bare, all_of=len(bare) == len(modules))
+    return without(design, "scale_bias", bare, all_of=len(bare) == len(weights))
 
 
-def host_of(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+def check_operations(plan: Plan, selection: Selection) -> None:
+    """Refuse operations that some kinds of weights cannot have."""
+    for name, own in plan.layout.supports.items():
+        weight = selection.weights[name]
+        more = [operation for operation in own if operation != ADD]
+        where = f"{name!r}, a {type(weight.module).__name__}"
+        if more and name in selection.rows:
+            raise ValueError(f"rows of a layer must have no other operation than {ADD!r}: {more}")
+        if more and not weight.summable:
+            raise ValueError(
+                f"a quantised layer must have no other operation than {ADD!r}, since its weight "
+                f"cannot be read: got {more} for {where}"
+            )
+        gains = OF_BIAS.intersection(own) and Site.bias_below(weight) is None
+        if gains and (weight.key != "weight" or not KINDS[weight.kind].gains_bias):
+            raise ValueError(
+                f"operations on a bias must have layers that have, or can be given, one: got "
+                f"{sorted(OF_BIAS.intersection(own))} for {where}"
+            )
+
+
+def check_ways(plan: Plan, selection: Selection, apply: str) -> None:
+    """Refuse updates that can only be formed, or only factored, where a layer allows the other."""
+    layout = plan.layout
+    for name, own in layout.supports.items():
+        weight = selection.weights[name]
+        if not weight.summable:
+            formed = [each for each in own.values() if application(layout, each).factored is None]
+            if formed or apply == FORMED:
+                raise ValueError(
+                    "a quantised layer must have an update that is applied factored, around its "
+                    f"own forward: that of {name!r} would be formed"
+                )
+        elif apply == "factored" and not weight.linear:
+            ranks = [low_rank(layout, each) for each in own.values()]
+            if own.keys() != {ADD} or not all(ranks) or not applies(weight.module):
+                raise ValueError(
+                    f"apply='factored' must have layers that take products: {name!r}, a "
+                    f"{type(weight.module).__name__}, takes the sum of weight and update; use 'auto'"
+                )
+
+
+def host_of(model: nn.Module, weights: Mapping[str, Weight]) -> nn.Module:
     """Return what registers the adapter: the model, or the first layer of a container."""
     # The children of a container are counted, indexed and called one after the other.
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return next(iter(modules.values())) if isinstance(model, containers) else model
+    return next(iter(weights.values())).module if isinstance(model, containers) else model
 
 
 def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
@@ -180,23 +280,23 @@ def check_model(model: object) -> None:
 
 
 def initial(
-    plan: Plan, modules: Mapping[str, nn.Module], seed: int, dtype: torch.dtype | None
+    plan: Plan, weights: Mapping[str, Weight], seed: int, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """Draw the factors that an adapter starts with, and make its frozen blocks."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype: got {dtype!r}")
     if dtype is None:
-        weights = (parameter_of(module).dtype for module in modules.values())
-        dtype = functools.reduce(torch.promote_types, weights, torch.float32)
+        dtypes = (weight.dtype for weight in weights.values())
+        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     # A block without memory is not drawn before it has some.
-    empty = [name for name in plan.layout.input_shapes if _weight(plan, modules, name).is_meta]
+    empty = [name for name in plan.layout.input_shapes if _weight(plan, weights, name).is_meta]
     for block in empty:
         if plan.layout.frozen.get(block, "").startswith("singular"):
             raise AdapterError(
                 "weights must be loaded where a spec takes their singular vectors: "
                 f"{_layer(plan, block)!r} lies on the meta device"
             )
-    found = _drawn(plan, modules, seed, dtype, set(empty), _weights(modules))
+    found = _drawn(plan, weights, seed, dtype, set(empty), own=_matrices(plan, weights))
     for block in empty:
         shape = plan.layout.input_shapes[block]
         found[block] = torch.empty(shape, device="meta", dtype=dtype)
@@ -205,21 +305,21 @@ def initial(
 
 def _drawn(
     plan: Plan,
-    modules: Mapping[str, nn.Module],
+    weights: Mapping[str, Weight],
     seed: int,
     dtype: torch.dtype,
     skipped: Container[str],
-    weights: Mapping[str, Tensor] | None = None,
+    own: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return initial factors and frozen blocks, singular vectors only of given weights."""
     layout = plan.layout
     # Whatever contexts we are called in, the factors hold values and can be trained.
     with torch.device("cpu"), torch.inference_mode(False):
         factors = each_factor(layout, seed, skipped=skipped)
-        frozen = each_frozen(layout, weights, singular=weights is not None, skipped=skipped)
+        frozen = each_frozen(layout, own, singular=own is not None, skipped=skipped)
         # One at a time: all of them in float64 would be twice the adapter.
         return {
-            block: torch.from_numpy(values).to(_weight(plan, modules, block).device, dtype)
+            block: torch.from_numpy(values).to(_weight(plan, weights, block).device, dtype)
             for block, values in itertools.chain(factors, frozen)
         }
 
@@ -227,16 +327,16 @@ def _drawn(
 @torch.inference_mode(False)
 def _fill(adapter: Adapter, *_: Any) -> None:
     """Draw the blocks that a state dict left without memory, where the weights have some."""
-    blocks, modules = adapter.factors(), adapter.layers()
+    blocks, weights = adapter.factors(), adapter.weights()
     if not any(block.is_meta for block in blocks.values()):
         return
     skipped = {
         name
         for name, block in blocks.items()
-        if not block.is_meta or _weight(adapter.plan, modules, name).is_meta
+        if not block.is_meta or _weight(adapter.plan, weights, name).is_meta
     }
     # Of the dtype that the factors have now, which may have come with the state dict.
-    made = _drawn(adapter.plan, modules, adapter._seed, adapter.dtype, skipped)
+    made = _drawn(adapter.plan, weights, adapter._seed, adapter.dtype, skipped)
     for name, values in made.items():
         place = adapter.blocks.places[name]
         if place.frozen:
@@ -254,28 +354,42 @@ def _layer(plan: Plan, block: str) -> str:
     return layout.layer_of[layout.grouping.members[int(block.partition(".")[0])][0]]
 
 
-def _weight(plan: Plan, modules: Mapping[str, nn.Module], block: str) -> Tensor:
+def _weight(plan: Plan, weights: Mapping[str, Weight], block: str) -> Tensor:
     """Return the weight on whose device a block lives."""
-    return parameter_of(modules[_layer(plan, block)])
+    return weights[_layer(plan, block)].parameter
 
 
-def _weights(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    return {name: weight_of(module).detach() for name, module in modules.items()}
+def _matrices(plan: Plan, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """Return the weights whose values are asked for, as plans have them."""
+    if not any(source.startswith("singular") for source in plan.layout.frozen.values()):
+        return {}
+    found = {}
+    for name, weight in weights.items():
+        if not weight.summable:
+            raise ValueError(f"a spec must not take the singular vectors of {name!r}: quantised")
+        axes = plan.layout.layer_axes[name]
+        matrix = weight.matrix(weight.parameter.detach())
+        if matrix.shape != axes.matrix:
+            raise ValueError(
+                f"a spec must not take the singular vectors of rows: {name!r} has some"
+            )
+        found[name] = matrix.reshape(axes.shape)
+    return found
 
 
 def placed(
-    plan: Plan, modules: Mapping[str, nn.Module], blocks: Mapping[str, Tensor], dtype: torch.dtype
+    plan: Plan, weights: Mapping[str, Weight], blocks: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Move blocks to their group's first weight, all in one dtype."""
     return {
-        name: block.to(device=_weight(plan, modules, name).device, dtype=dtype)
+        name: block.to(device=_weight(plan, weights, name).device, dtype=dtype)
         for name, block in blocks.items()
     }
 
 
-def frozen_of(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def frozen_of(plan: Plan, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
     """Make the frozen blocks that no file stores, in float64 and on the CPU."""
-    frozen: dict[str, Tensor] = plan.frozen(_weights(modules), like=torch.float64)
+    frozen: dict[str, Tensor] = plan.frozen(_matrices(plan, weights), like=torch.float64)
     return frozen
 
 

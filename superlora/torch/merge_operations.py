@@ -47,9 +47,12 @@ class Operations:
         self.outer: list[Support] = []
         self.sums: list[Support] = []
         self.repeated: list[Support] = []
+        self.cut: list[Support] = []  # added to some of the outputs
         self.of_bias: list[Support] = []
         for own in supports:
-            if own.operation in OF_BIAS:
+            if own.rows is not None:
+                self.cut.append(own)
+            elif own.operation in OF_BIAS:
                 if own.operation != "scale_bias" or self.bias is not None:
                     self.of_bias.append(own)
             elif own.operation == "right_weight":
@@ -89,7 +92,7 @@ class Operations:
                 z = y if own is None else y - own.to(y.dtype)
         own_weight = self.weight
         y = sum_output(self.sums, x, weight, bias, lambda: _own(y, x, weight, bias), own_weight)
-        if self.outer or self.repeated:
+        if self.outer or self.repeated or self.cut:
             y = self._finished(y, z)
         return y if of_bias is None else y + of_bias.to(y.dtype)
 
@@ -117,7 +120,27 @@ class Operations:
                 y = y + (x * vector).sum(-1, keepdim=True).to(y.dtype)
             else:
                 y = y + (x.sum(-1, keepdim=True) * vector).to(y.dtype)
-        return y
+        return y + self._of_rows(y) if self.cut else y
+
+    def _of_rows(self, y: Tensor) -> Tensor:
+        """Return the updates of some of the outputs, zero between them."""
+        parts: list[Tensor] = []
+        total, done = None, 0
+        ordered = sorted((own.rows, index) for index, own in enumerate(self.cut) if own.rows)
+        for (start, stop), index in ordered:
+            if start < done:  # of two adapters
+                total = _sum(total, self._joined(parts, y))
+                parts, done = [], 0
+            part = product(self.cut[index], self.x).to(y.dtype)
+            parts += [y.new_zeros(*y.shape[:-1], start - done), part]
+            done = stop
+        total = _sum(total, self._joined(parts, y))
+        assert total is not None
+        return total
+
+    def _joined(self, parts: Sequence[Tensor], y: Tensor) -> Tensor:
+        width = sum(part.shape[-1] for part in parts)
+        return torch.cat([*parts, y.new_zeros(*y.shape[:-1], y.shape[-1] - width)], -1)
 
     def _times(self, x: Tensor) -> Tensor:
         return linear(x, self.weight.to(x.dtype))
@@ -154,13 +177,40 @@ def _own(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
     return linear(x, weight, bias)
 
 
-@torch.no_grad()
-def merged_changes(held: Base, supports: Sequence[Support]) -> tuple[Tensor | None, Tensor | None]:
-    """Return what merging support tensors adds to a layer's weight and bias."""
+def changed_by(held: Base, supports: Sequence[Support]) -> tuple[Tensor | None, Tensor | None]:
+    """Return what support tensors, those of several adapters, add to a layer's weight and bias."""
+    of_weight: Tensor | None = None
+    of_bias: Tensor | None = None
+    for own in by_adapter(supports):
+        found = _changes(held, own)
+        of_weight, of_bias = map(_sum, (of_weight, of_bias), found)
+    return of_weight, of_bias
+
+
+def by_adapter(supports: Sequence[Support]) -> list[list[Support]]:
+    """Return the support tensors of each adapter."""
+    found: dict[int, list[Support]] = {}
+    for own in supports:
+        found.setdefault(id(own.blocks.scope), []).append(own)
+    return list(found.values())
+
+
+def _sum(total: Tensor | None, found: Tensor | None) -> Tensor | None:
+    return found if total is None else total if found is None else total + found
+
+
+def _changes(held: Base, supports: Sequence[Support]) -> tuple[Tensor | None, Tensor | None]:
     weight, bias = held.own_weight, held.own_bias
-    found = {own.operation: own.delta().to(weight.device) for own in supports}
-    if not found:
-        return None, None
+    found: dict[str, Tensor] = {}
+    for own in supports:
+        delta = own.delta().to(weight.device)
+        if own.rows is not None:
+            start, stop = own.rows
+            whole = delta.new_zeros(weight.shape)
+            whole[start:stop] = delta
+            delta = whole
+        both = found.get(own.operation)
+        found[own.operation] = delta if both is None else both + delta
     if found.keys() == {ADD}:
         return found[ADD], None
     wide = torch.promote_types(weight.dtype, next(iter(found.values())).dtype)

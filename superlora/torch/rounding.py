@@ -17,8 +17,8 @@ def add_rounded_once(weight: Tensor, delta: Tensor) -> None:
         return
     # On a CPU torch converts whole operands beforehand; the parts are converted in the cache.
     wide = torch.promote_types(weight.dtype, delta.dtype)
-    rows = max(1, _CHUNK // weight.shape[1])
-    buffer = torch.empty(min(rows, weight.shape[0]), weight.shape[1], dtype=wide)
+    rows = max(1, _CHUNK // max(1, weight[0].numel())) if weight.shape[0] else 1
+    buffer = torch.empty(min(rows, weight.shape[0]), *weight.shape[1:], dtype=wide)
     for start in range(0, weight.shape[0], rows):
         part = weight[start : start + rows]
         total = buffer[: part.shape[0]]

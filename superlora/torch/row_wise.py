@@ -117,6 +117,6 @@ def _rows_of_names(model: nn.Module, names: Sequence[str | None]) -> Rows:
             )
         if not adapter.active:
             raise AdapterError(f"adapter {name!r} must not be disabled to serve rows")
-        links = {id(site.module): site.links[adapter] for site in adapter._sites.values()}
+        links = {id(site.module): site.links[adapter] for site in adapter._every}
         parts.append(Part(own, links))
     return Rows(len(names), parts, {id(module) for _, module in outside_adapters(model)})

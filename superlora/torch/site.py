@@ -1,9 +1,10 @@
-"""`Site`: what stands in for one adapted layer's forward."""
+"""`Site`: one adapted weight, and what stands in for its layer's forward."""
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +13,10 @@ from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
 from superlora.torch.blocks import Place
-from superlora.torch.layers import (
-    bias_of,
-    computes_plainly,
-    input_name,
-    is_transposed,
-    parameter_of,
-)
-from superlora.torch.merge_operations import Base, Operations, merged_changes
+from superlora.torch.layers import Weight, computes_plainly, input_name
+from superlora.torch.low_rank import applies, low_rank, low_rank_output, pays
+from superlora.torch.merge_operations import Base, Operations, changed_by
+from superlora.torch.placed import call_with
 from superlora.torch.rounding import add_rounded_once, is_finite
 from superlora.torch.support import Support, sum_output
 
@@ -48,6 +45,8 @@ class Link:
         for one that it leaves alone.
     bare : bool
         Whether the layer had no bias, and has one meanwhile.
+    shape : (int, int)
+        The weight's as a matrix when the adapter was attached.
     """
 
     adapter: nn.Module
@@ -55,6 +54,7 @@ class Link:
     name: str
     supports: Iterable[Support]
     first: Place
+    shape: tuple[int, int]
     active: bool = True
     before: tuple[Tensor | None, Tensor | None] | None = None
     bare: bool = False
@@ -114,88 +114,159 @@ def rows_of(module: nn.Module) -> Rows | None:
 
 
 class Site:
-    """What a layer's instance attribute ``forward``, a method of this, belongs to.
+    """One adapted weight.
 
-    The layer's class, parameters and state-dict keys stay as they were; taking
-    the attribute away gives the layer back.
+    A layer's instance attribute ``forward`` is a method of this, or of a `Reader` where the
+    weight is put in place around the call of a module that reads it. The layer's class,
+    parameters and state-dict keys stay as they were; taking the attribute away gives the layer
+    back.
 
     Parameters
     ----------
-    module : torch.nn.Module
-        The layer.
+    weight : Weight
+        The weight.
+    merged : list of Link, optional
+        Of the site of the same parameter in another module, of which this one is a twin.
 
     Attributes
     ----------
+    held : Weight
+        As given.
+    module : torch.nn.Module
+        That has the weight.
     links : dict of torch.nn.Module to Link
-        All adapters of the layer, in the order of attachment.
+        All adapters of the weight, in the order of attachment.
     merged : list of Link
         Those whose update the weight holds, in the order of merging.
+    readers : list of Reader
+        What stands in for modules that read the weight themselves.
+    reached : bool or None
+        Whether the layer's forward or that of a reader ran, once the module that has the layer
+        did; None while neither ran.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, weight: Weight, merged: list[Link] | None = None) -> None:
+        self.held, self.module = weight, weight.module
         self.links: dict[nn.Module, Link] = {}
-        self.merged: list[Link] = []
+        self.merged: list[Link] = [] if merged is None else merged
+        self.readers: list[Reader] = []
+        self.reached: bool | None = None
         # Another library's wrapper, put back on removal.
-        self._previous: Callable[..., Tensor] | None = module.__dict__.get("forward")
-        self._input = input_name(module)
-        self._transposed = is_transposed(module)
+        self._previous: Callable[..., Any] | None = self.module.__dict__.get("forward")
+        self._input = input_name(self.module)
+        self._turned = weight.kind == "Conv1D"
         # Whether the sum of weight and updates can be multiplied instead.
-        self._plainly = computes_plainly(module)
+        self._plainly = weight.linear and computes_plainly(self.module)
+        # Else a forward of the class's own may use any function of the weight.
+        wrapped = self._previous is not None
+        self._adds = self._plainly or (weight.linear and (wrapped or not weight.summable))
+        self._applies = not self._adds and not wrapped and applies(self.module)
 
     @classmethod
-    def of(cls, module: nn.Module) -> Site | None:
-        """Return the site that `module` has, if any."""
-        found = getattr(module.__dict__.get("forward"), "__self__", None)
-        return found if isinstance(found, Site) else None
+    def all_of(cls, module: nn.Module) -> list[Site]:
+        """Return the sites of a module's own parameters."""
+        found: list[Site] = []
+        for holder in holders_of(module):
+            own = [holder] if isinstance(holder, Site) else holder.sites
+            found += [site for site in own if site.module is module and site not in found]
+        return found
 
     @classmethod
-    def add(cls, module: nn.Module, link: Link) -> Site:
-        """Let an adapter take part in the forward of `module`."""
-        site = cls.of(module) or cls(module)
+    def of(cls, module: nn.Module, key: str = "weight") -> Site | None:
+        """Return the site of one of a module's parameters, if it has any."""
+        return next((site for site in cls.all_of(module) if site.held.key == key), None)
+
+    @classmethod
+    def add(
+        cls,
+        weight: Weight,
+        link: Link,
+        readers: Sequence[nn.Module] = (),
+        twin: Site | None = None,
+    ) -> Site:
+        """Let an adapter take part in the forward of a layer, and of modules that read it."""
+        site = cls.of(weight.module, weight.key)
+        if site is None:
+            site = cls(weight, None if twin is None else twin.merged)
+            if weight.kind != "parameter":
+                weight.module.forward = site.forward
         site.links[link.adapter] = link
-        module.forward = site.forward
+        for module in readers:
+            Reader.add(module, site)
         return site
 
     def remove(self, adapter: nn.Module) -> None:
         """Take `adapter` away; with the last one the layer is as it was."""
         self.links.pop(adapter, None)
-        self.merged = [link for link in self.merged if link.adapter is not adapter]
+        self.merged[:] = [link for link in self.merged if link.adapter is not adapter]
         if self.links:
             return
-        if self._previous is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.forward = self._previous
+        for reader in [*self.readers]:
+            reader.remove(self)
+        if self.held.kind != "parameter":
+            _unwrap(self.module, self)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    @property
+    def stands(self) -> bool:
+        """Whether no other forward stands in for those that the updates are a part of."""
+        own: list[Site | Reader] = [*self.readers]
+        if self.held.kind != "parameter":
+            own.append(self)
+        return all(each in holders_of(each.module) for each in own)
+
+    def changed_since(self) -> str:
+        """Return what was done to the layer since the adapter was attached, if anything."""
+        module, key = self.module, self.held.key
+        weight = module._parameters.get(key) if self.held.summable else self.held.parameter
+        if weight is None:
+            return f"its {key} is computed now, as where it is pruned or parametrized"
+        if self.held.summable and not (weight.is_floating_point() or weight.is_complex()):
+            return f"its {key} is of {weight.dtype} now"
+        shape = self.held.shape
+        for link in self.links.values():
+            if link.shape != shape:
+                return f"its {key} has shape {shape} now, {link.shape} before"
+        held = [reader for reader in self.readers] if self.held.kind == "parameter" else [self]
+        if any(is_lost(each.module, each) for each in held):
+            return "its forward was put back, as where another library removes a hook of its own"
+        return ""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's output plus the updates of its active adapters."""
+        if not torch.compiler.is_compiling():
+            self.reached = True
+        if self.held.key in self.module.__dict__:  # a reader has put the sum in place
+            return self._base(*args, **kwargs)
         x = args[0] if args else kwargs.get(self._input)
-        if x is None:
-            return self._base(*args, **kwargs)  # says what is wrong, in the layer's own words
         if OPEN:
             rows = rows_of(self.module)
             if rows is not None:
                 return self._divided(rows, x, *args, **kwargs)
+        if not self._adds:
+            return self._nonlinear(x, *args, **kwargs)
+        if x is None:
+            return self._base(*args, **kwargs)  # says what is wrong, in the layer's own words
         supports: list[Support] = []
         plain = True
-        dtype = self.module.weight.dtype
-        # In half precision the sum with the weight would round a small update away.
-        wide = dtype in (torch.float32, torch.float64)
+        fused = self._plainly and len(args) + len(kwargs) == 1 and self._previous is None
+        if fused:
+            weight = self.weight
+            # In half precision the sum with the weight would round a small update away.
+            fused = weight.dtype in (torch.float32, torch.float64)
         for link in self.links.values():
             if not link.active:
                 continue
-            wide = wide and link.first.owner._parameters[link.first.leaf].dtype == dtype  # type: ignore[union-attr]
+            if fused:
+                first = link.first.owner._parameters[link.first.leaf]
+                fused = first.dtype == weight.dtype  # type: ignore[union-attr]
             for support in link.supports:
                 supports.append(support)
                 plain = plain and support.plain
         if not supports:
             return self._base(*args, **kwargs)
-        fused = self._plainly and len(args) + len(kwargs) == 1 and self._previous is None
-        fused = fused and wide
         if plain:
-            weight = self.weight if fused else None
-            return sum_output(supports, x, weight, self.bias, lambda: self._base(*args, **kwargs))
+            held = (weight, self.module.bias) if fused else (None, None)
+            return sum_output(supports, x, *held, lambda: self._base(*args, **kwargs))
 
         def base(moved: Tensor) -> Tensor:
             if args:
@@ -203,6 +274,69 @@ class Site:
             return self._base(**{**kwargs, self._input: moved})
 
         return Operations(self.base, supports, x).output(fused, base)
+
+    def _nonlinear(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of a layer whose outputs an update cannot just be added to."""
+        supports = self.active_supports()
+        if not supports:
+            return self._base(*args, **kwargs)
+        if len(args) + len(kwargs) == 1 and self._is_low_rank(supports, x):
+            y = self._base(*args, **kwargs)
+            for own in supports:
+                y = y + low_rank_output(self.module, x, own).to(y.dtype)
+            return y
+        return call_with([self], self._base, args, kwargs)
+
+    def _is_low_rank(self, supports: Sequence[Support], x: Tensor) -> bool:
+        """Return whether updates are products of two matrices and best applied unformed."""
+        if not self._applies:
+            return False
+        rank = 0
+        for own in supports:
+            found = own.plain and own.blocks.scope.applied != "formed" and rank_of(own)
+            if not found:
+                return False
+            rank += found
+        forced = all(own.blocks.scope.applied == "factored" for own in supports)
+        return forced or pays(self.module, x, self.held.shape, rank)
+
+    def active_supports(self) -> list[Support]:
+        """Return what the adapters in force add."""
+        return [own for link in self.links.values() if link.active for own in link.supports]
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return weight and bias with the updates of the active adapters, by parameter."""
+        if self.held.key in self.module.__dict__:  # in place already
+            return {}
+        supports = self.active_supports()
+        if not supports:
+            return {}
+        if OPEN and rows_of(self.module) is not None:
+            self._refuse_rows()
+        stored, bias = self.held.parameter, self.held.bias
+        of_weight, of_bias = changed_by(self.base, supports)
+        found = {}
+        if of_weight is not None:
+            found[self.held.key] = (stored + self.held.stored(of_weight)).to(stored.dtype)
+        if of_bias is not None:
+            found["bias"] = of_bias.to(stored) if bias is None else (bias + of_bias).to(bias.dtype)
+        return found
+
+    def versions(self) -> list[int]:
+        """Return numbers that differ once what the sums are made of is changed in place."""
+        tensors = [self.held.parameter]
+        for own in self.active_supports():
+            blocks = own.blocks
+            tensors += [blocks[name] for name in blocks.plan.layout.inputs_of(own.name)]
+        return [-1 if each.is_inference() else each._version for each in tensors]
+
+    def _refuse_rows(self) -> None:
+        name = next(iter(self.links.values())).name
+        raise AdapterError(
+            f"rows() must have layers that can add an update of each row to their outputs: "
+            f"{name!r}, a {type(self.module).__name__}, is computed with the sum of weight and "
+            "update"
+        )
 
     def _divided(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output plus every row's own update."""
@@ -212,10 +346,12 @@ class Site:
                 f"no adapter must be merged inside rows(): {some(map(repr, names))} are in the "
                 "weights of a layer"
             )
-        if x.dim() < 2 or x.shape[0] != rows.count:
+        least = 1 if isinstance(self.module, nn.Embedding) else 2
+        if x is None or x.dim() < least or x.shape[0] != rows.count:
+            shape = None if x is None else tuple(x.shape)
             raise ValueError(
                 f"names must have one entry for each row of the batch, the first axis of a layer's "
-                f"input: got {rows.count} names and an input of shape {tuple(x.shape)} at "
+                f"input: got {rows.count} names and an input of shape {shape} at "
                 f"{next(iter(self.links.values())).name!r}"
             )
         y = self._base(*args, **kwargs)
@@ -227,44 +363,62 @@ class Site:
             index = part.index(x.device)
             own = x if len(part.places) == rows.count else x.index_select(0, index)
             indices.append(index)
-            updates.append(Operations(self.base, [*link.supports], own).added().to(y.dtype))
+            updates.append(self._added([*link.supports], own).to(y.dtype))
         if not updates:
             return y
         # At once: out of place every call copies the output.
         return y.index_add(0, torch.cat(indices), torch.cat(updates))
 
-    def _base(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _added(self, supports: list[Support], x: Tensor) -> Tensor:
+        """Return what updates add to the layer's own output."""
+        if self._adds:
+            return Operations(self.base, supports, x).added()
+        if not self._applies or not all(own.plain and rank_of(own) for own in supports):
+            self._refuse_rows()
+        found = [low_rank_output(self.module, x, own) for own in supports]
+        return functools.reduce(torch.add, found)
+
+    def _base(self, *args: Any, **kwargs: Any) -> Any:
         if self._previous is not None:
             return self._previous(*args, **kwargs)
-        y: Tensor = type(self.module).forward(self.module, *args, **kwargs)
-        return y
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight, (output width, input width)."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight.t() if self._transposed else weight
+        """The weight as a matrix, (output width, input width)."""
+        if self._plainly:
+            weight: Tensor = self.module.weight  # type: ignore[assignment]
+            return weight.t() if self._turned else weight
+        return self.held.matrix(self.held.parameter)
 
     @property
     def bias(self) -> Tensor | None:
         """The layer's bias, if it has one."""
-        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
-        return bias
+        return self.held.bias
 
     @property
     def base(self) -> Base:
         """What the layer's weight and bias hold, and held without any adapter."""
-        weight, bias, wrapped = self.weight, self.bias, self._previous is not None
+        if not self.held.summable:
+            weight = self.held.parameter.new_empty(0, dtype=torch.float32)
+            empty = weight.expand(0).reshape(0, 0)
+            return Base(empty, None, empty, None, False, True)
+        weight, bias, wrapped = self.weight, self.bias, not self._plainly or self.wrapped
         if not self.merged:
             return Base(weight, bias, weight, bias, False, wrapped)
         return Base(weight, bias, self.own_weight, self.own_bias, True, wrapped)
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether another library's forward stands in for the layer's own."""
+        return self._previous is not None
 
     @property
     def own_weight(self) -> Tensor:
         """The weight without any adapter, (output width, input width)."""
         for link in self.merged:
             if link.before is not None and link.before[0] is not None:
-                return link.before[0].t() if self._transposed else link.before[0]
+                return self.held.matrix(link.before[0])
         return self.weight
 
     @property
@@ -276,10 +430,10 @@ class Site:
         return self.bias
 
     @classmethod
-    def bias_below(cls, module: nn.Module) -> Tensor | None:
+    def bias_below(cls, weight: Weight) -> Tensor | None:
         """Return the bias of a layer without any adapter, if it has one."""
-        site = cls.of(module)
-        return bias_of(module) if site is None else site.own_bias
+        site = cls.of(weight.module, weight.key)
+        return weight.bias if site is None else site.own_bias
 
     def below(self, adapter: nn.Module) -> list[Link]:
         """Return those that were merged before an adapter, if it is merged here."""
@@ -290,7 +444,7 @@ class Site:
 
     def holders(self, key: str) -> list[str]:
         """Return the names of the adapters whose changes the weight or the bias holds."""
-        index = {"weight": 0, "bias": 1}.get(key)
+        index = {self.held.key: 0, "bias": 1}.get(key)
         return [
             link.adapter_name
             for link in self.merged
@@ -301,7 +455,7 @@ class Site:
         """Add the adapter's update to weight and bias, in place, and keep the bits they had."""
         link = self.links[adapter]
         self._add(link)
-        changed = [parameter_of(self.module), bias_of(self.module)]
+        changed = [self.held.parameter, self.held.bias]
         if not all(is_finite(each) for each in changed if each is not None and each.numel()):
             self.unmerge(adapter)
             raise ValueError(f"weight + update of {link.name!r} must be finite to be merged")
@@ -315,7 +469,7 @@ class Site:
         undone, above = self.merged[place:], self.merged[place + 1 :]
         with torch.no_grad():
             # Those that were merged later may have been the first to change one of the two.
-            for own, index in ((parameter_of(self.module), 0), (bias_of(self.module), 1)):
+            for own, index in ((self.held.parameter, 0), (self.held.bias, 1)):
                 kept = [each.before[index] for each in undone if each.before is not None]
                 first = next((bits for bits in kept if bits is not None), None)
                 if own is not None and first is not None:
@@ -330,8 +484,8 @@ class Site:
 
     @torch.no_grad()
     def _add(self, link: Link) -> None:
-        weight, bias = parameter_of(self.module), bias_of(self.module)
-        of_weight, of_bias = merged_changes(self.base, [*link.supports])
+        weight, bias = self.held.parameter, self.held.bias
+        of_weight, of_bias = changed_by(self.base, [*link.supports])
         kept = (
             None if of_weight is None else weight.detach().clone(),
             None if of_bias is None or bias is None else bias.detach().clone(),
@@ -339,10 +493,97 @@ class Site:
         link.before, link.bare = kept, bias is None and of_bias is not None
         self.merged.append(link)
         if of_weight is not None:
-            turned = of_weight.t() if self._transposed else of_weight
-            add_rounded_once(weight, turned)
+            add_rounded_once(weight, self.held.stored(of_weight))
         if of_bias is not None and bias is None:
             gained = nn.Parameter(of_bias.to(weight), requires_grad=False)
             self.module.register_parameter("bias", gained)
         elif of_bias is not None:
-            add_rounded_once(bias[:, None], of_bias[:, None])  # type: ignore[index]
+            add_rounded_once(bias, of_bias)  # type: ignore[arg-type]
+
+
+def rank_of(support: Support) -> int:
+    """Return the rank of an update that is a product of two matrices; 0 where it is none."""
+    return low_rank(support.blocks.plan.layout, support.name)
+
+
+class Reader:
+    """What stands in for the forward of a module that reads adapted weights itself.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The module.
+
+    Attributes
+    ----------
+    sites : list of Site
+        The weights, its own or those of its parts: their sums are in place while it runs.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.sites: list[Site] = []
+        self._previous: Callable[..., Any] | None = module.__dict__.get("forward")
+
+    @classmethod
+    def add(cls, module: nn.Module, site: Site) -> None:
+        """Let the module read a site's sum."""
+        found = [each for each in holders_of(module) if isinstance(each, Reader)]
+        reader = found[0] if found else cls(module)
+        if not found:
+            module.forward = reader.forward
+        if site not in reader.sites:
+            reader.sites.append(site)
+            site.readers.append(reader)
+
+    def remove(self, site: Site) -> None:
+        """Let the module read the weight alone; with the last one it is as it was."""
+        self.sites.remove(site)
+        site.readers.remove(self)
+        if not self.sites:
+            _unwrap(self.module, self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output with the sums in place."""
+        if not torch.compiler.is_compiling():
+            for site in self.sites:
+                site.reached = True
+        return call_with(self.sites, self._base, args, kwargs)
+
+    def _base(self, *args: Any, **kwargs: Any) -> Any:
+        if self._previous is not None:
+            return self._previous(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def holders_of(module: nn.Module) -> list[Site | Reader]:
+    """Return what stands in for a module's forward, the outermost first."""
+    found: list[Site | Reader] = []
+    forward: Any = module.__dict__.get("forward")
+    while isinstance(getattr(forward, "__self__", None), (Site, Reader)):
+        found.append(forward.__self__)
+        forward = forward.__self__._previous
+    return found
+
+
+def is_lost(module: nn.Module, holder: Site | Reader) -> bool:
+    """Return whether a module's forward is certainly not that of a holder any more."""
+    if holder in holders_of(module):
+        return False
+    forward = module.__dict__.get("forward")
+    # Another library's wrapper may call ours.
+    return forward is None or getattr(forward, "__self__", None) is module
+
+
+def _unwrap(module: nn.Module, holder: Site | Reader) -> None:
+    """Take a holder out of the forwards that stand in for a module's own."""
+    held = holders_of(module)
+    if holder not in held:
+        return
+    place = held.index(holder)
+    if place:
+        held[place - 1]._previous = holder._previous
+    elif holder._previous is None:
+        del module.__dict__["forward"]
+    else:
+        module.forward = holder._previous

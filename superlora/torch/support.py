@@ -46,6 +46,8 @@ class Support:
         The number in front of it.
     along : str
         What its vector is repeated along; empty where it is no repeated vector.
+    rows : tuple of (int, int) or None
+        Which rows of the layer's weight it is added to, where these are not all.
     """
 
     def __init__(self, blocks: Blocks, name: str) -> None:
@@ -59,6 +61,7 @@ class Support:
         self.along = layout.maps[group].repeated() if of_weight else ""
         # Whether it is an update of the weight, and no repeated vector.
         self.plain = self.operation == ADD and not self.along
+        self.rows: tuple[int, int] | None = None
         self.scales_weight = self.operation == "scale_weight"
         self.application = application(layout, name)
         self.operands = formed_operands(layout, name)
@@ -73,6 +76,10 @@ class Support:
         mixed = self.operands.leading and self.operands.opened is None
         # How many rows are best formed at once; 0 for all of them.
         self.chunk = 0 if copied or mixed else max(1, _CHUNK // self.shape[1])
+
+    def cut_to(self, rows: tuple[int, int]) -> None:
+        """Let the support be added to some rows of the layer's weight alone."""
+        self.rows, self.plain = rows, False
 
     def shared(self) -> list[Shared]:
         """Return what layers may share of it."""

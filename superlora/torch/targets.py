@@ -1,49 +1,243 @@
-"""Choose the layers to adapt: suffixes, a regular expression, all, or a predicate."""
+"""Choose the weights to adapt, and say of each layer that is left out why."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from superlora.errors import some
-from superlora.torch.layers import is_adaptable, parameter_of
+from superlora.torch.heads import heads_of
+from superlora.torch.layers import ADAPTABLE, KINDS, Weight, is_linear, kind_of
+from superlora.torch.memory import Owners
+from superlora.torch.reads import is_read, returns_several
 from superlora.torch.walk import outside_adapters
 
 Predicate = Callable[[str, nn.Module], bool]
-Targets = str | Sequence[str] | Predicate
+Targets = str | Sequence[str] | Predicate | Mapping[str, Any]
 
 ALL_LINEAR = "all-linear"
+ALL = "all"
+# Parameters that "all" leaves out: they are added to activations, or index them.
+_NO_MATRIX = re.compile(r"embed|token|pos|bias|quer|mask|prompt|latent|gamma|scale|anchor|cls|mean")
 
 
-def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
-    """Return the layers of `model` that `targets` chooses, in the model's order."""
-    modules = {
-        name: module for name, module in outside_adapters(model) if name or is_adaptable(module)
-    }
-    chosen = _choose(model, modules, targets)
-    unfit = [name for name in chosen if not is_adaptable(modules[name])]
-    if unfit:
-        kinds = sorted({type(modules[name]).__name__ for name in unfit})
+@dataclass
+class Selection:
+    """The weights that are adapted.
+
+    Attributes
+    ----------
+    weights : dict of str to Weight
+        By dotted name, in the model's order: of a layer that of its module, of another parameter
+        its own, of rows of a layer the layer's and that of the rows.
+    rows : dict of str to (int, int)
+        Of weights that are some rows of a layer's, the first and the one after the last.
+    twins : dict of str to list of Weight
+        The same parameter in other modules.
+    readers : dict of str to list of torch.nn.Module
+        Modules that read the weight themselves, or its twins.
+    left_out : dict of str to str
+        Layers that are not adapted, and why.
+    designs : dict of str to Any
+        What a mapping of targets gives for a weight.
+    parents : dict of str to torch.nn.Module
+        What calls a layer, unless it chooses among several.
+    """
+
+    weights: dict[str, Weight]
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    twins: dict[str, list[Weight]] = field(default_factory=dict)
+    readers: dict[str, list[nn.Module]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    designs: dict[str, Any] = field(default_factory=dict)
+    parents: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """What a plan is made for."""
+        found: dict[str, Any] = {}
+        for name, weight in self.weights.items():
+            axes = weight.axes
+            if name in self.rows:
+                start, stop = self.rows[name]
+                found[name] = (stop - start, axes.in_)
+            else:
+                found[name] = axes.shape if axes.plain else axes
+        return found
+
+
+class _Model:
+    """A model's modules and parameters by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(outside_adapters(model))
+        self.layers: dict[str, Weight] = {}  # whether they are fit or not
+        self.parameters: dict[str, Weight] = {}
+        for name, module in self.modules.items():
+            kind = kind_of(module)
+            if kind is not None:
+                self.layers[name] = Weight(module, kind)
+            for key, parameter in module._parameters.items():
+                if parameter is not None and not (kind is not None and key == "weight"):
+                    self.parameters[f"{name}.{key}".lstrip(".")] = Weight(module, "parameter", key)
+        self.owners = Owners(self.modules)
+
+    def get(self, name: str) -> Weight | None:
+        """Return the weight of a name, or of another name of the same layer, if there is one."""
+        found = self.layers.get(name) or self.parameters.get(name)
+        if found is not None or name in self.modules:
+            return found
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError:
+            return None
+        return next((own for own in self.layers.values() if own.module is module), None)
+
+    def names(self, named: Iterable[str]) -> list[str]:
+        """Return names in the model's order."""
+        wanted = set(named)
+        return [name for name in [*self.modules, *self.parameters] if name in wanted]
+
+    def above(self, name: str) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        """Return the modules above a name, nearest first, and the rest of the name from each."""
+        parts = name.split(".") if name else []
+        found = []
+        for count in range(len(parts) - 1, -1, -1):
+            module = self.modules.get(".".join(parts[:count]))
+            if module is not None:
+                found.append((module, tuple(parts[count:])))
+        return found
+
+
+def find_targets(
+    model: nn.Module,
+    targets: Targets,
+    *,
+    exclude: Any = None,
+    layers: Any = None,
+    tied: str = "refuse",
+) -> Selection:
+    """Return the weights of `model` that `targets` chooses, in the model's order."""
+    if tied not in ("refuse", "once"):
+        raise ValueError(f"tied must be 'refuse' or 'once': got {tied!r}")
+    held = _Model(model)
+    left_out: dict[str, str] = {}
+    rows: dict[str, tuple[int, int]] = {}
+    designs: dict[str, Any] = {}
+    if isinstance(targets, Mapping):
+        chosen = _of_mapping(held, targets, left_out, rows, designs, tied)
+    else:
+        chosen = _choose(held, targets, left_out, tied)
+    kept = _without(held, chosen, exclude, left_out, rows)
+    kept = _of_numbers(kept, layers, left_out)
+    if not kept:
+        why = f": {some(f'{n!r} {w}' for n, w in left_out.items())}" if left_out else ""
+        raise ValueError(f"targets must match at least one layer: all are left out{why}")
+    weights: dict[str, Weight] = {}
+    for name in kept:
+        layer = name.rpartition(".")[0] if name in rows else name
+        weight = held.get(layer)
+        if weight is None:
+            raise ValueError(_not_adaptable(held, kept))
+        _check_fit(held, layer, weight, tied)
+        weights[name] = weight
+    selection = Selection(
+        weights,
+        {name: rows[name] for name in kept if name in rows},
+        left_out=left_out,
+        designs={name: designs[name] for name in kept if name in designs},
+    )
+    complete(selection, held, tied)
+    return selection
+
+
+def find_named(
+    model: nn.Module, names: Sequence[str], rows: Mapping[str, tuple[int, int]], tied: str
+) -> tuple[Selection, list[str]]:
+    """Return the weights of these names, in this order, and what is wrong with others."""
+    held = _Model(model)
+    found: dict[str, Weight] = {}
+    problems = []
+    for name in names:
+        layer = name.rpartition(".")[0] if name in rows else name
+        weight = held.get(layer)
+        if weight is None:
+            module = held.modules.get(layer)
+            kind = f"{layer!r} is a {type(module).__name__}"
+            problems.append(f"no layer {layer!r}" if module is None else kind)
+            continue
+        height = weight.shape[0] if name in rows else 0
+        if name in rows and not 0 <= rows[name][0] < rows[name][1] <= height:
+            problems.append(f"{layer!r} has {height} rows instead of {rows[name]}")
+            continue
+        found[name] = weight
+    if not problems:
+        for name, weight in found.items():
+            _check_fit(held, name.rpartition(".")[0] if name in rows else name, weight, tied)
+    selection = Selection(found, dict(rows))
+    if not problems:
+        complete(selection, held, tied)
+    return selection, problems
+
+
+def complete(selection: Selection, held: _Model, tied: str) -> None:
+    """Find what reads the weights, and who else has them."""
+    taken: dict[int, str] = {}
+    for name, weight in list(selection.weights.items()):
+        layer = name.rpartition(".")[0] if name in selection.rows else name
+        whose = [layer]
+        if tied == "once" and name not in selection.rows:
+            memory = id(weight.parameter)
+            if memory in taken:
+                del selection.weights[name]
+                selection.left_out[name] = f"is {taken[memory]!r}, which is adapted once for both"
+                continue
+            taken[memory] = name
+            others = held.owners.others(weight.module, weight.key)
+            selection.twins[name] = [_twin(held, weight, other) for other in others]
+            whose += others
+        selection.readers[name] = [r for each in whose for r in _readers(held, each)]
+        above = held.above(layer)
+        # A list chooses among its items, and is not called.
+        if above and not isinstance(above[0][0], (nn.ModuleList, nn.ModuleDict)):
+            selection.parents[name] = above[0][0]
+
+
+def _twin(held: _Model, weight: Weight, other: str) -> Weight:
+    """Return a parameter in another module, under the name of the parameter there."""
+    path, _, key = other.rpartition(".")
+    found = held.layers.get(path) if key == "weight" else None
+    if found is None or found.parameter is not weight.parameter or found.shape != weight.shape:
         raise ValueError(
-            f"targets must match Linear or Conv1D layers: got {some(map(repr, unfit))} of type "
-            f"{', '.join(kinds)}"
+            f"tied='once' must have one parameter that layers read alike: {other!r} is no weight "
+            "of a layer, or another Parameter over the same memory, or is read otherwise"
         )
-    found = {name: modules[name] for name in chosen}
-    parents = {"": model, **modules}
-    for name, module in found.items():
-        wrong = _unfit(name, module, parents.get(name.rpartition(".")[0]))
-        if wrong:
-            raise ValueError(f"targets must {wrong}")
-        dtype = parameter_of(module).dtype
-        if not dtype.is_floating_point:
-            raise TypeError(
-                f"targets must match weights of a floating-point type: {name!r} is {dtype}"
-            )
-    _check_untied(model, found)
+    return found
+
+
+def _readers(held: _Model, name: str) -> list[nn.Module]:
+    weight = held.get(name)
+    if weight is None:  # under its parameter's name
+        name = name.rpartition(".")[0]
+        weight = held.layers[name]
+    found = [weight.module] if weight.kind == "parameter" else []
+    leaf = () if weight.kind == "parameter" else (weight.key,)
+    for module, path in held.above(name):
+        # It only asks whether its layers are alike.
+        if type(module) is nn.TransformerEncoder or module in found:
+            continue
+        paths = [(*path, *leaf)]
+        if weight.bias is not None:
+            paths.append((*paths[0][:-1], "bias"))
+        if any(is_read(module, each) for each in paths):
+            found.append(module)
     return found
 
 
@@ -52,56 +246,255 @@ def is_named(name: str, ends: Iterable[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
-def _choose(model: nn.Module, modules: dict[str, nn.Module], targets: Targets) -> list[str]:
+def _choose(held: _Model, targets: Any, left_out: dict[str, str], tied: str) -> list[str]:
     none = "the model has none"
     if callable(targets) and not isinstance(targets, nn.Module):
-        chosen = [name for name, module in modules.items() if targets(name, module)]
+        names = [n for n, m in held.modules.items() if n or n in held.layers]
+        chosen = [name for name in names if targets(name, held.modules[name])]
         none = "the predicate chose none"
-    elif targets == ALL_LINEAR:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = [n for n, module in modules.items() if is_adaptable(module) and module is not head]
+    elif isinstance(targets, str) and targets in (ALL_LINEAR, ALL):
+        chosen = _all(held, targets, left_out, tied)
+        if left_out:
+            none = some(f"{name!r} {why}" for name, why in left_out.items())
     elif isinstance(targets, str):
-        try:
-            compiled = re.compile(targets)
-        except re.error as error:
-            raise ValueError(
-                f"targets must be a valid regular expression: got {targets!r} ({error})"
-            ) from None
-        chosen = [name for name in modules if compiled.fullmatch(name)]
+        chosen = _match_pattern(held, targets, "targets")
         if not chosen:
             none = (
                 f"{targets!r} matched no layer; a string must match a whole name, a list holds "
-                f"suffixes; the nearest names are {_nearest(targets, modules)}"
+                f"suffixes; the nearest names are {_nearest(targets, held)}"
             )
     else:
-        return _match_suffixes(modules, targets)
+        return _match_suffixes(held, targets, "targets")
     if not chosen:
         raise ValueError(f"targets must match at least one layer: {none}")
     return chosen
 
 
-def _match_suffixes(modules: dict[str, nn.Module], suffixes: object) -> list[str]:
+def _match_pattern(held: _Model, pattern: str, what: str) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{what} must be a valid regular expression: got {pattern!r} ({error})"
+        ) from None
+    names = [name for name in held.modules if name or name in held.layers]
+    matched = [name for name in names if compiled.fullmatch(name)]
+    return matched or [name for name in held.parameters if compiled.fullmatch(name)]
+
+
+def _match_suffixes(held: _Model, suffixes: Any, what: str) -> list[str]:
     if not isinstance(suffixes, Sequence) or not all(isinstance(item, str) for item in suffixes):
         raise TypeError(
-            "targets must be a list of names, a regular expression, 'all-linear' or a predicate: "
-            f"got {suffixes!r}"
+            f"{what} must be a list of names, a regular expression, 'all-linear', 'all', a "
+            f"predicate or a mapping: got {suffixes!r}"
         )
     if not suffixes:
-        raise ValueError("targets must hold at least one name: got an empty list")
+        raise ValueError(f"{what} must hold at least one name: got an empty list")
     chosen: set[str] = set()
+    names = [name for name in [*held.modules, *held.parameters] if name or name in held.layers]
     for index, suffix in enumerate(suffixes):
-        matched = [name for name in modules if is_named(name, [suffix])]
+        matched = [name for name in names if is_named(name, [suffix])]
         if not matched:
             raise ValueError(
-                f"targets[{index}]={suffix!r} matched no layer; the nearest names are "
-                f"{_nearest(suffix, modules)}"
+                f"{what}[{index}]={suffix!r} matched no layer; the nearest names are "
+                f"{_nearest(suffix, held)}"
             )
         chosen.update(matched)
-    return [name for name in modules if name in chosen]
+    return held.names(chosen)
 
 
-def _nearest(wanted: str, modules: dict[str, nn.Module]) -> str:
-    names = [name for name, module in modules.items() if is_adaptable(module)]
+def _all(held: _Model, targets: str, left_out: dict[str, str], tied: str) -> list[str]:
+    """Return every linear layer, or every weight, that is fit; say why others are not."""
+    heads = heads_of(held.model)
+    foreign = _parts_of_adapters(held)
+    chosen = []
+    for name, weight in held.layers.items():
+        if weight.kind == "norm" or (targets == ALL_LINEAR and not is_linear(weight.module)):
+            continue
+        if weight.kind == "embedding":
+            left_out[name] = "is an embedding"
+        elif id(weight.module) in heads:
+            left_out[name] = f"is {heads[id(weight.module)]}"
+        elif name in foreign:
+            left_out[name] = "is a part of another library's adapter"
+        else:
+            wrong = _unfit(held, name, weight, tied)
+            if wrong:
+                left_out[name] = wrong
+            else:
+                chosen.append(name)
+    for name, weight in held.parameters.items() if targets == ALL else ():
+        if _is_matrix(weight) and not _NO_MATRIX.search(weight.key.lower()):
+            wrong = _unfit(held, name, weight, tied)
+            if wrong:
+                left_out[name] = wrong
+            else:
+                chosen.append(name)
+    return chosen
+
+
+def _is_matrix(weight: Weight) -> bool:
+    parameter = weight.parameter
+    if is_lazy(parameter) or parameter.dim() < 2:
+        return False
+    return min(parameter.shape[-2:]) > 1 and parameter.shape[0] > 1
+
+
+def _parts_of_adapters(held: _Model) -> set[str]:
+    """Return the layers that other libraries, such as PEFT, have put beside a base layer."""
+    around = [name for name, module in held.modules.items() if "base_layer" in module._modules]
+    found = set()
+    for name in held.modules:
+        for outer in around:
+            rest = name.removeprefix(f"{outer}." if outer else "")
+            if rest != name and rest.split(".")[0] != "base_layer":
+                found.add(name)
+    return found
+
+
+def _of_mapping(
+    held: _Model,
+    targets: Mapping[Any, Any],
+    left_out: dict[str, str],
+    rows: dict[str, tuple[int, int]],
+    designs: dict[str, Any],
+    tied: str,
+) -> list[str]:
+    """Return what the keys of a mapping match, each by the first key that does."""
+    if not targets:
+        raise ValueError("targets must hold at least one name: got an empty mapping")
+    chosen: set[str] = set()
+    seen: set[str] = set()
+    for key, value in targets.items():
+        if not isinstance(key, str):
+            raise TypeError(f"targets must have strings as keys: got {key!r}")
+        below = _below(held, key, left_out, tied)
+        if not below:
+            raise ValueError(
+                f"targets[{key!r}] matched no layer; the nearest names are {_nearest(key, held)}"
+            )
+        for name in below:
+            if name in seen:
+                continue
+            seen.add(name)
+            if value is None:
+                left_out[name] = f"is left out by targets[{key!r}]"
+            elif isinstance(value, Mapping) and not hasattr(value, "designs"):
+                parts = _rows_of(held, name, key, value)
+                rows |= parts
+                chosen |= set(parts)
+            else:
+                designs[name] = value
+                chosen.add(name)
+    order = {name: index for index, name in enumerate([*held.modules, *held.parameters])}
+    return sorted(chosen, key=lambda n: (order[n.rpartition(".")[0] if n in rows else n], n))
+
+
+def _below(held: _Model, key: str, left_out: dict[str, str], tied: str) -> list[str]:
+    if key in (ALL_LINEAR, ALL):
+        return _all(held, key, left_out, tied)
+    exact = [name for name in [*held.layers, *held.parameters] if is_named(name, [key])]
+    if exact:
+        return exact
+    inside = re.compile(rf"(^|\.){re.escape(key)}\.")
+    reasons: dict[str, str] = {}
+    return [name for name in _all(held, ALL_LINEAR, reasons, tied) if inside.search(name)]
+
+
+def _rows_of(held: _Model, layer: str, key: str, parts: Mapping[Any, Any]) -> dict[str, Any]:
+    weight = held.layers.get(layer)
+    if weight is None or not weight.linear:
+        raise ValueError(f"targets[{key!r}] must be a linear layer to be cut into rows: {layer!r}")
+    if not parts:
+        raise ValueError(f"targets[{key!r}] must hold at least one range of rows: got none")
+    height = weight.shape[0]
+    found: dict[str, tuple[int, int]] = {}
+    for part, bounds in parts.items():
+        what = f"targets[{key!r}][{part!r}]"
+        if not isinstance(part, str) or not part or "." in part:
+            raise ValueError(f"{what} must have a name without dots: got {part!r}")
+        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+            raise TypeError(f"{what} must be (first row, row after the last): got {bounds!r}")
+        start, stop = bounds
+        if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= height):
+            raise ValueError(
+                f"{what} must be rows of {layer!r}, 0 <= start < stop <= {height}: got {bounds!r}"
+            )
+        for other, (first, last) in found.items():
+            if start < last and first < stop:
+                raise ValueError(
+                    f"{what} must not overlap with the rows of {other.rpartition('.')[2]!r}, "
+                    f"{(first, last)}: got {bounds!r}"
+                )
+        found[f"{layer}.{part}".lstrip(".")] = (start, stop)
+    return found
+
+
+def _without(
+    held: _Model,
+    chosen: list[str],
+    exclude: Any,
+    left_out: dict[str, str],
+    rows: Container[str],
+) -> list[str]:
+    if exclude is None:
+        return chosen
+    if callable(exclude) and not isinstance(exclude, nn.Module):
+        out = {name for name, module in held.modules.items() if exclude(name, module)}
+    elif isinstance(exclude, str):
+        out = set(_match_pattern(held, exclude, "exclude"))
+        if not out:
+            raise ValueError(
+                f"exclude must match a layer: {exclude!r} matched none; a string must match a "
+                "whole name, a list holds suffixes"
+            )
+    else:
+        out = set(_match_suffixes(held, exclude, "exclude"))
+    kept = []
+    for name in chosen:
+        layer = name.rpartition(".")[0] if name in rows else name
+        # With a module all that is below it.
+        if any(layer == each or layer.startswith(f"{each}.") for each in out):
+            left_out[name] = "is excluded"
+        else:
+            kept.append(name)
+    return kept
+
+
+def _of_numbers(chosen: list[str], layers: Any, left_out: dict[str, str]) -> list[str]:
+    """Return the names of some layers of a list of layers."""
+    if layers is None:
+        return chosen
+    pattern, wanted = ("", layers)
+    if isinstance(layers, Mapping):
+        if len(layers) != 1:
+            raise ValueError(f"layers must map one list of layers to numbers: got {layers!r}")
+        ((pattern, wanted),) = layers.items()
+    if isinstance(wanted, int) and not isinstance(wanted, bool):
+        wanted = [wanted]
+    if isinstance(wanted, str) or not isinstance(wanted, Iterable):
+        raise TypeError(f"layers must be numbers, such as range(8, 24): got {layers!r}")
+    wanted = list(wanted)
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in wanted):
+        raise TypeError(f"layers must be numbers, such as range(8, 24): got {layers!r}")
+    before = rf"(?:^|.*\.){re.escape(pattern)}\." if pattern else r"(?:^|.*?\.)"
+    number = re.compile(rf"{before}(\d+)(?:\.|$)")
+    found = {name: number.match(name) for name in chosen}
+    numbers = {name: int(match[1]) for name, match in found.items() if match}
+    beyond = sorted(set(wanted) - set(numbers.values()))
+    if beyond:
+        there = sorted(set(numbers.values()))
+        raise ValueError(
+            f"layers must be numbers of adapted layers, {there or 'none'}: got {some(map(str, beyond))}"
+        )
+    for name in chosen:
+        if numbers.get(name) not in wanted:
+            left_out[name] = "is in none of the layers"
+    return [name for name in chosen if numbers.get(name) in wanted]
+
+
+def _nearest(wanted: str, held: _Model) -> str:
+    names = [name for name in held.layers if held.layers[name].kind != "norm"]
     # A suffix is compared with the ends of the names, so that depth does not count.
     ends: dict[str, str] = {}
     for name in names:
@@ -111,37 +504,53 @@ def _nearest(wanted: str, modules: dict[str, nn.Module]) -> str:
     return some(map(repr, dict.fromkeys(ends[end] for end in close) or names)) or "none: no layers"
 
 
-def _unfit(name: str, module: nn.Module, parent: nn.Module | None) -> str:
-    """Return the rule that a layer breaks, if any."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return (
-            f"match layers with a weight of their own: {name!r} has none, or computes it "
-            "(pruned, parametrized)"
+def _not_adaptable(held: _Model, names: Iterable[str]) -> str:
+    unfit = [name for name in names if held.get(name) is None]
+    kinds = sorted({type(held.modules[name]).__name__ for name in unfit})
+    inside = [n for n in [*held.layers, *held.parameters] if n.startswith(f"{unfit[0]}.")]
+    hint = f"; name what is inside, such as {some(map(repr, inside), 3)}" if inside else ""
+    return (
+        f"targets must match {ADAPTABLE}: got {some(map(repr, unfit))} of type "
+        f"{', '.join(kinds)}{hint}"
+    )
+
+
+def _check_fit(held: _Model, name: str, weight: Weight, tied: str) -> None:
+    wrong = _unfit(held, name, weight, tied)
+    if wrong:
+        integer = "floating-point" in wrong
+        raise (TypeError if integer else ValueError)(
+            f"targets must match weights that can be adapted: {name!r} {wrong}"
         )
-    if is_lazy(weight):
-        return f"match layers whose shape is known: {name!r} is lazy; call the model once first"
-    if weight.is_inference():
-        return f"match weights made outside torch.inference_mode(): {name!r} was not"
-    # These read a layer's weight themselves, so the layer's forward, and with it
-    # the adapter, would be passed over in silence.
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        return (
-            f"match layers whose own forward is called: {name!r} is read directly by its parent, "
-            f"a {type(parent).__name__}"
-        )
+
+
+def _unfit(held: _Model, name: str, weight: Weight, tied: str) -> str:
+    """Return why a weight cannot be adapted, if so."""
+    module = weight.module
+    if weight.kind == "quantised":
+        if type(module).forward is nn.Linear.forward and weight.plain:
+            return f"has no weight of a floating-point type: it is {weight.parameter.dtype}"
+        return ""
+    parameter = module._parameters.get(weight.key)
+    if parameter is None:
+        return f"has no {weight.key} of its own, or computes it (pruned, parametrized)"
+    if is_lazy(parameter):
+        return "is lazy, so that its shape is not known; call the model once first"
+    if parameter.is_inference():
+        return "has a weight made inside torch.inference_mode()"
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return f"has no weight of a floating-point type: it is {parameter.dtype}"
+    if not weight.plain or not weight.addable:
+        return f"has a weight that cannot be added to: a {type(parameter).__name__} of {parameter.dtype}"
+    if parameter.dim() == 0:
+        return "is one number"
+    if getattr(module, "max_norm", None) is not None:
+        return "changes its weight in its forward: max_norm"
+    if KINDS[weight.kind].linear and returns_several(module):
+        return f"returns several values: it is a {type(module).__name__}"
+    others = held.owners.others(module, weight.key)
+    if others and tied == "refuse":
+        own = f"{name}.{weight.key}" if weight.kind != "parameter" else name
+        names = sorted([own.lstrip("."), *others])
+        return f"shares its weight: {' and '.join(map(repr, names))} are one; tied='once' adapts it"
     return ""
-
-
-def _check_untied(model: nn.Module, found: dict[str, nn.Module]) -> None:
-    owners: dict[int, dict[int, str]] = {}
-    for name, module in outside_adapters(model):
-        for key, parameter in module._parameters.items():
-            owners.setdefault(id(parameter), {}).setdefault(id(module), f"{name}.{key}".lstrip("."))
-    for name, module in found.items():
-        names = sorted(owners[id(module.weight)].values())
-        if len(names) > 1:
-            raise ValueError(
-                f"targets must not match a weight that two modules share: {name!r} shares "
-                f"{' and '.join(map(repr, names))}"
-            )

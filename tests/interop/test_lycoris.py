@@ -153,6 +153,6 @@ def test_lycoris_contradicts_itself():
 
 def test_layers_that_lycoris_lacks_are_refused(tmp_path):
     _, adapter = attach_random(sl.lora(2), ["q", "c"])
-    with pytest.raises(ValueError, match=r"no Conv1D: got blocks\.0\.c"):
+    with pytest.raises(ValueError, match=r"linear to be written for LyCORIS: got blocks\.0\.c"):
         adapter.to_lycoris(tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())

@@ -161,7 +161,7 @@ def _shared():
         (make_net, {"dtype": torch.int8}, TypeError, "dtype must be a floating-point torch.dtype"),
         (make_net, {"name": "blocks"}, AdapterError, "an attribute 'blocks' already"),
         (make_net, {"name": "a b"}, ValueError, "name must be a Python identifier"),
-        (_shared, {}, ValueError, "a weight that two modules share"),
+        (_shared, {}, ValueError, "'blocks.0.q' shares its weight"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(make, options, error, message):

@@ -8,11 +8,21 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from superlora.design.axes import Axes
 from superlora.design.cost_rule import check_apply
 from superlora.errors import some
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_free, check_model, frozen_of, host_of, placed, register
+from superlora.torch.attach import (
+    check_free,
+    check_model,
+    check_operations,
+    check_ways,
+    frozen_of,
+    host_of,
+    placed,
+    register,
+)
 from superlora.torch.files.safetensors_file import Header, read_tensors
 from superlora.torch.files.state import (
     MODEL,
@@ -25,9 +35,9 @@ from superlora.torch.files.state import (
     print_of,
     valid_header,
 )
-from superlora.torch.layers import is_adaptable, parameter_of, refuse_empty, shape_of
+from superlora.torch.layers import refuse_empty
 from superlora.torch.replaced import refuse_unfit
-from superlora.torch.targets import find_targets
+from superlora.torch.targets import Selection, find_named
 
 
 def load(
@@ -69,8 +79,9 @@ def load(
     if read.description.supernet is not None:
         raise ValueError(f"{path} must be an adapter's: superlora.search.Supernet.load reads it")
     check_apply(apply, read.plan.layout)
+    check_ways(read.plan, read.selection, apply)
     adapter = Adapter(read.plan, read.blocks, name)
-    register(model, adapter, read.modules, read.replaced)
+    register(model, adapter, read.selection, read.replaced)
     adapter.scale = read.description.scale
     adapter.applied = apply
     return adapter
@@ -82,7 +93,7 @@ class Read:
 
     plan: Plan
     description: Description
-    modules: dict[str, nn.Module]
+    selection: Selection
     blocks: dict[str, Tensor]
     replaced: dict[str, Tensor]
 
@@ -103,42 +114,41 @@ def read_adapter(model: nn.Module, path: Path, name: str) -> Read:
     replaced = {
         key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)
     }
-    modules = find_layers(model, plan.layout.layers, path)
-    check_biases(plan, modules, description, path)
-    check_free(model, host_of(model, modules), name)
+    rows, tied = description.rows, "once" if description.tied else "refuse"
+    selection = find_layers(model, plan.layout.layer_axes, path, rows, tied)
+    weights = selection.weights
+    check_operations(plan, selection)
+    check_biases(plan, weights, description, path)
+    check_free(model, host_of(model, weights), name)
     check_maps(plan, description, path)
     refuse_unfit(model, replaced, path)
     # Rounded as they were when they were saved.
     dtype = factors[next(iter(plan.factor_shapes))].dtype
-    made = {name: block.to(dtype) for name, block in frozen_of(plan, modules).items()}
+    made = {name: block.to(dtype) for name, block in frozen_of(plan, weights).items()}
     check_frozen({name: print_of(block) for name, block in made.items()}, description, path)
-    blocks = placed(plan, modules, factors | made, dtype)
-    return Read(plan, description, modules, blocks, replaced)
+    blocks = placed(plan, weights, factors | made, dtype)
+    return Read(plan, description, selection, blocks, replaced)
 
 
 def find_layers(
-    model: nn.Module, layers: Mapping[str, tuple[int, int]], path: Path
-) -> dict[str, nn.Module]:
-    """Return the layers of a model that a file names, or list those that it has not."""
-    modules: dict[str, nn.Module] = {}
-    problems = []
-    for name, shape in layers.items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            problems.append(f"no layer {name!r}")
+    model: nn.Module,
+    layers: Mapping[str, Axes],
+    path: Path,
+    rows: Mapping[str, tuple[int, int]] | None = None,
+    tied: str = "refuse",
+) -> Selection:
+    """Return the weights of a model that a file names, or list those that it has not."""
+    selection, problems = find_named(model, list(layers), rows or {}, tied)
+    for name, axes in layers.items():
+        if name not in selection.weights:
             continue
-        if not is_adaptable(module):
-            problems.append(f"{name!r} is a {type(module).__name__}")
-        elif shape_of(module) != shape:
-            problems.append(f"{name!r} has shape {shape_of(module)} instead of {shape}")
-        else:
-            modules[name] = module
+        own = selection.weights[name].axes
+        found = Axes.of(selection.shapes[name]) if name in selection.rows else own
+        if found != axes:
+            problems.append(f"{name!r} has shape {found.shape} instead of {axes.shape}")
     if problems:
         raise ValueError(f"the model must have the layers of {path}: {some(problems, 20)}")
-    chosen = set(map(id, modules.values()))
-    find_targets(model, lambda _, module: id(module) in chosen)  # refuses unfit ones
     # Giving the model memory later would wipe the factors.
-    weights = {name: parameter_of(module) for name, module in modules.items()}
+    weights = {name: weight.parameter for name, weight in selection.weights.items()}
     refuse_empty("weights must be loaded before an adapter", weights)
-    return modules
+    return selection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import weakref
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from superlora.algebra.frozen import fingerprint
+from superlora.checks import check_count
+from superlora.design.axes import Axes
 from superlora.design.spec import Spec
 from superlora.design.supports import OF_BIAS, Supports, design_from_dict
 from superlora.errors import some
@@ -26,6 +29,7 @@ from superlora.torch.files.safetensors_file import (
     unfit_dtypes,
     write_tensors,
 )
+from superlora.torch.layers import Weight
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
 
@@ -57,7 +61,7 @@ def save_blocks(
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "spec": plan.spec.to_dict(),
-        "weights": [[name, list(shape)] for name, shape in plan.layout.layers.items()],
+        "weights": [[name, _written(axes)] for name, axes in plan.layout.layer_axes.items()],
         **beside,
     }
     if blocks.scale != plan.scale:
@@ -80,16 +84,28 @@ def save_blocks(
 class Description:
     """What a file's header says of its adapter: the scale and the layers' shapes as saved.
 
-    `supernet` has what a supernet says of itself; None for another adapter.
+    `supernet` has what a supernet says of itself; None for another adapter. `rows` are those of
+    weights that are some rows of a layer's, `tied` the weights that several layers share.
     """
 
     spec: Spec | Supports
     scale: float
-    layers: dict[str, tuple[int, int]]
+    layers: dict[str, Axes]
     without_bias: set[str]
     prints: dict[str, float]
     checksums: dict[str, int]
     supernet: dict[str, Any] | None
+    rows: dict[str, tuple[int, int]]
+    tied: list[str]
+
+
+def _written(axes: Axes) -> list[int] | dict[str, Any]:
+    """Return axes as a header has them."""
+    return [*axes.shape] if axes.plain else dataclasses.asdict(axes)
+
+
+def _read(axes: Any) -> Axes:
+    return Axes(**axes) if isinstance(axes, dict) else Axes.of(tuple(axes))
 
 
 def description_of(metadata: Mapping[str, str], path: Path) -> Description:
@@ -113,12 +129,19 @@ def description_of(metadata: Mapping[str, str], path: Path) -> Description:
         return Description(
             spec,
             in_force.scaling,
-            {name: tuple(shape) for name, shape in header["weights"]},
+            {name: _read(axes) for name, axes in header["weights"]},
             set(header.get("without_bias", ())),
             prints,
             dict(header.get("maps", {})),
             header.get(SUPERNET),
+            {name: _range(own) for name, own in header.get("rows", {}).items()},
+            [str(name) for name in header.get("tied", ())],
         )
+
+
+def _range(bounds: Any) -> tuple[int, int]:
+    start, stop = bounds
+    return check_count("rows", start, least=0), check_count("rows", stop)
 
 
 @contextmanager
@@ -131,10 +154,10 @@ def valid_header(path: Path) -> Iterator[None]:
 
 
 def check_biases(
-    plan: Plan, modules: Mapping[str, nn.Module], description: Description, path: Path
+    plan: Plan, weights: Mapping[str, Weight], description: Description, path: Path
 ) -> None:
     """Refuse layers whose bias an operation changes and that have one only here or in the file."""
-    found = set(without_bias(plan, modules))
+    found = set(without_bias(plan, weights))
     problems = [
         f"{name!r} has {'no' if name in found else 'a'} bias"
         for name in plan.layout.layers
@@ -146,12 +169,12 @@ def check_biases(
         )
 
 
-def without_bias(plan: Plan, modules: Mapping[str, nn.Module]) -> list[str]:
+def without_bias(plan: Plan, weights: Mapping[str, Weight]) -> list[str]:
     """Return the layers that have no bias where an operation would change it."""
     return [
         name
         for name, own in plan.layout.supports.items()
-        if not OF_BIAS.isdisjoint(own) and Site.bias_below(modules[name]) is None
+        if not OF_BIAS.isdisjoint(own) and Site.bias_below(weights[name]) is None
     ]
 
 

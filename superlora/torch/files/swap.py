@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from superlora.design.spec import Spec
@@ -16,6 +16,7 @@ from superlora.errors import some
 from superlora.torch.blocks import Blocks, scale_in_force
 from superlora.torch.files import state
 from superlora.torch.files.safetensors_file import DTYPES, Header, other_shapes, read_tensors
+from superlora.torch.layers import Weight
 from superlora.torch.replaced import Replaced
 
 # The fields of a spec that decide its scale alone.
@@ -26,7 +27,7 @@ _PRINTS: Any = WeakTensorKeyDictionary()
 
 def swap_blocks(
     blocks: Blocks,
-    modules: Mapping[str, nn.Module],
+    weights: Mapping[str, Weight],
     replaced: Replaced | None,
     beside: Mapping[str, Any],
     path: Path,
@@ -49,7 +50,7 @@ def swap_blocks(
             )
         _check_design(blocks, description, path)
         if isinstance(blocks.plan.spec, Supports):
-            state.check_biases(blocks.plan, modules, description, path)
+            state.check_biases(blocks.plan, weights, description, path)
         state.check_tensors(blocks.plan, tensors, path)
         _check_replaced(own, tensors, path)
         state.check_maps(blocks.plan, description, path)
@@ -67,7 +68,10 @@ def swap_blocks(
 
 def _check_design(blocks: Blocks, description: state.Description, path: Path) -> None:
     """Refuse a file of another design than the adapter's, or list what differs."""
-    own, found = blocks.plan.layout.layers, description.layers
+    layers = blocks.plan.layout.layer_axes
+    own, found = (
+        {name: axes.shape for name, axes in each.items()} for each in (layers, description.layers)
+    )
     problems = _other_fields(blocks.plan.spec, description.spec)
     problems += other_shapes(own, found, ("no layer", "another layer", "has"))
     if not problems and list(own) != list(found):

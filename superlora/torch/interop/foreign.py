@@ -16,7 +16,7 @@ from superlora.design.spec import Spec
 from superlora.errors import some
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_free, frozen_of, host_of, placed, register
+from superlora.torch.attach import check_free, check_ways, frozen_of, host_of, placed, register
 from superlora.torch.files.load import find_layers
 from superlora.torch.interop.formats import Layer, Matrix, rank_of
 from superlora.torch.replaced import refuse_unfit
@@ -66,10 +66,12 @@ def attach_foreign(
 ) -> Adapter:
     """Attach an adapter that another library wrote: updates by layer, new values by parameter."""
     plan = Plan(_common_spec(updates), {layer: update.shape for layer, update in updates.items()})
-    modules = find_layers(model, plan.layout.layers, source)
-    check_free(model, host_of(model, modules), name)
+    selection = find_layers(model, plan.layout.layer_axes, source)
+    weights = selection.weights
+    check_free(model, host_of(model, weights), name)
+    check_ways(plan, selection, "auto")
     refuse_unfit(model, replaced, source)
-    blocks = frozen_of(plan, modules)
+    blocks = frozen_of(plan, weights)
     dtype = torch.float32
     for layer, update in updates.items():
         group = plan.layout.grouping.pieces[layer][0].group
@@ -79,8 +81,8 @@ def attach_foreign(
             whole = tuple(map(slice, plan.layout.block_shapes[own]))
             blocks[own] = values[whole].contiguous()
             dtype = torch.promote_types(dtype, values.dtype)
-    blocks = placed(plan, modules, blocks, dtype)
-    return register(model, Adapter(plan, blocks, name), modules, replaced)
+    blocks = placed(plan, weights, blocks, dtype)
+    return register(model, Adapter(plan, blocks, name), selection, replaced)
 
 
 def _common_spec(updates: Mapping[str, LayerUpdate]) -> Spec:

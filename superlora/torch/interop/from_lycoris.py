@@ -15,7 +15,7 @@ from superlora.torch.interop import formats
 from superlora.torch.interop.foreign import LayerUpdate, attach_foreign, refuse, update_of
 from superlora.torch.interop.formats import LYCORIS_FORMS
 from superlora.torch.interop.to_lycoris import ALPHA
-from superlora.torch.layers import is_adaptable
+from superlora.torch.layers import is_linear
 from superlora.torch.walk import outside_adapters
 
 _BIAS = "diff_b"
@@ -89,7 +89,7 @@ def _sort_keys(
     """Return a file's keys by the model's layer and leaf, and what is wrong."""
     stems: dict[str, list[str]] = {}
     for layer, module in outside_adapters(model):
-        if is_adaptable(module):
+        if is_linear(module):
             stems.setdefault(f"{prefix}_{layer}".replace(".", "_"), []).append(layer)
     layers: dict[str, dict[str, str]] = {}
     problems = unfit_dtypes(header)

@@ -24,7 +24,7 @@ from superlora.torch.interop import formats
 from superlora.torch.interop.foreign import LayerUpdate, attach_foreign, refuse, update_of
 from superlora.torch.interop.formats import PEFT_FORMS
 from superlora.torch.interop.to_peft import ALPHAS, CONFIG, PREFIX, WEIGHTS, parameters_of
-from superlora.torch.layers import is_adaptable, shape_of
+from superlora.torch.layers import Weight, is_linear
 from superlora.torch.targets import is_named
 from superlora.torch.walk import outside_adapters
 
@@ -279,7 +279,7 @@ def _check_targets(
     wanted = [
         layer
         for layer, module in modules.items()
-        if is_adaptable(module) and _matches(targets, layer) and _is_transformed(config, layer)
+        if is_linear(module) and _matches(targets, layer) and _is_transformed(config, layer)
     ]
     return problems + [f"missing the tensors of {name!r}" for name in wanted if name not in layers]
 
@@ -317,7 +317,7 @@ def _update(
     method = config["peft_type"].lower()
     rank = _of_pattern(config.get("rank_pattern"), layer, config["r"])
     if method == "vera":
-        return _vera_update(rank, shape_of(module)[1] if is_adaptable(module) else 1, found)
+        return _vera_update(rank, Weight.of(module).shape[1] if is_linear(module) else 1, found)
     alpha = _of_pattern(config.get("alpha_pattern"), layer, config[ALPHAS[method]])
     parts = formats.parts_of(found, PEFT_FORMS[method])
     if formats.rank_of(parts) not in (None, rank):

@@ -14,7 +14,7 @@ from superlora.errors import some
 from superlora.torch.blocks import Blocks
 from superlora.torch.files.safetensors_file import write_tensors
 from superlora.torch.interop import formats
-from superlora.torch.layers import is_transposed
+from superlora.torch.layers import Weight
 from superlora.torch.walk import outside_adapters
 
 ALPHA = "alpha"
@@ -23,7 +23,7 @@ ALPHA = "alpha"
 def save_lycoris(
     blocks: Blocks,
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
+    weights: Mapping[str, Weight],
     path: Path,
     rank: int | None,
     energy: float | None,
@@ -31,9 +31,14 @@ def save_lycoris(
 ) -> formats.Export:
     """Write the updates of a model's layers as one file."""
     formats.check_export(blocks, rank, energy)
-    conv = [name for name, module in modules.items() if is_transposed(module)]
-    if conv:
-        raise ValueError(f"layers must be Linear, LyCORIS has no Conv1D: got {some(conv)}")
+    others = [
+        name for name, weight in weights.items() if weight.kind not in ("linear", "quantised")
+    ]
+    if others:
+        kinds = sorted({weights[name].kind for name in others})
+        raise ValueError(
+            f"layers must be linear to be written for LyCORIS: got {some(others)}, {', '.join(kinds)}"
+        )
     names = [name for name, _ in outside_adapters(model)]
     stems = {name: f"{prefix}_{name}".replace(".", "_") for name in names}
     counts = Counter(stems.values())

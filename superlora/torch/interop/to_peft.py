@@ -13,10 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from superlora.design.fold_shape import bounded_splits, ceil_divide
+from superlora.errors import some
 from superlora.torch.blocks import Blocks
 from superlora.torch.files.safetensors_file import write_tensors
 from superlora.torch.interop import formats
-from superlora.torch.layers import is_transposed
+from superlora.torch.layers import Weight
 from superlora.torch.replaced import Replaced
 from superlora.torch.targets import is_named
 from superlora.torch.walk import outside_adapters
@@ -30,7 +31,7 @@ ALPHAS = {"lora": "lora_alpha", "loha": "alpha", "lokr": "alpha"}
 def save_peft(
     blocks: Blocks,
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
+    weights: Mapping[str, Weight],
     replaced: Replaced | None,
     directory: Path,
     rank: int | None,
@@ -43,7 +44,14 @@ def save_peft(
     for name in (CONFIG, WEIGHTS):
         if (directory / name).is_dir():
             raise IsADirectoryError(f"directory must have no folder {name}: got {directory}")
-    conv = [is_transposed(module) for module in modules.values()]
+    conv = [weight.kind == "Conv1D" for weight in weights.values()]
+    modules = {name: weight.module for name, weight in weights.items()}
+    others = [name for name, weight in weights.items() if not weight.linear]
+    if others:
+        kinds = sorted({weights[name].kind for name in others})
+        raise ValueError(
+            f"layers must be linear to be written for PEFT: got {some(others)}, {', '.join(kinds)}"
+        )
     layers, errors, options = _layers(blocks, any(conv), rank, energy)
     tensors = {
         f"{PREFIX}{name}.{leaf}": formats.written(blocks, values)

@@ -1,0 +1,103 @@
+"""Updates of convolutions and embeddings that are a product of two matrices, applied unformed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from superlora.design.layout import Layout
+from superlora.torch.autograd import autocasts, is_traced, without_autocast
+from superlora.torch.layers import CONVOLUTIONS
+from superlora.torch.support import Support
+
+_CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+def low_rank(layout: Layout, name: str) -> int:
+    """Return the rank of an update that is a product of two factors; 0 where it is none."""
+    pieces = layout.grouping.pieces[name]
+    group = pieces[0].group
+    own, item = layout.specs[group], layout.groups[group]
+    whole = len(pieces) == 1 and item.fold == layout.shapes[name]
+    if not whole or own.splits > 1 or own.orders != (2,) or not layout.in_place(group):
+        return 0
+    if layout.maps[group].joint or not layout.maps[group].is_identity:
+        return 0
+    ranks = []
+    for (split,) in layout.terms(group):
+        shapes = split.block_shapes
+        if {"factor0", "factor1"} - set(shapes) or len(shapes.get("core", (1, 1))) != 2:
+            return 0
+        ranks.append(min(shapes["factor0"][1], shapes["factor1"][1]))
+    return sum(ranks)
+
+
+def factors(support: Support) -> tuple[Tensor, Tensor]:
+    """Return the two matrices, (output, rank) and (rank, input), the scale multiplied in."""
+    blocks, layout = support.blocks, support.blocks.plan.layout
+    group = layout.grouping.pieces[support.name][0].group
+    left, right = [], []
+    for index, (split,) in enumerate(layout.terms(group)):
+        shapes = split.block_shapes
+        names = [layout.block(group, index, leaf) for leaf in shapes]
+        tensors, make = blocks.inputs_of(names)
+        found = {
+            leaf: made[tuple(map(slice, shapes[leaf]))]
+            for leaf, made in zip(shapes, make(tensors), strict=True)
+        }
+        one = found["factor0"]
+        left.append(one @ found["core"] if "core" in found else one)
+        right.append(found["factor1"].t())
+    scale = support.scale.number if torch.compiler.is_compiling() else support.scale.value
+    both = torch.cat(left, 1) if len(left) > 1 else left[0]
+    other = torch.cat(right) if len(right) > 1 else right[0]
+    return both * scale, other
+
+
+def pays(module: nn.Module, x: Tensor, shape: tuple[int, int], rank: int) -> bool:
+    """Return whether two thin products cost less than to form the update and its gradient."""
+    rows, columns = shape
+    if is_traced():  # no compiler is to see a size compared
+        return True
+    if isinstance(module, nn.Embedding):
+        return x.numel() < rows
+    assert isinstance(module, CONVOLUTIONS)
+    tokens = x.numel() // (module.in_channels or 1) // math.prod(module.stride)
+    thin = tokens * rank * (columns * module.groups + rows)
+    formed = rows * columns * rank
+    if torch.is_grad_enabled():  # the weight's gradient is one more product with all inputs
+        return 3 * thin < 3 * formed + tokens * rows * columns
+    return thin < formed
+
+
+def low_rank_output(module: nn.Module, x: Tensor, support: Support) -> Tensor:
+    """Return what the update of a convolution or an embedding adds to the layer's output."""
+    device = x.device
+    with without_autocast(device):
+        left, right = (each.to(device) for each in factors(support))
+    if isinstance(module, nn.Embedding):
+        rows = functional.embedding(x, left, module.padding_idx)
+        return rows @ right
+    assert isinstance(module, CONVOLUTIONS)
+    window = module.kernel_size
+    if not autocasts(device):
+        x = x.to(right.dtype)
+    first = right.reshape(right.shape[0], module.in_channels // module.groups, *window)
+    first = first.repeat(module.groups, *(1,) * (1 + len(window)))
+    # Its own, so that padding of every mode is the layer's.
+    thin: Tensor = module._conv_forward(x, first, None)
+    last = left.reshape(*left.shape, *(1,) * len(window))
+    return _CONVOLVE[len(window)](thin, last, groups=module.groups)
+
+
+def applies(module: nn.Module) -> bool:
+    """Return whether an update of a layer of this class can be applied unformed."""
+    convolves = isinstance(module, CONVOLUTIONS) and any(
+        type(module).forward is kind.forward for kind in CONVOLUTIONS
+    )
+    return convolves or (
+        type(module).forward is nn.Embedding.forward and getattr(module, "max_norm", 0) is None
+    )

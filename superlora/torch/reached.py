@@ -1,0 +1,197 @@
+"""Whether adapted layers are what they were, take part in the forward pass, and can be merged."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from superlora.design.spec_checks import check_choice
+from superlora.errors import AdapterError, some
+from superlora.torch.memory import Owners
+from superlora.torch.site import Site
+from superlora.torch.walk import outside_adapters
+
+# Of architectures whose configurations say which layers have a bias.
+_FLAGS = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias", "bias")
+
+
+class Watch:
+    """A hook on a module that tells when one of its adapted layers did not run with it.
+
+    Parameters
+    ----------
+    sites : dict of str to Site
+        The layers by name.
+    """
+
+    def __init__(self, sites: dict[str, Site]) -> None:
+        self.sites = sites
+
+    @classmethod
+    def on(
+        cls, sites: Mapping[str, Site], parents: Mapping[str, nn.Module]
+    ) -> list[RemovableHandle]:
+        """Watch the modules that have layers."""
+        held: dict[nn.Module, dict[str, Site]] = {}
+        for name, parent in parents.items():
+            if name in sites and not sites[name].reached:
+                held.setdefault(parent, {})[name] = sites[name]
+        # It stays when all have run: compiled code would be compiled again without it.
+        return [parent.register_forward_hook(cls(own).see) for parent, own in held.items()]
+
+    def see(self, module: nn.Module, *_: Any) -> None:
+        """Note which layers did not run, and warn of each once."""
+        if torch.compiler.is_compiling():
+            return
+        missed = []
+        for name, site in list(self.sites.items()):
+            if site.reached:
+                del self.sites[name]
+            elif site.reached is None and site.stands:
+                site.reached = False
+                missed.append(name)
+        if missed:
+            warnings.warn(
+                f"the update of {some(map(repr, missed))} had no effect: the module around, a "
+                f"{type(module).__name__}, ran without calling the layer; it may read the layer's "
+                "weight itself",
+                stacklevel=2,
+            )
+
+
+class ChangeWatch:
+    """A hook on a model that warns of layers that are not what they were when adapted.
+
+    One for all adapters of the model, however many.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = (model,)
+        self.names: dict[Site, str] = {}
+        self._warned: set[str] = set()
+        self._handle = model.register_forward_pre_hook(self.see)
+
+    @classmethod
+    def on(cls, model: nn.Module, sites: Mapping[Site, str]) -> ChangeWatch:
+        """Watch more layers of a model, which have these names."""
+        held = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        watch = next((each for each in held if isinstance(each, cls)), None) or cls(model)
+        watch.names |= sites
+        watch._warned -= set(sites.values())
+        return watch
+
+    def drop(self) -> None:
+        """Watch no layer that has no adapter left; without any the hook is gone."""
+        self.names = {site: name for site, name in self.names.items() if site.links}
+        if not self.names:
+            self._handle.remove()
+
+    def changes(self, sites: Container[Site]) -> dict[str, str]:
+        """Return what was done to some layers since, by name."""
+        found = {}
+        for site, name in self.names.items():
+            if site not in sites:
+                continue
+            now = _module(self.model[0], name)
+            if now is not site.module:
+                kind = "nothing" if now is None else f"another {type(now).__name__}"
+                found[name] = f"there is {kind} in its place"
+            else:
+                what = site.changed_since()
+                found |= {name: what} if what else {}
+        return found
+
+    def see(self, *_: Any) -> None:
+        """Warn of each changed layer once."""
+        if torch.compiler.is_compiling():
+            return
+        found = self.changes(self.names)
+        new = {name: what for name, what in found.items() if name not in self._warned}
+        if new:
+            self._warned |= set(new)
+            warnings.warn(
+                f"adapters have no effect where layers were changed since: {listed(new)}; detach "
+                "and attach them again",
+                stacklevel=2,
+            )
+
+
+def listed(changes: Mapping[str, str]) -> str:
+    """Return what was changed for a message."""
+    return some(f"{name!r}: {what}" for name, what in changes.items())
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    module: nn.Module | None = model
+    for key in name.split(".") if name else ():
+        module = None if module is None else module._modules.get(key)
+    return module
+
+
+def check_mergeable(
+    adapter: Any,
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    twins: Sequence[Site],
+    unreached: str,
+    bias: str,
+) -> None:
+    """Refuse to merge where the merged model would not be the adapted one, or could not be."""
+    check_choice("unreached", unreached, ("refuse", "merge"))
+    check_choice("bias", bias, ("warn", "refuse", "ignore"))
+    quantised = [name for name, site in sites.items() if not site.held.summable]
+    if quantised:
+        raise AdapterError(
+            "weights must not be quantised to be merged, since they would be rounded: "
+            f"{some(map(repr, quantised))} are"
+        )
+    missed = [name for name, site in sites.items() if site.reached is False]
+    if missed and unreached == "refuse":
+        raise AdapterError(
+            f"layers must take part in the forward pass to be merged: {some(map(repr, missed))} "
+            "did not run when the module around did, so that merging would change the output; "
+            "merge(unreached='merge') merges nevertheless"
+        )
+    owners = Owners(dict(outside_adapters(model)))
+    known = {(site.module, site.held.key) for site in (*sites.values(), *twins)}
+    by_name = dict(outside_adapters(model))
+    for name, site in sites.items():
+        others = []
+        for other in owners.others(site.module, site.held.key):
+            path, _, key = other.rpartition(".")
+            if (by_name[path], key) not in known or not twins:
+                others.append(other)
+        if others:
+            raise AdapterError(
+                f"a weight must not be shared to be merged: that of {name!r} lies in the memory "
+                f"of {some(map(repr, others))} since it was attached"
+            )
+    gained = adapter.gains_bias
+    if gained and bias != "ignore":
+        message = (
+            f"{some(map(repr, gained))} gain a bias by the merge{_flags_of(model)}; to save the "
+            "adapter itself loses nothing"
+        )
+        if bias == "refuse":
+            raise AdapterError(message)
+        if hasattr(model, "from_pretrained"):
+            warnings.warn(f"{message}; merge(bias='ignore') says nothing", stacklevel=3)
+
+
+def _flags_of(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    flags = [flag for flag in _FLAGS if getattr(config, flag, None) is False]
+    if not hasattr(model, "from_pretrained"):
+        return ""
+    rest = f", but where the configuration says so: {some(f'config.{f}' for f in flags)}"
+    return ", which from_pretrained drops" + rest * bool(flags)
