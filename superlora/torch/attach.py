@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import warnings
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
@@ -106,6 +107,8 @@ def attach(
     """
     check_model(model)
     selection = find_targets(model, targets, exclude=exclude, layers=layers, tied=tied)
+    if isinstance(targets, str) and targets in (ALL_LINEAR, ALL):
+        _leave_out_unfit(spec, selection)
     plan = Plan(_fitting(_design(spec, selection), selection), selection.shapes)
     check_free(model, host_of(model, selection.weights), name)
     _refuse_stored(plan)
@@ -201,6 +204,40 @@ def _design(spec: Any, selection: Selection) -> Spec | Supports:
     return first.replace(overrides=overrides)
 
 
+def _leave_out_unfit(spec: Any, selection: Selection) -> None:
+    """Leave out the weights that a design cannot have, where nobody has named them."""
+    design = design_of(spec)
+    specs = [design] if isinstance(design, Spec) else [own for _, own in design.designs]
+    if any(own.groups != "weight" for own in specs):
+        return  # one weight alone says nothing of the groups
+    known: dict[object, str] = {}
+    shapes = selection.shapes
+    for name, weight in list(selection.weights.items()):
+        bare = Site.bias_below(weight) is None
+        read = name in selection.without_bias
+        key = (shapes[name], bare, weight.kind, read)
+        if key not in known:
+            known[key] = ""
+            alone = Selection({name: weight}, readers=selection.readers)
+            alone.without_bias |= {name} if read else set()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    plan = Plan(_fitting(design, alone), {name: shapes[name]})
+                    check_operations(plan, alone)
+                    check_ways(plan, alone, "auto")
+            except ValueError as error:
+                known[key] = f"cannot have this design: {error}"
+        if known[key]:
+            selection.left_out[name] = known[key]
+            del selection.weights[name]
+    if not selection.weights:
+        raise ValueError(
+            "targets must match at least one layer that the spec fits: "
+            f"{some(f'{n!r} {why}' for n, why in selection.left_out.items())}"
+        )
+
+
 def _fitting(design: Spec | Supports, selection: Selection) -> Spec | Supports:
     """Leave out what scales the bias of layers that have none."""
     weights = selection.weights
@@ -222,6 +259,14 @@ def check_operations(plan: Plan, selection: Selection) -> None:
             raise ValueError(
                 f"a quantised layer must have no other operation than {ADD!r}, since its weight "
                 f"cannot be read: got {more} for {where}"
+            )
+        if OF_BIAS.intersection(own) and weight.complex:
+            raise ValueError(f"operations on a bias must have real numbers: got complex for {where}")
+        if OF_BIAS.intersection(own) and name in selection.without_bias:
+            raise ValueError(
+                f"operations on a bias must have layers whose bias is read: got "
+                f"{sorted(OF_BIAS.intersection(own))} for {where}, whose weight alone is read by a "
+                f"{type(selection.readers[name][0]).__name__}"
             )
         gains = OF_BIAS.intersection(own) and Site.bias_below(weight) is None
         if gains and (weight.key != "weight" or not KINDS[weight.kind].gains_bias):

@@ -202,6 +202,11 @@ class Weight:
         return self.kind != "quantised"
 
     @property
+    def complex(self) -> bool:
+        """Whether the weight is of complex numbers."""
+        return self.summable and self.parameter.is_complex()
+
+    @property
     def plain(self) -> bool:
         """Whether the weight is a tensor of numbers, none that stands for others."""
         return _is_plain(self.parameter)
@@ -224,13 +229,20 @@ class Weight:
     @property
     def dtype(self) -> torch.dtype:
         """That which a sum with the weight has; float32 where there is no such sum."""
-        dtype = self.parameter.dtype
+        dtype = self.parameter.dtype.to_real()
         return dtype if self.summable and dtype in _SUMMABLE else torch.float32
 
     @property
     def axes(self) -> Axes:
-        """The weight's axes."""
-        return KINDS[self.kind].axes(self.module, self.parameter)[0]
+        """The weight's axes; of complex numbers the parts are the last one."""
+        return self._axes(self.parameter)[0]
+
+    def _axes(self, weight: Tensor) -> tuple[Axes, tuple[int, ...]]:
+        axes, order = KINDS[self.kind].axes(self.module, weight)
+        if weight.is_complex():
+            parts = Axes(axes.out, axes.in_, (*axes.window, 2), axes.stack)
+            return parts, (*order, len(order))
+        return axes, order
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -247,20 +259,22 @@ class Weight:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Read a tensor that is stored as the weight is as a matrix: a view where it can be."""
-        axes, order = KINDS[self.kind].axes(self.module, weight)
+        axes, order = self._axes(weight)
         if axes.plain and order == (0, 1):
             return weight
+        weight = torch.view_as_real(weight) if weight.is_complex() else weight
         return weight.permute(order).reshape(axes.matrix)
 
     def stored(self, matrix: Tensor) -> Tensor:
         """Bring a matrix into the form in which the weight is stored."""
-        axes, order = KINDS[self.kind].axes(self.module, self.parameter)
+        axes, order = self._axes(self.parameter)
         if axes.plain and order == (0, 1):
             return matrix
         if len(order) == 1:
             return matrix[:, 0]
         inverse = sorted(range(len(order)), key=order.__getitem__)
-        return matrix.reshape(axes.shape).permute(inverse)
+        found = matrix.reshape(axes.shape).permute(inverse)
+        return torch.view_as_complex(found.contiguous()) if self.complex else found
 
 
 def input_name(module: nn.Module) -> str:

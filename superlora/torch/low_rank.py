@@ -51,10 +51,11 @@ def factors(support: Support) -> tuple[Tensor, Tensor]:
         one = found["factor0"]
         left.append(one @ found["core"] if "core" in found else one)
         right.append(found["factor1"].t())
-    scale = support.scale.number if torch.compiler.is_compiling() else support.scale.value
     both = torch.cat(left, 1) if len(left) > 1 else left[0]
     other = torch.cat(right) if len(right) > 1 else right[0]
-    return both * scale, other
+    if torch.compiler.is_compiling():
+        return both * support.scale.number, other
+    return both if support.scale.value == 1 else both * support.scale.value, other
 
 
 def pays(module: nn.Module, x: Tensor, shape: tuple[int, int], rank: int) -> bool:
@@ -73,9 +74,19 @@ def pays(module: nn.Module, x: Tensor, shape: tuple[int, int], rank: int) -> boo
     return thin < formed
 
 
-def low_rank_output(module: nn.Module, x: Tensor, support: Support) -> Tensor:
-    """Return what the update of a convolution or an embedding adds to the layer's output."""
+def low_rank_output(
+    module: nn.Module, x: Tensor, support: Support, y: Tensor | None = None
+) -> Tensor:
+    """Return the update's part of the output of a convolution or an embedding, added to `y`."""
     device = x.device
+    if y is not None and isinstance(module, nn.Embedding):
+        return y + low_rank_output(module, x, support).to(y.dtype)
+    if support.rows is not None:  # of an embedding
+        start, stop = support.rows
+        with without_autocast(device):
+            formed = support.form(device)
+        own = functional.embedding((x - start).clamp(0, stop - start - 1), formed)
+        return own * ((x >= start) & (x < stop)).unsqueeze(-1).to(own.dtype)
     with without_autocast(device):
         left, right = (each.to(device) for each in factors(support))
     if isinstance(module, nn.Embedding):
@@ -85,12 +96,20 @@ def low_rank_output(module: nn.Module, x: Tensor, support: Support) -> Tensor:
     window = module.kernel_size
     if not autocasts(device):
         x = x.to(right.dtype)
-    first = right.reshape(right.shape[0], module.in_channels // module.groups, *window)
-    first = first.repeat(module.groups, *(1,) * (1 + len(window)))
+    # A transposed factor would be packed anew inside the convolution, which takes longer.
+    first = right.contiguous().view(right.shape[0], module.in_channels // module.groups, *window)
+    if module.groups > 1:
+        first = first.repeat(module.groups, *(1,) * (1 + len(window)))
     # Its own, so that padding of every mode is the layer's.
     thin: Tensor = module._conv_forward(x, first, None)
+    fused = y is not None and y.dtype == thin.dtype == left.dtype and y.is_contiguous()
+    if y is not None and fused and module.groups == 1 and thin.dim() == len(window) + 2:
+        # In the same pass as the sum with the base's output.
+        every = left.expand(thin.shape[0], *left.shape)
+        return torch.baddbmm(y.flatten(2), every, thin.flatten(2)).view_as(y)
     last = left.reshape(*left.shape, *(1,) * len(window))
-    return _CONVOLVE[len(window)](thin, last, groups=module.groups)
+    found = _CONVOLVE[len(window)](thin, last, groups=module.groups)
+    return found if y is None else y + found.to(y.dtype)
 
 
 def applies(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from superlora.design.spec_checks import check_choice
 from superlora.errors import AdapterError, some
 from superlora.torch.memory import Owners
 from superlora.torch.site import Site
+from superlora.torch.targets import fused_into
 from superlora.torch.walk import outside_adapters
 
 # Of architectures whose configurations say which layers have a bias.
@@ -107,7 +108,9 @@ class ChangeWatch:
                 kind = "nothing" if now is None else f"another {type(now).__name__}"
                 found[name] = f"there is {kind} in its place"
             else:
-                what = site.changed_since()
+                path, _, leaf = name.rpartition(".")
+                fused = fused_into(_module(self.model[0], path), leaf)
+                what = f"it was fused into {fused!r}" if fused else site.changed_since()
                 found |= {name: what} if what else {}
         return found
 

@@ -156,11 +156,11 @@ class Site:
         self._input = input_name(self.module)
         self._turned = weight.kind == "Conv1D"
         # Whether the sum of weight and updates can be multiplied instead.
-        self._plainly = weight.linear and computes_plainly(self.module)
+        self._plainly = weight.linear and computes_plainly(self.module) and not weight.complex
         # Else a forward of the class's own may use any function of the weight.
         wrapped = self._previous is not None
         self._adds = self._plainly or (weight.linear and (wrapped or not weight.summable))
-        self._applies = not self._adds and not wrapped and applies(self.module)
+        self._applies = not (self._adds or wrapped or weight.complex) and applies(self.module)
 
     @classmethod
     def all_of(cls, module: nn.Module) -> list[Site]:
@@ -251,8 +251,10 @@ class Site:
         fused = self._plainly and len(args) + len(kwargs) == 1 and self._previous is None
         if fused:
             weight = self.weight
-            # In half precision the sum with the weight would round a small update away.
+            # In half precision the sum with the weight would round a small update away; a product
+            # of inputs that are not contiguous has other bits once they are flat.
             fused = weight.dtype in (torch.float32, torch.float64)
+            fused = fused and (x.dim() == 2 or x.is_contiguous())  # noqa: PLR2004
         for link in self.links.values():
             if not link.active:
                 continue
@@ -283,7 +285,7 @@ class Site:
         if len(args) + len(kwargs) == 1 and self._is_low_rank(supports, x):
             y = self._base(*args, **kwargs)
             for own in supports:
-                y = y + low_rank_output(self.module, x, own).to(y.dtype)
+                y = low_rank_output(self.module, x, own, y)
             return y
         return call_with([self], self._base, args, kwargs)
 
@@ -293,6 +295,8 @@ class Site:
             return False
         rank = 0
         for own in supports:
+            if own.rows is not None and isinstance(self.module, nn.Embedding):
+                continue  # which are formed alone
             found = own.plain and own.blocks.scope.applied != "formed" and rank_of(own)
             if not found:
                 return False
@@ -456,7 +460,7 @@ class Site:
         link = self.links[adapter]
         self._add(link)
         changed = [self.held.parameter, self.held.bias]
-        if not all(is_finite(each) for each in changed if each is not None and each.numel()):
+        if not all(is_finite(_real(each)) for each in changed if each is not None and each.numel()):
             self.unmerge(adapter)
             raise ValueError(f"weight + update of {link.name!r} must be finite to be merged")
 
@@ -493,12 +497,16 @@ class Site:
         link.before, link.bare = kept, bias is None and of_bias is not None
         self.merged.append(link)
         if of_weight is not None:
-            add_rounded_once(weight, self.held.stored(of_weight))
+            add_rounded_once(_real(weight), _real(self.held.stored(of_weight)))
         if of_bias is not None and bias is None:
             gained = nn.Parameter(of_bias.to(weight), requires_grad=False)
             self.module.register_parameter("bias", gained)
         elif of_bias is not None:
             add_rounded_once(bias, of_bias)  # type: ignore[arg-type]
+
+
+def _real(weight: Tensor) -> Tensor:
+    return torch.view_as_real(weight) if weight.is_complex() else weight
 
 
 def rank_of(support: Support) -> int:

@@ -27,6 +27,14 @@ ALL = "all"
 _NO_MATRIX = re.compile(r"embed|token|pos|bias|quer|mask|prompt|latent|gamma|scale|anchor|cls|mean")
 
 
+# Of diffusers' attention, by the projections that `fuse_projections` joins.
+_FUSED = {
+    **dict.fromkeys(("to_q", "to_k", "to_v"), ("to_qkv",)),
+    **dict.fromkeys(("to_k", "to_v"), ("to_qkv", "to_kv")),
+    **dict.fromkeys(("add_q_proj", "add_k_proj", "add_v_proj"), ("to_added_qkv",)),
+}
+
+
 @dataclass
 class Selection:
     """The weights that are adapted.
@@ -48,6 +56,8 @@ class Selection:
         What a mapping of targets gives for a weight.
     parents : dict of str to torch.nn.Module
         What calls a layer, unless it chooses among several.
+    without_bias : set of str
+        Weights that a reader reads without the layer's bias.
     """
 
     weights: dict[str, Weight]
@@ -57,6 +67,7 @@ class Selection:
     left_out: dict[str, str] = field(default_factory=dict)
     designs: dict[str, Any] = field(default_factory=dict)
     parents: dict[str, nn.Module] = field(default_factory=dict)
+    without_bias: set[str] = field(default_factory=set)
 
     @property
     def shapes(self) -> dict[str, Any]:
@@ -203,7 +214,10 @@ def complete(selection: Selection, held: _Model, tied: str) -> None:
             others = held.owners.others(weight.module, weight.key)
             selection.twins[name] = [_twin(held, weight, other) for other in others]
             whose += others
-        selection.readers[name] = [r for each in whose for r in _readers(held, each)]
+        found = {r: with_bias for each in whose for r, with_bias in _readers(held, each).items()}
+        selection.readers[name] = list(found)
+        if not all(found.values()):
+            selection.without_bias.add(name)
         above = held.above(layer)
         # A list chooses among its items, and is not called.
         if above and not isinstance(above[0][0], (nn.ModuleList, nn.ModuleDict)):
@@ -222,23 +236,31 @@ def _twin(held: _Model, weight: Weight, other: str) -> Weight:
     return found
 
 
-def _readers(held: _Model, name: str) -> list[nn.Module]:
+def _readers(held: _Model, name: str) -> dict[nn.Module, bool]:
+    """Return what reads a weight, and whether it reads the layer's bias too."""
     weight = held.get(name)
     if weight is None:  # under its parameter's name
         name = name.rpartition(".")[0]
         weight = held.layers[name]
-    found = [weight.module] if weight.kind == "parameter" else []
+    found = {weight.module: False} if weight.kind == "parameter" else {}
     leaf = () if weight.kind == "parameter" else (weight.key,)
     for module, path in held.above(name):
         # It only asks whether its layers are alike.
         if type(module) is nn.TransformerEncoder or module in found:
             continue
-        paths = [(*path, *leaf)]
-        if weight.bias is not None:
-            paths.append((*paths[0][:-1], "bias"))
-        if any(is_read(module, each) for each in paths):
-            found.append(module)
+        own = (*path, *leaf)
+        of_bias = is_read(module, (*own[:-1], "bias"))
+        if is_read(module, own) or (of_bias and weight.bias is not None):
+            found[module] = of_bias
     return found
+
+
+def fused_into(parent: nn.Module | None, leaf: str) -> str:
+    """Return the layer into which diffusers has fused a projection, if it has."""
+    if not getattr(parent, "fused_projections", False):
+        return ""
+    whole = _FUSED.get(leaf, ())
+    return next((each for each in whole if hasattr(parent, each)), "")
 
 
 def is_named(name: str, ends: Iterable[str]) -> bool:
@@ -403,8 +425,10 @@ def _below(held: _Model, key: str, left_out: dict[str, str], tied: str) -> list[
 
 def _rows_of(held: _Model, layer: str, key: str, parts: Mapping[Any, Any]) -> dict[str, Any]:
     weight = held.layers.get(layer)
-    if weight is None or not weight.linear:
-        raise ValueError(f"targets[{key!r}] must be a linear layer to be cut into rows: {layer!r}")
+    if weight is None or not (weight.linear or weight.kind == "embedding"):
+        raise ValueError(
+            f"targets[{key!r}] must be a linear layer or an embedding to be cut into rows: {layer!r}"
+        )
     if not parts:
         raise ValueError(f"targets[{key!r}] must hold at least one range of rows: got none")
     height = weight.shape[0]
@@ -548,6 +572,10 @@ def _unfit(held: _Model, name: str, weight: Weight, tied: str) -> str:
         return "changes its weight in its forward: max_norm"
     if KINDS[weight.kind].linear and returns_several(module):
         return f"returns several values: it is a {type(module).__name__}"
+    path, _, leaf = name.rpartition(".")
+    fused = fused_into(held.modules.get(path), leaf)
+    if fused:
+        return f"is not called any more, since it was fused into {fused!r}"
     others = held.owners.others(module, weight.key)
     if others and tied == "refuse":
         own = f"{name}.{weight.key}" if weight.kind != "parameter" else name

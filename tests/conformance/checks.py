@@ -24,7 +24,7 @@ PRESETS = {
     "lora": sl.lora(2, scale=0.7),
     "lokr": sl.lokr(2, scale=0.7),
     "loha": sl.loha(2, scale=0.7),
-    "lonkr": sl.lonkr(1, splits=3, scale=0.7),
+    "lonkr": sl.lonkr(2, splits=2, scale=0.7),
     "one group": sl.Spec(rank=2, groups=1, fold="balanced", scale=0.7),
     "glora": sl.glora(2),
 }
@@ -57,7 +57,7 @@ class Tried:
         return output_of(self.entry, self.model if model is None else model)
 
 
-def make(entry: Entry, dtype: torch.dtype = torch.float64) -> nn.Module:
+def make(entry: Entry, dtype: torch.dtype | None = None) -> nn.Module:
     """Build a model, the same at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -68,7 +68,7 @@ def make(entry: Entry, dtype: torch.dtype = torch.float64) -> nn.Module:
                 parameter.add_(
                     0.02 * torch.cos(torch.arange(parameter.numel()) + index).view_as(parameter)
                 )
-    return model.eval().to(dtype)
+    return model.eval().to(dtype or entry.dtype)
 
 
 def output_of(entry: Entry, model: nn.Module) -> Tensor:
@@ -94,7 +94,7 @@ def _plain(output: Any) -> Any:
     return output
 
 
-def attach(entry: Entry, preset: str, dtype: torch.dtype = torch.float64) -> Tried | str:
+def attach(entry: Entry, preset: str, dtype: torch.dtype | None = None) -> Tried | str:
     """Adapt all of a model, or return why the method is refused."""
     model = make(entry, dtype)
     with warnings.catch_warnings():
@@ -117,8 +117,10 @@ def fill(adapter: Adapter) -> None:
             factor.copy_(0.1 * values)
 
 
-def near(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+def near(found: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
     """Raise where two outputs differ by more than rounding."""
+    if tolerance is None:
+        tolerance = 1e-6 if expected.dtype is torch.float64 else 1e-3
     assert found.shape == expected.shape
     assert torch.isfinite(expected).all(), "the output is not finite"
     scale = expected.abs().max().clamp_min(1e-3)
@@ -129,8 +131,11 @@ def near(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
 def starts_as_the_base(tried: Tried) -> None:
     """The output is that of the frozen base, bit for bit."""
     base = make(tried.entry).requires_grad_(False)
-    assert torch.equal(tried.output(), output_of(tried.entry, base))
-    near(tried.output(), output_of(tried.entry, make(tried.entry)))
+    with torch.no_grad():
+        expected = output_of(tried.entry, base)
+        assert torch.equal(tried.output(), expected)
+    # With gradients some modules of torch take another of their ways.
+    near(tried.output(), expected)
 
 
 def has_gradients(tried: Tried) -> None:
@@ -141,7 +146,8 @@ def has_gradients(tried: Tried) -> None:
     used = {
         block
         for layer, own in plan.layout.supports.items()
-        if reached[layer]
+        # An expert of a stack that no token was sent to has none.
+        if reached[layer] and not plan.layout.layer_axes[layer].stack
         for name in own.values()
         for block in plan.layout.inputs_of(name)
     }
@@ -195,7 +201,7 @@ def is_checkpointed(tried: Tried) -> None:
         seed = torch.ones((), dtype=torch.float64, requires_grad=True)
         y = checkpoint(lambda one: tried.output() * one, seed, use_reentrant=reentrant)
         for name, gradient in _gradients(tried, y).items():
-            near(gradient, expected[name], 1e-5)
+            near(gradient, expected[name])
 
 
 def _gradients(tried: Tried, y: Tensor) -> dict[str, Tensor]:

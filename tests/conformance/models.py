@@ -37,6 +37,8 @@ class Entry:
     call: Callable[[], Inputs]
     quick: bool = False
     generates: bool = False
+    # Grouped products of experts have no other kernel.
+    dtype: torch.dtype = torch.float64
 
 
 def _ids(*names: str) -> Inputs:
@@ -75,16 +77,27 @@ def _transformers(config: str, model: str, **fields: Any) -> nn.Module:
     return found
 
 
-def text(family: str, model: str = "ForCausalLM", quick: bool = False, **fields: Any) -> Entry:
+def text(
+    family: str,
+    model: str = "ForCausalLM",
+    quick: bool = False,
+    architecture: str = "",
+    **fields: Any,
+) -> Entry:
     """Return a language model of transformers."""
     build = functools.partial(
-        _transformers, f"{family}Config", f"{family}{model}", **{**_TEXT, **fields}
+        _transformers,
+        f"{family}Config",
+        architecture or f"{family}{model}",
+        **{k: v for k, v in {**_TEXT, **fields}.items() if v is not ...},
     )
     generates = model in ("ForCausalLM", "LMHeadModel")
     names = (
         ("input_ids", "decoder_input_ids") if "Seq2Seq" in model or "Conditional" in model else ()
     )
-    return Entry("transformers", build, lambda: _ids(*names), quick, generates)
+    single = "num_experts_per_tok" in fields
+    dtype = torch.float32 if single else torch.float64
+    return Entry("transformers", build, lambda: _ids(*names), quick, generates, dtype)
 
 
 def other(
@@ -256,13 +269,18 @@ MODELS: dict[str, Entry] = {
     "Qwen2": text("Qwen2"),
     "Qwen3": text("Qwen3", quick=True),
     "Gemma2": text("Gemma2"),
-    "Gemma3": text("Gemma3", layer_types=["full_attention", "sliding_attention"]),
+    "Gemma3": text(
+        "Gemma3Text",
+        "",
+        architecture="Gemma3ForCausalLM",
+        layer_types=["full_attention", "sliding_attention"],
+    ),
     "Phi": text("Phi"),
     "Phi3": text("Phi3"),
     "OLMo2": text("Olmo2"),
     "Cohere": text("Cohere"),
     "StableLM": text("StableLm"),
-    "Falcon": text("Falcon", new_decoder_architecture=True),
+    "Falcon": text("Falcon", head_dim=..., new_decoder_architecture=True),
     "GPT-NeoX": text("GPTNeoX"),
     "GPT-J": text("GPTJ", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64),
     "GPT-2": text("GPT2", "LMHeadModel", quick=True, **_HEADS),
@@ -279,7 +297,9 @@ MODELS: dict[str, Entry] = {
         attn_layer_period=2,
         **_EXPERTS,
     ),
-    "RecurrentGemma": text("RecurrentGemma", lru_width=32),
+    "RecurrentGemma": text(
+        "RecurrentGemma", lru_width=32, num_hidden_layers=3, attention_window_size=8
+    ),
     "BERT": text("Bert", "ForSequenceClassification", quick=True),
     "RoBERTa": text("Roberta", "ForSequenceClassification"),
     "DistilBERT": text(
@@ -342,9 +362,19 @@ MODELS: dict[str, Entry] = {
         v_head_dim=8,
         first_k_dense_replace=1,
         num_key_value_heads=4,
-        **{k: v for k, v in _EXPERTS.items() if k == "num_experts_per_tok"},
+        head_dim=4,
+        num_experts_per_tok=2,
     ),
     "OLMoE": text("Olmoe", **_EXPERTS),
+    "Llama 4": text(
+        "Llama4Text",
+        "",
+        architecture="Llama4ForCausalLM",
+        intermediate_size_mlp=48,
+        num_experts_per_tok=1,
+        num_local_experts=4,
+        interleave_moe_layer_step=2,
+    ),
     "Phi-MoE": text("Phimoe", **_EXPERTS),
     # Images and sound
     "ViT": other(
@@ -368,6 +398,7 @@ MODELS: dict[str, Entry] = {
         _pixels,
         "ForImageClassification",
         hidden_sizes=[8, 16, 16, 16],
+        layer_scale_init_value=1.0,
         depths=[1, 1, 1, 1],
     ),
     "SegFormer": other(
@@ -427,7 +458,13 @@ MODELS: dict[str, Entry] = {
     "timm ResNet": timm("resnet10t", 64),
     "timm EfficientNet": timm("efficientnet_b0", 64),
     "timm ConvNeXt": timm("convnext_atto", 64, depths=(1, 1, 1, 1), dims=(8, 16, 16, 16)),
-    "timm MLP-Mixer": timm("mixer_s32_224", 64, img_size=64, num_blocks=2, embed_dim=32),
+    "timm MLP-Mixer": Entry(
+        "timm",
+        lambda: importlib.import_module("timm.models").MlpMixer(
+            num_classes=5, img_size=32, patch_size=8, num_blocks=2, embed_dim=32
+        ),
+        _image,
+    ),
     "torchvision Swin": torchvision("swin_t"),
     "torchvision ResNet": torchvision("resnet18"),
     "torchvision MobileNet": torchvision("mobilenet_v3_small"),
