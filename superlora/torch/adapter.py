@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +25,10 @@ from superlora.torch.interop.formats import Export
 from superlora.torch.interop.to_lycoris import save_lycoris
 from superlora.torch.interop.to_peft import save_peft
 from superlora.torch.layers import Weight, refuse_empty
-from superlora.torch.reached import ChangeWatch, Watch, check_mergeable, listed
+from superlora.torch.link import Link
+from superlora.torch.reached import ChangeWatch, Watch, check_mergeable, check_not_wrapped, listed
 from superlora.torch.replaced import Replaced
-from superlora.torch.site import Link, Site, holders_of
+from superlora.torch.site import Site
 from superlora.torch.summary import Summary, summary_of
 from superlora.torch.support import Support
 from superlora.torch.targets import Selection
@@ -36,8 +36,6 @@ from superlora.torch.walk import Frozen, outside_adapters, release
 
 # In a state dict, of an adapter that was merged when it was taken.
 _MERGED = "merged"
-# Of a model's entries, below which a warning is given.
-_LEAST_SHARE = 0.1
 
 
 class Adapter(nn.Module):
@@ -160,13 +158,6 @@ class Adapter(nn.Module):
         return {}
 
     @property
-    def _selected(self) -> dict[str, Any]:
-        """What a file's header says of weights that are more, or less, than a layer's own."""
-        rows = {name: list(each) for name, each in self._selection.rows.items()}
-        twins = list(self._selection.twins)
-        return {**({"rows": rows} if rows else {}), **({"tied": twins} if twins else {})}
-
-    @property
     def attached(self) -> bool:
         """Whether the adapter is on a model."""
         return bool(self._homes)
@@ -211,18 +202,6 @@ class Adapter(nn.Module):
         """
         self._check_attached("summarised")
         return summary_of(self, self.model, self._selection, self._sites)
-
-    def warn_of_few(self) -> None:
-        """Warn where little of a model is adapted."""
-        share, left_out = self.summary()["share"], self._selection.left_out
-        if share < _LEAST_SHARE:
-            rest = f"; left out: {some(f'{n!r} {why}' for n, why in left_out.items())}"
-            warnings.warn(
-                f"adapter {self.name!r} reaches {share:.1%} of the entries of the model's weights"
-                f"{rest * bool(left_out)}; targets='all' takes convolutions and stacked experts "
-                "too",
-                stacklevel=3,
-            )
 
     @property
     def gains_bias(self) -> list[str]:
@@ -330,7 +309,7 @@ class Adapter(nn.Module):
             for twin in selection.twins.get(name, ()):
                 self._twins.append(Site.add(twin, link, readers, site))
         self._hooks += Watch.on(self._sites, selection.parents)
-        names = {site: _module_of(name, selection) for name, site in self._sites.items()}
+        names = {site: selection.module_of(name) for name, site in self._sites.items()}
         self._watch = ChangeWatch.on(model, names)
 
     @property
@@ -420,9 +399,9 @@ class Adapter(nn.Module):
             raise AdapterError(f"adapter {self.name!r} is merged already")
         if self._disabled:
             raise AdapterError(f"adapter {self.name!r} must not be disabled to be merged")
+        self._check_unchanged("merged")
         weights = {name: site.held.parameter for name, site in self._sites.items()}
         refuse_empty("weights must be loaded to be merged", weights)
-        self._check_unchanged("merged")
         check_mergeable(self, self._homes[0], self._sites, self._twins, unreached, bias)
         done: list[Site] = []
         try:
@@ -475,7 +454,7 @@ class Adapter(nn.Module):
                 f"adapter {self.name!r} is merged: call unmerge() first, or "
                 "detach(keep_merged=True) to leave the weights merged"
             )
-        self._check_not_wrapped()
+        check_not_wrapped(self.name, self._every)
         below = {link.adapter_name: None for site in self._own for link in site.below(self)}
         if below:
             raise AdapterError(
@@ -508,20 +487,6 @@ class Adapter(nn.Module):
         self.blocks.scope.clear()
         self._merge_again = False
 
-    def _check_not_wrapped(self) -> None:
-        """Refuse to be taken away below another library's wrapper, which would still call us."""
-        for site in self._every:
-            kind = site.held.kind
-            for holder in site.readers if kind == "parameter" else [site, *site.readers]:
-                forward = holder.module.__dict__.get("forward")
-                lost = forward is None or getattr(forward, "__self__", None) is holder.module
-                if not lost and holder not in holders_of(holder.module):
-                    raise AdapterError(
-                        f"adapter {self.name!r} cannot be detached while the forward of "
-                        f"{site.links[self].name!r} is wrapped by something attached later: "
-                        "remove that first"
-                    )
-
     def save(self, path: str | Path) -> None:
         """Write every factor, and the spec with the scale now in force, to a safetensors file.
 
@@ -538,7 +503,7 @@ class Adapter(nn.Module):
         """
         refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)
         self._check_unchanged("saved")
-        beside = self._beside | self._selected
+        beside = self._beside | self._selection.beside
         save_blocks(self.blocks, self._bare, self.replaced, beside, Path(path))
 
     def swap(self, path: str | Path) -> None:
@@ -718,12 +683,6 @@ class Adapter(nn.Module):
     def _check_attached(self, verb: str) -> None:
         if not self._homes:
             raise AdapterError(f"adapter {self.name!r} must be attached to be {verb}")
-
-
-def _module_of(name: str, selection: Selection) -> str:
-    """Return the name of the module that has a weight."""
-    own = name in selection.rows or selection.weights[name].kind == "parameter"
-    return name.rpartition(".")[0] if own else name
 
 
 def registered(model: nn.Module) -> dict[Adapter, str]:

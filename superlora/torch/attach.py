@@ -28,6 +28,7 @@ from superlora.torch.layers import KINDS, Weight
 from superlora.torch.low_rank import applies, low_rank
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
+from superlora.torch.summary import warn_of_few
 from superlora.torch.targets import ALL, ALL_LINEAR, Selection, Targets, find_targets
 from superlora.torch.walk import freeze
 
@@ -123,7 +124,7 @@ def attach(
     adapter.applied = apply
     register(model, adapter, selection)
     if isinstance(targets, str) and targets in (ALL_LINEAR, ALL):
-        adapter.warn_of_few()
+        warn_of_few(adapter)
     return adapter
 
 
@@ -191,8 +192,8 @@ def _design(spec: Any, selection: Selection) -> Spec | Supports:
     names: dict[Spec | None, list[str]] = {}
     for name in selection.weights:
         names.setdefault(designs[name].of(name), []).append(name)
-    first, *others = [own for own in names if own is not None] or [None]
-    if first is None:
+    first, *others = [own for own in names if own is not None] or [Spec()]
+    if set(names) == {None}:
         raise ValueError("targets must leave a layer to adapt: overrides leave out all of them")
     overrides = {}
     for own in (*others, *([None] if None in names else [])):
@@ -261,7 +262,9 @@ def check_operations(plan: Plan, selection: Selection) -> None:
                 f"cannot be read: got {more} for {where}"
             )
         if OF_BIAS.intersection(own) and weight.complex:
-            raise ValueError(f"operations on a bias must have real numbers: got complex for {where}")
+            raise ValueError(
+                f"operations on a bias must have real numbers: {where}, has complex ones"
+            )
         if OF_BIAS.intersection(own) and name in selection.without_bias:
             raise ValueError(
                 f"operations on a bias must have layers whose bias is read: got "
@@ -293,7 +296,7 @@ def check_ways(plan: Plan, selection: Selection, apply: str) -> None:
             if own.keys() != {ADD} or not all(ranks) or not applies(weight.module):
                 raise ValueError(
                     f"apply='factored' must have layers that take products: {name!r}, a "
-                    f"{type(weight.module).__name__}, takes the sum of weight and update; use 'auto'"
+                    f"{type(weight.module).__name__}, takes a sum of weight and update; use 'auto'"
                 )
 
 

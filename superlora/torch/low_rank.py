@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from superlora.design.layout import Layout
+from superlora.design.layout import Layout, kept
 from superlora.torch.autograd import autocasts, is_traced, without_autocast
 from superlora.torch.layers import CONVOLUTIONS
 from superlora.torch.support import Support
@@ -16,13 +16,27 @@ from superlora.torch.support import Support
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
+@kept
 def low_rank(layout: Layout, name: str) -> int:
     """Return the rank of an update that is a product of two factors; 0 where it is none."""
     pieces = layout.grouping.pieces[name]
-    group = pieces[0].group
+    return _rank(layout, pieces[0].group, layout.shapes[name]) if len(pieces) == 1 else 0
+
+
+@kept
+def stack_rank(layout: Layout, name: str) -> int:
+    """Return the rank of the products that each matrix of a stack is; 0 where they are none."""
+    pieces = layout.grouping.pieces[name]
+    axes = layout.axes[name]
+    if len(pieces) != axes.matrices or axes.window:
+        return 0
+    ranks = {_rank(layout, piece.group, (axes.out, axes.in_)) for piece in pieces}
+    return ranks.pop() if len(ranks) == 1 else 0
+
+
+def _rank(layout: Layout, group: int, shape: tuple[int, int]) -> int:
     own, item = layout.specs[group], layout.groups[group]
-    whole = len(pieces) == 1 and item.fold == layout.shapes[name]
-    if not whole or own.splits > 1 or own.orders != (2,) or not layout.in_place(group):
+    if item.fold != shape or own.splits > 1 or own.orders != (2,) or not layout.in_place(group):
         return 0
     if layout.maps[group].joint or not layout.maps[group].is_identity:
         return 0
@@ -35,10 +49,49 @@ def low_rank(layout: Layout, name: str) -> int:
     return sum(ranks)
 
 
-def factors(support: Support) -> tuple[Tensor, Tensor]:
+def stacked_factors(support: Support) -> tuple[Tensor, Tensor]:
+    """Return the factors of all matrices of a stack, (stack, out, rank) and (stack, rank, in)."""
+    layout = support.blocks.plan.layout
+    names = _plain_names(layout, support.name)
+    if names:
+        # At once: a layer may have hundreds of experts.
+        tensors, make = support.blocks.inputs_of(names)
+        made = make(tensors)
+        count = len(made) // 2
+        left, right = torch.stack(made[:count]), torch.stack(made[count:])
+    else:
+        pieces = layout.grouping.pieces[support.name]
+        every = [factors(support, piece.group, scaled=False) for piece in pieces]
+        left = torch.stack([own for own, _ in every])
+        right = torch.stack([other.t() for _, other in every])
+    if support.scale.value != 1 or torch.compiler.is_compiling():
+        left = left * _number(support)
+    return left, right.mT
+
+
+@kept
+def _plain_names(layout: Layout, name: str) -> tuple[str, ...]:
+    """Return the left factors of a stack and then the right ones, where there is nothing else."""
+    groups = [piece.group for piece in layout.grouping.pieces[name]]
+    shapes = [split.block_shapes for group in groups for (split,) in layout.terms(group)]
+    names = [layout.block(g, 0, leaf) for leaf in ("factor0", "factor1") for g in groups]
+    alone = len(shapes) == len(groups) and all(len(each) == 2 for each in shapes)
+    own = [each[leaf] for leaf in ("factor0", "factor1") for each in shapes if alone]
+    whole = alone and own == [layout.block_shapes[each] for each in names]
+    return tuple(names) if whole else ()
+
+
+def _number(support: Support) -> Tensor | float:
+    return support.scale.number if torch.compiler.is_compiling() else support.scale.value
+
+
+def factors(
+    support: Support, group: int | None = None, scaled: bool = True
+) -> tuple[Tensor, Tensor]:
     """Return the two matrices, (output, rank) and (rank, input), the scale multiplied in."""
     blocks, layout = support.blocks, support.blocks.plan.layout
-    group = layout.grouping.pieces[support.name][0].group
+    if group is None:
+        group = layout.grouping.pieces[support.name][0].group
     left, right = [], []
     for index, (split,) in enumerate(layout.terms(group)):
         shapes = split.block_shapes
@@ -53,9 +106,9 @@ def factors(support: Support) -> tuple[Tensor, Tensor]:
         right.append(found["factor1"].t())
     both = torch.cat(left, 1) if len(left) > 1 else left[0]
     other = torch.cat(right) if len(right) > 1 else right[0]
-    if torch.compiler.is_compiling():
-        return both * support.scale.number, other
-    return both if support.scale.value == 1 else both * support.scale.value, other
+    if not scaled or (support.scale.value == 1 and not torch.compiler.is_compiling()):
+        return both, other
+    return both * _number(support), other
 
 
 def pays(module: nn.Module, x: Tensor, shape: tuple[int, int], rank: int) -> bool:

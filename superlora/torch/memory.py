@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 # The memory, and the first byte and the one after the last in it.
-Range = tuple[object, int, int]
+Range = tuple[object, Any, Any]
 
 
 def range_of(tensor: Tensor) -> Range:

@@ -30,7 +30,7 @@ class _Part(NamedTuple):
     key: str
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
     versions: Sequence[int]
 
 
@@ -70,7 +70,8 @@ class _Saved:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    found: int = tensor.untyped_storage()._cdata
+    return found
 
 
 def call_with(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from superlora.design.spec_checks import check_choice
 from superlora.errors import AdapterError, some
 from superlora.torch.memory import Owners
-from superlora.torch.site import Site
+from superlora.torch.site import Reader, Site, holders_of
 from superlora.torch.targets import fused_into
 from superlora.torch.walk import outside_adapters
 
@@ -198,3 +198,18 @@ def _flags_of(model: nn.Module) -> str:
         return ""
     rest = f", but where the configuration says so: {some(f'config.{f}' for f in flags)}"
     return ", which from_pretrained drops" + rest * bool(flags)
+
+
+def check_not_wrapped(adapter: str, sites: Sequence[Site]) -> None:
+    """Refuse to take an adapter away below another library's wrapper, which would still call it."""
+    for site in sites:
+        own: list[Site | Reader] = [*site.readers]
+        for holder in own if site.held.kind == "parameter" else [site, *own]:
+            forward = holder.module.__dict__.get("forward")
+            lost = forward is None or getattr(forward, "__self__", None) is holder.module
+            if not lost and holder not in holders_of(holder.module):
+                raise AdapterError(
+                    f"adapter {adapter!r} cannot be detached while the forward of "
+                    f"{next(iter(site.links.values())).name!r} is wrapped by something attached "
+                    "later: remove that first"
+                )

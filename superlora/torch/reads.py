@@ -8,37 +8,17 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 # From the module on, as ("out_proj", "weight"); "*" is any item of a list of modules.
 Chain = tuple[str, ...]
 # What is asked of a weight without reading its numbers.
-_ABOUT = frozenset(
-    [
-        "device",
-        "dtype",
-        "dim",
-        "element_size",
-        "is_cpu",
-        "is_cuda",
-        "is_floating_point",
-        "is_meta",
-        "is_quantized",
-        "itemsize",
-        "layout",
-        "names",
-        "ndim",
-        "ndimension",
-        "nelement",
-        "numel",
-        "requires_grad",
-        "shape",
-        "size",
-        "stride",
-        "untyped_storage",
-    ]
+_ABOUT = frozenset({"device", "dtype", "layout", "names", "shape"}).union(
+    {"dim", "element_size", "ndim", "ndimension", "nelement", "numel", "itemsize", "size"},
+    {"is_cpu", "is_cuda", "is_floating_point", "is_meta", "is_quantized", "requires_grad"},
+    {"stride", "untyped_storage"},
 )
 _QUESTIONS = frozenset({"getattr", "hasattr", "id", "isinstance", "len", "type"})
 _LEAST, _DEPTH = 2, 6
@@ -46,7 +26,7 @@ _LEAST, _DEPTH = 2, 6
 
 def is_read(module: nn.Module, path: Chain) -> bool:
     """Return whether the forward of a module reads what lies at a path of attributes from it."""
-    return any(_matches(chain, path) for chain in _chains(type(module)))
+    return any(_matches(chain, path) for chain in _chains(cast(Any, type(module))))
 
 
 def _matches(chain: Chain, path: Chain) -> bool:
@@ -55,8 +35,8 @@ def _matches(chain: Chain, path: Chain) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _chains(kind: type[nn.Module]) -> frozenset[Chain]:
+@functools.cache
+def _chains(kind: Any) -> frozenset[Chain]:
     """Return what the forward of a class reads, of itself and of its parts."""
     found: set[Chain] = set()
     seen: set[Any] = set()
@@ -66,7 +46,7 @@ def _chains(kind: type[nn.Module]) -> frozenset[Chain]:
 
 def _follow(
     function: Callable[..., Any],
-    kind: type[nn.Module],
+    kind: Any,
     known: Mapping[int | str, Chain],
     found: set[Chain],
     seen: set[Any],
@@ -97,7 +77,7 @@ def _follow(
 def _follow_call(
     call: ast.Call,
     function: FunctionType,
-    kind: type[nn.Module],
+    kind: Any,
     parts: _Parts,
     found: set[Chain],
     seen: set[Any],

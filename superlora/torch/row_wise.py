@@ -9,7 +9,7 @@ from torch import nn
 
 from superlora.errors import AdapterError, some
 from superlora.torch.adapter import Adapter, registered
-from superlora.torch.site import OPEN, Part, Rows
+from superlora.torch.link import OPEN, Part, Rows
 from superlora.torch.walk import outside_adapters
 
 

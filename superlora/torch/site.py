@@ -3,114 +3,28 @@
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
-from superlora.torch.blocks import Place
-from superlora.torch.layers import Weight, computes_plainly, input_name
-from superlora.torch.low_rank import applies, low_rank, low_rank_output, pays
+from superlora.torch.autograd import without_autocast
+from superlora.torch.layers import Weight, computes_plainly, input_name, is_input_first
+from superlora.torch.link import OPEN, Link, Rows, rows_of
+from superlora.torch.low_rank import (
+    applies,
+    low_rank,
+    low_rank_output,
+    pays,
+    stack_rank,
+    stacked_factors,
+)
 from superlora.torch.merge_operations import Base, Operations, changed_by
 from superlora.torch.placed import call_with
 from superlora.torch.rounding import add_rounded_once, is_finite
 from superlora.torch.support import Support, sum_output
-
-
-@dataclass(eq=False)
-class Link:
-    """An adapter of a layer, and what it calls the layer.
-
-    Attributes
-    ----------
-    adapter : torch.nn.Module
-        The adapter.
-    adapter_name : str
-        What errors call it.
-    name : str
-        The layer's dotted name in the adapter's own model.
-    supports : iterable of Support
-        Its support tensors here, in the order of the operations. To iterate over them raises an
-        error where there are none to choose, as in a supernet without a configuration.
-    first : Place
-        Its first factor, whose dtype all have.
-    active : bool
-        Whether the layer's forward adds them: the adapter is neither merged nor disabled.
-    before : tuple of (torch.Tensor or None), or None
-        The bits of weight and bias before the adapter was merged into them, while it is; None
-        for one that it leaves alone.
-    bare : bool
-        Whether the layer had no bias, and has one meanwhile.
-    shape : (int, int)
-        The weight's as a matrix when the adapter was attached.
-    """
-
-    adapter: nn.Module
-    adapter_name: str
-    name: str
-    supports: Iterable[Support]
-    first: Place
-    shape: tuple[int, int]
-    active: bool = True
-    before: tuple[Tensor | None, Tensor | None] | None = None
-    bare: bool = False
-
-
-@dataclass(eq=False)
-class Part:
-    """Rows of a batch that use one adapter, and its links by the layer's identity."""
-
-    places: list[int]
-    links: Mapping[int, Link]
-    _index: dict[torch.device, Tensor] = field(default_factory=dict)
-
-    def index(self, device: torch.device) -> Tensor:
-        """Return the rows as a tensor of a device, made once."""
-        if device not in self._index:
-            self._index[device] = torch.tensor(self.places, device=device)
-        return self._index[device]
-
-
-@dataclass(eq=False)
-class Rows:
-    """Which adapter each row of a batch uses, in the layers of one model.
-
-    Attributes
-    ----------
-    count : int
-        Rows of the batch.
-    parts : list of Part
-        The adapters in use.
-    modules : set of int
-        The identities of all modules of the model.
-    thread : int
-        Which opened the block.
-    """
-
-    count: int
-    parts: list[Part]
-    modules: set[int]
-    thread: int = field(default_factory=threading.get_ident)
-
-
-# Of the `with rows(...)` blocks that are open, the innermost last.
-OPEN: list[Rows] = []
-
-
-def rows_of(module: nn.Module) -> Rows | None:
-    """Return the rows of the innermost open block whose model has a layer, if any."""
-    found = [rows for rows in reversed(OPEN) if id(module) in rows.modules]
-    if not found:
-        return None
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-        found = [rows for rows in found if rows.thread == threading.get_ident()]
-    elif len({rows.thread for rows in found}) > 1:
-        raise AdapterError("rows() must be open in one thread alone to be compiled or recomputed")
-    return found[0] if found else None
 
 
 class Site:
@@ -254,7 +168,7 @@ class Site:
             # In half precision the sum with the weight would round a small update away; a product
             # of inputs that are not contiguous has other bits once they are flat.
             fused = weight.dtype in (torch.float32, torch.float64)
-            fused = fused and (x.dim() == 2 or x.is_contiguous())  # noqa: PLR2004
+            fused = fused and (x.dim() == 2 or x.is_contiguous())
         for link in self.links.values():
             if not link.active:
                 continue
@@ -267,10 +181,10 @@ class Site:
         if not supports:
             return self._base(*args, **kwargs)
         if plain:
-            held = (weight, self.module.bias) if fused else (None, None)
-            return sum_output(supports, x, *held, lambda: self._base(*args, **kwargs))
+            own: Any = (weight, self.module.bias) if fused else (None, None)
+            return sum_output(supports, x, own[0], own[1], lambda: self._base(*args, **kwargs))
 
-        def base(moved: Tensor) -> Tensor:
+        def base(moved: Tensor) -> Any:
             if args:
                 return self._base(moved, *args[1:], **kwargs)
             return self._base(**{**kwargs, self._input: moved})
@@ -318,6 +232,8 @@ class Site:
         if OPEN and rows_of(self.module) is not None:
             self._refuse_rows()
         stored, bias = self.held.parameter, self.held.bias
+        if stored.dim() == 3 and all(self._is_stacked(own, stored) for own in supports):
+            return {self.held.key: self._stacked_sum(supports)}
         of_weight, of_bias = changed_by(self.base, supports)
         found = {}
         if of_weight is not None:
@@ -325,6 +241,22 @@ class Site:
         if of_bias is not None:
             found["bias"] = of_bias.to(stored) if bias is None else (bias + of_bias).to(bias.dtype)
         return found
+
+    def _is_stacked(self, own: Support, stored: Tensor) -> bool:
+        """Return whether an update is a product of two factors for each matrix of a stack."""
+        alike = own.blocks.dtype == stored.dtype and self.held.kind == "parameter"
+        return alike and own.plain and bool(stack_rank(own.blocks.plan.layout, own.name))
+
+    def _stacked_sum(self, supports: Sequence[Support]) -> Tensor:
+        """Return a stack of matrices with such updates, each added in the product's own pass."""
+        total = self.held.parameter
+        turned = is_input_first(self.module)
+        with without_autocast(total.device):
+            for own in supports:
+                left, right = (each.to(total.device) for each in stacked_factors(own))
+                pair = (right.mT, left.mT) if turned else (left, right)
+                total = torch.baddbmm(total, *pair)
+        return total
 
     def versions(self) -> list[int]:
         """Return numbers that differ once what the sums are made of is changed in place."""
@@ -342,7 +274,7 @@ class Site:
             "update"
         )
 
-    def _divided(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _divided(self, rows: Rows, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's output plus every row's own update."""
         if self.merged:
             names = dict.fromkeys(link.adapter_name for link in self.merged)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from superlora.errors import some
 from superlora.torch.site import Site
 from superlora.torch.targets import Selection
 from superlora.torch.walk import outside_adapters
+
+# Of a model's entries, below which a warning is given.
+_LEAST_SHARE = 0.1
 
 
 class Summary(dict[str, Any]):
@@ -95,3 +100,16 @@ def summary_of(
         model_entries=total,
         share=min(1.0, entries / total) if total else 1.0,
     )
+
+
+def warn_of_few(adapter: Any) -> None:
+    """Warn where little of a model is adapted."""
+    summary = adapter.summary()
+    if summary["share"] < _LEAST_SHARE:
+        left_out = some(f"{name!r} {why}" for name, why in summary["left_out"].items())
+        rest = f"; left out: {left_out}" if left_out else ""
+        warnings.warn(
+            f"adapter {adapter.name!r} reaches {summary['share']:.1%} of the entries of the "
+            f"model's weights{rest}; targets='all' takes convolutions and stacked experts too",
+            stacklevel=3,
+        )

@@ -82,6 +82,20 @@ class Selection:
                 found[name] = axes.shape if axes.plain else axes
         return found
 
+    def module_of(self, name: str) -> str:
+        """Return the name of the module that has a weight."""
+        own = name in self.rows or self.weights[name].kind == "parameter"
+        return name.rpartition(".")[0] if own else name
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What a file's header says of weights that are more, or less, than a layer's own."""
+        rows = {name: list(each) for name, each in self.rows.items()}
+        return {
+            **({"rows": rows} if rows else {}),
+            **({"tied": [*self.twins]} if self.twins else {}),
+        }
+
 
 class _Model:
     """A model's modules and parameters by name."""
@@ -427,7 +441,7 @@ def _rows_of(held: _Model, layer: str, key: str, parts: Mapping[Any, Any]) -> di
     weight = held.layers.get(layer)
     if weight is None or not (weight.linear or weight.kind == "embedding"):
         raise ValueError(
-            f"targets[{key!r}] must be a linear layer or an embedding to be cut into rows: {layer!r}"
+            f"targets[{key!r}] must be a linear layer or an embedding to be cut: {layer!r}"
         )
     if not parts:
         raise ValueError(f"targets[{key!r}] must hold at least one range of rows: got none")
@@ -509,7 +523,8 @@ def _of_numbers(chosen: list[str], layers: Any, left_out: dict[str, str]) -> lis
     if beyond:
         there = sorted(set(numbers.values()))
         raise ValueError(
-            f"layers must be numbers of adapted layers, {there or 'none'}: got {some(map(str, beyond))}"
+            f"layers must be numbers of adapted layers, {there or 'none'}: got "
+            f"{some(map(str, beyond))}"
         )
     for name in chosen:
         if numbers.get(name) not in wanted:
@@ -565,7 +580,8 @@ def _unfit(held: _Model, name: str, weight: Weight, tied: str) -> str:
     if not (parameter.is_floating_point() or parameter.is_complex()):
         return f"has no weight of a floating-point type: it is {parameter.dtype}"
     if not weight.plain or not weight.addable:
-        return f"has a weight that cannot be added to: a {type(parameter).__name__} of {parameter.dtype}"
+        kind = type(parameter).__name__
+        return f"has a weight that cannot be added to: a {kind} of {parameter.dtype}"
     if parameter.dim() == 0:
         return "is one number"
     if getattr(module, "max_norm", None) is not None:

@@ -239,7 +239,12 @@ def test_layers_unfit_for_the_file(saved):
     integer = make_net()
     weight = torch.zeros(8, 16, dtype=torch.int8)
     integer.blocks[0].q.weight = torch.nn.Parameter(weight, requires_grad=False)
-    assert_refused(saved, r"'blocks\.0\.q' has no weight of a floating-point type: it is torch\.int8", TypeError, integer)
+    assert_refused(
+        saved,
+        r"'blocks\.0\.q' has no weight of a floating-point type: it is torch\.int8",
+        TypeError,
+        integer,
+    )
 
 
 HUGE = {

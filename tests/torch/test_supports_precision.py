@@ -178,7 +178,12 @@ def test_quantised_weights_are_refused(key, dtype):
     model = make_net()
     codes = torch.ones(8, 16).to(dtype)
     model.blocks[1].q.weight = nn.Parameter(codes, requires_grad=False)
-    with unchanged(model), pytest.raises(TypeError, match=r"'blocks\.1\.q' has no .* floating-point type: it is torch"):
+    with (
+        unchanged(model),
+        pytest.raises(
+            TypeError, match=r"'blocks\.1\.q' has no .* floating-point type: it is torch"
+        ),
+    ):
         slt.attach(model, DESIGNS[key], TARGETS)
 
 

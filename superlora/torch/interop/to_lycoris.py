@@ -37,7 +37,8 @@ def save_lycoris(
     if others:
         kinds = sorted({weights[name].kind for name in others})
         raise ValueError(
-            f"layers must be linear to be written for LyCORIS: got {some(others)}, {', '.join(kinds)}"
+            f"layers must be linear to be written for LyCORIS: got {some(others)}, "
+            f"{', '.join(kinds)}"
         )
     names = [name for name, _ in outside_adapters(model)]
     stems = {name: f"{prefix}_{name}".replace(".", "_") for name in names}
