@@ -225,6 +225,24 @@ def generates(tried: Tried) -> None:
     assert all(torch.equal(each, found[0]) for each in found)
 
 
+def compiles(tried: Tried) -> None:
+    """A block that is compiled by itself computes alike."""
+    fill(tried.adapter)
+    layers = tried.adapter.layers()
+    name = list(layers)[len(layers) // 2].rpartition(".")[0]
+    # The block has more than the one layer, where that is not the model.
+    while name and sum(each.startswith(f"{name}.") for each in layers) < 2:
+        name = name.rpartition(".")[0]
+    block = tried.model.get_submodule(name)
+    torch.compiler.reset()
+    with torch.no_grad():
+        y = tried.output()
+        if type(block) not in (nn.ModuleList, nn.ModuleDict):
+            block.compile(backend="eager")
+        near(tried.output(), y)
+    torch.compiler.reset()
+
+
 def is_left_as_it_was(tried: Tried) -> None:
     """Without the adapter the model has its state dict, its output and its attributes."""
     fill(tried.adapter)
@@ -279,3 +297,16 @@ def quietly() -> Iterator[None]:
         for message in ("adapter", "the update of"):
             warnings.filterwarnings("error", message)
         yield
+
+
+def every(entry: Entry, preset: str, folder: Path) -> None:
+    """Make all checks of a method that is not refused."""
+    for check in (*CHECKS.values(), lambda tried: is_saved(tried, folder)):
+        fresh = attach(entry, preset)
+        assert not isinstance(fresh, str)
+        check(fresh)
+    runs_in_half_precision(entry, preset)
+    if preset == "lora":
+        fresh = attach(entry, preset)
+        assert not isinstance(fresh, str)
+        compiles(fresh)

@@ -105,7 +105,7 @@ def test_what_is_left_out_is_said():
     }
     assert "2 layers left out" in repr(adapter)
     text = str(found)
-    assert "layers.0.up  linear  16 x 8  48" in text
+    assert "layers.0.up    linear  16 x 8  48" in text
     assert "left out: head is the classifier" in text
     assert found["entries"] == 3 * 256
     assert (
