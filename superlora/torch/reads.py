@@ -167,7 +167,7 @@ def _tree(function: FunctionType) -> ast.FunctionDef | None:
     try:
         source = textwrap.dedent(inspect.getsource(function))
         (tree,) = ast.parse(source).body
-    except (OSError, SyntaxError, TypeError, ValueError):
+    except Exception:  # of whatever stands in for a file that is not there
         return None
     return tree if isinstance(tree, ast.FunctionDef) else None
 

@@ -14,11 +14,12 @@ QUICK = dict.fromkeys(
     ("torch", "transformers", "diffusers", "timm", "torchvision"), ("lora", "glora")
 )
 QUICK["torch"] = tuple(checks.PRESETS)
+QUICK = ("lora", "glora")
 CASES = [
     pytest.param(
         name,
         preset,
-        marks=[] if entry.quick and preset in QUICK[entry.library] else [pytest.mark.slow],
+        marks=[] if entry.quick and (preset in QUICK or entry.library == "torch") else [pytest.mark.slow],
         id=f"{name}-{preset}",
     )
     for name, entry in MODELS.items()
