@@ -19,7 +19,9 @@ CASES = [
     pytest.param(
         name,
         preset,
-        marks=[] if entry.quick and (preset in QUICK or entry.library == "torch") else [pytest.mark.slow],
+        marks=[]
+        if entry.quick and (preset in QUICK or entry.library == "torch")
+        else [pytest.mark.slow],
         id=f"{name}-{preset}",
     )
     for name, entry in MODELS.items()

@@ -46,17 +46,19 @@ def save_peft(
             raise IsADirectoryError(f"directory must have no folder {name}: got {directory}")
     conv = [weight.kind == "Conv1D" for weight in weights.values()]
     modules = {name: weight.module for name, weight in weights.items()}
-    others = [name for name, weight in weights.items() if not weight.linear]
+    others = [name for name, weight in weights.items() if not _is_known(weight)]
     if others:
-        kinds = sorted({weights[name].kind for name in others})
+        kinds = sorted({type(weights[name].module).__name__ for name in others})
         raise ValueError(
-            f"layers must be linear to be written for PEFT: got {some(others)}, {', '.join(kinds)}"
+            "layers must be linear, convolutions without groups or embeddings to be written for "
+            f"PEFT: got {some(map(repr, others))} of type {', '.join(kinds)}"
         )
-    layers, errors, options = _layers(blocks, any(conv), rank, energy)
+    shaped = [weight.kind for weight in weights.values() if not weight.linear]
+    layers, errors, options = _layers(blocks, any(conv) or bool(shaped), rank, energy)
     tensors = {
         f"{PREFIX}{name}.{leaf}": formats.written(blocks, values)
         for name, layer in layers.items()
-        for leaf, values in formats.named(formats.PEFT_FORMS, layer).items()
+        for leaf, values in _shaped(weights[name], layer).items()
     }
     if replaced is not None:
         whole, saved = _saved_whole(model, modules, replaced.parameters())
@@ -72,6 +74,28 @@ def save_peft(
     finally:
         temporary.unlink(missing_ok=True)
     return formats.Export(directory, {name: layer.method for name, layer in layers.items()}, errors)
+
+
+def _is_known(weight: Weight) -> bool:
+    """Return whether PEFT has a LoRA for a layer."""
+    if weight.kind == "convolution":
+        return bool(weight.module.groups == 1)
+    return weight.linear or type(weight.module) is nn.Embedding
+
+
+def _shaped(weight: Weight, layer: formats.Layer) -> dict[str, Tensor]:
+    """Return a layer's tensors, with the window of a convolution, or as an embedding has them."""
+    if weight.linear:
+        return formats.named(formats.PEFT_FORMS, layer)
+    ((left, right),) = layer.parts
+    if weight.kind == "embedding":
+        return {"lora_embedding_A": left.t(), "lora_embedding_B": right.t()}
+    _, columns, *window = weight.axes.shape
+    ones = [1] * len(window)
+    return {
+        "lora_A.weight": right.reshape(len(right), columns, *window),
+        "lora_B.weight": left.reshape(*left.shape, *ones),
+    }
 
 
 def _layers(
