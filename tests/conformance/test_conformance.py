@@ -10,18 +10,12 @@ from tests.conformance import checks
 from tests.conformance.models import MODELS
 
 # What the suite tries of the quick architectures; the slow tests try all.
-QUICK = dict.fromkeys(
-    ("torch", "transformers", "diffusers", "timm", "torchvision"), ("lora", "glora")
-)
-QUICK["torch"] = tuple(checks.PRESETS)
-QUICK = ("lora", "glora")
+QUICK = ("lora", "one group", "glora")
 CASES = [
     pytest.param(
         name,
         preset,
-        marks=[]
-        if entry.quick and (preset in QUICK or entry.library == "torch")
-        else [pytest.mark.slow],
+        marks=[] if entry.quick and preset in QUICK else [pytest.mark.slow],
         id=f"{name}-{preset}",
     )
     for name, entry in MODELS.items()

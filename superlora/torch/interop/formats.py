@@ -186,7 +186,8 @@ def low_rank_layer(
     # never formed.
     with torch.no_grad():
         doubled, scale = _doubled(blocks, name), blocks.scales[name].value
-        thin = blocks.plan.low_rank(doubled, name, scale)
+        plain = blocks.plan.layout.axes[name].plain
+        thin = blocks.plan.low_rank(doubled, name, scale) if plain else None
         if thin is None:
             if rank is None and energy is None:
                 layout = blocks.plan.layout
@@ -195,7 +196,7 @@ def low_rank_layer(
                     f"rank or energy must be given: the update of {name!r}, of fold "
                     f"{fold}, is not exactly one of low rank"
                 )
-            delta = blocks.plan.delta(doubled, name, scale)
+            delta = blocks.plan.delta(doubled, name, scale).reshape(blocks.plan.layout.shapes[name])
             left, numbers, right = torch.linalg.svd(delta, full_matrices=False)
         else:
             left, right = thin
