@@ -416,7 +416,7 @@ def _matrices(plan: Plan, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
         if not weight.summable:
             raise ValueError(f"a spec must not take the singular vectors of {name!r}: quantised")
         axes = plan.layout.layer_axes[name]
-        matrix = weight.matrix(weight.parameter.detach())
+        matrix = weight.form().matrix(weight.parameter.detach())
         if matrix.shape != axes.matrix:
             raise ValueError(
                 f"a spec must not take the singular vectors of rows: {name!r} has some"

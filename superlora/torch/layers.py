@@ -257,23 +257,38 @@ class Weight:
         bias = self.module._parameters.get("bias")
         return bias if bias is None or bias.dim() == 1 else None
 
+    def form(self) -> Form:
+        """Return how the weight is read as a matrix, and a matrix brought back."""
+        axes, order = self._axes(self.parameter)
+        inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
+        plain = axes.plain and order == (0, 1)
+        return Form(plain, self.complex, order, inverse, axes.matrix, axes.shape)
+
+
+class Form(NamedTuple):
+    """How a weight is read as a matrix: integers alone, for compilers see it too."""
+
+    plain: bool
+    complex: bool
+    order: tuple[int, ...]
+    inverse: tuple[int, ...]
+    size: tuple[int, int]
+    shape: tuple[int, ...]
+
     def matrix(self, weight: Tensor) -> Tensor:
         """Read a tensor that is stored as the weight is as a matrix: a view where it can be."""
-        axes, order = self._axes(weight)
-        if axes.plain and order == (0, 1):
+        if self.plain:
             return weight
-        weight = torch.view_as_real(weight) if weight.is_complex() else weight
-        return weight.permute(order).reshape(axes.matrix)
+        weight = torch.view_as_real(weight) if self.complex else weight
+        return weight.permute(self.order).reshape(self.size)
 
     def stored(self, matrix: Tensor) -> Tensor:
         """Bring a matrix into the form in which the weight is stored."""
-        axes, order = self._axes(self.parameter)
-        if axes.plain and order == (0, 1):
+        if self.plain:
             return matrix
-        if len(order) == 1:
+        if len(self.order) == 1:
             return matrix[:, 0]
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        found = matrix.reshape(axes.shape).permute(inverse)
+        found = matrix.reshape(self.shape).permute(self.inverse)
         return torch.view_as_complex(found.contiguous()) if self.complex else found
 
 

@@ -177,12 +177,14 @@ def _own(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
     return linear(x, weight, bias)
 
 
-def changed_by(held: Base, supports: Sequence[Support]) -> tuple[Tensor | None, Tensor | None]:
+def changed_by(
+    held: Base, supports: Sequence[Support], form: Callable[[Support], Tensor] = Support.delta
+) -> tuple[Tensor | None, Tensor | None]:
     """Return what support tensors, those of several adapters, add to a layer's weight and bias."""
     of_weight: Tensor | None = None
     of_bias: Tensor | None = None
     for own in by_adapter(supports):
-        found = _changes(held, own)
+        found = _changes(held, own, form)
         of_weight, of_bias = map(_sum, (of_weight, of_bias), found)
     return of_weight, of_bias
 
@@ -199,11 +201,13 @@ def _sum(total: Tensor | None, found: Tensor | None) -> Tensor | None:
     return found if total is None else total if found is None else total + found
 
 
-def _changes(held: Base, supports: Sequence[Support]) -> tuple[Tensor | None, Tensor | None]:
+def _changes(
+    held: Base, supports: Sequence[Support], form: Callable[[Support], Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
     weight, bias = held.own_weight, held.own_bias
     found: dict[str, Tensor] = {}
     for own in supports:
-        delta = own.delta().to(weight.device)
+        delta = form(own).to(weight.device)
         if own.rows is not None:
             start, stop = own.rows
             whole = delta.new_zeros(weight.shape)

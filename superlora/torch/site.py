@@ -60,7 +60,7 @@ class Site:
     """
 
     def __init__(self, weight: Weight, merged: list[Link] | None = None) -> None:
-        self.held, self.module = weight, weight.module
+        self.held, self.module, self.form = weight, weight.module, weight.form()
         self.links: dict[nn.Module, Link] = {}
         self.merged: list[Link] = [] if merged is None else merged
         self.readers: list[Reader] = []
@@ -216,7 +216,7 @@ class Site:
                 return False
             rank += found
         forced = all(own.blocks.scope.applied == "factored" for own in supports)
-        return forced or pays(self.module, x, self.held.shape, rank)
+        return forced or pays(self.module, x, self.form.size, rank)
 
     def active_supports(self) -> list[Support]:
         """Return what the adapters in force add."""
@@ -234,10 +234,12 @@ class Site:
         stored, bias = self.held.parameter, self.held.bias
         if stored.dim() == 3 and all(self._is_stacked(own, stored) for own in supports):
             return {self.held.key: self._stacked_sum(supports)}
-        of_weight, of_bias = changed_by(self.base, supports)
+        device = stored.device
+        with without_autocast(device):
+            of_weight, of_bias = changed_by(self.base, supports, lambda own: own.form(device))
         found = {}
         if of_weight is not None:
-            found[self.held.key] = (stored + self.held.stored(of_weight)).to(stored.dtype)
+            found[self.held.key] = (stored + self.form.stored(of_weight)).to(stored.dtype)
         if of_bias is not None:
             found["bias"] = of_bias.to(stored) if bias is None else (bias + of_bias).to(bias.dtype)
         return found
@@ -325,7 +327,7 @@ class Site:
         if self._plainly:
             weight: Tensor = self.module.weight  # type: ignore[assignment]
             return weight.t() if self._turned else weight
-        return self.held.matrix(self.held.parameter)
+        return self.form.matrix(self.held.parameter)
 
     @property
     def bias(self) -> Tensor | None:
@@ -354,7 +356,7 @@ class Site:
         """The weight without any adapter, (output width, input width)."""
         for link in self.merged:
             if link.before is not None and link.before[0] is not None:
-                return self.held.matrix(link.before[0])
+                return self.form.matrix(link.before[0])
         return self.weight
 
     @property
@@ -429,7 +431,7 @@ class Site:
         link.before, link.bare = kept, bias is None and of_bias is not None
         self.merged.append(link)
         if of_weight is not None:
-            add_rounded_once(_real(weight), _real(self.held.stored(of_weight)))
+            add_rounded_once(_real(weight), _real(self.form.stored(of_weight)))
         if of_bias is not None and bias is None:
             gained = nn.Parameter(of_bias.to(weight), requires_grad=False)
             self.module.register_parameter("bias", gained)
