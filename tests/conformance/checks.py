@@ -139,7 +139,9 @@ def starts_as_the_base(tried: Tried) -> None:
 
 
 def has_gradients(tried: Tried) -> None:
-    """Every factor has a gradient, or its layer is reported as not reached."""
+    """Every factor has a gradient where its weight has one in the base."""
+    base = make(tried.entry)
+    output_of(tried.entry, base).square().sum().backward()
     fill(tried.adapter)
     tried.output().square().sum().backward()
     plan, reached = tried.adapter.plan, tried.adapter.reached()
@@ -147,7 +149,7 @@ def has_gradients(tried: Tried) -> None:
         block
         for layer, own in plan.layout.supports.items()
         # An expert of a stack that no token was sent to has none.
-        if reached[layer] and not plan.layout.layer_axes[layer].stack
+        if not plan.layout.layer_axes[layer].stack and _is_trained(base, tried.adapter, layer)
         for name in own.values()
         for block in plan.layout.inputs_of(name)
     }
@@ -159,6 +161,14 @@ def has_gradients(tried: Tried) -> None:
     assert not without, f"{len(without)} factors have no gradient, as {without[:3]}"
     assert all(reached.values()), f"not reached: {[n for n, yes in reached.items() if not yes][:3]}"
     tried.adapter.zero_grad()
+
+
+def _is_trained(base: nn.Module, adapter: Adapter, layer: str) -> bool:
+    """Return whether a layer's weight has a gradient in the base."""
+    weight = adapter.weights()[layer]
+    name = layer if weight.kind == "parameter" else f"{layer}.{weight.key}"
+    gradient = dict(base.named_parameters(remove_duplicate=False))[name].grad
+    return gradient is not None and bool(gradient.any())
 
 
 def computes_alike(tried: Tried) -> None:

@@ -125,15 +125,22 @@ def timm(name: str, size: int = 32, quick: bool = False, **fields: Any) -> Entry
 
 
 def torchvision(name: str, size: int = 64, quick: bool = False, **fields: Any) -> Entry:
-    """Return an image model of torchvision."""
+    """Return an image model of torchvision, by the name of a function or a class."""
 
     def build() -> nn.Module:
         library = importlib.import_module("torchvision.models")
-        found = getattr(library, name)(weights=None, num_classes=5, **fields)
+        found = getattr(library, name)(num_classes=5, **fields)
         assert isinstance(found, nn.Module)
         return found
 
     return Entry("torchvision", build, lambda: _image(size), quick)
+
+
+def _resnet() -> nn.Module:
+    library = importlib.import_module("torchvision.models.resnet")
+    found = library.ResNet(library.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    assert isinstance(found, nn.Module)
+    return found
 
 
 def diffusers(name: str, call: Callable[[], Inputs], quick: bool = False, **fields: Any) -> Entry:
@@ -465,10 +472,26 @@ MODELS: dict[str, Entry] = {
         ),
         _image,
     ),
-    "torchvision Swin": torchvision("swin_t"),
-    "torchvision ResNet": torchvision("resnet18"),
+    "torchvision Swin": torchvision(
+        "SwinTransformer",
+        patch_size=[4, 4],
+        embed_dim=16,
+        depths=[1, 1],
+        num_heads=[2, 2],
+        window_size=[4, 4],
+    ),
+    "torchvision ResNet": Entry("torchvision", _resnet, lambda: _image(64)),
     "torchvision MobileNet": torchvision("mobilenet_v3_small"),
-    "torchvision ViT": torchvision("vit_b_16", 32, image_size=32),
+    "torchvision ViT": torchvision(
+        "VisionTransformer",
+        32,
+        image_size=32,
+        patch_size=8,
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=32,
+        mlp_dim=48,
+    ),
     # Diffusion
     "UNet": diffusers(
         "UNet2DConditionModel",
