@@ -578,12 +578,14 @@ class Adapter(nn.Module):
         NotADirectoryError
             If `directory` is a file.
         ValueError
-            If an update needs a rank or an energy and none is given.
+            If an update needs a rank or an energy and none is given, or a weight is of a kind that
+            PEFT has no LoRA for.
 
         Notes
         -----
         LoRA, LoKr and LoHa are written as such, and any other update of an aligned fold as the
-        LoRA that it equals. Rank or energy truncate an update's singular values.
+        LoRA that it equals. Rank or energy truncate an update's singular values. Convolutions
+        without groups and embeddings are written as LoRA.
         """
         self._check_attached("written for another library, whose files name layers")
         return save_peft(
