@@ -310,7 +310,7 @@ class Adapter(nn.Module):
                 self._twins.append(Site.add(twin, link, readers, site))
         self._hooks += Watch.on(self._sites, selection.parents)
         names = {site: selection.module_of(name) for name, site in self._sites.items()}
-        self._watch = ChangeWatch.on(model, names)
+        self._watch = ChangeWatch.on(model, self, names)
 
     @property
     def _every(self) -> list[Site]:
@@ -322,7 +322,7 @@ class Adapter(nn.Module):
         return [*dict.fromkeys(self._sites.values())]
 
     def _check_unchanged(self, verb: str) -> None:
-        found = self._watch.changes(set(self._own)) if self._watch is not None else {}
+        found = self._watch.changes(self) if self._watch is not None else {}
         if found:
             raise AdapterError(
                 f"adapter {self.name!r} cannot be {verb}: layers were changed since it was "
@@ -481,7 +481,7 @@ class Adapter(nn.Module):
         self._sites, self._homes, self._frozen, self._hooks = {}, (), [], []
         self._twins, self._selection = [], Selection({})
         if self._watch is not None:
-            self._watch.drop()
+            self._watch.drop(self)
             self._watch = None
         self.merged = False
         self.blocks.scope.clear()

@@ -178,7 +178,7 @@ def _own(y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
 
 
 def changed_by(
-    held: Base, supports: Sequence[Support], form: Callable[[Support], Tensor] = Support.delta
+    held: Base, supports: Sequence[Support], form: Callable[[Support], Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return what support tensors, those of several adapters, add to a layer's weight and bias."""
     of_weight: Tensor | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,30 +79,31 @@ class ChangeWatch:
     def __init__(self, model: nn.Module) -> None:
         self.model = (model,)
         self.names: dict[Site, str] = {}
+        self._held: dict[object, Mapping[Site, str]] = {}  # by adapter
         self._warned: set[str] = set()
         self._handle = model.register_forward_pre_hook(self.see)
 
     @classmethod
-    def on(cls, model: nn.Module, sites: Mapping[Site, str]) -> ChangeWatch:
-        """Watch more layers of a model, which have these names."""
+    def on(cls, model: nn.Module, adapter: object, sites: Mapping[Site, str]) -> ChangeWatch:
+        """Watch the layers of one more adapter, which have these names in its model."""
         held = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
         watch = next((each for each in held if isinstance(each, cls)), None) or cls(model)
+        watch._held[adapter] = sites
         watch.names |= sites
         watch._warned -= set(sites.values())
         return watch
 
-    def drop(self) -> None:
-        """Watch no layer that has no adapter left; without any the hook is gone."""
-        self.names = {site: name for site, name in self.names.items() if site.links}
+    def drop(self, adapter: object) -> None:
+        """Watch no layer of an adapter alone; without any the hook is gone."""
+        del self._held[adapter]
+        self.names = {site: name for own in self._held.values() for site, name in own.items()}
         if not self.names:
             self._handle.remove()
 
-    def changes(self, sites: Container[Site]) -> dict[str, str]:
-        """Return what was done to some layers since, by name."""
+    def changes(self, adapter: object = None) -> dict[str, str]:
+        """Return what was done to the layers of an adapter, or of all, by name."""
         found = {}
-        for site, name in self.names.items():
-            if site not in sites:
-                continue
+        for site, name in (self.names if adapter is None else self._held[adapter]).items():
             now = _module(self.model[0], name)
             if now is not site.module:
                 kind = "nothing" if now is None else f"another {type(now).__name__}"
@@ -118,7 +119,7 @@ class ChangeWatch:
         """Warn of each changed layer once."""
         if torch.compiler.is_compiling():
             return
-        found = self.changes(self.names)
+        found = self.changes()
         new = {name: what for name, what in found.items() if name not in self._warned}
         if new:
             self._warned |= set(new)

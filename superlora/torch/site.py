@@ -423,7 +423,7 @@ class Site:
     @torch.no_grad()
     def _add(self, link: Link) -> None:
         weight, bias = self.held.parameter, self.held.bias
-        of_weight, of_bias = changed_by(self.base, [*link.supports])
+        of_weight, of_bias = changed_by(self.base, [*link.supports], Support.delta)
         kept = (
             None if of_weight is None else weight.detach().clone(),
             None if of_bias is None or bias is None else bias.detach().clone(),
