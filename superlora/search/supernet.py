@@ -21,7 +21,15 @@ from superlora.search.extract import supports_of
 from superlora.search.options import check_known
 from superlora.search.space import Configuration, Option, Space
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import attach, check_free, check_model, host_of, initial, register
+from superlora.torch.attach import (
+    attach,
+    check_free,
+    check_model,
+    check_operations,
+    host_of,
+    initial,
+    register,
+)
 from superlora.torch.blocks import Blocks
 from superlora.torch.files.load import read_adapter
 from superlora.torch.files.state import SUPERNET, valid_header
@@ -138,6 +146,7 @@ class Supernet(Adapter):
         bare = [layer for layer, weight in modules.items() if Site.bias_below(weight) is None]
         space = Space(shapes, ranks, operations, tuple(bare))  # type: ignore[arg-type]
         plan = Plan(_stored(space), shapes)
+        check_operations(plan, selection)
         check_free(model, host_of(model, modules), name)
         super().__init__(plan, initial(plan, modules, seed, dtype), name)
         self.space, self._seed = space, seed

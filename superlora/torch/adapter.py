@@ -183,9 +183,11 @@ class Adapter(nn.Module):
         -------
         dict of str to (bool or None)
             None where the module that has the layer did not run either, as experts that no token
-            was sent to. Compiled passes are not seen.
+            was sent to; False where something read the weight without the update. Compiled passes
+            are not seen.
         """
-        return {name: site.reached for name, site in self._sites.items()}
+        every = self._sites.items()
+        return {name: False if site.missed else site.reached for name, site in every}
 
     def summary(self) -> Summary:
         """Return the adapted layers, those left out and why, and the share of the model.
@@ -360,7 +362,7 @@ class Adapter(nn.Module):
                 self._use_replaced(True)
             if self._merge_again and not self._disabled:
                 self._merge_again = False
-                self.merge()
+                self.merge(unreached="merge", bias="ignore")  # as it was
 
     def _activate(self) -> None:
         """Let the layers' forward know whether it is to add the updates."""
@@ -428,6 +430,7 @@ class Adapter(nn.Module):
         """
         if not self.merged:
             raise AdapterError(f"adapter {self.name!r} must be merged to be unmerged")
+        self._check_unchanged("unmerged")
         for site in self._own:
             site.unmerge(self)
         self.merged = False
@@ -546,9 +549,8 @@ class Adapter(nn.Module):
         if self.replaced is not None:
             held |= self.replaced.parameters()
         refuse_empty(f"adapter {self.name!r} must have memory to be given another file", held)
-        self.scale = swap_blocks(
-            self.blocks, self.weights(), self.replaced, self._beside, Path(path)
-        )
+        beside = self._beside | self._selection.beside
+        self.scale = swap_blocks(self.blocks, self.weights(), self.replaced, beside, Path(path))
         self.blocks.scope.clear()
 
     def to_peft(

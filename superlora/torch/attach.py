@@ -215,12 +215,13 @@ def _leave_out_unfit(spec: Any, selection: Selection) -> None:
     shapes = selection.shapes
     for name, weight in list(selection.weights.items()):
         bare = Site.bias_below(weight) is None
-        read = name in selection.without_bias
-        key = (shapes[name], bare, weight.kind, read)
+        flags = (name in selection.without_bias, name in selection.shared_bias)
+        key = (shapes[name], bare, weight.kind, flags)
         if key not in known:
             known[key] = ""
             alone = Selection({name: weight}, readers=selection.readers)
-            alone.without_bias |= {name} if read else set()
+            alone.without_bias |= selection.without_bias & {name}
+            alone.shared_bias |= selection.shared_bias & {name}
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -265,17 +266,28 @@ def check_operations(plan: Plan, selection: Selection) -> None:
             raise ValueError(
                 f"operations on a bias must have real numbers: {where}, has complex ones"
             )
-        if OF_BIAS.intersection(own) and name in selection.without_bias:
-            raise ValueError(
-                f"operations on a bias must have layers whose bias is read: got "
-                f"{sorted(OF_BIAS.intersection(own))} for {where}, whose weight alone is read by a "
-                f"{type(selection.readers[name][0]).__name__}"
-            )
         gains = OF_BIAS.intersection(own) and Site.bias_below(weight) is None
         if gains and (weight.key != "weight" or not KINDS[weight.kind].gains_bias):
             raise ValueError(
                 f"operations on a bias must have layers that have, or can be given, one: got "
                 f"{sorted(OF_BIAS.intersection(own))} for {where}"
+            )
+        of_bias = sorted(OF_BIAS.intersection(own))
+        if of_bias and name in selection.without_bias:
+            readers = [*selection.readers.get(name, ()), weight.module]
+            raise ValueError(
+                f"operations on a bias must have layers whose bias is read: got {of_bias} for "
+                f"{where}, of which a {type(readers[0]).__name__} reads the weight alone"
+            )
+        if of_bias and name in selection.shared_bias:
+            raise ValueError(
+                f"operations on a bias must have layers of their own bias: got {of_bias} for "
+                f"{where}, which shares weight or bias with another layer"
+            )
+        if of_bias and weight.axes.out != getattr(weight.module, "out_channels", weight.axes.out):
+            raise ValueError(
+                f"operations on a bias must have as many entries as the weight has outputs: got "
+                f"{of_bias} for {where}, of several groups"
             )
 
 

@@ -109,20 +109,28 @@ def _is_quantised(module: nn.Module) -> bool:
         return False
     weight = getattr(module, "weight", None)
     if weight is None:  # packed under other names
-        return not isinstance(module, nn.Linear) and _holds_integers(module)
+        return not isinstance(module, nn.Linear) and _holds_codes(module)
     if not isinstance(weight, Tensor):
         return False
     return not _is_summable(weight)
 
 
-def _holds_integers(module: nn.Module) -> bool:
+def _holds_codes(module: Any) -> bool:
+    """Return whether a module has integers for a matrix of its sizes, of one bit each or more."""
     held = [*module._parameters.values(), *module._buffers.values()]
-    return any(each is not None and not each.is_floating_point() for each in held)
+    codes = [each for each in held if each is not None and not each.is_floating_point()]
+    bits = max((8 * each.numel() * each.element_size() for each in codes), default=0)
+    return bool(bits >= module.in_features * module.out_features)
 
 
 def _is_plain(weight: Tensor) -> bool:
-    # A fake tensor stands for a plain one.
-    return type(weight) in _PLAIN or type(weight).__name__ in ("FakeTensor", "FunctionalTensor")
+    # A fake tensor stands for a plain one; a subclass that computes as its base is none of codes.
+    kind = type(weight)
+    plain = kind in _PLAIN or kind.__name__ in ("FakeTensor", "FunctionalTensor")
+    return plain or (
+        kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+        and kind.__torch_function__ in (Tensor.__torch_function__, nn.Parameter.__torch_function__)
+    )
 
 
 def _is_summable(weight: Tensor) -> bool:
@@ -157,6 +165,8 @@ ADAPTABLE = (
 
 def kind_of(module: nn.Module) -> str | None:
     """Return the kind of layer that a module is, if it is one."""
+    if isinstance(module, torch.jit.ScriptModule):  # its forward is compiled
+        return None
     return next((name for name, kind in KINDS.items() if kind.fits(module)), None)
 
 

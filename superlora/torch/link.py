@@ -40,6 +40,8 @@ class Link:
         Whether the layer had no bias, and has one meanwhile.
     shape : (int, int)
         The weight's as a matrix when the adapter was attached.
+    into : tuple of (torch.Tensor or None)
+        The parameters that the adapter was merged into last.
     """
 
     adapter: nn.Module
@@ -51,6 +53,7 @@ class Link:
     active: bool = True
     before: tuple[Tensor | None, Tensor | None] | None = None
     bare: bool = False
+    into: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 @dataclass(eq=False)

@@ -167,8 +167,11 @@ def low_rank_output(
 
 def applies(module: nn.Module) -> bool:
     """Return whether an update of a layer of this class can be applied unformed."""
-    convolves = isinstance(module, CONVOLUTIONS) and any(
-        type(module).forward is kind.forward for kind in CONVOLUTIONS
+    kind = type(module)
+    convolves = "_conv_forward" not in module.__dict__ and any(
+        kind.forward is own.forward and getattr(kind, "_conv_forward", None) is own._conv_forward
+        for own in CONVOLUTIONS
+        if isinstance(module, own)
     )
     return convolves or (
         type(module).forward is nn.Embedding.forward and getattr(module, "max_norm", 0) is None

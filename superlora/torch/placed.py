@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,62 +12,60 @@ from torch import Tensor, nn
 
 from superlora.torch.autograd import is_traced
 
+Sums = Mapping[str, Tensor]
+# Makes sums again, or says that what they are made of was changed.
+Remake = Callable[[], Sums]
+# By thread, in the first pass of a model: whose own forward runs.
+INSIDE: dict[int, list[Any]] = {}
+# A module has one attribute for all threads.
+_PLACING = threading.RLock()
+
 
 class Placeable(Protocol):
     """What has weights to put in place."""
 
     module: nn.Module
 
-    def sums(self) -> Mapping[str, Tensor]:
-        """Return what is to be put in place by the parameter's name; empty for nothing."""
-
-    def versions(self) -> Sequence[int]:
-        """Return numbers that differ once what the sums are made of is changed."""
+    def sums(self) -> tuple[Sums, Remake]:
+        """Return what is to be put in place by the parameter's name, and what makes it again."""
 
 
 class _Part(NamedTuple):
     """A view of a sum that autograd saves."""
 
-    owner: Placeable
+    remake: Remake
     key: str
     size: torch.Size
     stride: tuple[int, ...]
     offset: int | torch.SymInt
-    versions: Sequence[int]
 
 
 class _Saved:
     """Makes sums again in the backward pass, where autograd would keep them."""
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[Placeable, str, Sequence[int]]] = {}
+        self.known: dict[int, tuple[Remake, str, torch.dtype]] = {}
 
-    def add(self, owner: Placeable, sums: Mapping[str, Tensor]) -> None:
+    def add(self, sums: Sums, remake: Remake) -> None:
         """Note that sums need not be kept."""
-        versions = owner.versions()
         for key, value in sums.items():
-            self.known[_memory(value)] = (owner, key, versions)
+            self.known[_memory(value)] = (remake, key, value.dtype)
 
     def pack(self, tensor: Tensor) -> Tensor | _Part:
         """Return what is kept of a tensor."""
         found = self.known.get(_memory(tensor))
-        if found is None:
+        # A view that reads other numbers than the sum's own is kept.
+        if found is None or tensor.is_conj() or tensor.is_neg() or tensor.dtype != found[2]:
             return tensor
-        owner, key, versions = found
-        offset = tensor.storage_offset()
-        return _Part(owner, key, tensor.size(), tensor.stride(), offset, versions)
+        remake, key, _ = found
+        return _Part(remake, key, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(self, held: Tensor | _Part) -> Tensor:
         """Return a tensor that was kept."""
         if isinstance(held, Tensor):
             return held
-        if held.owner.versions() != held.versions:
-            raise RuntimeError(
-                "a factor or a weight must not be changed in place between a forward pass and its "
-                "backward pass"
-            )
         with torch.no_grad():
-            value = held.owner.sums()[held.key]
+            value = held.remake()[held.key]
         return value.as_strided(held.size, held.stride, held.offset)
 
 
@@ -78,20 +78,27 @@ def call_with(
     owners: Sequence[Placeable], function: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
     """Call a module's forward while sums stand in the places of its weights."""
-    placed: list[tuple[nn.Module, Mapping[str, Tensor]]] = []
+    with nullcontext() if torch.compiler.is_compiling() else _PLACING:
+        return _call_with(owners, function, args, kwargs)
+
+
+def _call_with(
+    owners: Sequence[Placeable], function: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    placed: list[tuple[nn.Module, Sums]] = []
     flat: list[tuple[nn.Module, Any]] = []
     recomputed = _Saved() if torch.is_grad_enabled() and not is_traced() else None
     try:
         for owner in owners:
             module = owner.module
             held = module.__dict__
-            sums = owner.sums()
+            sums, remake = owner.sums()
             if not sums:
                 continue
             placed.append((module, sums))
             held.update(sums)
             if recomputed is not None:
-                recomputed.add(owner, sums)
+                recomputed.add(sums, remake)
             if "_flat_weights" in held and isinstance(module, nn.RNNBase):
                 # Recurrent layers read a list of their parameters.
                 flat.append((module, held["_flat_weights"]))
@@ -106,4 +113,20 @@ def call_with(
             module.__dict__["_flat_weights"] = weights
         for module, sums in placed:
             for key in sums:
-                del module.__dict__[key]
+                module.__dict__.pop(key, None)
+
+
+def call_inside(owners: Sequence[Any], function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a forward in the first pass of a model, noting that it may read these weights."""
+    inside = INSIDE[threading.get_ident()]
+    inside += owners
+    try:
+        return function(*args, **kwargs)
+    finally:
+        del inside[len(inside) - len(owners) :]
+
+
+def is_noted(owners: Sequence[Any]) -> bool:
+    """Return whether a forward need not, or cannot, be noted."""
+    inside = INSIDE.get(threading.get_ident())
+    return inside is None or all(own in inside for own in owners)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from superlora.design.spec_checks import check_choice
 from superlora.errors import AdapterError, some
+from superlora.torch.autograd import is_traced
 from superlora.torch.memory import Owners
+from superlora.torch.placed import INSIDE
 from superlora.torch.site import Reader, Site, holders_of
 from superlora.torch.targets import fused_into
 from superlora.torch.walk import outside_adapters
@@ -81,7 +86,12 @@ class ChangeWatch:
         self.names: dict[Site, str] = {}
         self._held: dict[object, Mapping[Site, str]] = {}  # by adapter
         self._warned: set[str] = set()
-        self._handle = model.register_forward_pre_hook(self.see)
+        self._unseen: set[Site] = set()  # of no pass so far
+        self._reads: _Reads | None = None  # in the first pass
+        self._handles = [
+            model.register_forward_pre_hook(self.see),
+            model.register_forward_hook(self.end, always_call=True),
+        ]
 
     @classmethod
     def on(cls, model: nn.Module, adapter: object, sites: Mapping[Site, str]) -> ChangeWatch:
@@ -91,14 +101,17 @@ class ChangeWatch:
         watch._held[adapter] = sites
         watch.names |= sites
         watch._warned -= set(sites.values())
+        watch._unseen |= {site for site in sites if site.held.summable}
         return watch
 
     def drop(self, adapter: object) -> None:
         """Watch no layer of an adapter alone; without any the hook is gone."""
         del self._held[adapter]
         self.names = {site: name for own in self._held.values() for site, name in own.items()}
+        self._unseen &= set(self.names)
         if not self.names:
-            self._handle.remove()
+            for handle in self._handles:
+                handle.remove()
 
     def changes(self, adapter: object = None) -> dict[str, str]:
         """Return what was done to the layers of an adapter, or of all, by name."""
@@ -116,9 +129,15 @@ class ChangeWatch:
         return found
 
     def see(self, *_: Any) -> None:
-        """Warn of each changed layer once."""
-        if torch.compiler.is_compiling():
+        """Warn of each changed layer once, and begin to look at what the first pass reads."""
+        if torch.compiler.is_compiling() or is_traced() or _is_tracing():
             return
+        if self._reads is not None:  # of a pass that was interrupted
+            self._close()
+        if self._unseen and _get_current_dispatch_mode() is None and not _compiles(self.model[0]):
+            self._reads = _Reads(self._unseen)
+            self._reads.__enter__()  # type: ignore[no-untyped-call]
+            INSIDE[threading.get_ident()] = []
         found = self.changes()
         new = {name: what for name, what in found.items() if name not in self._warned}
         if new:
@@ -128,6 +147,87 @@ class ChangeWatch:
                 "and attach them again",
                 stacklevel=2,
             )
+
+    def end(self, module: nn.Module, *_: Any) -> None:
+        """Warn of weights that the pass read outside of their layers."""
+        if torch.compiler.is_compiling() or self._reads is None:
+            return
+        found = [site for site in self._reads.found if site in self.names]
+        self._close()
+        self._unseen.clear()
+        for site in found:
+            site.missed = True
+        # Those that did not run either have been warned of.
+        new = [self.names[site] for site in found if site.reached is not False]
+        if new:
+            warnings.warn(
+                f"the weights of {some(map(repr, new))} are read in the "
+                f"forward pass of {type(module).__name__} outside of their layers, without the "
+                "updates: these are missing there, and a merge would change the output",
+                stacklevel=2,
+            )
+
+    def _close(self) -> None:
+        assert self._reads is not None
+        self._reads.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._reads = None
+        INSIDE.pop(threading.get_ident(), None)
+
+
+class _Reads(TorchDispatchMode):
+    """Sees which operations read adapted weights while none of their own forwards runs."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: dict[Site, None] = {}
+        self._owners: dict[int, list[Site]] = {}
+        for site in sites:
+            memory = _storage(site.held.parameter)
+            if memory is not None:
+                self._owners.setdefault(memory, []).append(site)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and note the weights that it reads."""
+        kwargs = kwargs or {}
+        found = func(*args, **kwargs)
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        hits = [(each, _storage(each)) for each in given]
+        hits = [(each, memory) for each, memory in hits if memory in self._owners]
+        if hits:
+            made = [each for each in tree_leaves(found) if isinstance(each, Tensor)]
+            views = {_storage(each) for each in made}
+            inside = {id(each.held.parameter) for each in INSIDE.get(threading.get_ident(), ())}
+            for each, memory in hits:
+                # A view reads no number, nor does a move to another device.
+                moved = any(other.device != each.device for other in made)
+                owners = self._owners[memory]  # type: ignore[index]
+                if (
+                    memory in views
+                    or moved
+                    or any(id(own.held.parameter) in inside for own in owners)
+                ):
+                    continue
+                self.found |= dict.fromkeys(owners)
+        return found
+
+
+def _is_tracing() -> bool:
+    return torch._C._get_tracing_state() is not None  # of torch.jit.trace
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError):
+        return None
+
+
+def _compiles(model: nn.Module) -> bool:
+    """Return whether a part of a model is compiled, which a mode would keep from running so."""
+    return any(
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        for module in model.modules()
+    )
 
 
 def listed(changes: Mapping[str, str]) -> str:
@@ -159,12 +259,13 @@ def check_mergeable(
             "weights must not be quantised to be merged, since they would be rounded: "
             f"{some(map(repr, quantised))} are"
         )
-    missed = [name for name, site in sites.items() if site.reached is False]
+    missed = [name for name, site in sites.items() if site.missed or site.reached is False]
     if missed and unreached == "refuse":
         raise AdapterError(
             f"layers must take part in the forward pass to be merged: {some(map(repr, missed))} "
-            "did not run when the module around did, so that merging would change the output; "
-            "merge(unreached='merge') merges nevertheless"
+            "did not run when the module around did, or their weights were read without the "
+            "update, so that merging would change the output; merge(unreached='merge') merges "
+            "nevertheless"
         )
     owners = Owners(dict(outside_adapters(model)))
     known = {(site.module, site.held.key) for site in (*sites.values(), *twins)}

@@ -20,8 +20,9 @@ _ABOUT = frozenset({"device", "dtype", "layout", "names", "shape"}).union(
     {"is_cpu", "is_cuda", "is_floating_point", "is_meta", "is_quantized", "requires_grad"},
     {"stride", "untyped_storage"},
 )
+_EXPRESSIONS = (ast.Attribute, ast.Subscript, ast.Name)
 _QUESTIONS = frozenset({"getattr", "hasattr", "id", "isinstance", "len", "type"})
-_LEAST, _DEPTH = 2, 6
+_DEPTH = 6
 
 
 def is_read(module: nn.Module, path: Chain) -> bool:
@@ -31,7 +32,8 @@ def is_read(module: nn.Module, path: Chain) -> bool:
 
 def _matches(chain: Chain, path: Chain) -> bool:
     return len(chain) == len(path) and all(
-        own in ("*", other) for own, other in zip(chain, path, strict=True)
+        own == other or (own == "*" and other not in ("weight", "bias"))
+        for own, other in zip(chain, path, strict=True)
     )
 
 
@@ -41,7 +43,7 @@ def _chains(kind: Any) -> frozenset[Chain]:
     found: set[Chain] = set()
     seen: set[Any] = set()
     _follow(kind.forward, kind, {0: ()}, found, seen, 0)
-    return frozenset(chain for chain in found if len(chain) >= _LEAST)
+    return frozenset(found)
 
 
 def _follow(
@@ -62,14 +64,22 @@ def _follow(
     if tree is None:
         return
     names = [each.arg for each in (*tree.args.posonlyargs, *tree.args.args)]
-    named = {names[k] if isinstance(k, int) else k: c for k, c in known.items() if k != len(names)}
+    named = {
+        names[k] if isinstance(k, int) else k: c
+        for k, c in known.items()
+        if not isinstance(k, int) or k < len(names)
+    }
     parts = _Parts(dict(named))
     for node in ast.walk(tree):
         parts.assign(node)
     for node, parent in _with_parents(tree):
         chain = parts.chain(node)
-        if chain is not None and isinstance(node, ast.Attribute) and not _is_about(node, parent):
-            found.add(chain)
+        if chain and isinstance(node, _EXPRESSIONS) and not _is_about(node, parent):
+            # A list as a whole is read as its items.
+            found |= {chain, (*chain, "*")}
+            prop = inspect.getattr_static(kind, chain[0], None)
+            if len(chain) == 1 and isinstance(prop, property) and prop.fget is not None:
+                _follow(prop.fget, kind, {0: ()}, found, seen, depth + 1)
         if isinstance(node, ast.Call):
             _follow_call(node, function, kind, parts, found, seen, depth)
 
@@ -94,20 +104,43 @@ def _follow_call(
             given[keyword.arg] = chain
     callee = call.func
     if isinstance(callee, ast.Attribute):
-        owner = parts.chain(callee.value)
-        method = inspect.getattr_static(kind, callee.attr, None)
-        if owner == () and isinstance(method, FunctionType):  # a method of the module itself
-            if method.__module__.partition(".")[0] == "torch" and method.__qualname__.startswith(
-                "Module."
-            ):
-                return
-            shifted = {k + 1 if isinstance(k, int) else k: c for k, c in given.items()}
-            _follow(method, kind, {0: (), **shifted}, found, seen, depth + 1)
+        method, first = _method(callee, function, kind, parts)
+        shift = {k + first if isinstance(k, int) else k: c for k, c in given.items()}
+        if method is not None and not _is_of_module(method):
+            _follow(method, kind, {0: (), **shift} if first else shift, found, seen, depth + 1)
         return
     if isinstance(callee, ast.Name) and given:
         other = function.__globals__.get(callee.id)
         if isinstance(other, FunctionType):
             _follow(other, kind, given, found, seen, depth + 1)
+
+
+def _method(
+    callee: ast.Attribute, function: FunctionType, kind: Any, parts: _Parts
+) -> tuple[FunctionType | None, int]:
+    """Return the method of the module that is called, and whether the module is given to it."""
+    value, name = callee.value, callee.attr
+    found: Any = None
+    if parts.chain(value) == ():
+        found = inspect.getattr_static(kind, name, None)
+        if isinstance(found, staticmethod):
+            return found.__func__, 0  # type: ignore[return-value]
+    elif isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
+        if value.func.id == "super":
+            owners = [own for own in kind.__mro__ if name in own.__dict__]
+            own = [n for n, each in enumerate(owners) if each.__dict__[name] is function]
+            found = owners[own[0] + 1].__dict__[name] if own and own[0] + 1 < len(owners) else None
+    elif isinstance(value, ast.Name):
+        other = function.__globals__.get(value.id)
+        if isinstance(other, type) and issubclass(kind, other):  # Base.forward(self, …)
+            found = inspect.getattr_static(other, name, None)
+            return (found, 0) if isinstance(found, FunctionType) else (None, 0)
+    return (found, 1) if isinstance(found, FunctionType) else (None, 1)
+
+
+def _is_of_module(method: FunctionType) -> bool:
+    torch_own = method.__module__.partition(".")[0] == "torch"
+    return torch_own and method.__qualname__.startswith("Module.")
 
 
 class _Parts:
@@ -141,8 +174,8 @@ class _Parts:
         return None
 
 
-def _is_about(node: ast.Attribute, parent: ast.AST | None) -> bool:
-    """Return whether an attribute is looked at without its numbers, or is a step to another."""
+def _is_about(node: ast.expr, parent: ast.AST | None) -> bool:
+    """Return whether an expression is looked at without its numbers, or is a step to another."""
     if isinstance(parent, ast.Attribute):
         # `weight.t()` reads the weight, `weight.dtype` does not, `self.part.weight` reads a part.
         return parent.attr in _ABOUT
@@ -170,6 +203,16 @@ def _tree(function: FunctionType) -> ast.FunctionDef | None:
     except Exception:  # of whatever stands in for a file that is not there
         return None
     return tree if isinstance(tree, ast.FunctionDef) else None
+
+
+def ignores_bias(module: nn.Module) -> bool:
+    """Return whether the forward of a class of its own certainly never reads the module's bias."""
+    kind: Any = type(module)
+    function = inspect.unwrap(kind.forward)
+    known = isinstance(function, FunctionType) and _tree(function) is not None
+    inherited = any(kind.forward is getattr(own, "forward", None) for own in kind.__mro__[1:])
+    called = {chain[-1] for chain in _chains(kind)}
+    return known and not inherited and "bias" not in called
 
 
 def returns_several(module: nn.Module) -> bool:

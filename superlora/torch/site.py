@@ -22,7 +22,7 @@ from superlora.torch.low_rank import (
     stacked_factors,
 )
 from superlora.torch.merge_operations import Base, Operations, changed_by
-from superlora.torch.placed import call_with
+from superlora.torch.placed import INSIDE, Remake, Sums, call_inside, call_with, is_noted
 from superlora.torch.rounding import add_rounded_once, is_finite
 from superlora.torch.support import Support, sum_output
 
@@ -57,6 +57,8 @@ class Site:
     reached : bool or None
         Whether the layer's forward or that of a reader ran, once the module that has the layer
         did; None while neither ran.
+    missed : bool
+        Whether the first pass of a model read the weight outside of these.
     """
 
     def __init__(self, weight: Weight, merged: list[Link] | None = None) -> None:
@@ -65,15 +67,19 @@ class Site:
         self.merged: list[Link] = [] if merged is None else merged
         self.readers: list[Reader] = []
         self.reached: bool | None = None
+        self.missed = False  # whether something read the weight without its updates
         # Another library's wrapper, put back on removal.
         self._previous: Callable[..., Any] | None = self.module.__dict__.get("forward")
         self._input = input_name(self.module)
         self._turned = weight.kind == "Conv1D"
         # Whether the sum of weight and updates can be multiplied instead.
         self._plainly = weight.linear and computes_plainly(self.module) and not weight.complex
-        # Else a forward of the class's own may use any function of the weight.
+        # Else a forward of the class's own, or one put in its place, may use any function of the
+        # weight; hooks of accelerate move it, and call the layer's own.
         wrapped = self._previous is not None
-        self._adds = self._plainly or (weight.linear and (wrapped or not weight.summable))
+        moved = wrapped and hasattr(self.module, "_hf_hook")
+        self._plainly = self._plainly and (moved or not wrapped)
+        self._adds = self._plainly or (weight.linear and not weight.summable)
         self._applies = not (self._adds or wrapped or weight.complex) and applies(self.module)
 
     @classmethod
@@ -149,6 +155,8 @@ class Site:
         """Return the layer's output plus the updates of its active adapters."""
         if not torch.compiler.is_compiling():
             self.reached = True
+        if INSIDE and not is_noted([self]):
+            return call_inside([self], self.forward, args, kwargs)
         if self.held.key in self.module.__dict__:  # a reader has put the sum in place
             return self._base(*args, **kwargs)
         x = args[0] if args else kwargs.get(self._input)
@@ -222,15 +230,28 @@ class Site:
         """Return what the adapters in force add."""
         return [own for link in self.links.values() if link.active for own in link.supports]
 
-    def sums(self) -> dict[str, Tensor]:
-        """Return weight and bias with the updates of the active adapters, by parameter."""
+    def sums(self) -> tuple[Sums, Remake]:
+        """Return weight and bias with the active updates, and what makes them again."""
         if self.held.key in self.module.__dict__:  # in place already
-            return {}
+            return {}, dict
         supports = self.active_supports()
         if not supports:
-            return {}
+            return {}, dict
         if OPEN and rows_of(self.module) is not None:
             self._refuse_rows()
+        versions = [] if torch.compiler.is_compiling() else self._versions(supports)
+
+        def remake() -> Sums:
+            if self._versions(supports) != versions:
+                raise RuntimeError(
+                    "factors, weights and scales must not be changed between a forward pass and "
+                    "its backward pass"
+                )
+            return self._sums(supports)
+
+        return self._sums(supports), remake
+
+    def _sums(self, supports: Sequence[Support]) -> Sums:
         stored, bias = self.held.parameter, self.held.bias
         if stored.dim() == 3 and all(self._is_stacked(own, stored) for own in supports):
             return {self.held.key: self._stacked_sum(supports)}
@@ -260,13 +281,15 @@ class Site:
                 total = torch.baddbmm(total, *pair)
         return total
 
-    def versions(self) -> list[int]:
+    def _versions(self, supports: Sequence[Support]) -> list[float]:
         """Return numbers that differ once what the sums are made of is changed in place."""
         tensors = [self.held.parameter]
-        for own in self.active_supports():
+        scales = []
+        for own in supports:
             blocks = own.blocks
             tensors += [blocks[name] for name in blocks.plan.layout.inputs_of(own.name)]
-        return [-1 if each.is_inference() else each._version for each in tensors]
+            scales.append(own.scale.value)
+        return [*scales, *(-1 if each.is_inference() else each._version for each in tensors)]
 
     def _refuse_rows(self) -> None:
         name = next(iter(self.links.values())).name
@@ -403,6 +426,7 @@ class Site:
         link = self.links[adapter]
         if link not in self.merged:
             return
+        self._check_merged(link)
         place = self.merged.index(link)
         undone, above = self.merged[place:], self.merged[place + 1 :]
         with torch.no_grad():
@@ -419,6 +443,16 @@ class Site:
             each.before, each.bare = None, False
         for other in above:
             self._add(other)
+
+    def _check_merged(self, link: Link) -> None:
+        """Refuse to write the bits that were kept into another parameter."""
+        for key, kept in zip((self.held.key, "bias"), link.into, strict=True):
+            if kept is not None and self.module._parameters.get(key) is not kept:
+                raise AdapterError(
+                    f"weights must be those that adapter {link.adapter_name!r} was merged into to "
+                    f"be unmerged: the {key} of {link.name!r} was replaced since; "
+                    "detach(keep_merged=True) leaves all as it is"
+                )
 
     @torch.no_grad()
     def _add(self, link: Link) -> None:
@@ -437,6 +471,10 @@ class Site:
             self.module.register_parameter("bias", gained)
         elif of_bias is not None:
             add_rounded_once(bias, of_bias)  # type: ignore[arg-type]
+        link.into = (
+            None if of_weight is None else weight,
+            None if of_bias is None else self.held.bias,
+        )
 
 
 def _real(weight: Tensor) -> Tensor:
@@ -490,6 +528,8 @@ class Reader:
         if not torch.compiler.is_compiling():
             for site in self.sites:
                 site.reached = True
+        if INSIDE and not is_noted(self.sites):
+            return call_inside(self.sites, self.forward, args, kwargs)
         return call_with(self.sites, self._base, args, kwargs)
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:

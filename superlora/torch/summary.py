@@ -82,7 +82,7 @@ def summary_of(
             "kind": site.held.kind,
             "shape": layout.layer_axes[name].shape,
             "parameters": sum(math.prod(shapes[block]) for block in new),
-            "reached": site.reached,
+            "reached": False if site.missed else site.reached,
         }
     entries = sum(layout.layer_axes[name].entries for name in sites)
     every = {

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -15,7 +16,7 @@ from superlora.errors import some
 from superlora.torch.heads import heads_of
 from superlora.torch.layers import ADAPTABLE, KINDS, Weight, is_linear, kind_of
 from superlora.torch.memory import Owners
-from superlora.torch.reads import is_read, returns_several
+from superlora.torch.reads import ignores_bias, is_read, returns_several
 from superlora.torch.walk import outside_adapters
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -57,7 +58,9 @@ class Selection:
     parents : dict of str to torch.nn.Module
         What calls a layer, unless it chooses among several.
     without_bias : set of str
-        Weights that a reader reads without the layer's bias.
+        Weights whose reader, or whose layer's own class, does not read the layer's bias.
+    shared_bias : set of str
+        Those whose layer shares its bias, or whose weight is adapted for several layers.
     """
 
     weights: dict[str, Weight]
@@ -68,6 +71,7 @@ class Selection:
     designs: dict[str, Any] = field(default_factory=dict)
     parents: dict[str, nn.Module] = field(default_factory=dict)
     without_bias: set[str] = field(default_factory=set)
+    shared_bias: set[str] = field(default_factory=set)
 
     @property
     def shapes(self) -> dict[str, Any]:
@@ -106,6 +110,8 @@ class _Model:
         self.layers: dict[str, Weight] = {}  # whether they are fit or not
         self.parameters: dict[str, Weight] = {}
         for name, module in self.modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             kind = kind_of(module)
             if kind is not None:
                 self.layers[name] = Weight(module, kind)
@@ -230,8 +236,11 @@ def complete(selection: Selection, held: _Model, tied: str) -> None:
             whose += others
         found = {r: with_bias for each in whose for r, with_bias in _readers(held, each).items()}
         selection.readers[name] = list(found)
-        if not all(found.values()):
+        if not all(found.values()) or (weight.key == "weight" and ignores_bias(weight.module)):
             selection.without_bias.add(name)
+        shared = weight.bias is not None and held.owners.others(weight.module, "bias")
+        if shared or selection.twins.get(name):
+            selection.shared_bias.add(name)
         above = held.above(layer)
         # A list chooses among its items, and is not called.
         if above and not isinstance(above[0][0], (nn.ModuleList, nn.ModuleDict)):
@@ -314,8 +323,8 @@ def _match_pattern(held: _Model, pattern: str, what: str) -> list[str]:
             f"{what} must be a valid regular expression: got {pattern!r} ({error})"
         ) from None
     names = [name for name in held.modules if name or name in held.layers]
-    matched = [name for name in names if compiled.fullmatch(name)]
-    return matched or [name for name in held.parameters if compiled.fullmatch(name)]
+    names += [name for name, weight in held.parameters.items() if _is_matrix(weight)]
+    return held.names(name for name in names if compiled.fullmatch(name))
 
 
 def _match_suffixes(held: _Model, suffixes: Any, what: str) -> list[str]:
@@ -345,9 +354,11 @@ def _all(held: _Model, targets: str, left_out: dict[str, str], tied: str) -> lis
     foreign = _parts_of_adapters(held)
     chosen = []
     for name, weight in held.layers.items():
-        if weight.kind == "norm" or (targets == ALL_LINEAR and not is_linear(weight.module)):
+        if weight.kind == "norm":
             continue
-        if weight.kind == "embedding":
+        if targets == ALL_LINEAR and not is_linear(weight.module):
+            left_out[name] = f"is no linear layer: it is of type {type(weight.module).__name__}"
+        elif weight.kind == "embedding":
             left_out[name] = "is an embedding"
         elif id(weight.module) in heads:
             left_out[name] = f"is {heads[id(weight.module)]}"
@@ -359,8 +370,14 @@ def _all(held: _Model, targets: str, left_out: dict[str, str], tied: str) -> lis
                 left_out[name] = wrong
             else:
                 chosen.append(name)
-    for name, weight in held.parameters.items() if targets == ALL else ():
-        if _is_matrix(weight) and not _NO_MATRIX.search(weight.key.lower()):
+    for name, weight in held.parameters.items():
+        if _is_matrix(weight):
+            if targets == ALL_LINEAR:
+                left_out[name] = "is no linear layer, but a parameter"
+                continue
+            if _NO_MATRIX.search(weight.key.lower()):
+                left_out[name] = "is added to activations or looked up, by its name"
+                continue
             wrong = _unfit(held, name, weight, tied)
             if wrong:
                 left_out[name] = wrong
@@ -371,7 +388,7 @@ def _all(held: _Model, targets: str, left_out: dict[str, str], tied: str) -> lis
 
 def _is_matrix(weight: Weight) -> bool:
     parameter = weight.parameter
-    if is_lazy(parameter) or parameter.dim() < 2:
+    if parameter is None or is_lazy(parameter) or parameter.dim() < 2:
         return False
     return min(parameter.shape[-2:]) > 1 and parameter.shape[0] > 1
 
@@ -454,7 +471,7 @@ def _rows_of(held: _Model, layer: str, key: str, parts: Mapping[Any, Any]) -> di
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
             raise TypeError(f"{what} must be (first row, row after the last): got {bounds!r}")
         start, stop = bounds
-        if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= height):
+        if type(start) is not int or type(stop) is not int or not 0 <= start < stop <= height:
             raise ValueError(
                 f"{what} must be rows of {layer!r}, 0 <= start < stop <= {height}: got {bounds!r}"
             )

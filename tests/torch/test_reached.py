@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
+import threading
 import warnings
 
 import pytest
@@ -132,9 +134,8 @@ def test_a_layer_that_is_passed_over_is_warned_of_and_not_merged():
         adapter.merge()
     adapter.merge(unreached="merge")
     adapter.unmerge()
-    model.q(x)
-    assert adapter.reached() == {"q": True, "o": True}
-    adapter.merge()
+    model.q(x)  # which the model does not
+    assert adapter.reached() == {"q": False, "o": True}
 
 
 def test_experts_without_tokens_are_not_warned_of():
@@ -325,3 +326,266 @@ def test_fused_projections_are_said():
     adapter = slt.attach(model, LORA)
     assert list(adapter.layers()) == ["to_qkv"]
     assert "fused into 'to_qkv'" in adapter.summary()["left_out"]["to_q"]
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 4)
+        self.middle = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(self.middle(self.embedding(x)), self.embedding.weight)
+
+
+class ByParent(Base):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class ByName(Base):
+    def forward(self, x):
+        return 2 * Base.forward(self, x)
+
+
+class ByProperty(Base):
+    @property
+    def head(self):
+        return self.embedding.weight
+
+    def forward(self, x):
+        return self.middle(self.embedding(x)) @ self.head.T
+
+
+class ByHelper(Base):
+    @staticmethod
+    def project(x, layer):
+        return x @ layer.weight.T
+
+    def forward(self, x):
+        return self.project(self.middle(self.embedding(x)), self.embedding)
+
+
+@pytest.mark.parametrize("kind", [Base, ByParent, ByName, ByProperty, ByHelper])
+def test_a_weight_that_is_called_and_read_has_both_updates(kind):
+    model, x = kind().double(), torch.tensor([[1, 2], [3, 4]])
+    adapter = fill(slt.attach(model, LORA, ["embedding", "middle"]))
+    y = model(x)
+    adapter.merge()
+    torch.testing.assert_close(model(x), y)
+
+
+class Holder(nn.Module):
+    """Is never called: others read what it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(4, 4, bias=False)
+
+    def apply_to(self, x):
+        return x @ self.q.weight.T
+
+
+class Unseen(nn.Module):
+    """Reads weights in ways that its source does not show, beside calls."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.held, self.q = way, Holder(), nn.Linear(4, 4, bias=False)
+        self.register_buffer("same", self.q.weight.detach(), persistent=False)
+        self.unregistered = [self.q]
+        self.function = lambda x: x @ self.q.weight.T
+
+    def forward(self, x):
+        x = self.q(x)
+        if self.way == "a module that is not called":
+            return self.held.apply_to(x)
+        if self.way == "a buffer":
+            return x @ self.same.T
+        if self.way == "a list":
+            return x @ self.unregistered[0].weight.T
+        return self.function(x)
+
+
+@pytest.mark.parametrize("way", ["a module that is not called", "a buffer", "a list", "a lambda"])
+def test_a_weight_that_is_read_unseen_is_warned_of_and_not_merged(way):
+    model, x = Unseen(way), torch.randn(3, 4)
+    name = "held.q" if "called" in way else "q"
+    adapter = fill(slt.attach(model, LORA, re.escape(name)))
+    with pytest.warns(UserWarning, match=rf"'{name}' are read in the forward pass of Unseen"):
+        model(x)
+    assert adapter.reached() == {name: False}
+    with pytest.raises(sl.AdapterError, match=f"'{name}' did not run .* or their weights"):
+        adapter.merge()
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        model(x)
+    adapter.merge(unreached="merge")
+    with adapter.disabled():
+        pass
+    assert adapter.merged
+
+
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.some = nn.ParameterList([torch.randn(4, 4) for _ in range(2)])
+        self.named = nn.ParameterDict({"a": torch.randn(4, 4), "b": torch.randn(4, 4)})
+
+    def forward(self, x):
+        x = x @ self.some[0] @ self.named["a"] @ self.named.b
+        for weight in self.some:
+            x = x @ weight
+        return x
+
+
+def test_lists_of_parameters_are_adapted():
+    model, x = Lists().double(), torch.randn(3, 4).double()
+    adapter = slt.attach(model, LORA, "all")
+    assert list(adapter.layers()) == ["some.0", "some.1", "named.a", "named.b"]
+    fill(adapter)
+    y = model(x)
+    y.sum().backward()
+    assert all(factor.grad.abs().sum() > 0 for factor in adapter.parameters())
+    adapter.merge()
+    torch.testing.assert_close(model(x), y)
+
+
+class WithoutBias(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+def test_operations_on_a_bias_that_is_not_read_or_shared_are_refused():
+    bias = {"add_bias": sl.dense()}
+    tied = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    tied["b"].weight = tied["a"].weight
+    shared = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    shared["b"].bias = shared["a"].bias
+    groups = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2))
+    for model, target, message in (
+        (nn.Sequential(WithoutBias(4, 4)), "0", "whose bias is read.*WithoutBias"),
+        (tied, "a", "of their own bias"),
+        (shared, "a", "of their own bias"),
+        (groups, "0", "of several groups"),
+    ):
+        with unchanged(model), pytest.raises(ValueError, match=message):
+            slt.attach(model, bias, [target], tied="once")
+
+
+class Standardised(nn.Conv2d):
+    """Computes with a function of its weight, below its forward."""
+
+    def _conv_forward(self, x, weight, bias):
+        weight = weight - weight.mean((1, 2, 3), keepdim=True)
+        return super()._conv_forward(x, weight, bias)
+
+
+def test_a_function_of_a_convolutions_weight():
+    model, x = nn.Sequential(Standardised(3, 8, 3)).double(), torch.randn(2, 3, 16, 16).double()
+    adapter = fill(slt.attach(model, LORA, "all"))
+    y = model(x)
+    adapter.merge()
+    torch.testing.assert_close(model(x), y)
+
+
+def test_a_forward_that_was_put_in_a_layers_place():
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    layer = model[0]
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight.sin(), layer.bias)
+    adapter = fill(slt.attach(model, LORA))
+    y = model(x)
+    adapter.merge()
+    torch.testing.assert_close(model(x), y)
+    adapter.unmerge()
+    adapter.detach()
+    torch.testing.assert_close(model(x), nn.functional.linear(x, layer.weight.sin(), layer.bias))
+
+
+def test_a_scale_set_before_the_backward_pass_is_an_error():
+    model = nn.Sequential(nn.LayerNorm(8))
+    adapter = fill(slt.attach(model, sl.dense(), ["0"]))
+    y = model(torch.randn(3, 8, requires_grad=True)).square().sum()
+    adapter.scale = 5.0
+    with pytest.raises(RuntimeError, match="scales must not be changed"):
+        y.backward()
+
+
+def test_what_is_disabled_before_the_backward_pass_does_not_count():
+    model, x = nn.Sequential(nn.LayerNorm(8)), torch.randn(3, 8)
+    adapter = fill(slt.attach(model, sl.dense(), ["0"]))
+    x.requires_grad_()
+    expected = torch.autograd.grad(model(x).square().sum(), x)
+    y = model(x).square().sum()
+    with adapter.disabled():
+        torch.testing.assert_close(torch.autograd.grad(y, x), expected)
+
+
+def test_a_weight_replaced_while_it_is_merged_is_not_overwritten():
+    model = nn.Sequential(nn.Linear(8, 8))
+    adapter = fill(slt.attach(model, LORA))
+    adapter.merge()
+    model[0].weight = nn.Parameter(torch.ones(8, 8))
+    with pytest.raises(sl.AdapterError, match="the weight of '0' was replaced since"):
+        adapter.unmerge()
+    assert torch.equal(model[0].weight, torch.ones(8, 8))
+    adapter.detach(keep_merged=True)
+
+
+def test_threads_call_a_layer_at_once():
+    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16))
+    fill(slt.attach(model, sl.dense(), ["0"]))
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        expected = model(x)
+    wrong = []
+
+    def run():
+        with torch.no_grad():
+            for _ in range(100):
+                if not torch.equal(model(x), expected):
+                    wrong.append(True)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_swap_takes_no_file_of_other_rows(tmp_path):
+    def make(rows):
+        model = nn.Sequential(nn.Linear(8, 24))
+        return slt.attach(model, LORA, {"0": {"q": rows}})
+
+    make((0, 8)).save(tmp_path / "a.safetensors")
+    other = make((8, 16))
+    with pytest.raises(ValueError, match=r"rows .*\(8, 16\).*: got .*\(0, 8\)"):
+        other.swap(tmp_path / "a.safetensors")
+
+
+def test_an_adapted_model_is_traced():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    fill(slt.attach(model, LORA)).requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+def test_scripted_and_uncoded_modules_are_left_out():
+    class Mixed(nn.Module):
+        """Has the sizes of a linear layer, and a buffer of integers."""
+
+        def __init__(self):
+            super().__init__()
+            self.in_features = self.out_features = 16
+            self.w = nn.Parameter(torch.randn(8, 8))
+            self.register_buffer("step", torch.zeros(1, dtype=torch.long))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Linear(8, 8))
+    model = nn.ModuleList([scripted, Mixed(), nn.Linear(8, 8)])
+    assert list(slt.attach(model, LORA).layers()) == ["2"]

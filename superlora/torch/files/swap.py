@@ -48,6 +48,7 @@ def swap_blocks(
                 f"{path} must be of a supernet of the same space, or of none where the adapter is "
                 "none"
             )
+        _check_selection(beside, description, path)
         _check_design(blocks, description, path)
         if isinstance(blocks.plan.spec, Supports):
             state.check_biases(blocks.plan, weights, description, path)
@@ -64,6 +65,17 @@ def swap_blocks(
         for name, tensor in own.items():
             tensor.copy_(fitted[name])
     return description.scale
+
+
+def _check_selection(beside: Mapping[str, Any], description: state.Description, path: Path) -> None:
+    """Refuse a file of other rows of the layers, or of other shared weights."""
+    own = {name: tuple(rows) for name, rows in beside.get("rows", {}).items()}
+    tied = beside.get("tied", [])
+    if (own, tied) != (description.rows, description.tied):
+        raise ValueError(
+            f"{path} must be of the adapter's rows and shared weights, {own or tied or 'none'}: "
+            f"got {description.rows or description.tied or 'none'}"
+        )
 
 
 def _check_design(blocks: Blocks, description: state.Description, path: Path) -> None:
