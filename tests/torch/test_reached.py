@@ -570,7 +570,7 @@ def test_an_adapted_model_is_traced():
     fill(slt.attach(model, LORA)).requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(model, x)
+        traced = torch.jit.trace(model, x, check_trace=False)
     torch.testing.assert_close(traced(x), model(x))
 
 
