@@ -33,9 +33,10 @@ from superlora.torch.attach import (
 from superlora.torch.blocks import Blocks
 from superlora.torch.files.load import read_adapter
 from superlora.torch.files.state import SUPERNET, valid_header
+from superlora.torch.selection import Selection
 from superlora.torch.site import Site
 from superlora.torch.support import Support
-from superlora.torch.targets import ALL_LINEAR, Selection, Targets, find_targets
+from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
 
 
 class Supernet(Adapter):

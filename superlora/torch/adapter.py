@@ -28,10 +28,10 @@ from superlora.torch.layers import Weight, refuse_empty
 from superlora.torch.link import Link
 from superlora.torch.reached import ChangeWatch, Watch, check_mergeable, check_not_wrapped, listed
 from superlora.torch.replaced import Replaced
+from superlora.torch.selection import Selection
 from superlora.torch.site import Site
 from superlora.torch.summary import Summary, summary_of
 from superlora.torch.support import Support
-from superlora.torch.targets import Selection
 from superlora.torch.walk import Frozen, outside_adapters, release
 
 # In a state dict, of an adapter that was merged when it was taken.

@@ -27,9 +27,10 @@ from superlora.torch.files.state import without_bias
 from superlora.torch.layers import KINDS, Weight
 from superlora.torch.low_rank import applies, low_rank
 from superlora.torch.replaced import Replaced
+from superlora.torch.selection import Selection
 from superlora.torch.site import Site
 from superlora.torch.summary import warn_of_few
-from superlora.torch.targets import ALL, ALL_LINEAR, Selection, Targets, find_targets
+from superlora.torch.targets import ALL, ALL_LINEAR, Targets, find_targets
 from superlora.torch.walk import freeze
 
 
@@ -183,11 +184,14 @@ def _design(spec: Any, selection: Selection) -> Spec | Supports:
         return design_of(spec)
     if rest:
         designs = {**dict.fromkeys(rest, design_of(spec)), **designs}
+    one, *more = {id(own): own for own in designs.values()}.values()
+    if not more and isinstance(one, Supports):
+        return one
     for name, own in designs.items():
         if not isinstance(own, Spec):
             raise TypeError(
-                f"targets must map layers to a superlora.Spec, None or rows: got {own!r} for "
-                f"{name!r}"
+                "targets must map layers to a superlora.Spec, to None or to rows, or all of them "
+                f"to one superlora.Supports: got {own!r} for {name!r}"
             )
     names: dict[Spec | None, list[str]] = {}
     for name in selection.weights:

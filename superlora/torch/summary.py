@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from superlora.errors import some
+from superlora.torch.selection import Selection
 from superlora.torch.site import Site
-from superlora.torch.targets import Selection
 from superlora.torch.walk import outside_adapters
 
 # Of a model's entries, below which a warning is given.

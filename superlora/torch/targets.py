@@ -5,19 +5,16 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from superlora.errors import some
 from superlora.torch.heads import heads_of
-from superlora.torch.layers import ADAPTABLE, KINDS, Weight, is_linear, kind_of
-from superlora.torch.memory import Owners
-from superlora.torch.reads import ignores_bias, is_read, returns_several
-from superlora.torch.walk import outside_adapters
+from superlora.torch.layers import ADAPTABLE, KINDS, Weight, is_linear
+from superlora.torch.reads import returns_several
+from superlora.torch.selection import Inventory, Selection, complete
 
 Predicate = Callable[[str, nn.Module], bool]
 Targets = str | Sequence[str] | Predicate | Mapping[str, Any]
@@ -36,117 +33,6 @@ _FUSED = {
 }
 
 
-@dataclass
-class Selection:
-    """The weights that are adapted.
-
-    Attributes
-    ----------
-    weights : dict of str to Weight
-        By dotted name, in the model's order: of a layer that of its module, of another parameter
-        its own, of rows of a layer the layer's and that of the rows.
-    rows : dict of str to (int, int)
-        Of weights that are some rows of a layer's, the first and the one after the last.
-    twins : dict of str to list of Weight
-        The same parameter in other modules.
-    readers : dict of str to list of torch.nn.Module
-        Modules that read the weight themselves, or its twins.
-    left_out : dict of str to str
-        Layers that are not adapted, and why.
-    designs : dict of str to Any
-        What a mapping of targets gives for a weight.
-    parents : dict of str to torch.nn.Module
-        What calls a layer, unless it chooses among several.
-    without_bias : set of str
-        Weights whose reader, or whose layer's own class, does not read the layer's bias.
-    shared_bias : set of str
-        Those whose layer shares its bias, or whose weight is adapted for several layers.
-    """
-
-    weights: dict[str, Weight]
-    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
-    twins: dict[str, list[Weight]] = field(default_factory=dict)
-    readers: dict[str, list[nn.Module]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    designs: dict[str, Any] = field(default_factory=dict)
-    parents: dict[str, nn.Module] = field(default_factory=dict)
-    without_bias: set[str] = field(default_factory=set)
-    shared_bias: set[str] = field(default_factory=set)
-
-    @property
-    def shapes(self) -> dict[str, Any]:
-        """What a plan is made for."""
-        found: dict[str, Any] = {}
-        for name, weight in self.weights.items():
-            axes = weight.axes
-            if name in self.rows:
-                start, stop = self.rows[name]
-                found[name] = (stop - start, axes.in_)
-            else:
-                found[name] = axes.shape if axes.plain else axes
-        return found
-
-    def module_of(self, name: str) -> str:
-        """Return the name of the module that has a weight."""
-        own = name in self.rows or self.weights[name].kind == "parameter"
-        return name.rpartition(".")[0] if own else name
-
-    @property
-    def beside(self) -> dict[str, Any]:
-        """What a file's header says of weights that are more, or less, than a layer's own."""
-        rows = {name: list(each) for name, each in self.rows.items()}
-        return {
-            **({"rows": rows} if rows else {}),
-            **({"tied": [*self.twins]} if self.twins else {}),
-        }
-
-
-class _Model:
-    """A model's modules and parameters by name."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.modules = dict(outside_adapters(model))
-        self.layers: dict[str, Weight] = {}  # whether they are fit or not
-        self.parameters: dict[str, Weight] = {}
-        for name, module in self.modules.items():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            kind = kind_of(module)
-            if kind is not None:
-                self.layers[name] = Weight(module, kind)
-            for key, parameter in module._parameters.items():
-                if parameter is not None and not (kind is not None and key == "weight"):
-                    self.parameters[f"{name}.{key}".lstrip(".")] = Weight(module, "parameter", key)
-        self.owners = Owners(self.modules)
-
-    def get(self, name: str) -> Weight | None:
-        """Return the weight of a name, or of another name of the same layer, if there is one."""
-        found = self.layers.get(name) or self.parameters.get(name)
-        if found is not None or name in self.modules:
-            return found
-        try:
-            module = self.model.get_submodule(name)
-        except AttributeError:
-            return None
-        return next((own for own in self.layers.values() if own.module is module), None)
-
-    def names(self, named: Iterable[str]) -> list[str]:
-        """Return names in the model's order."""
-        wanted = set(named)
-        return [name for name in [*self.modules, *self.parameters] if name in wanted]
-
-    def above(self, name: str) -> list[tuple[nn.Module, tuple[str, ...]]]:
-        """Return the modules above a name, nearest first, and the rest of the name from each."""
-        parts = name.split(".") if name else []
-        found = []
-        for count in range(len(parts) - 1, -1, -1):
-            module = self.modules.get(".".join(parts[:count]))
-            if module is not None:
-                found.append((module, tuple(parts[count:])))
-        return found
-
-
 def find_targets(
     model: nn.Module,
     targets: Targets,
@@ -158,7 +44,7 @@ def find_targets(
     """Return the weights of `model` that `targets` chooses, in the model's order."""
     if tied not in ("refuse", "once"):
         raise ValueError(f"tied must be 'refuse' or 'once': got {tied!r}")
-    held = _Model(model)
+    held = Inventory(model)
     left_out: dict[str, str] = {}
     rows: dict[str, tuple[int, int]] = {}
     designs: dict[str, Any] = {}
@@ -193,7 +79,7 @@ def find_named(
     model: nn.Module, names: Sequence[str], rows: Mapping[str, tuple[int, int]], tied: str
 ) -> tuple[Selection, list[str]]:
     """Return the weights of these names, in this order, and what is wrong with others."""
-    held = _Model(model)
+    held = Inventory(model)
     found: dict[str, Weight] = {}
     problems = []
     for name in names:
@@ -218,66 +104,6 @@ def find_named(
     return selection, problems
 
 
-def complete(selection: Selection, held: _Model, tied: str) -> None:
-    """Find what reads the weights, and who else has them."""
-    taken: dict[int, str] = {}
-    for name, weight in list(selection.weights.items()):
-        layer = name.rpartition(".")[0] if name in selection.rows else name
-        whose = [layer]
-        if tied == "once" and name not in selection.rows:
-            memory = id(weight.parameter)
-            if memory in taken:
-                del selection.weights[name]
-                selection.left_out[name] = f"is {taken[memory]!r}, which is adapted once for both"
-                continue
-            taken[memory] = name
-            others = held.owners.others(weight.module, weight.key)
-            selection.twins[name] = [_twin(held, weight, other) for other in others]
-            whose += others
-        found = {r: with_bias for each in whose for r, with_bias in _readers(held, each).items()}
-        selection.readers[name] = list(found)
-        if not all(found.values()) or (weight.key == "weight" and ignores_bias(weight.module)):
-            selection.without_bias.add(name)
-        shared = weight.bias is not None and held.owners.others(weight.module, "bias")
-        if shared or selection.twins.get(name):
-            selection.shared_bias.add(name)
-        above = held.above(layer)
-        # A list chooses among its items, and is not called.
-        if above and not isinstance(above[0][0], (nn.ModuleList, nn.ModuleDict)):
-            selection.parents[name] = above[0][0]
-
-
-def _twin(held: _Model, weight: Weight, other: str) -> Weight:
-    """Return a parameter in another module, under the name of the parameter there."""
-    path, _, key = other.rpartition(".")
-    found = held.layers.get(path) if key == "weight" else None
-    if found is None or found.parameter is not weight.parameter or found.shape != weight.shape:
-        raise ValueError(
-            f"tied='once' must have one parameter that layers read alike: {other!r} is no weight "
-            "of a layer, or another Parameter over the same memory, or is read otherwise"
-        )
-    return found
-
-
-def _readers(held: _Model, name: str) -> dict[nn.Module, bool]:
-    """Return what reads a weight, and whether it reads the layer's bias too."""
-    weight = held.get(name)
-    if weight is None:  # under its parameter's name
-        name = name.rpartition(".")[0]
-        weight = held.layers[name]
-    found = {weight.module: False} if weight.kind == "parameter" else {}
-    leaf = () if weight.kind == "parameter" else (weight.key,)
-    for module, path in held.above(name):
-        # It only asks whether its layers are alike.
-        if type(module) is nn.TransformerEncoder or module in found:
-            continue
-        own = (*path, *leaf)
-        of_bias = is_read(module, (*own[:-1], "bias"))
-        if is_read(module, own) or (of_bias and weight.bias is not None):
-            found[module] = of_bias
-    return found
-
-
 def fused_into(parent: nn.Module | None, leaf: str) -> str:
     """Return the layer into which diffusers has fused a projection, if it has."""
     if not getattr(parent, "fused_projections", False):
@@ -291,7 +117,7 @@ def is_named(name: str, ends: Iterable[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
-def _choose(held: _Model, targets: Any, left_out: dict[str, str], tied: str) -> list[str]:
+def _choose(held: Inventory, targets: Any, left_out: dict[str, str], tied: str) -> list[str]:
     none = "the model has none"
     if callable(targets) and not isinstance(targets, nn.Module):
         names = [n for n, m in held.modules.items() if n or n in held.layers]
@@ -315,7 +141,7 @@ def _choose(held: _Model, targets: Any, left_out: dict[str, str], tied: str) -> 
     return chosen
 
 
-def _match_pattern(held: _Model, pattern: str, what: str) -> list[str]:
+def _match_pattern(held: Inventory, pattern: str, what: str) -> list[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -327,7 +153,7 @@ def _match_pattern(held: _Model, pattern: str, what: str) -> list[str]:
     return held.names(name for name in names if compiled.fullmatch(name))
 
 
-def _match_suffixes(held: _Model, suffixes: Any, what: str) -> list[str]:
+def _match_suffixes(held: Inventory, suffixes: Any, what: str) -> list[str]:
     if not isinstance(suffixes, Sequence) or not all(isinstance(item, str) for item in suffixes):
         raise TypeError(
             f"{what} must be a list of names, a regular expression, 'all-linear', 'all', a "
@@ -348,7 +174,7 @@ def _match_suffixes(held: _Model, suffixes: Any, what: str) -> list[str]:
     return held.names(chosen)
 
 
-def _all(held: _Model, targets: str, left_out: dict[str, str], tied: str) -> list[str]:
+def _all(held: Inventory, targets: str, left_out: dict[str, str], tied: str) -> list[str]:
     """Return every linear layer, or every weight, that is fit; say why others are not."""
     heads = heads_of(held.model)
     foreign = _parts_of_adapters(held)
@@ -393,7 +219,7 @@ def _is_matrix(weight: Weight) -> bool:
     return min(parameter.shape[-2:]) > 1 and parameter.shape[0] > 1
 
 
-def _parts_of_adapters(held: _Model) -> set[str]:
+def _parts_of_adapters(held: Inventory) -> set[str]:
     """Return the layers that other libraries, such as PEFT, have put beside a base layer."""
     around = [name for name, module in held.modules.items() if "base_layer" in module._modules]
     found = set()
@@ -406,7 +232,7 @@ def _parts_of_adapters(held: _Model) -> set[str]:
 
 
 def _of_mapping(
-    held: _Model,
+    held: Inventory,
     targets: Mapping[Any, Any],
     left_out: dict[str, str],
     rows: dict[str, tuple[int, int]],
@@ -443,7 +269,7 @@ def _of_mapping(
     return sorted(chosen, key=lambda n: (order[n.rpartition(".")[0] if n in rows else n], n))
 
 
-def _below(held: _Model, key: str, left_out: dict[str, str], tied: str) -> list[str]:
+def _below(held: Inventory, key: str, left_out: dict[str, str], tied: str) -> list[str]:
     if key in (ALL_LINEAR, ALL):
         return _all(held, key, left_out, tied)
     exact = [name for name in [*held.layers, *held.parameters] if is_named(name, [key])]
@@ -454,7 +280,7 @@ def _below(held: _Model, key: str, left_out: dict[str, str], tied: str) -> list[
     return [name for name in _all(held, ALL_LINEAR, reasons, tied) if inside.search(name)]
 
 
-def _rows_of(held: _Model, layer: str, key: str, parts: Mapping[Any, Any]) -> dict[str, Any]:
+def _rows_of(held: Inventory, layer: str, key: str, parts: Mapping[Any, Any]) -> dict[str, Any]:
     weight = held.layers.get(layer)
     if weight is None or not (weight.linear or weight.kind == "embedding"):
         raise ValueError(
@@ -486,7 +312,7 @@ def _rows_of(held: _Model, layer: str, key: str, parts: Mapping[Any, Any]) -> di
 
 
 def _without(
-    held: _Model,
+    held: Inventory,
     chosen: list[str],
     exclude: Any,
     left_out: dict[str, str],
@@ -549,7 +375,7 @@ def _of_numbers(chosen: list[str], layers: Any, left_out: dict[str, str]) -> lis
     return [name for name in chosen if numbers.get(name) in wanted]
 
 
-def _nearest(wanted: str, held: _Model) -> str:
+def _nearest(wanted: str, held: Inventory) -> str:
     names = [name for name in held.layers if held.layers[name].kind != "norm"]
     # A suffix is compared with the ends of the names, so that depth does not count.
     ends: dict[str, str] = {}
@@ -560,7 +386,7 @@ def _nearest(wanted: str, held: _Model) -> str:
     return some(map(repr, dict.fromkeys(ends[end] for end in close) or names)) or "none: no layers"
 
 
-def _not_adaptable(held: _Model, names: Iterable[str]) -> str:
+def _not_adaptable(held: Inventory, names: Iterable[str]) -> str:
     unfit = [name for name in names if held.get(name) is None]
     kinds = sorted({type(held.modules[name]).__name__ for name in unfit})
     inside = [n for n in [*held.layers, *held.parameters] if n.startswith(f"{unfit[0]}.")]
@@ -571,7 +397,7 @@ def _not_adaptable(held: _Model, names: Iterable[str]) -> str:
     )
 
 
-def _check_fit(held: _Model, name: str, weight: Weight, tied: str) -> None:
+def _check_fit(held: Inventory, name: str, weight: Weight, tied: str) -> None:
     wrong = _unfit(held, name, weight, tied)
     if wrong:
         integer = "floating-point" in wrong
@@ -580,7 +406,7 @@ def _check_fit(held: _Model, name: str, weight: Weight, tied: str) -> None:
         )
 
 
-def _unfit(held: _Model, name: str, weight: Weight, tied: str) -> str:
+def _unfit(held: Inventory, name: str, weight: Weight, tied: str) -> str:
     """Return why a weight cannot be adapted, if so."""
     module = weight.module
     if weight.kind == "quantised":

@@ -321,7 +321,7 @@ REFUSED = {
     "rows with a dot": ({"0": {"a.b": (0, 1)}}, ValueError, "without dots"),
     "an empty mapping": ({}, ValueError, "at least one name"),
     "all left out": ({"0": None}, ValueError, "all are left out.*targets\\['0'\\]"),
-    "no spec": ({"0": 3}, TypeError, "superlora.Spec, None or rows"),
+    "no spec": ({"0": 3}, TypeError, "superlora.Spec, to None or to rows"),
 }
 
 

@@ -37,7 +37,8 @@ from superlora.torch.files.state import (
 )
 from superlora.torch.layers import refuse_empty
 from superlora.torch.replaced import refuse_unfit
-from superlora.torch.targets import Selection, find_named
+from superlora.torch.selection import Selection
+from superlora.torch.targets import find_named
 
 
 def load(
