@@ -366,8 +366,8 @@ def _of_numbers(chosen: list[str], layers: Any, left_out: dict[str, str]) -> lis
     if beyond:
         there = sorted(set(numbers.values()))
         raise ValueError(
-            f"layers must be numbers of adapted layers, {there or 'none'}: got "
-            f"{some(map(str, beyond))}"
+            f"layers must be numbers of adapted layers{f' of {pattern!r}' * bool(pattern)}, "
+            f"{there or 'none'}: got {some(map(str, beyond))}"
         )
     for name in chosen:
         if numbers.get(name) not in wanted:
