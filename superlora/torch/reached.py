@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
@@ -24,6 +26,11 @@ from superlora.torch.walk import outside_adapters
 
 # Of architectures whose configurations say which layers have a bias.
 _FLAGS = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias", "bias")
+
+
+# By thread: the first pass of a model that is under way, and the frame that began it.
+_OPEN: dict[int, tuple[_Reads, FrameType]] = {}
+_NONE = (None, None)
 
 
 class Watch:
@@ -87,7 +94,6 @@ class ChangeWatch:
         self._held: dict[object, Mapping[Site, str]] = {}  # by adapter
         self._warned: set[str] = set()
         self._unseen: set[Site] = set()  # of no pass so far
-        self._reads: _Reads | None = None  # in the first pass
         self._handles = [
             model.register_forward_pre_hook(self.see),
             model.register_forward_hook(self.end, always_call=True),
@@ -96,12 +102,13 @@ class ChangeWatch:
     @classmethod
     def on(cls, model: nn.Module, adapter: object, sites: Mapping[Site, str]) -> ChangeWatch:
         """Watch the layers of one more adapter, which have these names in its model."""
+        close_interrupted()
         held = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
         watch = next((each for each in held if isinstance(each, cls)), None) or cls(model)
         watch._held[adapter] = sites
         watch.names |= sites
         watch._warned -= set(sites.values())
-        watch._unseen |= {site for site in sites if site.held.summable}
+        watch._unseen |= {site for site in sites if site.held.summable and not site.seen}
         return watch
 
     def drop(self, adapter: object) -> None:
@@ -132,12 +139,6 @@ class ChangeWatch:
         """Warn of each changed layer once, and begin to look at what the first pass reads."""
         if torch.compiler.is_compiling() or is_traced() or _is_tracing():
             return
-        if self._reads is not None:  # of a pass that was interrupted
-            self._close()
-        if self._unseen and _get_current_dispatch_mode() is None and not _compiles(self.model[0]):
-            self._reads = _Reads(self._unseen)
-            self._reads.__enter__()  # type: ignore[no-untyped-call]
-            INSIDE[threading.get_ident()] = []
         found = self.changes()
         new = {name: what for name, what in found.items() if name not in self._warned}
         if new:
@@ -147,38 +148,63 @@ class ChangeWatch:
                 "and attach them again",
                 stacklevel=2,
             )
+        close_interrupted()
+        thread = threading.get_ident()
+        if self._unseen and thread not in _OPEN and not _compiles(self.model[0]):
+            _OPEN[thread] = _Reads(self, self._unseen), sys._getframe(1)
+            INSIDE[thread] = []
+            _OPEN[thread][0].__enter__()  # type: ignore[no-untyped-call]
 
     def end(self, module: nn.Module, *_: Any) -> None:
         """Warn of weights that the pass read outside of their layers."""
-        if torch.compiler.is_compiling() or self._reads is None:
+        if torch.compiler.is_compiling():
             return
-        found = [site for site in self._reads.found if site in self.names]
-        self._close()
+        reads = _OPEN.get(threading.get_ident(), _NONE)[0]
+        if reads is None or reads.watch is not self:
+            return
+        _close(reads)
+        for site in self._unseen:
+            site.seen = True
         self._unseen.clear()
+        # What stands in for a layer's forward may be anything.
+        found = [site for site in reads.found if site in self.names and site.stands]
         for site in found:
             site.missed = True
         # Those that did not run either have been warned of.
         new = [self.names[site] for site in found if site.reached is not False]
         if new:
             warnings.warn(
-                f"the weights of {some(map(repr, new))} are read in the "
-                f"forward pass of {type(module).__name__} outside of their layers, without the "
-                "updates: these are missing there, and a merge would change the output",
+                f"the weights of {some(map(repr, new))} are read in the forward pass of "
+                f"{type(module).__name__} outside of their layers, without the updates: these are "
+                "missing there, and a merge would change the output",
                 stacklevel=2,
             )
 
-    def _close(self) -> None:
-        assert self._reads is not None
-        self._reads.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self._reads = None
-        INSIDE.pop(threading.get_ident(), None)
+
+def _close(reads: _Reads) -> None:
+    thread = threading.get_ident()
+    del _OPEN[thread], INSIDE[thread]
+    reads.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
-class _Reads(TorchDispatchMode):
+def close_interrupted() -> None:
+    """End a first pass that a keyboard interrupt has ended, which runs no hook."""
+    reads, begun = _OPEN.get(threading.get_ident(), _NONE)
+    if reads is None or _get_current_function_mode() is not reads:
+        return
+    running: FrameType | None = sys._getframe()
+    while running is not None and running is not begun:
+        running = running.f_back
+    if running is None:
+        _close(reads)
+
+
+class _Reads(TorchFunctionMode):
     """Sees which operations read adapted weights while none of their own forwards runs."""
 
-    def __init__(self, sites: Iterable[Site]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, watch: ChangeWatch, sites: Iterable[Site]) -> None:
+        super().__init__()
+        self.watch = watch
         self.found: dict[Site, None] = {}
         self._owners: dict[int, list[Site]] = {}
         for site in sites:
@@ -186,7 +212,7 @@ class _Reads(TorchDispatchMode):
             if memory is not None:
                 self._owners.setdefault(memory, []).append(site)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note the weights that it reads."""
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
@@ -194,7 +220,9 @@ class _Reads(TorchDispatchMode):
         hits = [(each, _storage(each)) for each in given]
         hits = [(each, memory) for each, memory in hits if memory in self._owners]
         if hits:
+            # What gives no tensor, such as a shape, reads no number.
             made = [each for each in tree_leaves(found) if isinstance(each, Tensor)]
+            hits = hits if made else []
             views = {_storage(each) for each in made}
             inside = {id(each.held.parameter) for each in INSIDE.get(threading.get_ident(), ())}
             for each, memory in hits:

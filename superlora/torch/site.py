@@ -59,6 +59,8 @@ class Site:
         did; None while neither ran.
     missed : bool
         Whether the first pass of a model read the weight outside of these.
+    seen : bool
+        Whether there was such a pass.
     """
 
     def __init__(self, weight: Weight, merged: list[Link] | None = None) -> None:
@@ -67,7 +69,8 @@ class Site:
         self.merged: list[Link] = [] if merged is None else merged
         self.readers: list[Reader] = []
         self.reached: bool | None = None
-        self.missed = False  # whether something read the weight without its updates
+        self.missed = False
+        self.seen = False
         # Another library's wrapper, put back on removal.
         self._previous: Callable[..., Any] | None = self.module.__dict__.get("forward")
         self._input = input_name(self.module)
@@ -332,7 +335,8 @@ class Site:
 
     def _added(self, supports: list[Support], x: Tensor) -> Tensor:
         """Return what updates add to the layer's own output."""
-        if self._adds:
+        # Of another library's forward it is known alone that it stands in for a linear layer.
+        if self._adds or (self.wrapped and self.held.linear):
             return Operations(self.base, supports, x).added()
         if not self._applies or not all(own.plain and rank_of(own) for own in supports):
             self._refuse_rows()

@@ -589,3 +589,32 @@ def test_scripted_and_uncoded_modules_are_left_out():
         scripted = torch.jit.script(nn.Linear(8, 8))
     model = nn.ModuleList([scripted, Mixed(), nn.Linear(8, 8)])
     assert list(slt.attach(model, LORA).layers()) == ["2"]
+
+
+def test_a_first_pass_that_is_interrupted_leaves_nothing_open():
+    from torch.overrides import _get_current_function_mode
+
+    class Interrupted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.stop = nn.Linear(4, 4), True
+
+        def forward(self, x):
+            if self.stop:
+                raise KeyboardInterrupt
+            return self.q(x)
+
+    model, x = Interrupted(), torch.randn(2, 4)
+    slt.attach(model, LORA)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    model.stop = False
+    model(x)
+    assert _get_current_function_mode() is None
+    model.stop = True
+    other = nn.Sequential(nn.Linear(4, 4))
+    slt.attach(model, LORA, name="more")
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    slt.attach(other, LORA)
+    assert _get_current_function_mode() is None
