@@ -305,7 +305,7 @@ class Adapter(nn.Module):
             if link is not None:  # rows of the same layer
                 link.supports = (*link.supports, *supports)
             else:
-                link = Link(self, self.name, name, supports, first, weight.shape, self.active)
+                link = Link(self, self.name, name, supports, first, self.active)
             readers = selection.readers.get(name, ())
             site = self._sites[name] = Site.add(weight, link, readers)
             for twin in selection.twins.get(name, ()):

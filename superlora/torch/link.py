@@ -38,8 +38,6 @@ class Link:
         for one that it leaves alone.
     bare : bool
         Whether the layer had no bias, and has one meanwhile.
-    shape : (int, int)
-        The weight's as a matrix when the adapter was attached.
     into : tuple of (torch.Tensor or None)
         The parameters that the adapter was merged into last.
     """
@@ -49,7 +47,6 @@ class Link:
     name: str
     supports: Iterable[Support]
     first: Place
-    shape: tuple[int, int]
     active: bool = True
     before: tuple[Tensor | None, Tensor | None] | None = None
     bare: bool = False

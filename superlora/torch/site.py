@@ -65,6 +65,8 @@ class Site:
 
     def __init__(self, weight: Weight, merged: list[Link] | None = None) -> None:
         self.held, self.module, self.form = weight, weight.module, weight.form()
+        self._shape = weight.parameter.shape
+        self._bound: Callable[..., Any] | None = None  # what the layer has as its forward
         self.links: dict[nn.Module, Link] = {}
         self.merged: list[Link] = [] if merged is None else merged
         self.readers: list[Reader] = []
@@ -112,7 +114,7 @@ class Site:
         if site is None:
             site = cls(weight, None if twin is None else twin.merged)
             if weight.kind != "parameter":
-                weight.module.forward = site.forward
+                weight.module.forward = site._bound = site.forward
         site.links[link.adapter] = link
         for module in readers:
             Reader.add(module, site)
@@ -137,6 +139,14 @@ class Site:
             own.append(self)
         return all(each in holders_of(each.module) for each in own)
 
+    @property
+    def is_intact(self) -> bool:
+        """Whether nothing was done to the layer, at a glance."""
+        weight = self.module._parameters.get(self.held.key)
+        if weight is None or weight.shape != self._shape or self._bound is None:
+            return False
+        return self.module.__dict__.get("forward") is self._bound
+
     def changed_since(self) -> str:
         """Return what was done to the layer since the adapter was attached, if anything."""
         module, key = self.module, self.held.key
@@ -145,10 +155,8 @@ class Site:
             return f"its {key} is computed now, as where it is pruned or parametrized"
         if self.held.summable and not (weight.is_floating_point() or weight.is_complex()):
             return f"its {key} is of {weight.dtype} now"
-        shape = self.held.shape
-        for link in self.links.values():
-            if link.shape != shape:
-                return f"its {key} has shape {shape} now, {link.shape} before"
+        if weight.shape != self._shape:
+            return f"its {key} has shape {tuple(weight.shape)} now, {tuple(self._shape)} before"
         held = [reader for reader in self.readers] if self.held.kind == "parameter" else [self]
         if any(is_lost(each.module, each) for each in held):
             return "its forward was put back, as where another library removes a hook of its own"

@@ -26,7 +26,7 @@ _NO_MATRIX = re.compile(r"embed|token|pos|bias|quer|mask|prompt|latent|gamma|sca
 
 
 # Of diffusers' attention, by the projections that `fuse_projections` joins.
-_FUSED = {
+FUSED = {
     **dict.fromkeys(("to_q", "to_k", "to_v"), ("to_qkv",)),
     **dict.fromkeys(("to_k", "to_v"), ("to_qkv", "to_kv")),
     **dict.fromkeys(("add_q_proj", "add_k_proj", "add_v_proj"), ("to_added_qkv",)),
@@ -108,7 +108,7 @@ def fused_into(parent: nn.Module | None, leaf: str) -> str:
     """Return the layer into which diffusers has fused a projection, if it has."""
     if not getattr(parent, "fused_projections", False):
         return ""
-    whole = _FUSED.get(leaf, ())
+    whole = FUSED.get(leaf, ())
     return next((each for each in whole if hasattr(parent, each)), "")
 
 
