@@ -9,12 +9,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
 
 from superlora.torch.autograd import is_traced
 
 Sums = Mapping[str, Tensor]
 # Makes sums again, or says that what they are made of was changed.
 Remake = Callable[[], Sums]
+# Those that take another kernel where functions are watched.
+FAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # By thread, in the first pass of a model: whose own forward runs.
 INSIDE: dict[int, list[Any]] = {}
 # A module has one attribute for all threads.
@@ -116,13 +119,20 @@ def _call_with(
                 module.__dict__.pop(key, None)
 
 
-def call_inside(owners: Sequence[Any], function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call a forward in the first pass of a model, noting that it may read these weights."""
+def call_inside(
+    owners: Sequence[Any], function: Callable[..., Any], args: Any, kwargs: Any, blind: bool = False
+) -> Any:
+    """Call a forward in the first pass of a model, watched or blind, that may read weights."""
     inside = INSIDE[threading.get_ident()]
     inside += owners
+    mode = _get_current_function_mode() if blind else None
     try:
+        if mode is not None:
+            mode.__exit__(None, None, None)
         return function(*args, **kwargs)
     finally:
+        if mode is not None:
+            mode.__enter__()
         del inside[len(inside) - len(owners) :]
 
 

@@ -19,7 +19,7 @@ from superlora.design.spec_checks import check_choice
 from superlora.errors import AdapterError, some
 from superlora.torch.autograd import is_traced
 from superlora.torch.memory import Owners
-from superlora.torch.placed import INSIDE
+from superlora.torch.placed import FAST, INSIDE
 from superlora.torch.site import Reader, Site, holders_of
 from superlora.torch.targets import FUSED, fused_into
 from superlora.torch.walk import outside_adapters
@@ -157,7 +157,7 @@ class ChangeWatch:
             )
         close_interrupted()
         thread = threading.get_ident()
-        if self._unseen and thread not in _OPEN and not _compiles(self.model[0]):
+        if self._unseen and thread not in _OPEN and not _is_changed_by_watching(self.model[0]):
             _OPEN[thread] = _Reads(self, self._unseen), sys._getframe(1)
             INSIDE[thread] = []
             _OPEN[thread][0].__enter__()  # type: ignore[no-untyped-call]
@@ -257,12 +257,17 @@ def _storage(tensor: Tensor) -> int | None:
         return None
 
 
-def _compiles(model: nn.Module) -> bool:
-    """Return whether a part of a model is compiled, which a mode would keep from running so."""
-    return any(
-        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-        for module in model.modules()
-    )
+def _is_changed_by_watching(model: nn.Module) -> bool:
+    """Return whether a part of a model is compiled, or would take another kernel."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            return True
+        if isinstance(module, FAST) and module not in inside:
+            if not any(isinstance(each, Reader) for each in holders_of(module)):
+                return True
+            inside |= set(module.modules())
+    return False
 
 
 def listed(changes: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ from superlora.torch.low_rank import (
     stacked_factors,
 )
 from superlora.torch.merge_operations import Base, Operations, changed_by
-from superlora.torch.placed import INSIDE, Remake, Sums, call_inside, call_with, is_noted
+from superlora.torch.placed import FAST, INSIDE, Remake, Sums, call_inside, call_with, is_noted
 from superlora.torch.rounding import add_rounded_once, is_finite
 from superlora.torch.support import Support, sum_output
 
@@ -541,7 +541,8 @@ class Reader:
             for site in self.sites:
                 site.reached = True
         if INSIDE and not is_noted(self.sites):
-            return call_inside(self.sites, self.forward, args, kwargs)
+            blind = isinstance(self.module, FAST)
+            return call_inside(self.sites, self.forward, args, kwargs, blind)
         return call_with(self.sites, self._base, args, kwargs)
 
     def _base(self, *args: Any, **kwargs: Any) -> Any:

@@ -66,11 +66,11 @@ def main() -> None:
                 cells.append("FAILED")
         lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-    libraries = dict.fromkeys(entry.library for entry in MODELS.values())
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
     if failed:
         raise SystemExit("\n".join(failed))
     if options.models == list(MODELS):
+        libraries = dict.fromkeys(entry.library for entry in MODELS.values())
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
         PAGE.write_text(HEAD.format(versions=versions) + "\n".join(lines) + "\n", encoding="utf-8")
 
 
