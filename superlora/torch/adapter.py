@@ -26,7 +26,7 @@ from superlora.torch.interop.to_lycoris import save_lycoris
 from superlora.torch.interop.to_peft import save_peft
 from superlora.torch.layers import Weight, refuse_empty
 from superlora.torch.link import Link
-from superlora.torch.reached import ChangeWatch, Watch, check_mergeable, check_not_wrapped, listed
+from superlora.torch.reached import ChangeWatch, check_mergeable, check_not_wrapped, listed
 from superlora.torch.replaced import Replaced
 from superlora.torch.selection import Selection
 from superlora.torch.site import Site
@@ -310,9 +310,9 @@ class Adapter(nn.Module):
             site = self._sites[name] = Site.add(weight, link, readers)
             for twin in selection.twins.get(name, ()):
                 self._twins.append(Site.add(twin, link, readers, site))
-        self._hooks += Watch.on(self._sites, selection.parents)
         names = {site: selection.module_of(name) for name, site in self._sites.items()}
-        self._watch = ChangeWatch.on(model, self, names)
+        parents = {self._sites[n]: p for n, p in selection.parents.items() if n in self._sites}
+        self._watch = ChangeWatch.on(model, self, names, parents)
 
     @property
     def _every(self) -> list[Site]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from superlora.design.spec_checks import check_choice
 from superlora.errors import AdapterError, some
@@ -35,50 +35,6 @@ _OPEN: dict[int, tuple[_Reads, FrameType]] = {}
 _NONE = (None, None)
 
 
-class Watch:
-    """A hook on a module that tells when one of its adapted layers did not run with it.
-
-    Parameters
-    ----------
-    sites : dict of str to Site
-        The layers by name.
-    """
-
-    def __init__(self, sites: dict[str, Site]) -> None:
-        self.sites = sites
-
-    @classmethod
-    def on(
-        cls, sites: Mapping[str, Site], parents: Mapping[str, nn.Module]
-    ) -> list[RemovableHandle]:
-        """Watch the modules that have layers."""
-        held: dict[nn.Module, dict[str, Site]] = {}
-        for name, parent in parents.items():
-            if name in sites and not sites[name].reached:
-                held.setdefault(parent, {})[name] = sites[name]
-        # It stays when all have run: compiled code would be compiled again without it.
-        return [parent.register_forward_hook(cls(own).see) for parent, own in held.items()]
-
-    def see(self, module: nn.Module, *_: Any) -> None:
-        """Note which layers did not run, and warn of each once."""
-        if torch.compiler.is_compiling():
-            return
-        missed = []
-        for name, site in list(self.sites.items()):
-            if site.reached:
-                del self.sites[name]
-            elif site.reached is None and site.stands:
-                site.reached = False
-                missed.append(name)
-        if missed:
-            warnings.warn(
-                f"the update of {some(map(repr, missed))} had no effect: the module around, a "
-                f"{type(module).__name__}, ran without calling the layer; it may read the layer's "
-                "weight itself",
-                stacklevel=2,
-            )
-
-
 class ChangeWatch:
     """A hook on a model that warns of layers that are not what they were when adapted.
 
@@ -96,21 +52,29 @@ class ChangeWatch:
         self._held: dict[object, Mapping[Site, str]] = {}  # by adapter
         self._warned: set[str] = set()
         self._unseen: set[Site] = set()  # of no pass so far
+        self._parents: dict[Site, nn.Module] = {}
         self._handles = [
             model.register_forward_pre_hook(self.see),
             model.register_forward_hook(self.end, always_call=True),
         ]
 
     @classmethod
-    def on(cls, model: nn.Module, adapter: object, sites: Mapping[Site, str]) -> ChangeWatch:
-        """Watch the layers of one more adapter, which have these names in its model."""
+    def on(
+        cls,
+        model: nn.Module,
+        adapter: object,
+        sites: Mapping[Site, str],
+        parents: Mapping[Site, nn.Module],
+    ) -> ChangeWatch:
+        """Watch the layers of one more adapter, by their names and the modules around."""
         close_interrupted()
         held = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
         watch = next((each for each in held if isinstance(each, cls)), None) or cls(model)
         watch._held[adapter] = sites
         watch.names |= sites
+        watch._parents |= parents
         watch._warned -= set(sites.values())
-        watch._unseen |= {site for site in sites if site.held.summable and not site.seen}
+        watch._unseen |= {site for site in sites if not site.seen}
         return watch
 
     def drop(self, adapter: object) -> None:
@@ -157,10 +121,10 @@ class ChangeWatch:
             )
         close_interrupted()
         thread = threading.get_ident()
-        if self._unseen and thread not in _OPEN and not _is_changed_by_watching(self.model[0]):
-            _OPEN[thread] = _Reads(self, self._unseen), sys._getframe(1)
-            INSIDE[thread] = []
-            _OPEN[thread][0].__enter__()  # type: ignore[no-untyped-call]
+        if self._unseen and thread not in _OPEN and not _is_compiled(self.model[0]):
+            reads = _Reads(self, self._unseen)
+            _OPEN[thread] = reads, sys._getframe(1)
+            reads.begin(watched=not _takes_other_kernels(self.model[0]))
 
     def end(self, module: nn.Module, *_: Any) -> None:
         """Warn of weights that the pass read outside of their layers."""
@@ -170,9 +134,14 @@ class ChangeWatch:
         if reads is None or reads.watch is not self:
             return
         _close(reads)
-        for site in self._unseen:
-            site.seen = True
-        self._unseen.clear()
+        passed = self._passed_over(reads.ran)
+        if passed:
+            warnings.warn(
+                f"the update of {some(map(repr, passed))} had no effect: the module around, a "
+                f"{type(self._parents[next(iter(passed.values()))]).__name__}, ran without calling "
+                "the layer; it may read the layer's weight itself",
+                stacklevel=2,
+            )
         # What stands in for a layer's forward may be anything.
         found = [site for site in reads.found if site in self.names and site.stands]
         for site in found:
@@ -187,17 +156,28 @@ class ChangeWatch:
                 stacklevel=2,
             )
 
+    def _passed_over(self, ran: Container[int]) -> dict[str, Site]:
+        """Note which layers did not run while the module that has them did."""
+        found = {}
+        for site in self._unseen:
+            site.seen = True
+            parent = self._parents.get(site)
+            if site.reached is None and site.stands and id(parent) in ran:
+                site.reached = False
+                found[self.names[site]] = site
+        self._unseen.clear()
+        return found
+
 
 def _close(reads: _Reads) -> None:
-    thread = threading.get_ident()
-    del _OPEN[thread], INSIDE[thread]
-    reads.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    del _OPEN[threading.get_ident()]
+    reads.end()
 
 
 def close_interrupted() -> None:
     """End a first pass that a keyboard interrupt has ended, which runs no hook."""
     reads, begun = _OPEN.get(threading.get_ident(), _NONE)
-    if reads is None or _get_current_function_mode() is not reads:
+    if reads is None:
         return
     running: FrameType | None = sys._getframe()
     while running is not None and running is not begun:
@@ -213,11 +193,32 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self.watch = watch
         self.found: dict[Site, None] = {}
+        self.ran: set[int] = set()  # identities of modules
         self._owners: dict[int, list[Site]] = {}
         for site in sites:
-            memory = _storage(site.held.parameter)
+            memory = _storage(site.held.parameter) if site.held.summable else None
             if memory is not None:
                 self._owners.setdefault(memory, []).append(site)
+
+    def begin(self, watched: bool) -> None:
+        """Note modules that run from now on, and operations where that changes none of them."""
+        self._thread, self._watched = threading.get_ident(), watched
+        self._hook = register_module_forward_hook(self._note)
+        if watched:
+            INSIDE[self._thread] = []
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        """Note no more."""
+        self._hook.remove()
+        if self._watched:
+            del INSIDE[self._thread]
+            if _get_current_function_mode() is self:
+                self.__exit__(None, None, None)
+
+    def _note(self, module: nn.Module, *_: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self.ran.add(id(module))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note the weights that it reads."""
@@ -257,12 +258,18 @@ def _storage(tensor: Tensor) -> int | None:
         return None
 
 
-def _is_changed_by_watching(model: nn.Module) -> bool:
-    """Return whether a part of a model is compiled, or would take another kernel."""
+def _is_compiled(model: nn.Module) -> bool:
+    """Return whether a part of a model is compiled, and would be again after it was watched."""
+    return any(
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        for module in model.modules()
+    )
+
+
+def _takes_other_kernels(model: nn.Module) -> bool:
+    """Return whether attention of torch, which no reader stands in for, would compute otherwise."""
     inside: set[nn.Module] = set()
     for module in model.modules():
-        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
-            return True
         if isinstance(module, FAST) and module not in inside:
             if not any(isinstance(each, Reader) for each in holders_of(module)):
                 return True
