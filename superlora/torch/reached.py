@@ -82,6 +82,7 @@ class ChangeWatch:
         del self._held[adapter]
         self.names = {site: name for own in self._held.values() for site, name in own.items()}
         self._unseen &= set(self.names)
+        self._parents = {site: own for site, own in self._parents.items() if site in self.names}
         if not self.names:
             for handle in self._handles:
                 handle.remove()

@@ -140,8 +140,9 @@ def complete(selection: Selection, held: Inventory, tied: str) -> None:
                 continue
             taken[memory] = name
             others = held.owners.others(weight.module, weight.key)
-            selection.twins[name] = [_twin(held, weight, other) for other in others]
-            whose += others
+            if others:
+                selection.twins[name] = [_twin(held, weight, other) for other in others]
+                whose += others
         found = {r: with_bias for each in whose for r, with_bias in _readers(held, each).items()}
         selection.readers[name] = list(found)
         if not all(found.values()) or (weight.key == "weight" and ignores_bias(weight.module)):

@@ -157,7 +157,7 @@ class Site:
             return f"its {key} is of {weight.dtype} now"
         if weight.shape != self._shape:
             return f"its {key} has shape {tuple(weight.shape)} now, {tuple(self._shape)} before"
-        held = [reader for reader in self.readers] if self.held.kind == "parameter" else [self]
+        held = [*self.readers] if self.held.kind == "parameter" else [self]
         if any(is_lost(each.module, each) for each in held):
             return "its forward was put back, as where another library removes a hook of its own"
         return ""

@@ -48,3 +48,8 @@ def test_what_peft_lacks_is_refused(layer, tmp_path):
     adapter = slt.attach(nn.Sequential(layer), sl.dense(), ["0"])
     with pytest.raises(ValueError, match=rf"'0' of type {type(layer).__name__}"):
         adapter.to_peft(tmp_path, rank=2)
+
+
+def test_tied_once_says_nothing_of_weights_of_their_own(tmp_path):
+    adapter = slt.attach(nn.Sequential(nn.Linear(4, 4)), sl.lora(2), tied="once")
+    assert set(adapter.to_peft(tmp_path).methods) == {"0"}
