@@ -24,8 +24,8 @@ from superlora.torch.adapter import Adapter
 from superlora.torch.attach import (
     attach,
     check_free,
-    check_model,
     check_operations,
+    checked_model,
     host_of,
     initial,
     register,
@@ -138,7 +138,7 @@ class Supernet(Adapter):
         seed: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_model(model)
+        model = checked_model(model)
         check_seed(seed)
         selection = find_targets(model, targets)
         modules = selection.weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ from superlora.errors import AdapterError, some
 from superlora.operations import GIVES_BIAS
 from superlora.plan import Plan
 from superlora.torch.blocks import register_blocks
-from superlora.torch.files.state import save_blocks
+from superlora.torch.dropout import Dropout
+from superlora.torch.files.state import MODEL, save_blocks
 from superlora.torch.files.swap import swap_blocks
 from superlora.torch.interop.formats import Export
 from superlora.torch.interop.to_lycoris import save_lycoris
@@ -27,7 +29,7 @@ from superlora.torch.interop.to_peft import save_peft
 from superlora.torch.layers import Weight, refuse_empty
 from superlora.torch.link import Link
 from superlora.torch.reached import ChangeWatch, check_mergeable, check_not_wrapped, listed
-from superlora.torch.replaced import Replaced
+from superlora.torch.replaced import Replaced, unsaved
 from superlora.torch.selection import Selection
 from superlora.torch.site import Site
 from superlora.torch.summary import Summary, summary_of
@@ -42,7 +44,8 @@ class Adapter(nn.Module):
     """The factors of a plan, attached to a model's layers.
 
     Made by `attach`, `load`, `from_peft` and `from_lycoris`. Its parameters are named
-    like the plan's factors, ``"group.split.block"``; only they are trained.
+    like the plan's factors, ``"group.split.block"``. With those of the model that came with it,
+    named ``"model."`` and their name there, they are all that is trained.
 
     Parameters
     ----------
@@ -64,8 +67,10 @@ class Adapter(nn.Module):
     merged : bool
         Whether the weights hold the update.
     replaced : Replaced or None
-        Parameters of the model that came with the adapter, such as a trained head; `disabled` and
+        Parameters of the model that train with the adapter, such as a head; `disabled` and
         `detach` put the model's own back.
+    dropout : Dropout
+        What is left out in training, by the names that `attach` has for it.
     """
 
     def __init__(self, plan: Plan, factors: Mapping[str, Tensor], name: str = "superlora") -> None:
@@ -76,7 +81,10 @@ class Adapter(nn.Module):
         self.blocks = register_blocks(self, plan, factors)
         self.supports = self._prepared()
         self.blocks.prepare()
+        self.dropout = Dropout()
         self._seed = 0  # of the initial factors
+        # Norms with running statistics, and how many batches they had seen when it was attached.
+        self._batches: dict[str, tuple[nn.Module, int]] = {}
         self._disabled = 0  # how many `disabled` blocks are open
         self._merge_again = False  # when the last of them ends
         self._sites: dict[str, Site] = {}  # by weight; those of rows of one layer are one
@@ -128,11 +136,21 @@ class Adapter(nn.Module):
             raise AdapterError(f"adapter {self.name!r} must be unmerged to be reset")
         self.blocks.draw(seed)
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the factors, and the parameters of the model that train with them."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        if recurse and self.replaced is not None:
+            before = f"{prefix}.{MODEL}".lstrip(".")
+            for name, parameter in self.replaced.parameters().items():
+                yield before + name, parameter
+
     def _apply(self, *arguments: Any, **options: Any) -> Adapter:
-        empty = any(parameter.is_meta for parameter in self.parameters())
+        empty = any(block.is_meta for block in self.blocks.values())
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
         # Memory given to factors that had none (`Module.to_empty`) holds anything.
-        if empty and not any(parameter.is_meta for parameter in self.parameters()):
+        if empty and not any(block.is_meta for block in self.blocks.values()):
             self.blocks.draw(self._seed, frozen=True)
         self.blocks.scope.clear()
         self.blocks.prepare()
@@ -156,6 +174,11 @@ class Adapter(nn.Module):
     def _beside(self) -> dict[str, Any]:
         """What a file's header says beside the design."""
         return {}
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        dropout = {"dropout": self.dropout.values} if self.dropout.on else {}
+        return self._beside | self._selection.beside | dropout
 
     @property
     def attached(self) -> bool:
@@ -305,7 +328,7 @@ class Adapter(nn.Module):
             if link is not None:  # rows of the same layer
                 link.supports = (*link.supports, *supports)
             else:
-                link = Link(self, self.name, name, supports, first, self.active)
+                link = Link(self, self.name, name, supports, first, self.dropout, self.active)
             readers = selection.readers.get(name, ())
             site = self._sites[name] = Site.add(weight, link, readers)
             for twin in selection.twins.get(name, ()):
@@ -482,7 +505,7 @@ class Adapter(nn.Module):
             later = [(a._homes[0], a._frozen) for a in ordered if a._order > self._order]
             release(self._frozen, later)
         self._sites, self._homes, self._frozen, self._hooks = {}, (), [], []
-        self._twins, self._selection = [], Selection({})
+        self._twins, self._selection, self._batches = [], Selection({}), {}
         if self._watch is not None:
             self._watch.drop(self)
             self._watch = None
@@ -506,8 +529,8 @@ class Adapter(nn.Module):
         """
         refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)
         self._check_unchanged("saved")
-        beside = self._beside | self._selection.beside
-        save_blocks(self.blocks, self._bare, self.replaced, beside, Path(path))
+        self._warn_unsaved()
+        save_blocks(self.blocks, self._bare, self.replaced, self._header, Path(path))
 
     def swap(self, path: str | Path) -> None:
         """Take the factors and the scale of another file of the same design, in place.
@@ -547,7 +570,7 @@ class Adapter(nn.Module):
             raise AdapterError(f"adapter {self.name!r} must be unmerged to be given another file")
         held: dict[str, Tensor] = dict(self.blocks)
         if self.replaced is not None:
-            held |= self.replaced.parameters()
+            held |= self.replaced.tensors()
         refuse_empty(f"adapter {self.name!r} must have memory to be given another file", held)
         beside = self._beside | self._selection.beside
         self.scale = swap_blocks(self.blocks, self.weights(), self.replaced, beside, Path(path))
@@ -639,6 +662,7 @@ class Adapter(nn.Module):
     def _whole(self) -> dict[str, Weight]:
         """Return the weights, or refuse those that another library's files cannot name."""
         self._check_unchanged("written")
+        self._warn_unsaved()
         more = [*self._selection.rows, *self._selection.twins]
         if more:
             raise ValueError(
@@ -684,6 +708,34 @@ class Adapter(nn.Module):
                 f"loaded: the model has its own {some(self.replaced.names)} meanwhile"
             )
 
+    def _warn_unsaved(self) -> None:
+        """Warn of what was trained beside the adapter, and is not in its files."""
+        if not self._homes:
+            return
+        adapters = adapters_of(self._homes[0])
+        held = [own.replaced for own in adapters if own.replaced is not None]
+        trained = unsaved(self._homes[0], held)
+        if trained:
+            warnings.warn(
+                f"{some(map(repr, trained))} require gradients and are not saved with adapter "
+                f"{self.name!r}: name them in attach(also=...), or freeze them",
+                stacklevel=4,
+            )
+        known = {name for own in held for name in own.names}
+        moved = [
+            name
+            for name, (module, count) in self._batches.items()
+            if f"{name}.num_batches_tracked".lstrip(".") not in known
+            and int(module._buffers["num_batches_tracked"]) != count  # type: ignore[arg-type]
+        ]
+        if moved:
+            warnings.warn(
+                f"running statistics of {some(map(repr, moved))} have changed since adapter "
+                f"{self.name!r} was attached and are not saved with it: name these norms in "
+                "attach(also=...), or train with them in eval mode",
+                stacklevel=4,
+            )
+
     def _check_attached(self, verb: str) -> None:
         if not self._homes:
             raise AdapterError(f"adapter {self.name!r} must be attached to be {verb}")
@@ -692,7 +744,7 @@ class Adapter(nn.Module):
 def registered(model: nn.Module) -> dict[Adapter, str]:
     """Return the adapters that a model or a part of it registers, and their dotted names."""
     found: dict[Adapter, str] = {}
-    for name, module in outside_adapters(model):
+    for name, module in outside_adapters(model, wrappers=True):
         for key, part in module._modules.items():
             if isinstance(part, Adapter):
                 found.setdefault(part, f"{name}.{key}".lstrip("."))

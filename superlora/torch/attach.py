@@ -23,15 +23,22 @@ from superlora.errors import AdapterError, some
 from superlora.maps._check import check, is_own
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter, adapters_of, registered
+from superlora.torch.dropout import NAMES, Dropout
 from superlora.torch.files.state import without_bias
-from superlora.torch.layers import KINDS, Weight
+from superlora.torch.layers import KINDS, Weight, computes_plainly
 from superlora.torch.low_rank import applies, low_rank
-from superlora.torch.replaced import Replaced
+from superlora.torch.replaced import Also, Replaced, batches_of, with_also
 from superlora.torch.selection import Selection
 from superlora.torch.site import Site
 from superlora.torch.summary import warn_of_few
 from superlora.torch.targets import ALL, ALL_LINEAR, Targets, find_targets
-from superlora.torch.walk import freeze
+from superlora.torch.walk import freeze, outside_adapters, unwrapped
+
+# Wrappers that take note of a model's parameters when they are made, and what else can be done.
+_LATER = {
+    "DistributedDataParallel": ", or give its `module` where nothing is trained",
+    "FullyShardedDataParallel": "; with fully_shard either order works",
+}
 
 
 def attach(
@@ -42,6 +49,10 @@ def attach(
     exclude: Targets | None = None,
     layers: Iterable[int] | Mapping[str, Iterable[int]] | None = None,
     tied: str = "refuse",
+    also: Also | None = None,
+    dropout: float = 0.0,
+    rank_dropout: float = 0.0,
+    module_dropout: float = 0.0,
     name: str = "superlora",
     seed: int = 0,
     dtype: torch.dtype | None = None,
@@ -75,6 +86,17 @@ def attach(
         that after the path which the one key is.
     tied : {"refuse", "once"}
         Whether a weight that other layers share is refused, or adapted once for all of them.
+    also : sequence of str, str or callable, optional
+        Parameters of the model that train, and are saved, with the adapter, such as a new head:
+        names of modules or parameters or their ends, a regular expression for whole names, or
+        ``predicate(name, parameter) -> bool``. Modules bring their stored buffers too. The
+        model's own come back with `detach` and inside `disabled`.
+    dropout : float
+        In training, the part of a layer's inputs that its update does not see, in [0, 1).
+    rank_dropout : float
+        In training, the part of the rows of ΔW that are zero, as PEFT and LyCORIS call it.
+    module_dropout : float
+        In training, the probability that a layer is without its update.
     name : str
         The attribute of `model` under which the adapter is registered; of its
         first adapted layer, where `model` is a ``Sequential`` or a ``ModuleList``.
@@ -107,8 +129,9 @@ def attach(
     >>> adapter.num_parameters, model(torch.ones(1, 8)).shape
     (32, torch.Size([1, 2]))
     """
-    check_model(model)
+    model = checked_model(model)
     selection = find_targets(model, targets, exclude=exclude, layers=layers, tied=tied)
+    left_out = Dropout(dict(zip(NAMES, (dropout, rank_dropout, module_dropout), strict=True)))
     if isinstance(targets, str) and targets in (ALL_LINEAR, ALL):
         _leave_out_unfit(spec, selection)
     plan = Plan(_fitting(_design(spec, selection), selection), selection.shapes)
@@ -120,10 +143,13 @@ def attach(
     for fixed, before, size in plan.layout.map_uses():
         if is_own(fixed):  # the library's are tested
             check(fixed, before, size, like=torch.empty(0, dtype=torch.float64))
+    check_dropout(plan, selection, left_out)
+    replaced = with_also(model, also, selection.weights.values())
     adapter = Adapter(plan, initial(plan, selection.weights, seed, dtype), name)
     adapter._seed = seed
     adapter.applied = apply
-    register(model, adapter, selection)
+    adapter.dropout = left_out
+    register(model, adapter, selection, replaced)
     if isinstance(targets, str) and targets in (ALL_LINEAR, ALL):
         warn_of_few(adapter)
     return adapter
@@ -133,24 +159,24 @@ def register(
     model: nn.Module,
     adapter: Adapter,
     selection: Selection,
-    replaced: Mapping[str, Tensor] | None = None,
+    replaced: Replaced | None = None,
 ) -> Adapter:
     """Put an adapter on a model; the checks of the blocks that it holds lie behind us."""
-    pending = Replaced(model, replaced) if replaced else None
-    if pending is not None:
-        for other in adapters_of(model):
-            twice = pending.overlap(other.replaced) if other.replaced is not None else []
+    others = [other.replaced for other in adapters_of(model) if other.replaced is not None]
+    if replaced is not None:
+        for other in others:
+            twice = replaced.overlap(other)
             if twice:
                 raise AdapterError(
-                    f"adapter {other.name!r} has replaced {twice[0]!r} already: detach it first"
+                    f"another adapter has replaced {twice[0]!r} already: detach it first"
                 )
-        pending.refuse_merged()
+        replaced.refuse_merged()
     # Both kinds, for what torch.compile cannot trace, or would trace again once it is known.
     backend_of(*adapter.blocks.values(), torch.empty(0))
     adapter.train(model.training)
     # Those of another model on these layers too.
     adapter._order = 1 + max([other._order for other in adapters_of(model)], default=0)
-    adapter._frozen = freeze(model)
+    adapter._frozen = freeze(model, {id(p) for own in others for p in own.parameters().values()})
     adapter._bare = without_bias(adapter.plan, selection.weights)
     adapter._link(model, selection)
     host = host_of(model, selection.weights)
@@ -165,9 +191,10 @@ def register(
             model.register_forward_pre_hook(adapter.blocks.scope.open),
             model.register_forward_hook(adapter.blocks.scope.close, always_call=True),
         ]
-    if pending is not None:
-        adapter.replaced = pending
-        pending.use(True)
+    adapter._batches = batches_of(model)
+    if replaced is not None:
+        adapter.replaced = replaced
+        replaced.use(True)
     return adapter
 
 
@@ -316,6 +343,24 @@ def check_ways(plan: Plan, selection: Selection, apply: str) -> None:
                 )
 
 
+def check_dropout(plan: Plan, selection: Selection, dropout: Dropout) -> None:
+    """Refuse dropout where an update is not added to a layer's output by itself."""
+    for name, own in plan.layout.supports.items() if dropout.on else ():
+        weight = selection.weights[name]
+        alone = own.keys() == {ADD} and not selection.readers.get(name)
+        ranks = [low_rank(plan.layout, each) for each in own.values()]
+        added = not weight.summable or computes_plainly(weight.module)
+        fits = added if weight.linear else applies(weight.module) and all(ranks)
+        indices = dropout["dropout"] and weight.kind == "embedding"
+        if not alone or not fits or indices:
+            raise ValueError(
+                f"{' and '.join(dropout.values)} must have layers whose update is added to their "
+                f"output: that of {name!r}, a {type(weight.module).__name__}, is a part of its "
+                f"weight{', and its inputs are indices' if indices else ''}; leave it out or have "
+                "no dropout"
+            )
+
+
 def host_of(model: nn.Module, weights: Mapping[str, Weight]) -> nn.Module:
     """Return what registers the adapter: the model, or the first layer of a container."""
     # The children of a container are counted, indexed and called one after the other.
@@ -337,10 +382,18 @@ def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
         )
 
 
-def check_model(model: object) -> None:
-    """Refuse what is no model."""
+def checked_model(model: object) -> nn.Module:
+    """Return the model to adapt, without what is wrapped around it, or refuse what is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    for _, module in outside_adapters(model):
+        kind = type(module).__name__
+        if kind in _LATER:
+            raise AdapterError(
+                f"an adapter must be attached before {kind} wraps the model, which would not train "
+                f"its factors: attach first and wrap then{_LATER[kind]}"
+            )
+    return unwrapped(model)
 
 
 def initial(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from superlora.errors import AdapterError
 from superlora.torch.blocks import Place
+from superlora.torch.dropout import Dropout
 from superlora.torch.support import Support
 
 
@@ -31,6 +32,8 @@ class Link:
         error where there are none to choose, as in a supernet without a configuration.
     first : Place
         Its first factor, whose dtype all have.
+    dropout : Dropout
+        What the adapter leaves out in training.
     active : bool
         Whether the layer's forward adds them: the adapter is neither merged nor disabled.
     before : tuple of (torch.Tensor or None), or None
@@ -47,6 +50,7 @@ class Link:
     name: str
     supports: Iterable[Support]
     first: Place
+    dropout: Dropout
     active: bool = True
     before: tuple[Tensor | None, Tensor | None] | None = None
     bare: bool = False

@@ -22,14 +22,12 @@ from superlora.torch.memory import Owners
 from superlora.torch.placed import FAST, INSIDE
 from superlora.torch.site import Reader, Site, holders_of
 from superlora.torch.targets import FUSED, fused_into
-from superlora.torch.walk import outside_adapters
+from superlora.torch.walk import outside_adapters, submodule
 
 # Of architectures whose configurations say which layers have a bias.
 _FLAGS = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias", "bias")
 
 
-# The ends of names of layers that diffusers may fuse.
-_PROJECTIONS = [[leaf] for leaf in FUSED]
 # By thread: the first pass of a model that is under way, and the frame that began it.
 _OPEN: dict[int, tuple[_Reads, FrameType]] = {}
 _NONE = (None, None)
@@ -91,18 +89,15 @@ class ChangeWatch:
         """Return what was done to the layers of an adapter, or of all, by name."""
         found = {}
         for site, name in (self.names if adapter is None else self._held[adapter]).items():
-            now: nn.Module | None = self.model[0]
-            path = name.split(".") if name else ()
-            for key in path:
-                now = None if now is None else now._modules.get(key)
-            if now is site.module and site.is_intact and path[-1:] not in _PROJECTIONS:
+            now = submodule(self.model[0], name)
+            above, _, leaf = name.rpartition(".")
+            if now is site.module and site.is_intact and leaf not in FUSED:
                 continue
             if now is not site.module:
                 kind = "nothing" if now is None else f"another {type(now).__name__}"
                 found[name] = f"there is {kind} in its place"
             else:
-                above, _, leaf = name.rpartition(".")
-                fused = fused_into(self.model[0].get_submodule(above), leaf)
+                fused = fused_into(submodule(self.model[0], above), leaf)
                 what = f"it was fused into {fused!r}" if fused else site.changed_since()
                 found |= {name: what} if what else {}
         return found

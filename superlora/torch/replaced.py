@@ -1,19 +1,27 @@
-"""`Replaced`: parameters of the model itself that come with an adapter, such as a new head."""
+"""`Replaced`: parameters of the model itself that train and are saved with an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
 from superlora.torch.files.safetensors_file import other_shapes
+from superlora.torch.layers import Weight
 from superlora.torch.site import Site
+from superlora.torch.targets import is_named
+from superlora.torch.walk import held_in, outside_adapters, read, submodule, tensors_of
+
+Also = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+Place = tuple[nn.Module, str]
 
 
 class Replaced:
-    """Parameters that take the place of a model's own, and can be exchanged with them.
+    """Parameters and buffers that take the place of a model's own, and can be exchanged with them.
 
     The model's own are put aside as they are, also where two modules share one.
 
@@ -22,87 +30,241 @@ class Replaced:
     model : torch.nn.Module
         The model.
     values : mapping of str to torch.Tensor
-        New values of the parameters of these dotted names; nothing is changed yet.
+        New values of the parameters and buffers of these dotted names; nothing is changed yet.
+    shared : mapping of str to sequence of str, optional
+        Other names of the same parameter, which get the same new one.
 
     Attributes
     ----------
     names : list of str
-        The parameters.
+        The parameters and buffers.
+    shared : dict of str to list of str
+        As given.
     in_use : bool
         Whether the model has the new ones.
     """
 
-    def __init__(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
-        self.names = list(values)
+    def __init__(
+        self,
+        model: nn.Module,
+        values: Mapping[str, Tensor],
+        shared: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        held = tensors_of(model)
+        # In the model's order, which a file does not keep and an optimizer's state goes by.
+        self.names = [name for name in held if name in values]
+        self.shared = {name: list(others) for name, others in (shared or {}).items()}
         self.in_use = False
         self._model = (model,)
-        parts = [name.rpartition(".") for name in values]
-        self._places = [(model.get_submodule(path), leaf) for path, _, leaf in parts]
-        self._others = list(map(_like, values.values(), self._own()))
+        self._places: dict[str, list[Place]] = {
+            name: [held[each] for each in (name, *self.shared.get(name, ()))]
+            for name in self.names
+        }
+        own = self._own()
+        self._others = {name: _like(values[name], own[name]) for name in self.names}
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the new parameters by name, whether they are in use or not."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the new parameters and buffers by name, whether they are in use or not."""
         self.refuse_merged()
-        for (owner, _), name in zip(self._places, self.names, strict=True):
+        for name, ((owner, _), *_) in self._places.items():
             path = name.rpartition(".")[0]
-            if self._model[0].get_submodule(path) is not owner:
+            if submodule(self._model[0], path) is not owner:
                 raise AdapterError(
                     f"{path!r} must be the module whose parameters the adapter replaced: it is "
                     "another now"
                 )
+        return self._own() if self.in_use else dict(self._others)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the new parameters by name, which are trained."""
         held = self._own() if self.in_use else self._others
-        return dict(zip(self.names, held, strict=True))
+        return {name: own for name, own in held.items() if isinstance(own, nn.Parameter)}
 
     def use(self, new: bool) -> None:
-        """Let the model have the new parameters, or its own: all of them, or none."""
+        """Let the model have the new ones, or its own: all of them, or none."""
         if new == self.in_use:
             return
         self.refuse_merged()
         own = self._own()
         # The model may have moved since.
-        others = list(map(_like, self._others, own))
-        for (owner, leaf), other in zip(self._places, others, strict=True):
-            owner._parameters[leaf] = other
+        others = {name: _like(value, own[name]) for name, value in self._others.items()}
+        for name, places in self._places.items():
+            for owner, leaf in places:
+                held_in(owner, leaf)[leaf] = others[name]
         self._others = own
         self.in_use = new
 
     def refuse_merged(self) -> None:
         """Raise if some adapter is merged into one of them."""
-        for (owner, leaf), name in zip(self._places, self.names, strict=True):
-            site = Site.of(owner)
-            merged = [] if site is None else site.holders(leaf)
-            if merged:
-                raise AdapterError(
-                    f"{name!r}, which an adapter has replaced, must not hold merged updates for "
-                    f"this: unmerge {some(map(repr, merged))} first"
-                )
+        for name, places in self._places.items():
+            for owner, leaf in places:
+                site = Site.of(owner, leaf if leaf != "bias" else "weight")
+                merged = [] if site is None else site.holders(leaf)
+                if merged:
+                    raise AdapterError(
+                        f"{name!r}, which an adapter has replaced, must not hold merged updates "
+                        f"for this: unmerge {some(map(repr, merged))} first"
+                    )
 
     def overlap(self, other: Replaced) -> list[str]:
-        """Return the parameters that another one replaces too."""
-        taken = set(other._places)
-        return [
-            name for name, place in zip(self.names, self._places, strict=True) if place in taken
-        ]
+        """Return the names of what another one replaces too."""
+        taken = {place for places in other._places.values() for place in places}
+        return [name for name, places in self._places.items() if not taken.isdisjoint(places)]
 
-    def _own(self) -> list[nn.Parameter]:
-        return [owner.get_parameter(leaf) for owner, leaf in self._places]
+    def _own(self) -> dict[str, Tensor]:
+        return {name: read(*places[0]) for name, places in self._places.items()}
 
 
-def _like(value: Tensor, own: Tensor) -> nn.Parameter:
-    """Return a value as a parameter of the device and dtype of another, itself where it is."""
-    if isinstance(value, nn.Parameter) and (value.device, value.dtype) == (own.device, own.dtype):
+def _like(value: Tensor, own: Tensor) -> Tensor:
+    """Return a value on the device and in the dtype of the model's own, a parameter if that is."""
+    if type(own.data) is not type(value.data):
+        raise AdapterError(
+            "parameters that came with an adapter must not be exchanged with the model's own "
+            f"once they are sharded: one is a {type(own.data).__name__} now"
+        )
+    kinds = [isinstance(each, nn.Parameter) for each in (value, own)]
+    if kinds[0] == kinds[1] and (value.device, value.dtype) == (own.device, own.dtype):
         return value
     with torch.inference_mode(False):
-        return nn.Parameter(value.detach().clone().to(own), requires_grad=value.requires_grad)
+        made = value.detach().clone().to(own)
+        return nn.Parameter(made, made.is_floating_point()) if kinds[1] else made
 
 
-def refuse_unfit(model: nn.Module, values: Mapping[str, Tensor], source: object) -> None:
-    """Raise if a model cannot take these values."""
-    every = dict(model.named_parameters(remove_duplicate=False))
-    own = {name: every[name] for name in values if name in every}
+def with_also(model: nn.Module, also: Also | None, adapted: Iterable[Weight]) -> Replaced | None:
+    """Return what a user names to be trained and saved with an adapter, copies of it."""
+    if also is None:
+        return None
+    held = tensors_of(model)
+    chosen = _chosen(held, also)
+    weights = {id(weight.module._parameters.get(weight.key)) for weight in adapted}
+    groups: dict[int, list[str]] = {}
+    for name, (owner, leaf) in held.items():
+        groups.setdefault(id(read(owner, leaf)), []).append(name)
+    values: dict[str, Tensor] = {}
+    shared = {}
+    for identity, names in groups.items():
+        named = [name for name in names if name in chosen]
+        if not named:
+            continue
+        own = read(*held[names[0]])
+        if identity in weights:
+            raise ValueError(f"also must name no adapted weight: got {named[0]!r}")
+        if len(named) < len(names):
+            others = [name for name in names if name not in chosen]
+            raise ValueError(
+                f"also must name every module that shares a parameter: {named[0]!r} is "
+                f"{some(map(repr, others))} too"
+            )
+        if isinstance(own, nn.Parameter) and not own.is_floating_point():
+            raise ValueError(
+                f"also must name parameters of a floating-point type: {named[0]!r} has {own.dtype}"
+            )
+        if own.is_meta:
+            raise AdapterError(
+                f"weights must be loaded to be trained with an adapter: {named[0]!r} lies on the "
+                "meta device"
+            )
+        with torch.inference_mode(False):
+            copied = own.detach().clone()
+            values[names[0]] = nn.Parameter(copied) if isinstance(own, nn.Parameter) else copied
+        if names[1:]:
+            shared[names[0]] = names[1:]
+    return Replaced(model, values, shared)
+
+
+def _chosen(held: Mapping[str, Place], also: Also) -> set[str]:
+    """Return the names of the parameters and buffers that a user names."""
+    if callable(also):
+        chosen = set()
+        for name, (owner, leaf) in held.items():
+            parameter = owner._parameters.get(leaf)
+            if parameter is not None and also(name, parameter):
+                chosen.add(name)
+        if not chosen:
+            raise ValueError("also must choose at least one parameter: the predicate chose none")
+        return chosen
+    patterns = [also] if isinstance(also, str) else also
+    if not isinstance(patterns, Sequence) or not all(isinstance(each, str) for each in patterns):
+        raise TypeError(
+            f"also must be a list of names, a regular expression or a predicate: got {also!r}"
+        )
+    if not patterns:
+        raise ValueError("also must hold at least one name: got an empty list")
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            whole = re.compile(pattern) if isinstance(also, str) else None
+        except re.error as error:
+            raise ValueError(
+                f"also must be a valid regular expression: got {pattern!r} ({error})"
+            ) from None
+        own = {
+            name
+            for name in held
+            for each in _above(name)
+            if (whole.fullmatch(each) if whole is not None else is_named(each, [pattern]))
+        }
+        if not own:
+            names = list(dict.fromkeys(each for name in held for each in _above(name)))
+            near = difflib.get_close_matches(pattern, names, 3, 0.0)
+            raise ValueError(
+                f"also must match the model: {pattern!r} is no parameter and no module that has "
+                f"one; the nearest names are {some(map(repr, near))}"
+            )
+        found |= own
+    return found
+
+
+def _above(name: str) -> list[str]:
+    """Return a dotted name and those of the modules that it lies in."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
+def unsaved(model: nn.Module, held: Iterable[Replaced]) -> list[str]:
+    """Return the parameters of a model that are trained and are in no adapter."""
+    known = {id(own) for replaced in held for own in replaced.parameters().values()}
+    found = []
+    for name, (owner, leaf) in tensors_of(model).items():
+        parameter = owner._parameters.get(leaf)
+        if parameter is not None and parameter.requires_grad and id(parameter) not in known:
+            found.append(name)
+    return found
+
+
+def batches_of(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """Return the norms that keep running statistics, and how many batches these have seen."""
+    found = {}
+    for name, module in outside_adapters(model):
+        count = module._buffers.get("num_batches_tracked")
+        if count is not None and not count.is_meta:
+            found[name] = (module, int(count))
+    return found
+
+
+def refuse_unfit(
+    model: nn.Module,
+    values: Mapping[str, Tensor],
+    shared: Mapping[str, Sequence[str]],
+    source: object,
+) -> None:
+    """Raise if a model cannot take these values, or does not share what was shared."""
+    held = tensors_of(model)
+    own = {name: read(*held[name]) for name in values if name in held}
     expected = {name: tuple(value.shape) for name, value in values.items()}
     found = {name: tuple(parameter.shape) for name, parameter in own.items()}
     problems = other_shapes(expected, found, ("no parameter", "extra", "has"))
     problems += [f"{name!r} lies on the meta device" for name in own if own[name].is_meta]
+    problems += [
+        f"{name!r} is of {value.dtype} instead of {own[name].dtype}"
+        for name, value in values.items()
+        if name in own and value.is_floating_point() != own[name].is_floating_point()
+    ]
+    problems += [
+        f"{name!r} is not shared with {other!r}"
+        for name, others in shared.items()
+        for other in others
+        if name not in own or other not in held or read(*held[other]) is not own[name]
+    ]
     if problems:
         raise ValueError(f"the model must have the parameters of {source}: {some(problems, 20)}")

@@ -12,7 +12,7 @@ from torch import nn
 from superlora.torch.layers import Weight, kind_of
 from superlora.torch.memory import Owners
 from superlora.torch.reads import ignores_bias, is_read
-from superlora.torch.walk import outside_adapters
+from superlora.torch.walk import outside_adapters, submodule
 
 
 @dataclass
@@ -104,10 +104,7 @@ class Inventory:
         found = self.layers.get(name) or self.parameters.get(name)
         if found is not None or name in self.modules:
             return found
-        try:
-            module = self.model.get_submodule(name)
-        except AttributeError:
-            return None
+        module = submodule(self.model, name)
         return next((own for own in self.layers.values() if own.module is module), None)
 
     def names(self, named: Iterable[str]) -> list[str]:

@@ -180,6 +180,7 @@ class Site:
         if x is None:
             return self._base(*args, **kwargs)  # says what is wrong, in the layer's own words
         supports: list[Support] = []
+        dropping: list[Link] = []
         plain = True
         fused = self._plainly and len(args) + len(kwargs) == 1 and self._previous is None
         if fused:
@@ -191,12 +192,17 @@ class Site:
         for link in self.links.values():
             if not link.active:
                 continue
+            if link.dropout.on and link.adapter.training:
+                dropping.append(link)
+                continue
             if fused:
                 first = link.first.owner._parameters[link.first.leaf]
                 fused = first.dtype == weight.dtype  # type: ignore[union-attr]
             for support in link.supports:
                 supports.append(support)
                 plain = plain and support.plain
+        if dropping:
+            return self._dropped(dropping, supports, x, *args, **kwargs)
         if not supports:
             return self._base(*args, **kwargs)
         if plain:
@@ -212,6 +218,11 @@ class Site:
 
     def _nonlinear(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the output of a layer whose outputs an update cannot just be added to."""
+        active = [link for link in self.links.values() if link.active]
+        dropping = [link for link in active if link.dropout.on and link.adapter.training]
+        if dropping:
+            rest = [own for link in active if link not in dropping for own in link.supports]
+            return self._dropped(dropping, rest, x, *args, **kwargs)
         supports = self.active_supports()
         if not supports:
             return self._base(*args, **kwargs)
@@ -305,7 +316,7 @@ class Site:
     def _refuse_rows(self) -> None:
         name = next(iter(self.links.values())).name
         raise AdapterError(
-            f"rows() must have layers that can add an update of each row to their outputs: "
+            f"rows() and dropout must have layers that can add an update to their outputs: "
             f"{name!r}, a {type(self.module).__name__}, is computed with the sum of weight and "
             "update"
         )
@@ -340,6 +351,21 @@ class Site:
             return y
         # At once: out of place every call copies the output.
         return y.index_add(0, torch.cat(indices), torch.cat(updates))
+
+    def _dropped(
+        self, dropping: Sequence[Link], rest: list[Support], x: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return the output where some adapters leave out a part of their updates."""
+        y = self._base(*args, **kwargs)
+        if rest:
+            y = y + self._added(rest, x).to(y.dtype)
+        flat = self.held.linear or self.held.kind == "embedding"
+        axis = -1 if flat else 1 - self.held.parameter.dim()  # of outputs
+        for link in dropping:
+            supports = [*link.supports]
+            added = functools.partial(self._added, supports)
+            y = y + link.dropout.update(x, added, axis).to(y.dtype)
+        return y
 
     def _added(self, supports: list[Support], x: Tensor) -> Tensor:
         """Return what updates add to the layer's own output."""

@@ -14,10 +14,11 @@ from superlora.errors import some
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import (
+    check_dropout,
     check_free,
-    check_model,
     check_operations,
     check_ways,
+    checked_model,
     frozen_of,
     host_of,
     placed,
@@ -36,9 +37,10 @@ from superlora.torch.files.state import (
     valid_header,
 )
 from superlora.torch.layers import refuse_empty
-from superlora.torch.replaced import refuse_unfit
+from superlora.torch.replaced import Replaced, refuse_unfit
 from superlora.torch.selection import Selection
 from superlora.torch.targets import find_named
+from superlora.torch.walk import plain_name
 
 
 def load(
@@ -76,12 +78,15 @@ def load(
         other names or shapes, or has missing or extra tensors, or its maps or frozen
         blocks are not drawn as they were: they are listed, and the model is as it was.
     """
+    model = checked_model(model)
     read = read_adapter(model, Path(path), name)
     if read.description.supernet is not None:
         raise ValueError(f"{path} must be an adapter's: superlora.search.Supernet.load reads it")
     check_apply(apply, read.plan.layout)
     check_ways(read.plan, read.selection, apply)
+    check_dropout(read.plan, read.selection, read.description.dropout)
     adapter = Adapter(read.plan, read.blocks, name)
+    adapter.dropout = read.description.dropout
     register(model, adapter, read.selection, read.replaced)
     adapter.scale = read.description.scale
     adapter.applied = apply
@@ -96,12 +101,12 @@ class Read:
     description: Description
     selection: Selection
     blocks: dict[str, Tensor]
-    replaced: dict[str, Tensor]
+    replaced: Replaced | None
 
 
 def read_adapter(model: nn.Module, path: Path, name: str) -> Read:
     """Read a file, and check that its adapter fits a model; nothing is changed."""
-    check_model(model)
+    model = checked_model(model)
 
     def check(metadata: Mapping[str, str], tensors: Header) -> tuple[Plan, Description]:
         description = description_of(metadata, path)
@@ -112,8 +117,10 @@ def read_adapter(model: nn.Module, path: Path, name: str) -> Read:
 
     (plan, description), tensors = read_tensors(path, check)
     factors = {key: value for key, value in tensors.items() if not key.startswith(MODEL)}
-    replaced = {
-        key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)
+    values = {
+        plain_name(key.removeprefix(MODEL)): value
+        for key, value in tensors.items()
+        if key.startswith(MODEL)
     }
     rows, tied = description.rows, "once" if description.tied else "refuse"
     selection = find_layers(model, plan.layout.layer_axes, path, rows, tied)
@@ -122,12 +129,13 @@ def read_adapter(model: nn.Module, path: Path, name: str) -> Read:
     check_biases(plan, weights, description, path)
     check_free(model, host_of(model, weights), name)
     check_maps(plan, description, path)
-    refuse_unfit(model, replaced, path)
+    refuse_unfit(model, values, description.shared, path)
     # Rounded as they were when they were saved.
     dtype = factors[next(iter(plan.factor_shapes))].dtype
     made = {name: block.to(dtype) for name, block in frozen_of(plan, weights).items()}
     check_frozen({name: print_of(block) for name, block in made.items()}, description, path)
     blocks = placed(plan, weights, factors | made, dtype)
+    replaced = Replaced(model, values, description.shared) if values else None
     return Read(plan, description, selection, blocks, replaced)
 
 

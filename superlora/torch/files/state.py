@@ -23,6 +23,7 @@ from superlora.design.supports import OF_BIAS, Supports, design_from_dict
 from superlora.errors import some
 from superlora.plan import Plan
 from superlora.torch.blocks import Blocks
+from superlora.torch.dropout import Dropout
 from superlora.torch.files.safetensors_file import (
     Header,
     other_shapes,
@@ -32,6 +33,7 @@ from superlora.torch.files.safetensors_file import (
 from superlora.torch.layers import Weight
 from superlora.torch.replaced import Replaced
 from superlora.torch.site import Site
+from superlora.torch.walk import plain_name
 
 FORMAT_VERSION = 1
 # Before the names of the model's own parameters that come with the adapter.
@@ -76,7 +78,9 @@ def save_blocks(
     if checksums:
         header["maps"] = checksums
     if replaced is not None:
-        tensors |= {MODEL + name: value for name, value in replaced.parameters().items()}
+        tensors |= {MODEL + name: value for name, value in replaced.tensors().items()}
+        if replaced.shared:
+            header["shared"] = replaced.shared
     write_tensors(path, tensors, {KEY: json.dumps(header, separators=(",", ":"))})
 
 
@@ -85,7 +89,8 @@ class Description:
     """What a file's header says of its adapter: the scale and the layers' shapes as saved.
 
     `supernet` has what a supernet says of itself; None for another adapter. `rows` are those of
-    weights that are some rows of a layer's, `tied` the weights that several layers share.
+    weights that are some rows of a layer's, `tied` the weights that several layers share; `shared`
+    are other names of parameters of the model that come with it.
     """
 
     spec: Spec | Supports
@@ -97,6 +102,8 @@ class Description:
     supernet: dict[str, Any] | None
     rows: dict[str, tuple[int, int]]
     tied: list[str]
+    shared: dict[str, list[str]]
+    dropout: Dropout
 
 
 def _written(axes: Axes) -> list[int] | dict[str, Any]:
@@ -129,13 +136,15 @@ def description_of(metadata: Mapping[str, str], path: Path) -> Description:
         return Description(
             spec,
             in_force.scaling,
-            {name: _read(axes) for name, axes in header["weights"]},
-            set(header.get("without_bias", ())),
+            {plain_name(name): _read(axes) for name, axes in header["weights"]},
+            set(map(plain_name, header.get("without_bias", ()))),
             prints,
             dict(header.get("maps", {})),
             header.get(SUPERNET),
-            {name: _range(own) for name, own in header.get("rows", {}).items()},
-            [str(name) for name in header.get("tied", ())],
+            {plain_name(name): _range(own) for name, own in header.get("rows", {}).items()},
+            [plain_name(name) for name in header.get("tied", ())],
+            {name: [*map(str, own)] for name, own in header.get("shared", {}).items()},
+            Dropout(header.get("dropout")),
         )
 
 
@@ -182,7 +191,7 @@ def check_tensors(plan: Plan, header: Header, path: Path) -> None:
     """Refuse a file whose tensors are not the factors of a plan, all of one dtype."""
     own = {key: value for key, value in header.items() if not key.startswith(MODEL)}
     problems = other_shapes(stored_shapes(plan), {key: shape for key, (shape, _) in own.items()})
-    problems += unfit_dtypes(header)
+    problems += unfit_dtypes(own)
     kinds = sorted({dtype for _, dtype in own.values()})
     if len(kinds) > 1:
         problems.append(f"more than one dtype: {', '.join(kinds)}")

@@ -35,7 +35,7 @@ def swap_blocks(
     """Copy the factors of a file of the same design into blocks, and return its scale."""
     own = {name: blocks[name] for name in state.stored_shapes(blocks.plan)}
     if replaced is not None:
-        own |= {state.MODEL + name: value for name, value in replaced.parameters().items()}
+        own |= {state.MODEL + name: value for name, value in replaced.tensors().items()}
 
     def check(metadata: Mapping[str, str], tensors: Header) -> state.Description:
         description = state.description_of(metadata, path)
@@ -182,6 +182,8 @@ def _fitted(name: str, value: Tensor, own: Tensor, path: Path) -> Tensor:
     """Return a file's tensor in the dtype of the adapter's, or refuse what that cannot hold."""
     if value.dtype == own.dtype:
         return value
+    if not (value.is_floating_point() and own.is_floating_point()):
+        raise ValueError(f"{name!r} of {path} must be of {own.dtype}: got {value.dtype}")
     fitted = value.to(own.dtype)
     if torch.finfo(own.dtype).max < torch.finfo(value.dtype).max and not torch.equal(
         fitted.isfinite(), value.isfinite()

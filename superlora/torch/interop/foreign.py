@@ -19,7 +19,7 @@ from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_free, check_ways, frozen_of, host_of, placed, register
 from superlora.torch.files.load import find_layers
 from superlora.torch.interop.formats import Layer, Matrix, rank_of
-from superlora.torch.replaced import refuse_unfit
+from superlora.torch.replaced import Replaced, refuse_unfit
 from superlora.torch.targets import is_named
 
 
@@ -70,7 +70,7 @@ def attach_foreign(
     weights = selection.weights
     check_free(model, host_of(model, weights), name)
     check_ways(plan, selection, "auto")
-    refuse_unfit(model, replaced, source)
+    refuse_unfit(model, replaced, {}, source)
     blocks = frozen_of(plan, weights)
     dtype = torch.float32
     for layer, update in updates.items():
@@ -82,7 +82,8 @@ def attach_foreign(
             blocks[own] = values[whole].contiguous()
             dtype = torch.promote_types(dtype, values.dtype)
     blocks = placed(plan, weights, blocks, dtype)
-    return register(model, Adapter(plan, blocks, name), selection, replaced)
+    pending = Replaced(model, replaced) if replaced else None
+    return register(model, Adapter(plan, blocks, name), selection, pending)
 
 
 def _common_spec(updates: Mapping[str, LayerUpdate]) -> Spec:

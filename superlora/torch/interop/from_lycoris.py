@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_model
+from superlora.torch.attach import checked_model
 from superlora.torch.files.safetensors_file import Header, read_tensors, unfit_dtypes
 from superlora.torch.interop import formats
 from superlora.torch.interop.foreign import LayerUpdate, attach_foreign, refuse, update_of
 from superlora.torch.interop.formats import LYCORIS_FORMS
 from superlora.torch.interop.to_lycoris import ALPHA
 from superlora.torch.layers import is_linear
-from superlora.torch.walk import outside_adapters
+from superlora.torch.walk import outside_adapters, submodule
 
 _BIAS = "diff_b"
 
@@ -54,7 +54,7 @@ def from_lycoris(
         layer is not in the model or its name not unique: all are listed, and nothing is
         attached.
     """
-    check_model(model)
+    model = checked_model(model)
     path = Path(path)
 
     def check(_: Mapping[str, str], header: Header) -> dict[str, dict[str, str]]:
@@ -74,7 +74,7 @@ def from_lycoris(
         except ValueError as error:
             problems.append(f"{layer!r}: {error}")
         if change is not None:
-            bias = model.get_submodule(layer).bias
+            bias = getattr(submodule(model, layer), "bias", None)
             if not isinstance(bias, Tensor) or bias.shape != change.shape:
                 problems.append(f"{layer!r} has no bias of shape {tuple(change.shape)}")
             else:

@@ -18,7 +18,7 @@ from superlora.design.spec import Spec
 from superlora.errors import some
 from superlora.presets import vera
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_model
+from superlora.torch.attach import checked_model
 from superlora.torch.files.safetensors_file import Header, read_tensors, unfit_dtypes
 from superlora.torch.interop import formats
 from superlora.torch.interop.foreign import LayerUpdate, attach_foreign, refuse, update_of
@@ -80,7 +80,7 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
         config or do not fit the model: all are listed, and nothing is attached. A
         pickled file is never opened.
     """
-    check_model(model)
+    model = checked_model(model)
     folder = Path(directory)
     config = _read_config(folder)
 
@@ -95,10 +95,12 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
     if not path.exists() and pickled.exists():
         path = pickled
     keys, tensors = read_tensors(path, check)
+    modules = dict(outside_adapters(model))
     updates: dict[str, LayerUpdate] = {}
     problems = []
     for parameter, key in keys.base.items():
-        own, value = model.get_parameter(parameter).detach(), tensors[key]
+        layer, _, leaf = parameter.rpartition(".")
+        own, value = modules[layer].get_parameter(leaf).detach(), tensors[key]
         if own.shape != value.shape or not torch.equal(own, value.to(own)):
             problems.append(
                 f"{parameter!r} differs from the model's: it was saved with another base"
@@ -108,7 +110,7 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
         for key in _SHARED.get(config["peft_type"], ()):
             found[key.removeprefix("base_model.")] = tensors[key]
         try:
-            updates[layer] = _update(config, model.get_submodule(layer), layer, found)
+            updates[layer] = _update(config, modules[layer], layer, found)
         except ValueError as error:
             problems.append(f"{layer!r}: {error}")
     refuse(path, problems)

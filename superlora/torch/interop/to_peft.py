@@ -20,7 +20,7 @@ from superlora.torch.interop import formats
 from superlora.torch.layers import Weight
 from superlora.torch.replaced import Replaced
 from superlora.torch.targets import is_named
-from superlora.torch.walk import outside_adapters
+from superlora.torch.walk import outside_adapters, read, tensors_of
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -61,7 +61,7 @@ def save_peft(
         for leaf, values in _shaped(weights[name], layer).items()
     }
     if replaced is not None:
-        whole, saved = _saved_whole(model, modules, replaced.parameters())
+        whole, saved = _saved_whole(model, modules, replaced.tensors())
         tensors |= {PREFIX + key: value for key, value in whole.items()}
         options |= saved
     config = _config(model, layers, all(conv)) | options
@@ -182,7 +182,7 @@ def _saved_whole(
     model: nn.Module, layers: Mapping[str, nn.Module], values: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return parameters of the model that go with the adapter, and what the config says of them."""
-    own = parameters_of(model)
+    own = {name: read(*place).detach() for name, place in tensors_of(model).items()}
     biases = [name for name in own if name.rpartition(".")[2] == "bias"]
     kind = "all" if set(biases) <= set(values) else "lora_only"
     if kind == "lora_only":
