@@ -20,7 +20,9 @@ from superlora.errors import AdapterError, some
 from superlora.operations import GIVES_BIAS
 from superlora.plan import Plan
 from superlora.torch.blocks import register_blocks
+from superlora.torch.checkpoints import WithoutBase
 from superlora.torch.dropout import Dropout
+from superlora.torch.files.folder import TENSORS, card_of, file_of, write_beside
 from superlora.torch.files.state import MODEL, save_blocks
 from superlora.torch.files.swap import swap_blocks
 from superlora.torch.interop.formats import Export
@@ -28,13 +30,15 @@ from superlora.torch.interop.to_lycoris import save_lycoris
 from superlora.torch.interop.to_peft import save_peft
 from superlora.torch.layers import Weight, refuse_empty
 from superlora.torch.link import Link
+from superlora.torch.norms import Norms, norms_of
+from superlora.torch.param_groups import param_groups
 from superlora.torch.reached import ChangeWatch, check_mergeable, check_not_wrapped, listed
 from superlora.torch.replaced import Replaced, unsaved
 from superlora.torch.selection import Selection
 from superlora.torch.site import Site
 from superlora.torch.summary import Summary, summary_of
 from superlora.torch.support import Support
-from superlora.torch.walk import Frozen, outside_adapters, release
+from superlora.torch.walk import Frozen, outside_adapters, plain_name, release
 
 # In a state dict, of an adapter that was merged when it was taken.
 _MERGED = "merged"
@@ -83,6 +87,7 @@ class Adapter(nn.Module):
         self.blocks.prepare()
         self.dropout = Dropout()
         self._seed = 0  # of the initial factors
+        self._stored: dict[str, Tensor] = {}  # a file's, that wait for the weights to have memory
         # Norms with running statistics, and how many batches they had seen when it was attached.
         self._batches: dict[str, tuple[nn.Module, int]] = {}
         self._disabled = 0  # how many `disabled` blocks are open
@@ -97,6 +102,7 @@ class Adapter(nn.Module):
         self._frozen: Frozen = []
         # Before and after the model loads a state dict, and its forward.
         self._hooks: list[RemovableHandle] = []
+        self._without_base: WithoutBase | None = None  # while it is alone in checkpoints
         self._order = 0  # of attachment
 
     def _prepared(self) -> dict[str, Support]:
@@ -151,7 +157,11 @@ class Adapter(nn.Module):
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
         # Memory given to factors that had none (`Module.to_empty`) holds anything.
         if empty and not any(block.is_meta for block in self.blocks.values()):
-            self.blocks.draw(self._seed, frozen=True)
+            with torch.no_grad():
+                for name, value in self._stored.items():
+                    self.blocks[name].copy_(value)
+            if not self._stored:
+                self.blocks.draw(self._seed, frozen=True)
         self.blocks.scope.clear()
         self.blocks.prepare()
         return self
@@ -268,6 +278,95 @@ class Adapter(nn.Module):
         if value is None:
             raise TypeError("scale must be a number: got None")
         self.blocks.scale = Spec(scale=value).scaling
+
+    @property
+    def alone_in_checkpoints(self) -> bool:
+        """Whether the model's state dict holds adapters and what trains with them alone.
+
+        It can be set. A training loop then writes checkpoints without the base; a model with the
+        same adapter loads them, also with ``strict=True``, and keeps its base.
+        """
+        return self._without_base is not None
+
+    @alone_in_checkpoints.setter
+    def alone_in_checkpoints(self, value: bool) -> None:
+        self._check_attached("alone in checkpoints")
+        if self._without_base is not None:
+            self._without_base.remove()
+            self._without_base = None
+        if value:
+            self._without_base = WithoutBase(self._homes[0], self._kept)
+
+    def _kept(self) -> tuple[tuple[str, ...], set[str]]:
+        """Return how the names of what adapters hold begin, and those of what trains with them."""
+        adapters = registered(self._homes[0])
+        names: set[str] = set()
+        for adapter in adapters:
+            if adapter.replaced is not None:
+                names |= {*adapter.replaced.names}.union(*adapter.replaced.shared.values())
+        return tuple(f"{plain_name(name)}." for name in adapters.values()), names
+
+    def param_groups(
+        self,
+        lr: float,
+        *,
+        ratio: float = 1.0,
+        rates: Mapping[str, float] | None = None,
+        weight_decay: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return the parameters in groups for an optimizer, each with a learning rate.
+
+        Parameters
+        ----------
+        lr : float
+            The rate of all blocks without another.
+        ratio : float
+            Times `lr` is the rate of the blocks that start at zero, of LoRA the output side: 16 is
+            what LoRA+ ([1]_) proposes.
+        rates : mapping of str to float, optional
+            Rates of kinds of blocks, ``"core"``, ``"factor0"`` …, and ``"model"`` for parameters
+            of the model that train with the adapter.
+        weight_decay : float, optional
+            That of all with two axes or more; by default the optimizer's. Biases, norms and other
+            vectors have none.
+
+        Returns
+        -------
+        list of dict
+            With ``"params"``, ``"names"``, ``"lr"`` and mostly ``"weight_decay"``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a number is none, negative or not finite, or there is no such kind.
+
+        References
+        ----------
+        .. [1] S. Hayou, N. Ghosh and B. Yu, "LoRA+: Efficient Low Rank Adaptation of Large
+           Models", 2024.
+
+        Examples
+        --------
+        >>> import torch, superlora as sl, superlora.torch as slt
+        >>> adapter = slt.attach(torch.nn.Linear(4, 4), sl.lora(rank=1))
+        >>> for group in adapter.param_groups(lr=1e-3, ratio=16):
+        ...     print(group["names"], group["lr"])
+        ['0.0.factor0'] 0.016
+        ['0.0.factor1'] 0.001
+        """
+        parameters = dict(self.named_parameters())
+        return param_groups(self.plan.layout, parameters, lr, ratio, rates or {}, weight_decay)
+
+    def norms(self) -> dict[str, Norms]:
+        """Return the norms of every update, scale included: spectral, Frobenius, effective rank.
+
+        Returns
+        -------
+        dict of str to Norms
+            By the names of `deltas`; updates are formed one at a time, and those that are thin
+            products not at all.
+        """
+        return {name: norms_of(self.blocks, name) for name in self.supports}
 
     def delta(self, name: str) -> Tensor:
         """Form one layer's update.
@@ -488,6 +587,7 @@ class Adapter(nn.Module):
                 f"detach or unmerge {', '.join(map(repr, below))} first"
             )
         model, host = self._homes
+        self.alone_in_checkpoints = False
         if not self.merged:
             self._use_replaced(False)
         self.replaced = None
@@ -532,6 +632,45 @@ class Adapter(nn.Module):
         self._warn_unsaved()
         save_blocks(self.blocks, self._bare, self.replaced, self._header, Path(path))
 
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        base_model: str | None = None,
+        scores: Mapping[str, float] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """Write a folder to keep or to share: the file of `save`, its design as JSON, a model card.
+
+        Parameters
+        ----------
+        folder : str or pathlib.Path
+            The folder; made if there is none. A ``README.md`` that somebody wrote stays.
+        base_model : str, optional
+            What the card says was adapted; by default what the model says of itself.
+        scores : mapping of str to float, optional
+            What the card says of its worth.
+        license : str, optional
+            What the card says of its licence.
+
+        Raises
+        ------
+        AdapterError
+            As in `save`.
+        NotADirectoryError
+            If `folder` is a file.
+        """
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"folder must be a directory: got {folder}")
+        replaced = {} if self.replaced is None else self.replaced.tensors()
+        also = {name: own.numel() for name, own in replaced.items()}
+        model = self._homes[0] if self._homes else None
+        card = card_of(self.plan, model, also, base_model, scores, license)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder / TENSORS)
+        write_beside(folder, card)
+
     def swap(self, path: str | Path) -> None:
         """Take the factors and the scale of another file of the same design, in place.
 
@@ -540,8 +679,8 @@ class Adapter(nn.Module):
         Parameters
         ----------
         path : str or pathlib.Path
-            A file that `save` wrote, of the same layers and the same spec but for
-            its scale. Its values are rounded to the adapter's dtype.
+            A file that `save` wrote, or a folder of `save_pretrained`, of the same layers and the
+            same spec but for its scale. Its values are rounded to the adapter's dtype.
 
         Raises
         ------
@@ -573,7 +712,8 @@ class Adapter(nn.Module):
             held |= self.replaced.tensors()
         refuse_empty(f"adapter {self.name!r} must have memory to be given another file", held)
         beside = self._beside | self._selection.beside
-        self.scale = swap_blocks(self.blocks, self.weights(), self.replaced, beside, Path(path))
+        path = file_of(Path(path))
+        self.scale = swap_blocks(self.blocks, self.weights(), self.replaced, beside, path)
         self.blocks.scope.clear()
 
     def to_peft(
@@ -674,16 +814,32 @@ class Adapter(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._check_in_use()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not prefix and self.replaced is not None:  # of the adapter itself, not of its model
+            for name, own in self.replaced.tensors().items():
+                destination[MODEL + name] = own if keep_vars else own.detach()
         if self.merged:
             # In a tensor, since formats such as safetensors drop the metadata.
             destination[prefix + _MERGED] = torch.ones(1)
             destination._metadata[prefix[:-1]]["merged"] = True
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        *rest: Any,
     ) -> None:
         self._check_loadable(local_metadata, prefix + _MERGED in state_dict)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if not prefix and self.replaced is not None:
+            for name, own in self.replaced.tensors().items():
+                if MODEL + name in state_dict:
+                    with torch.no_grad():
+                        own.copy_(state_dict.pop(MODEL + name))
+                else:
+                    missing.append(MODEL + name)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
 
     def refuse_to_load(self, model: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
         """Refuse before any of the model is loaded."""

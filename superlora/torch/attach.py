@@ -25,7 +25,7 @@ from superlora.plan import Plan
 from superlora.torch.adapter import Adapter, adapters_of, registered
 from superlora.torch.dropout import NAMES, Dropout
 from superlora.torch.files.state import without_bias
-from superlora.torch.layers import KINDS, Weight, computes_plainly
+from superlora.torch.layers import KINDS, Weight, computes_plainly, refuse_empty
 from superlora.torch.low_rank import applies, low_rank
 from superlora.torch.replaced import Also, Replaced, batches_of, with_also
 from superlora.torch.selection import Selection
@@ -396,23 +396,23 @@ def checked_model(model: object) -> nn.Module:
     return unwrapped(model)
 
 
+def checked_dtype(dtype: Any) -> torch.dtype | None:
+    """Return a dtype that factors can have, or None for none; refuse others."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype: got {dtype!r}")
+    return dtype
+
+
 def initial(
     plan: Plan, weights: Mapping[str, Weight], seed: int, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """Draw the factors that an adapter starts with, and make its frozen blocks."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype: got {dtype!r}")
-    if dtype is None:
+    if checked_dtype(dtype) is None:
         dtypes = (weight.dtype for weight in weights.values())
         dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    assert dtype is not None
     # A block without memory is not drawn before it has some.
     empty = [name for name in plan.layout.input_shapes if _weight(plan, weights, name).is_meta]
-    for block in empty:
-        if plan.layout.frozen.get(block, "").startswith("singular"):
-            raise AdapterError(
-                "weights must be loaded where a spec takes their singular vectors: "
-                f"{_layer(plan, block)!r} lies on the meta device"
-            )
     found = _drawn(plan, weights, seed, dtype, set(empty), own=_matrices(plan, weights))
     for block in empty:
         shape = plan.layout.input_shapes[block]
@@ -453,7 +453,11 @@ def _fill(adapter: Adapter, *_: Any) -> None:
         if not block.is_meta or _weight(adapter.plan, weights, name).is_meta
     }
     # Of the dtype that the factors have now, which may have come with the state dict.
-    made = _drawn(adapter.plan, weights, adapter._seed, adapter.dtype, skipped)
+    if adapter._stored:
+        own = {n: v for n, v in adapter._stored.items() if n not in skipped}
+        made = placed(adapter.plan, weights, own, adapter.dtype)
+    else:
+        made = _drawn(adapter.plan, weights, adapter._seed, adapter.dtype, skipped)
     for name, values in made.items():
         place = adapter.blocks.places[name]
         if place.frozen:
@@ -480,6 +484,8 @@ def _matrices(plan: Plan, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
     """Return the weights whose values are asked for, as plans have them."""
     if not any(source.startswith("singular") for source in plan.layout.frozen.values()):
         return {}
+    empty = {name: weight.parameter for name, weight in weights.items()}
+    refuse_empty("weights must be loaded where a spec takes their singular vectors", empty)
     found = {}
     for name, weight in weights.items():
         if not weight.summable:
@@ -495,11 +501,16 @@ def _matrices(plan: Plan, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
 
 
 def placed(
-    plan: Plan, weights: Mapping[str, Weight], blocks: Mapping[str, Tensor], dtype: torch.dtype
+    plan: Plan,
+    weights: Mapping[str, Weight],
+    blocks: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
-    """Move blocks to their group's first weight, all in one dtype."""
+    """Move blocks to their group's first weight, or to a device, all in one dtype."""
+    own = {name: _weight(plan, weights, name).device for name in blocks}
     return {
-        name: block.to(device=_weight(plan, weights, name).device, dtype=dtype)
+        name: block.to(own[name] if device is None or own[name].type == "meta" else device, dtype)
         for name, block in blocks.items()
     }
 

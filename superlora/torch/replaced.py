@@ -57,8 +57,7 @@ class Replaced:
         self.in_use = False
         self._model = (model,)
         self._places: dict[str, list[Place]] = {
-            name: [held[each] for each in (name, *self.shared.get(name, ()))]
-            for name in self.names
+            name: [held[each] for each in (name, *self.shared.get(name, ()))] for name in self.names
         }
         own = self._own()
         self._others = {name: _like(values[name], own[name]) for name in self.names}

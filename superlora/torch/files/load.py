@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from superlora.design.axes import Axes
@@ -18,12 +19,14 @@ from superlora.torch.attach import (
     check_free,
     check_operations,
     check_ways,
+    checked_dtype,
     checked_model,
     frozen_of,
     host_of,
     placed,
     register,
 )
+from superlora.torch.files.folder import file_of
 from superlora.torch.files.safetensors_file import Header, read_tensors
 from superlora.torch.files.state import (
     MODEL,
@@ -44,7 +47,14 @@ from superlora.torch.walk import plain_name
 
 
 def load(
-    model: nn.Module, path: str | Path, *, name: str = "superlora", apply: str = "auto"
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str = "superlora",
+    apply: str = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    low_memory: bool = False,
 ) -> Adapter:
     """Attach a saved adapter to a model.
 
@@ -53,22 +63,30 @@ def load(
     model : torch.nn.Module
         A model with layers of the names and shapes that the file gives.
     path : str or pathlib.Path
-        A file that ``Adapter.save`` wrote.
+        A file that ``Adapter.save`` wrote, or the folder of ``Adapter.save_pretrained``.
     name : str
         The attribute of `model` under which the adapter is registered.
     apply : {"auto", "factored", "formed"}
         Whether updates are formed in the forward pass, as in `attach`.
+    device : torch.device or str, optional
+        Where the factors go; by default to the layers' devices.
+    dtype : torch.dtype, optional
+        The factors' dtype; by default as saved.
+    low_memory : bool
+        Take a model whose weights lie on the meta device: the factors are put in place once the
+        weights have memory.
 
     Returns
     -------
     Adapter
-        With the very factors that were saved, on the layers' devices.
+        With the very factors that were saved, and parameters of the model that were saved with it,
+        to be trained on or used.
 
     Raises
     ------
     AdapterError
         If `model` has an attribute of that name, or a weight lies on the meta
-        device.
+        device and `low_memory` is False.
     FileNotFoundError
         If there is no such file.
     TypeError
@@ -79,7 +97,8 @@ def load(
         blocks are not drawn as they were: they are listed, and the model is as it was.
     """
     model = checked_model(model)
-    read = read_adapter(model, Path(path), name)
+    path = file_of(Path(path))
+    read = read_adapter(model, path, name, device, dtype, low_memory)
     if read.description.supernet is not None:
         raise ValueError(f"{path} must be an adapter's: superlora.search.Supernet.load reads it")
     check_apply(apply, read.plan.layout)
@@ -87,6 +106,7 @@ def load(
     check_dropout(read.plan, read.selection, read.description.dropout)
     adapter = Adapter(read.plan, read.blocks, name)
     adapter.dropout = read.description.dropout
+    adapter._stored = read.stored
     register(model, adapter, read.selection, read.replaced)
     adapter.scale = read.description.scale
     adapter.applied = apply
@@ -102,9 +122,17 @@ class Read:
     selection: Selection
     blocks: dict[str, Tensor]
     replaced: Replaced | None
+    stored: dict[str, Tensor]  # blocks that wait for the weights to have memory
 
 
-def read_adapter(model: nn.Module, path: Path, name: str) -> Read:
+def read_adapter(
+    model: nn.Module,
+    path: Path,
+    name: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    low_memory: bool = False,
+) -> Read:
     """Read a file, and check that its adapter fits a model; nothing is changed."""
     model = checked_model(model)
 
@@ -123,7 +151,7 @@ def read_adapter(model: nn.Module, path: Path, name: str) -> Read:
         if key.startswith(MODEL)
     }
     rows, tied = description.rows, "once" if description.tied else "refuse"
-    selection = find_layers(model, plan.layout.layer_axes, path, rows, tied)
+    selection = find_layers(model, plan.layout.layer_axes, path, rows, tied, low_memory)
     weights = selection.weights
     check_operations(plan, selection)
     check_biases(plan, weights, description, path)
@@ -131,12 +159,15 @@ def read_adapter(model: nn.Module, path: Path, name: str) -> Read:
     check_maps(plan, description, path)
     refuse_unfit(model, values, description.shared, path)
     # Rounded as they were when they were saved.
-    dtype = factors[next(iter(plan.factor_shapes))].dtype
-    made = {name: block.to(dtype) for name, block in frozen_of(plan, weights).items()}
+    saved = factors[next(iter(plan.factor_shapes))].dtype
+    made = {name: block.to(saved) for name, block in frozen_of(plan, weights).items()}
     check_frozen({name: print_of(block) for name, block in made.items()}, description, path)
-    blocks = placed(plan, weights, factors | made, dtype)
+    dtype = checked_dtype(dtype) or saved
+    blocks = placed(plan, weights, factors | made, dtype, device)
+    empty = [name for name, block in blocks.items() if block.is_meta]
+    stored = {name: (factors | made)[name].to(dtype) for name in empty}
     replaced = Replaced(model, values, description.shared) if values else None
-    return Read(plan, description, selection, blocks, replaced)
+    return Read(plan, description, selection, blocks, replaced, stored)
 
 
 def find_layers(
@@ -145,6 +176,7 @@ def find_layers(
     path: Path,
     rows: Mapping[str, tuple[int, int]] | None = None,
     tied: str = "refuse",
+    low_memory: bool = False,
 ) -> Selection:
     """Return the weights of a model that a file names, or list those that it has not."""
     selection, problems = find_named(model, list(layers), rows or {}, tied)
@@ -157,7 +189,9 @@ def find_layers(
             problems.append(f"{name!r} has shape {found.shape} instead of {axes.shape}")
     if problems:
         raise ValueError(f"the model must have the layers of {path}: {some(problems, 20)}")
+    if low_memory:
+        return selection
     # Giving the model memory later would wipe the factors.
     weights = {name: weight.parameter for name, weight in selection.weights.items()}
-    refuse_empty("weights must be loaded before an adapter", weights)
+    refuse_empty("weights must be loaded before an adapter, or low_memory be True", weights)
     return selection

@@ -75,6 +75,25 @@ def read_tensors(
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
 
 
+def read_metadata(path: Path) -> Mapping[str, str]:
+    """Return what a safetensors file says of itself."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:

@@ -151,11 +151,11 @@ def exact_layer(blocks: Blocks, name: str) -> Layer | None:
         return None
     scale = blocks.scales[name].value
     if own.splits == 1 and not any(item.splits[0].factored) and item.splits[0].core == "full":
-        delta = blocks.plan.delta(_doubled(blocks, name), name, scale)
+        delta = blocks.plan.delta(blocks_in_double(blocks, name), name, scale)
         return Layer("full", ((delta,),), 1.0)
     if own.splits > 2 or item.fold != layout.shapes[name]:
         return None
-    doubled = _doubled(blocks, name)
+    doubled = blocks_in_double(blocks, name)
     parts: list[Matrix] = []
     for index, split in enumerate(item.splits):
         found = {
@@ -185,7 +185,7 @@ def low_rank_layer(
     # it is taken of the two thin factors, by way of their QR decompositions, and the update is
     # never formed.
     with torch.no_grad():
-        doubled, scale = _doubled(blocks, name), blocks.scales[name].value
+        doubled, scale = blocks_in_double(blocks, name), blocks.scales[name].value
         plain = blocks.plan.layout.axes[name].plain
         thin = blocks.plan.low_rank(doubled, name, scale) if plain else None
         if thin is None:
@@ -224,7 +224,7 @@ def _kept(squares: Tensor, rank: int | None, energy: float | None) -> int:
     return max(kept, 1)
 
 
-def _doubled(blocks: Blocks, name: str) -> dict[str, Tensor]:
+def blocks_in_double(blocks: Blocks, name: str) -> dict[str, Tensor]:
     """Return a layer's blocks in double precision, apart from any gradient."""
     layout = blocks.plan.layout
     own = {block: blocks[block].detach().double() for block in layout.inputs_of(name)}
