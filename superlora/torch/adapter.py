@@ -629,8 +629,8 @@ class Adapter(nn.Module):
         """
         refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)
         self._check_unchanged("saved")
-        self._warn_unsaved()
         save_blocks(self.blocks, self._bare, self.replaced, self._header, Path(path))
+        self._warn_unsaved()
 
     def save_pretrained(
         self,
@@ -753,9 +753,11 @@ class Adapter(nn.Module):
         without groups and embeddings are written as LoRA.
         """
         self._check_attached("written for another library, whose files name layers")
-        return save_peft(
+        export = save_peft(
             self.blocks, self.model, self._whole(), self.replaced, Path(directory), rank, energy
         )
+        self._warn_unsaved()
+        return export
 
     def to_lycoris(
         self,
@@ -795,14 +797,15 @@ class Adapter(nn.Module):
                 f"adapter {self.name!r} has replaced parameters of the model, which the format "
                 f"cannot hold: {some(self.replaced.names)}"
             )
-        return save_lycoris(
+        export = save_lycoris(
             self.blocks, self.model, self._whole(), Path(path), rank, energy, prefix
         )
+        self._warn_unsaved()
+        return export
 
     def _whole(self) -> dict[str, Weight]:
         """Return the weights, or refuse those that another library's files cannot name."""
         self._check_unchanged("written")
-        self._warn_unsaved()
         more = [*self._selection.rows, *self._selection.twins]
         if more:
             raise ValueError(
@@ -875,7 +878,7 @@ class Adapter(nn.Module):
             warnings.warn(
                 f"{some(map(repr, trained))} require gradients and are not saved with adapter "
                 f"{self.name!r}: name them in attach(also=...), or freeze them",
-                stacklevel=4,
+                stacklevel=3,
             )
         known = {name for own in held for name in own.names}
         moved = [
@@ -889,7 +892,7 @@ class Adapter(nn.Module):
                 f"running statistics of {some(map(repr, moved))} have changed since adapter "
                 f"{self.name!r} was attached and are not saved with it: name these norms in "
                 "attach(also=...), or train with them in eval mode",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _check_attached(self, verb: str) -> None:

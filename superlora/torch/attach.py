@@ -220,9 +220,14 @@ def _design(spec: Any, selection: Selection) -> Spec | Supports:
                 "targets must map layers to a superlora.Spec, to None or to rows, or all of them "
                 f"to one superlora.Supports: got {own!r} for {name!r}"
             )
+    return spec_of({name: designs[name].of(name) for name in selection.weights})
+
+
+def spec_of(designs: Mapping[str, Spec | None]) -> Spec:
+    """Return one spec for weights of different ones, with overrides for all but the first."""
     names: dict[Spec | None, list[str]] = {}
-    for name in selection.weights:
-        names.setdefault(designs[name].of(name), []).append(name)
+    for name, design in designs.items():
+        names.setdefault(design, []).append(name)
     first, *others = [own for own in names if own is not None] or [Spec()]
     if set(names) == {None}:
         raise ValueError("targets must leave a layer to adapt: overrides leave out all of them")

@@ -25,18 +25,19 @@ def plain_name(name: str) -> str:
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return what wrappers stand around, the module itself where there is none."""
     while True:
-        inner = next((own for key in _WRAPPED if (own := module._modules.get(key))), None)
-        if inner is None:
+        key = next((key for key in _WRAPPED if key in module._modules), None)
+        if key is None:
             return module
-        module = inner
+        module = module.get_submodule(key)
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module | None:
     """Return the module of a dotted name, whatever is wrapped around it or the modules above."""
-    found: nn.Module | None = unwrapped(model)
+    found = unwrapped(model)
     for key in name.split(".") if name else ():
-        found = None if found is None else found._modules.get(key)
-        found = None if found is None else unwrapped(found)
+        if key not in found._modules or not isinstance(found.get_submodule(key), nn.Module):
+            return None
+        found = unwrapped(found.get_submodule(key))
     return found
 
 
