@@ -51,7 +51,7 @@ class Site:
     links : dict of torch.nn.Module to Link
         All adapters of the weight, in the order of attachment.
     merged : list of Link
-        Those whose update the weight holds, in the order of merging.
+        Those whose update the weight holds, in the order of attachment.
     readers : list of Reader
         What stands in for modules that read the weight themselves.
     reached : bool or None
@@ -435,7 +435,7 @@ class Site:
         return weight.bias if site is None else site.own_bias
 
     def below(self, adapter: nn.Module) -> list[Link]:
-        """Return those that were merged before an adapter, if it is merged here."""
+        """Return those that are merged below an adapter, if it is merged here."""
         if not self.merged:
             return []
         link = self.links[adapter]
@@ -453,7 +453,11 @@ class Site:
     def merge(self, adapter: nn.Module) -> None:
         """Add the adapter's update to weight and bias, in place, and keep the bits they had."""
         link = self.links[adapter]
-        self._add(link)
+        # In the order of attachment, so that the bits do not depend on that of merging.
+        order = {own: index for index, own in enumerate(self.links.values())}
+        below = [own for own in self.merged if order[own] < order[link]]
+        for own in (link, *self._undo(len(below))):
+            self._add(own)
         changed = [self.held.parameter, self.held.bias]
         if not all(is_finite(_real(each)) for each in changed if each is not None and each.numel()):
             self.unmerge(adapter)
@@ -465,10 +469,14 @@ class Site:
         if link not in self.merged:
             return
         self._check_merged(link)
-        place = self.merged.index(link)
-        undone, above = self.merged[place:], self.merged[place + 1 :]
+        for other in self._undo(self.merged.index(link))[1:]:
+            self._add(other)
+
+    def _undo(self, place: int) -> list[Link]:
+        """Give weight and bias the bits from before all that were merged from a place on."""
+        undone = self.merged[place:]
         with torch.no_grad():
-            # Those that were merged later may have been the first to change one of the two.
+            # Those that come later may be the first to change one of the two.
             for own, index in ((self.held.parameter, 0), (self.held.bias, 1)):
                 kept = [each.before[index] for each in undone if each.before is not None]
                 first = next((bits for bits in kept if bits is not None), None)
@@ -479,8 +487,7 @@ class Site:
         del self.merged[place:]
         for each in undone:
             each.before, each.bare = None, False
-        for other in above:
-            self._add(other)
+        return undone
 
     def _check_merged(self, link: Link) -> None:
         """Refuse to write the bits that were kept into another parameter."""

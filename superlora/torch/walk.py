@@ -35,9 +35,10 @@ def submodule(model: nn.Module, name: str) -> nn.Module | None:
     """Return the module of a dotted name, whatever is wrapped around it or the modules above."""
     found = unwrapped(model)
     for key in name.split(".") if name else ():
-        if key not in found._modules or not isinstance(found.get_submodule(key), nn.Module):
+        inner = getattr(found, key, None)  # scripted modules have no dict of them
+        if not isinstance(inner, nn.Module):
             return None
-        found = unwrapped(found.get_submodule(key))
+        found = unwrapped(inner)
     return found
 
 

@@ -14,8 +14,8 @@ SPECS = {
     "lora of many ranks": (sl.lora(rank=9), sl.lora(rank=9), "terms"),
     "lokr": (sl.lokr(rank=2, alpha=3), sl.lokr(rank=2, scale=0.3), "terms"),
     "lokr of other ranks": (
-        sl.lokr(rank=1, decompose_both=True),
-        sl.lokr(rank=2, decompose_both=True),
+        sl.lokr(rank=1, decompose_both=True, dense_from="never"),
+        sl.lokr(rank=2, decompose_both=True, dense_from="never"),
         "terms",
     ),
     "loha": (sl.loha(rank=2), sl.loha(rank=3, scale=2.0), "terms"),
