@@ -235,8 +235,8 @@ def batches_of(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     """Return the norms that keep running statistics, and how many batches these have seen."""
     found = {}
     for name, module in outside_adapters(model):
-        count = module._buffers.get("num_batches_tracked")
-        if count is not None and not count.is_meta:
+        count = getattr(module, "num_batches_tracked", None)
+        if isinstance(count, Tensor) and not count.is_meta:
             found[name] = (module, int(count))
     return found
 
