@@ -33,6 +33,7 @@ from superlora.torch.attach import (
 from superlora.torch.blocks import Blocks
 from superlora.torch.files.load import read_adapter
 from superlora.torch.files.state import SUPERNET, valid_header
+from superlora.torch.replaced import Also, Replaced, with_also
 from superlora.torch.selection import Selection
 from superlora.torch.site import Site
 from superlora.torch.support import Support
@@ -56,6 +57,8 @@ class Supernet(Adapter):
         The ranks of the space; the largest is stored, the others are its leading part.
     operations : mapping of str to sequence of option, optional
         The merge operations and what each may be, as in `Space`; all of GLoRA by default.
+    also : sequence of str, str or callable, optional
+        Parameters of the model that train with it, as in `superlora.torch.attach`.
     name : str
         The attribute of `model` under which the supernet is registered.
     seed : int
@@ -134,6 +137,7 @@ class Supernet(Adapter):
         ranks: Sequence[int] = (8, 4),
         *,
         operations: Mapping[str, Sequence[Option]] | None = None,
+        also: Also | None = None,
         name: str = "supernet",
         seed: int = 0,
         dtype: torch.dtype | None = None,
@@ -149,12 +153,13 @@ class Supernet(Adapter):
         plan = Plan(_stored(space), shapes)
         check_operations(plan, selection)
         check_free(model, host_of(model, modules), name)
+        replaced = with_also(model, also, modules.values())
         super().__init__(plan, initial(plan, modules, seed, dtype), name)
         self.space, self._seed = space, seed
         self._configuration: dict[str, dict[str, Option]] | None = None
         # Of each option of a layer's operation that was chosen so far.
         self._options: dict[tuple[str, str, Option], Support] = {}
-        register(model, self, selection)
+        register(model, self, selection, replaced)
 
     def _prepared(self) -> dict[str, Support]:
         return {}  # `supports` has those of the configuration in force
@@ -370,14 +375,22 @@ class Supernet(Adapter):
         designs = supports_of(configuration)
         if name != self.name:
             check_free(model, host, name)
+        held = self.replaced
+        values = {} if held is None else held.tensors()
         self.detach()
         try:
             adapter = attach(
-                model, designs, lambda layer, _: layer in layers, name=name, dtype=self.dtype
+                model,
+                designs,
+                lambda layer, _: layer in layers,
+                also=None if held is None else held.every,
+                name=name,
+                dtype=self.dtype,
             )
         except BaseException:
-            register(model, self, selection)
+            register(model, self, selection, held and Replaced(model, values, held.shared))
             raise
+        _give(adapter, values)
         with torch.no_grad():
             for layer, options in configuration.items():
                 for operation, option in options.items():
@@ -450,7 +463,9 @@ class Supernet(Adapter):
             name=name,
             seed=seed,
             dtype=next(iter(read.blocks.values())).dtype,
+            also=None if read.replaced is None else read.replaced.every,
         )
+        _give(supernet, {} if read.replaced is None else read.replaced.tensors())
         with torch.no_grad():
             for block, value in read.blocks.items():
                 supernet.blocks[block].copy_(value)
@@ -495,6 +510,14 @@ class Supernet(Adapter):
             own = Blocks(plan, places, whole=self.blocks)
             self._options[key] = Support(own, f"{operation}.{layer}")
         return self._options[key]
+
+
+@torch.no_grad()
+def _give(adapter: Adapter, values: Mapping[str, Tensor]) -> None:
+    """Let parameters of the model that train with an adapter have values."""
+    own = {} if adapter.replaced is None else adapter.replaced.tensors()
+    for name, value in values.items():
+        own[name].copy_(value)
 
 
 def _check_linear(selection: Selection) -> None:

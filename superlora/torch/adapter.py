@@ -303,7 +303,7 @@ class Adapter(nn.Module):
         names: set[str] = set()
         for adapter in adapters:
             if adapter.replaced is not None:
-                names |= {*adapter.replaced.names}.union(*adapter.replaced.shared.values())
+                names |= set(adapter.replaced.every)
         return tuple(f"{plain_name(name)}." for name in adapters.values()), names
 
     def param_groups(

@@ -62,6 +62,11 @@ class Replaced:
         own = self._own()
         self._others = {name: _like(values[name], own[name]) for name in self.names}
 
+    @property
+    def every(self) -> list[str]:
+        """All names of the parameters and buffers, where modules share one too."""
+        return [*self.names, *(name for others in self.shared.values() for name in others)]
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the new parameters and buffers by name, whether they are in use or not."""
         self.refuse_merged()

@@ -16,7 +16,16 @@ from superlora.design.spec import Spec
 from superlora.errors import some
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_free, check_ways, frozen_of, host_of, placed, register
+from superlora.torch.attach import (
+    check_dropout,
+    check_free,
+    check_ways,
+    frozen_of,
+    host_of,
+    placed,
+    register,
+)
+from superlora.torch.dropout import Dropout
 from superlora.torch.files.load import find_layers
 from superlora.torch.interop.formats import Layer, Matrix, rank_of
 from superlora.torch.replaced import Replaced, refuse_unfit
@@ -63,6 +72,7 @@ def attach_foreign(
     updates: Mapping[str, LayerUpdate],
     replaced: Mapping[str, Tensor],
     name: str,
+    dropout: Dropout | None = None,
 ) -> Adapter:
     """Attach an adapter that another library wrote: updates by layer, new values by parameter."""
     plan = Plan(_common_spec(updates), {layer: update.shape for layer, update in updates.items()})
@@ -83,7 +93,11 @@ def attach_foreign(
             dtype = torch.promote_types(dtype, values.dtype)
     blocks = placed(plan, weights, blocks, dtype)
     pending = Replaced(model, replaced) if replaced else None
-    return register(model, Adapter(plan, blocks, name), selection, pending)
+    adapter = Adapter(plan, blocks, name)
+    if dropout is not None:
+        check_dropout(plan, selection, dropout)
+        adapter.dropout = dropout
+    return register(model, adapter, selection, pending)
 
 
 def _common_spec(updates: Mapping[str, LayerUpdate]) -> Spec:

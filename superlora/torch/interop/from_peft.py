@@ -19,6 +19,7 @@ from superlora.errors import some
 from superlora.presets import vera
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import checked_model
+from superlora.torch.dropout import Dropout
 from superlora.torch.files.safetensors_file import Header, read_tensors, unfit_dtypes
 from superlora.torch.interop import formats
 from superlora.torch.interop.foreign import LayerUpdate, attach_foreign, refuse, update_of
@@ -67,7 +68,8 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
     Adapter
         With the very factors of the files. Ranks and scales that differ between layers are
         overrides of its spec; modules and biases that PEFT saved whole replace the
-        model's own until the adapter is disabled or detached. Dropout is not taken over.
+        model's own, and train, until the adapter is disabled or detached. Dropout is that of the
+        config.
 
     Raises
     ------
@@ -115,7 +117,16 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
             problems.append(f"{layer!r}: {error}")
     refuse(path, problems)
     replaced = {parameter: tensors[key] for parameter, key in keys.replaced.items()}
-    return attach_foreign(model, folder, updates, replaced, name)
+    return attach_foreign(model, folder, updates, replaced, name, _dropout(config))
+
+
+def _dropout(config: Mapping[str, Any]) -> Dropout:
+    """Return what is left out in training; PEFT leaves it out of no other method's updates."""
+    method = config["peft_type"].lower()
+    names = {f"{method}_dropout": "dropout"}
+    if method in ("loha", "lokr"):
+        names = {"rank_dropout": "rank_dropout", "module_dropout": "module_dropout"}
+    return Dropout({own: config[key] for key, own in names.items() if config.get(key)})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -141,6 +152,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if problems:
         raise ValueError(f"{path} must have no option beyond plain {kind}: got {some(problems)}")
     _check_values(path, config)
+    try:
+        _dropout(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} must have valid values: {error}") from None
     return dict(config)
 
 
@@ -208,7 +223,7 @@ def _sort_keys(config: Mapping[str, Any], header: Header) -> _Keys:
     method = config["peft_type"].lower()
     known = set().union(*formats.names_of(PEFT_FORMS[method]))
     shared = _SHARED.get(config["peft_type"], ())
-    keys = _Keys({}, {}, {}, unfit_dtypes(header))
+    keys = _Keys({}, {}, {}, [])
     rest: dict[str, str] = {}
     for key in header:
         path = re.sub(r"\.modules_to_save\.(default\.)?", ".", key.removeprefix(PREFIX))
@@ -231,6 +246,8 @@ def _sort_keys(config: Mapping[str, Any], header: Header) -> _Keys:
             keys.base[parameter] = key
         else:
             keys.problems.append(f"extra {key!r}")
+    whole = set(keys.replaced.values())  # with counts of batches
+    keys.problems += unfit_dtypes({key: own for key, own in header.items() if key not in whole})
     keys.problems += [f"missing {key!r}" for key in shared if key not in header]
     for layer, found in keys.layers.items():
         if set(found) not in formats.names_of(PEFT_FORMS[method]):
