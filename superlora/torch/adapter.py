@@ -26,9 +26,11 @@ from superlora.torch.interop.to_lycoris import save_lycoris
 from superlora.torch.interop.to_peft import save_peft
 from superlora.torch.layers import Weight, refuse_empty
 from superlora.torch.link import Link
+from superlora.torch.offload import keep_in_memory
 from superlora.torch.reached import ChangeWatch, check_mergeable, check_not_wrapped, listed
 from superlora.torch.replaced import Replaced
 from superlora.torch.selection import Selection
+from superlora.torch.sharded import gathered, once, reshard, spread
 from superlora.torch.site import Site
 from superlora.torch.summary import Summary, summary_of
 from superlora.torch.support import Support
@@ -126,7 +128,29 @@ class Adapter(nn.Module):
         """
         if self.merged:
             raise AdapterError(f"adapter {self.name!r} must be unmerged to be reset")
+        self._settle()
         self.blocks.draw(seed)
+
+    def _settle(self) -> None:
+        """Let no engine hold the factors or the weights elsewhere than in the model."""
+        keep_in_memory(self)
+        reshard([*self.modules(), *(site.module for site in self._every)])
+
+    @contextmanager
+    def _whole_factors(self) -> Iterator[Any]:
+        """Let what is written be whole, and give the mesh of the processes that hold it, if any."""
+        self._settle()
+        own = [(place.owner, place.leaf) for place in self.blocks.places.values()]
+        own += [] if self.replaced is None else self.replaced.places
+        with torch.no_grad(), gathered(own) as mesh:
+            for name, shape in self.plan.layout.input_shapes.items():
+                if self.blocks[name].shape != shape:
+                    raise AdapterError(
+                        f"factors must have the shapes of the plan: {name!r} has "
+                        f"{tuple(self.blocks[name].shape)} instead of {shape}, as where "
+                        "FullyShardedDataParallel flattens them; use fully_shard"
+                    )
+            yield mesh
 
     def _apply(self, *arguments: Any, **options: Any) -> Adapter:
         empty = any(parameter.is_meta for parameter in self.parameters())
@@ -271,7 +295,7 @@ class Adapter(nn.Module):
 
     def deltas(self) -> dict[str, Tensor]:
         """Form the updates of all layers, as `delta` does."""
-        with self.blocks.scope.opened():
+        with self.blocks.gathered(), self.blocks.scope.opened():
             return {name: self.delta(name) for name in self.supports}
 
     @contextmanager
@@ -401,13 +425,14 @@ class Adapter(nn.Module):
             raise AdapterError(f"adapter {self.name!r} is merged already")
         if self._disabled:
             raise AdapterError(f"adapter {self.name!r} must not be disabled to be merged")
+        self._settle()
         self._check_unchanged("merged")
         weights = {name: site.held.parameter for name, site in self._sites.items()}
-        refuse_empty("weights must be loaded to be merged", weights)
+        refuse_empty("weights must be loaded, and not offloaded, to be merged", weights)
         check_mergeable(self, self._homes[0], self._sites, self._twins, unreached, bias)
         done: list[Site] = []
         try:
-            with self.blocks.scope.opened():
+            with self.blocks.gathered(), self.blocks.scope.opened():
                 for site in self._own:
                     done.append(site)
                     site.merge(self)
@@ -430,6 +455,7 @@ class Adapter(nn.Module):
         """
         if not self.merged:
             raise AdapterError(f"adapter {self.name!r} must be merged to be unmerged")
+        self._settle()
         self._check_unchanged("unmerged")
         for site in self._own:
             site.unmerge(self)
@@ -504,10 +530,15 @@ class Adapter(nn.Module):
             If a factor lies on the meta device, or a layer was changed since the adapter was
             attached.
         """
+        self._settle()
         refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)
         self._check_unchanged("saved")
         beside = self._beside | self._selection.beside
-        save_blocks(self.blocks, self._bare, self.replaced, beside, Path(path))
+        with self._whole_factors() as mesh:
+            once(
+                mesh,
+                lambda: save_blocks(self.blocks, self._bare, self.replaced, beside, Path(path)),
+            )
 
     def swap(self, path: str | Path) -> None:
         """Take the factors and the scale of another file of the same design, in place.
@@ -545,6 +576,7 @@ class Adapter(nn.Module):
         self._check_attached("given another file")
         if self.merged:
             raise AdapterError(f"adapter {self.name!r} must be unmerged to be given another file")
+        self._settle()
         held: dict[str, Tensor] = dict(self.blocks)
         if self.replaced is not None:
             held |= self.replaced.parameters()
@@ -590,9 +622,12 @@ class Adapter(nn.Module):
         without groups and embeddings are written as LoRA.
         """
         self._check_attached("written for another library, whose files name layers")
-        return save_peft(
-            self.blocks, self.model, self._whole(), self.replaced, Path(directory), rank, energy
-        )
+        model, weights, folder = self.model, self._whole(), Path(directory)
+        with self._whole_factors() as mesh:
+            return once(
+                mesh,
+                lambda: save_peft(self.blocks, model, weights, self.replaced, folder, rank, energy),
+            )
 
     def to_lycoris(
         self,
@@ -632,9 +667,12 @@ class Adapter(nn.Module):
                 f"adapter {self.name!r} has replaced parameters of the model, which the format "
                 f"cannot hold: {some(self.replaced.names)}"
             )
-        return save_lycoris(
-            self.blocks, self.model, self._whole(), Path(path), rank, energy, prefix
-        )
+        model, weights = self.model, self._whole()
+        with self._whole_factors() as mesh:
+            return once(
+                mesh,
+                lambda: save_lycoris(self.blocks, model, weights, Path(path), rank, energy, prefix),
+            )
 
     def _whole(self) -> dict[str, Weight]:
         """Return the weights, or refuse those that another library's files cannot name."""
@@ -659,6 +697,9 @@ class Adapter(nn.Module):
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         self._check_loadable(local_metadata, prefix + _MERGED in state_dict)
+        for name, block in (*self.named_parameters(), *self.named_buffers()):
+            if prefix + name in state_dict:  # one may be whole and the other in parts
+                state_dict[prefix + name] = spread(state_dict[prefix + name], block)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def refuse_to_load(self, model: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:

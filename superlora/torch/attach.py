@@ -26,8 +26,10 @@ from superlora.torch.adapter import Adapter, adapters_of, registered
 from superlora.torch.files.state import without_bias
 from superlora.torch.layers import KINDS, Weight
 from superlora.torch.low_rank import applies, low_rank
+from superlora.torch.offload import device_of, is_offloaded
 from superlora.torch.replaced import Replaced
 from superlora.torch.selection import Selection
+from superlora.torch.sharded import refuse_engines, spread
 from superlora.torch.site import Site
 from superlora.torch.summary import warn_of_few
 from superlora.torch.targets import ALL, ALL_LINEAR, Targets, find_targets
@@ -136,6 +138,7 @@ def register(
     replaced: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Put an adapter on a model; the checks of the blocks that it holds lie behind us."""
+    refuse_engines(model, selection.weights)
     pending = Replaced(model, replaced) if replaced else None
     if pending is not None:
         for other in adapters_of(model):
@@ -276,6 +279,13 @@ def check_operations(plan: Plan, selection: Selection) -> None:
                 f"operations on a bias must have layers that have, or can be given, one: got "
                 f"{sorted(OF_BIAS.intersection(own))} for {where}"
             )
+        away = weight.summable and is_offloaded(weight.module, weight.parameter)
+        if away and (more or not weight.linear):
+            raise ValueError(
+                f"a layer must be linear and have no other operation than {ADD!r} to be adapted "
+                f"while accelerate offloads it: got {more or [ADD]} for {where}; attach, then "
+                "offload the model"
+            )
         of_bias = sorted(OF_BIAS.intersection(own))
         if of_bias and name in selection.without_bias:
             readers = [*selection.readers.get(name, ()), weight.module]
@@ -353,9 +363,12 @@ def initial(
         dtypes = (weight.dtype for weight in weights.values())
         dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     # A block without memory is not drawn before it has some.
-    empty = [name for name in plan.layout.input_shapes if _weight(plan, weights, name).is_meta]
-    for block in empty:
-        if plan.layout.frozen.get(block, "").startswith("singular"):
+    shapes = plan.layout.input_shapes
+    empty = [name for name in shapes if _device(plan, weights, name).type == "meta"]
+    for block in shapes:
+        if _weight(plan, weights, block).parameter.is_meta and plan.layout.frozen.get(
+            block, ""
+        ).startswith("singular"):
             raise AdapterError(
                 "weights must be loaded where a spec takes their singular vectors: "
                 f"{_layer(plan, block)!r} lies on the meta device"
@@ -383,7 +396,7 @@ def _drawn(
         frozen = each_frozen(layout, own, singular=own is not None, skipped=skipped)
         # One at a time: all of them in float64 would be twice the adapter.
         return {
-            block: torch.from_numpy(values).to(_weight(plan, weights, block).device, dtype)
+            block: torch.from_numpy(values).to(_device(plan, weights, block), dtype)
             for block, values in itertools.chain(factors, frozen)
         }
 
@@ -397,12 +410,13 @@ def _fill(adapter: Adapter, *_: Any) -> None:
     skipped = {
         name
         for name, block in blocks.items()
-        if not block.is_meta or _weight(adapter.plan, weights, name).is_meta
+        if not block.is_meta or _device(adapter.plan, weights, name).type == "meta"
     }
     # Of the dtype that the factors have now, which may have come with the state dict.
     made = _drawn(adapter.plan, weights, adapter._seed, adapter.dtype, skipped)
     for name, values in made.items():
         place = adapter.blocks.places[name]
+        values = spread(values, blocks[name])
         if place.frozen:
             place.owner._buffers[place.leaf] = values
         else:
@@ -418,9 +432,14 @@ def _layer(plan: Plan, block: str) -> str:
     return layout.layer_of[layout.grouping.members[int(block.partition(".")[0])][0]]
 
 
-def _weight(plan: Plan, weights: Mapping[str, Weight], block: str) -> Tensor:
-    """Return the weight on whose device a block lives."""
-    return weights[_layer(plan, block)].parameter
+def _weight(plan: Plan, weights: Mapping[str, Weight], block: str) -> Weight:
+    """Return the weight beside which a block lives."""
+    return weights[_layer(plan, block)]
+
+
+def _device(plan: Plan, weights: Mapping[str, Weight], block: str) -> torch.device:
+    weight = _weight(plan, weights, block)
+    return device_of(weight.module, weight.parameter)
 
 
 def _matrices(plan: Plan, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
@@ -446,7 +465,7 @@ def placed(
 ) -> dict[str, Tensor]:
     """Move blocks to their group's first weight, all in one dtype."""
     return {
-        name: block.to(device=_weight(plan, weights, name).device, dtype=dtype)
+        name: block.to(device=_device(plan, weights, name), dtype=dtype)
         for name, block in blocks.items()
     }
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from superlora.errors import AdapterError, some
 from superlora.torch.files.safetensors_file import other_shapes
+from superlora.torch.sharded import is_distributed, reshard
 from superlora.torch.site import Site
 
 
@@ -40,6 +41,11 @@ class Replaced:
         self._places = [(model.get_submodule(path), leaf) for path, _, leaf in parts]
         self._others = list(map(_like, values.values(), self._own()))
 
+    @property
+    def places(self) -> list[tuple[nn.Module, str]]:
+        """The module and the name of each parameter in it."""
+        return [*self._places]
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the new parameters by name, whether they are in use or not."""
         self.refuse_merged()
@@ -58,7 +64,13 @@ class Replaced:
         if new == self.in_use:
             return
         self.refuse_merged()
+        reshard(owner for owner, _ in self._places)
         own = self._own()
+        if any(map(is_distributed, own)):
+            raise AdapterError(
+                "a model must not be sharded while parameters that an adapter replaced are "
+                f"exchanged with its own, as to disable or detach it: got {some(self.names)}"
+            )
         # The model may have moved since.
         others = list(map(_like, self._others, own))
         for (owner, leaf), other in zip(self._places, others, strict=True):

@@ -36,6 +36,7 @@ from superlora.torch.files.state import (
     valid_header,
 )
 from superlora.torch.layers import refuse_empty
+from superlora.torch.offload import is_offloaded
 from superlora.torch.replaced import refuse_unfit
 from superlora.torch.selection import Selection
 from superlora.torch.targets import find_named
@@ -150,6 +151,10 @@ def find_layers(
     if problems:
         raise ValueError(f"the model must have the layers of {path}: {some(problems, 20)}")
     # Giving the model memory later would wipe the factors.
-    weights = {name: weight.parameter for name, weight in selection.weights.items()}
+    weights = {
+        name: weight.parameter
+        for name, weight in selection.weights.items()
+        if not is_offloaded(weight.module, weight.parameter)
+    }
     refuse_empty("weights must be loaded before an adapter", weights)
     return selection
