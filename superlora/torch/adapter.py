@@ -697,6 +697,7 @@ class Adapter(nn.Module):
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         self._check_loadable(local_metadata, prefix + _MERGED in state_dict)
+        reshard(self.modules())
         for name, block in (*self.named_parameters(), *self.named_buffers()):
             if prefix + name in state_dict:  # one may be whole and the other in parts
                 state_dict[prefix + name] = spread(state_dict[prefix + name], block)
