@@ -34,6 +34,7 @@ from superlora.torch.blocks import Blocks
 from superlora.torch.files.load import read_adapter
 from superlora.torch.files.state import SUPERNET, valid_header
 from superlora.torch.selection import Selection
+from superlora.torch.sharded import refuse_engines
 from superlora.torch.site import Site
 from superlora.torch.support import Support
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
@@ -370,6 +371,7 @@ class Supernet(Adapter):
         designs = supports_of(configuration)
         if name != self.name:
             check_free(model, host, name)
+        refuse_engines(model, {})
         self.detach()
         try:
             adapter = attach(

@@ -46,6 +46,10 @@ class Adapter(nn.Module):
     Made by `attach`, `load`, `from_peft` and `from_lycoris`. Its parameters are named
     like the plan's factors, ``"group.split.block"``; only they are trained.
 
+    Where several processes hold the factors in parts, as under ``fully_shard``, what reads or
+    changes them all is a collective: every process must call `save`, `to_peft`, `to_lycoris`,
+    `delta`, `deltas`, `merge`, `unmerge`, `swap` and `reset`. One process writes.
+
     Parameters
     ----------
     plan : Plan
@@ -289,6 +293,8 @@ class Adapter(nn.Module):
             If the adapter has no layer of that name.
         """
         self.plan.blocks_of(name)  # says which layers there are
+        if self.blocks.first.read().is_meta:
+            keep_in_memory(self)
         if name not in self.supports:
             raise KeyError(f"name must be one of {some(map(repr, self.supports))}: got {name!r}")
         return self.supports[name].delta()
@@ -527,8 +533,8 @@ class Adapter(nn.Module):
         Raises
         ------
         AdapterError
-            If a factor lies on the meta device, or a layer was changed since the adapter was
-            attached.
+            If a factor lies on the meta device or does not have the plan's shape, or a layer was
+            changed since the adapter was attached.
         """
         self._settle()
         refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)

@@ -19,7 +19,7 @@ from superlora.design.spec_checks import check_choice
 from superlora.errors import AdapterError, some
 from superlora.torch.autograd import is_traced
 from superlora.torch.memory import Owners
-from superlora.torch.offload import keep_in_memory
+from superlora.torch.offload import is_offloaded, keep_in_memory
 from superlora.torch.placed import FAST, INSIDE
 from superlora.torch.sharded import check_gathers, is_running, refuse_copy, refuse_plans
 from superlora.torch.site import Reader, Site, holders_of
@@ -206,7 +206,9 @@ class _Reads(TorchFunctionMode):
         self.ran: set[int] = set()  # identities of modules
         self._owners: dict[int, list[Site]] = {}
         for site in sites:
-            memory = _storage(site.held.parameter) if site.held.summable else None
+            # An offloaded weight is replaced in each pass, and its memory may become another's.
+            away = not site.held.summable or is_offloaded(site.module, site.held.parameter)
+            memory = None if away else _storage(site.held.parameter)
             if memory is not None:
                 self._owners.setdefault(memory, []).append(site)
 

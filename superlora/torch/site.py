@@ -176,7 +176,8 @@ class Site:
         if self.held.key in self.module.__dict__:  # a reader has put the sum in place
             return self._base(*args, **kwargs)
         x = args[0] if args else kwargs.get(self._input)
-        if type(x) is not Tensor and (is_distributed(x) or (x is not None and x.is_nested)):
+        special = type(x) is not Tensor or x.is_nested
+        if special and (is_distributed(x) or getattr(x, "is_nested", False)):
             return self._unlike(x, *args, **kwargs)
         if OPEN:
             rows = rows_of(self.module)

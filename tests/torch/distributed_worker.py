@@ -302,7 +302,11 @@ def make_pair(key: str, parallel: str = "", mesh=None) -> tuple[Pair, slt.Adapte
 
 
 def pair_input() -> Tensor:
-    return torch.arange(24).reshape(4, 6) % 12
+    return torch.arange(32).reshape(4, 8) % 12
+
+
+def batch_of_tokens() -> Tensor:
+    return make_input(2, 8, dtype=torch.float64)
 
 
 def tensor_parallel(folder: Path, *keys: str) -> None:
@@ -332,8 +336,8 @@ def tensor_parallel(folder: Path, *keys: str) -> None:
             "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
         },
     )
-    words = model.words(pair_input()).chunk(mesh.size(), 1)[mesh.get_rank()]
-    y = model.down(nn.functional.silu(model.up(words))).full_tensor()
+    x = batch_of_tokens().chunk(mesh.size(), 1)[mesh.get_rank()]
+    y = model.down(nn.functional.silu(model.up(x))).full_tensor()
     y.square().mean().backward()
     keep(folder, "sequence parallel", {"output": y.detach(), **gradients(adapter)})
     other = Pair().double()

@@ -28,14 +28,19 @@ SLOW = ["fsdp:lora", "fsdp:glora", "fsdp_rest", "tensor_parallel"]
 
 def launch(folder, count, cases):
     """Run cases in so many processes, and return the folder that they write to."""
+    run([worker.__file__, str(folder), *cases], count)
+    return folder
+
+
+def run(script, count):
+    """Run a script with torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={count}", worker.__file__, str(folder), *cases]
+    command += [f"--nproc-per-node={count}", *script]
     # The processes do not count as pytest's, which may be several.
     environment = {name: own for name, own in os.environ.items() if "PYTEST" not in name}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert not done.returncode, done.stdout + done.stderr
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +203,7 @@ def test_tensor_parallel_layers_equal_whole_ones(request, run, key, order):
 @pytest.mark.parametrize("run", of_two(("two",), ("four",)))
 def test_inputs_split_along_the_tokens(request, run):
     model, adapter = worker.make_pair("lora")
-    y = model.down(torch.nn.functional.silu(model.up(model.words(worker.pair_input()))))
+    y = model.down(torch.nn.functional.silu(model.up(worker.batch_of_tokens())))
     y.square().mean().backward()
     found = found_in(request, run, "sequence parallel")
     assert_all_near(found, {"output": y.detach(), **worker.gradients(adapter)})
@@ -213,3 +218,18 @@ def test_two_ways_to_share_at_once(four):
     again.superlora.detach()
     slt.load(again, four / "both.safetensors")
     assert_near(again(worker.pair_input()), model(worker.pair_input()))
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page(tmp_path, monkeypatch):
+    """Run as the page says, and its file is a whole adapter's."""
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    script = page.partition("```{code-block} python\n")[2].partition("```")[0]
+    (tmp_path / "train.py").write_text(script, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    run([str(tmp_path / "train.py")], 2)
+    names: dict = {}
+    exec(script.partition("dist.init_process_group")[0], names)
+    model = names["Model"]()
+    adapter = slt.load(model, tmp_path / "adapter.safetensors")
+    assert all(own.any() for own in adapter.deltas().values())
