@@ -31,10 +31,12 @@ from superlora.torch.interop.to_peft import save_peft
 from superlora.torch.layers import Weight, refuse_empty
 from superlora.torch.link import Link
 from superlora.torch.norms import Norms, norms_of
+from superlora.torch.offload import keep_in_memory
 from superlora.torch.param_groups import param_groups
 from superlora.torch.reached import ChangeWatch, check_mergeable, check_not_wrapped, listed
 from superlora.torch.replaced import Replaced, unsaved
 from superlora.torch.selection import Selection
+from superlora.torch.sharded import gathered, once, reshard, spread
 from superlora.torch.site import Site
 from superlora.torch.summary import Summary, summary_of
 from superlora.torch.support import Support
@@ -50,6 +52,10 @@ class Adapter(nn.Module):
     Made by `attach`, `load`, `from_peft` and `from_lycoris`. Its parameters are named
     like the plan's factors, ``"group.split.block"``. With those of the model that came with it,
     named ``"model."`` and their name there, they are all that is trained.
+
+    Where several processes hold the factors in parts, as under ``fully_shard``, what reads or
+    changes them all is a collective: every process must call `save`, `to_peft`, `to_lycoris`,
+    `delta`, `deltas`, `merge`, `unmerge`, `swap` and `reset`. One process writes.
 
     Parameters
     ----------
@@ -140,6 +146,7 @@ class Adapter(nn.Module):
         """
         if self.merged:
             raise AdapterError(f"adapter {self.name!r} must be unmerged to be reset")
+        self._settle()
         self.blocks.draw(seed)
 
     def named_parameters(
@@ -151,6 +158,27 @@ class Adapter(nn.Module):
             before = f"{prefix}.{MODEL}".lstrip(".")
             for name, parameter in self.replaced.parameters().items():
                 yield before + name, parameter
+
+    def _settle(self) -> None:
+        """Let no engine hold the factors or the weights elsewhere than in the model."""
+        keep_in_memory(self)
+        reshard([*self.modules(), *(site.module for site in self._every)])
+
+    @contextmanager
+    def _whole_factors(self) -> Iterator[Any]:
+        """Let what is written be whole, and give the mesh of the processes that hold it, if any."""
+        self._settle()
+        own = [(place.owner, place.leaf) for place in self.blocks.places.values()]
+        own += [] if self.replaced is None else self.replaced.places
+        with torch.no_grad(), gathered(own) as mesh:
+            for name, shape in self.plan.layout.input_shapes.items():
+                if self.blocks[name].shape != shape:
+                    raise AdapterError(
+                        f"factors must have the shapes of the plan: {name!r} has "
+                        f"{tuple(self.blocks[name].shape)} instead of {shape}, as where "
+                        "FullyShardedDataParallel flattens them; use fully_shard"
+                    )
+            yield mesh
 
     def _apply(self, *arguments: Any, **options: Any) -> Adapter:
         empty = any(block.is_meta for block in self.blocks.values())
@@ -387,13 +415,15 @@ class Adapter(nn.Module):
             If the adapter has no layer of that name.
         """
         self.plan.blocks_of(name)  # says which layers there are
+        if self.blocks.first.read().is_meta:
+            keep_in_memory(self)
         if name not in self.supports:
             raise KeyError(f"name must be one of {some(map(repr, self.supports))}: got {name!r}")
         return self.supports[name].delta()
 
     def deltas(self) -> dict[str, Tensor]:
         """Form the updates of all layers, as `delta` does."""
-        with self.blocks.scope.opened():
+        with self.blocks.gathered(), self.blocks.scope.opened():
             return {name: self.delta(name) for name in self.supports}
 
     @contextmanager
@@ -523,13 +553,14 @@ class Adapter(nn.Module):
             raise AdapterError(f"adapter {self.name!r} is merged already")
         if self._disabled:
             raise AdapterError(f"adapter {self.name!r} must not be disabled to be merged")
+        self._settle()
         self._check_unchanged("merged")
         weights = {name: site.held.parameter for name, site in self._sites.items()}
-        refuse_empty("weights must be loaded to be merged", weights)
+        refuse_empty("weights must be loaded, and not offloaded, to be merged", weights)
         check_mergeable(self, self._homes[0], self._sites, self._twins, unreached, bias)
         done: list[Site] = []
         try:
-            with self.blocks.scope.opened():
+            with self.blocks.gathered(), self.blocks.scope.opened():
                 for site in self._own:
                     done.append(site)
                     site.merge(self)
@@ -552,6 +583,7 @@ class Adapter(nn.Module):
         """
         if not self.merged:
             raise AdapterError(f"adapter {self.name!r} must be merged to be unmerged")
+        self._settle()
         self._check_unchanged("unmerged")
         for site in self._own:
             site.unmerge(self)
@@ -624,13 +656,16 @@ class Adapter(nn.Module):
         Raises
         ------
         AdapterError
-            If a factor lies on the meta device, or a layer was changed since the adapter was
-            attached.
+            If a factor lies on the meta device or does not have the plan's shape, or a layer was
+            changed since the adapter was attached.
         """
-        refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)
-        self._check_unchanged("saved")
-        save_blocks(self.blocks, self._bare, self.replaced, self._header, Path(path))
+        self._check_writable()
+        with self._whole_factors() as mesh:
+            once(mesh, lambda: self._write(Path(path)))
         self._warn_unsaved()
+
+    def _write(self, path: Path) -> None:
+        save_blocks(self.blocks, self._bare, self.replaced, self._header, path)
 
     def save_pretrained(
         self,
@@ -663,13 +698,25 @@ class Adapter(nn.Module):
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"folder must be a directory: got {folder}")
+        self._check_writable()
         replaced = {} if self.replaced is None else self.replaced.tensors()
         also = {name: own.numel() for name, own in replaced.items()}
         model = self._homes[0] if self._homes else None
         card = card_of(self.plan, model, also, base_model, scores, license)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save(folder / TENSORS)
-        write_beside(folder, card)
+
+        def write() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write(folder / TENSORS)
+            write_beside(folder, card)
+
+        with self._whole_factors() as mesh:
+            once(mesh, write)
+        self._warn_unsaved()
+
+    def _check_writable(self) -> None:
+        self._settle()
+        refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)
+        self._check_unchanged("saved")
 
     def swap(self, path: str | Path) -> None:
         """Take the factors and the scale of another file of the same design, in place.
@@ -707,6 +754,7 @@ class Adapter(nn.Module):
         self._check_attached("given another file")
         if self.merged:
             raise AdapterError(f"adapter {self.name!r} must be unmerged to be given another file")
+        self._settle()
         held: dict[str, Tensor] = dict(self.blocks)
         if self.replaced is not None:
             held |= self.replaced.tensors()
@@ -753,9 +801,12 @@ class Adapter(nn.Module):
         without groups and embeddings are written as LoRA.
         """
         self._check_attached("written for another library, whose files name layers")
-        export = save_peft(
-            self.blocks, self.model, self._whole(), self.replaced, Path(directory), rank, energy
-        )
+        model, weights, folder = self.model, self._whole(), Path(directory)
+        with self._whole_factors() as mesh:
+            export = once(
+                mesh,
+                lambda: save_peft(self.blocks, model, weights, self.replaced, folder, rank, energy),
+            )
         self._warn_unsaved()
         return export
 
@@ -797,9 +848,12 @@ class Adapter(nn.Module):
                 f"adapter {self.name!r} has replaced parameters of the model, which the format "
                 f"cannot hold: {some(self.replaced.names)}"
             )
-        export = save_lycoris(
-            self.blocks, self.model, self._whole(), Path(path), rank, energy, prefix
-        )
+        model, weights = self.model, self._whole()
+        with self._whole_factors() as mesh:
+            export = once(
+                mesh,
+                lambda: save_lycoris(self.blocks, model, weights, Path(path), rank, energy, prefix),
+            )
         self._warn_unsaved()
         return export
 
@@ -835,6 +889,10 @@ class Adapter(nn.Module):
         *rest: Any,
     ) -> None:
         self._check_loadable(local_metadata, prefix + _MERGED in state_dict)
+        reshard(self.modules())
+        for name, block in (*self.named_parameters(), *self.named_buffers()):
+            if prefix + name in state_dict:  # one may be whole and the other in parts
+                state_dict[prefix + name] = spread(state_dict[prefix + name], block)
         if not prefix and self.replaced is not None:
             for name, own in self.replaced.tensors().items():
                 if MODEL + name in state_dict:

@@ -27,18 +27,14 @@ from superlora.torch.dropout import NAMES, Dropout
 from superlora.torch.files.state import without_bias
 from superlora.torch.layers import KINDS, Weight, computes_plainly, refuse_empty
 from superlora.torch.low_rank import applies, low_rank
+from superlora.torch.offload import device_of, is_offloaded
 from superlora.torch.replaced import Also, Replaced, batches_of, with_also
 from superlora.torch.selection import Selection
+from superlora.torch.sharded import refuse_engines, spread
 from superlora.torch.site import Site
 from superlora.torch.summary import warn_of_few
 from superlora.torch.targets import ALL, ALL_LINEAR, Targets, find_targets
-from superlora.torch.walk import freeze, outside_adapters, unwrapped
-
-# Wrappers that take note of a model's parameters when they are made, and what else can be done.
-_LATER = {
-    "DistributedDataParallel": ", or give its `module` where nothing is trained",
-    "FullyShardedDataParallel": "; with fully_shard either order works",
-}
+from superlora.torch.walk import freeze, unwrapped
 
 
 def attach(
@@ -162,6 +158,7 @@ def register(
     replaced: Replaced | None = None,
 ) -> Adapter:
     """Put an adapter on a model; the checks of the blocks that it holds lie behind us."""
+    refuse_engines(model, selection.weights)
     others = [other.replaced for other in adapters_of(model) if other.replaced is not None]
     if replaced is not None:
         for other in others:
@@ -308,6 +305,13 @@ def check_operations(plan: Plan, selection: Selection) -> None:
                 f"operations on a bias must have layers that have, or can be given, one: got "
                 f"{sorted(OF_BIAS.intersection(own))} for {where}"
             )
+        away = weight.summable and is_offloaded(weight.module, weight.parameter)
+        if away and (more or not weight.linear):
+            raise ValueError(
+                f"a layer must be linear and have no other operation than {ADD!r} to be adapted "
+                f"while accelerate offloads it: got {more or [ADD]} for {where}; attach, then "
+                "offload the model"
+            )
         of_bias = sorted(OF_BIAS.intersection(own))
         if of_bias and name in selection.without_bias:
             readers = [*selection.readers.get(name, ()), weight.module]
@@ -391,13 +395,7 @@ def checked_model(model: object) -> nn.Module:
     """Return the model to adapt, without what is wrapped around it, or refuse what is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
-    for _, module in outside_adapters(model):
-        kind = type(module).__name__
-        if kind in _LATER:
-            raise AdapterError(
-                f"an adapter must be attached before {kind} wraps the model, which would not train "
-                f"its factors: attach first and wrap then{_LATER[kind]}"
-            )
+    refuse_engines(model, {})
     return unwrapped(model)
 
 
@@ -417,7 +415,8 @@ def initial(
         dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     assert dtype is not None
     # A block without memory is not drawn before it has some.
-    empty = [name for name in plan.layout.input_shapes if _weight(plan, weights, name).is_meta]
+    shapes = plan.layout.input_shapes
+    empty = [name for name in shapes if _device(plan, weights, name).type == "meta"]
     found = _drawn(plan, weights, seed, dtype, set(empty), own=_matrices(plan, weights))
     for block in empty:
         shape = plan.layout.input_shapes[block]
@@ -441,7 +440,7 @@ def _drawn(
         frozen = each_frozen(layout, own, singular=own is not None, skipped=skipped)
         # One at a time: all of them in float64 would be twice the adapter.
         return {
-            block: torch.from_numpy(values).to(_weight(plan, weights, block).device, dtype)
+            block: torch.from_numpy(values).to(_device(plan, weights, block), dtype)
             for block, values in itertools.chain(factors, frozen)
         }
 
@@ -455,7 +454,7 @@ def _fill(adapter: Adapter, *_: Any) -> None:
     skipped = {
         name
         for name, block in blocks.items()
-        if not block.is_meta or _weight(adapter.plan, weights, name).is_meta
+        if not block.is_meta or _device(adapter.plan, weights, name).type == "meta"
     }
     # Of the dtype that the factors have now, which may have come with the state dict.
     if adapter._stored:
@@ -465,6 +464,7 @@ def _fill(adapter: Adapter, *_: Any) -> None:
         made = _drawn(adapter.plan, weights, adapter._seed, adapter.dtype, skipped)
     for name, values in made.items():
         place = adapter.blocks.places[name]
+        values = spread(values, blocks[name])
         if place.frozen:
             place.owner._buffers[place.leaf] = values
         else:
@@ -480,9 +480,14 @@ def _layer(plan: Plan, block: str) -> str:
     return layout.layer_of[layout.grouping.members[int(block.partition(".")[0])][0]]
 
 
-def _weight(plan: Plan, weights: Mapping[str, Weight], block: str) -> Tensor:
-    """Return the weight on whose device a block lives."""
-    return weights[_layer(plan, block)].parameter
+def _weight(plan: Plan, weights: Mapping[str, Weight], block: str) -> Weight:
+    """Return the weight beside which a block lives."""
+    return weights[_layer(plan, block)]
+
+
+def _device(plan: Plan, weights: Mapping[str, Weight], block: str) -> torch.device:
+    weight = _weight(plan, weights, block)
+    return device_of(weight.module, weight.parameter)
 
 
 def _matrices(plan: Plan, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
@@ -513,7 +518,7 @@ def placed(
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """Move blocks to their group's first weight, or to a device, all in one dtype."""
-    own = {name: _weight(plan, weights, name).device for name in blocks}
+    own = {name: _device(plan, weights, name) for name in blocks}
     return {
         name: block.to(own[name] if device is None or own[name].type == "meta" else device, dtype)
         for name, block in blocks.items()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from superlora.design.network import Source, network_of
 from superlora.plan import Plan
 from superlora.torch.autograd import without_autocast
 from superlora.torch.scope import Scope
+from superlora.torch.sharded import gathered, spread
 
 
 class Place(NamedTuple):
@@ -121,6 +123,11 @@ class Blocks(Mapping[str, Tensor]):
         names = self.plan.blocks_of(name)  # says which weights there are, if this is none
         return self[names[0]].device
 
+    def gathered(self, names: Iterable[str] | None = None) -> AbstractContextManager[Any]:
+        """Let blocks that processes share be whole inside a ``with`` block, which all enter."""
+        places = (self.places[name] for name in (self.places if names is None else names))
+        return gathered((place.owner, place.leaf) for place in places)
+
     def tensors(self, names: Sequence[str]) -> list[Tensor]:
         """Return trained tensors and frozen blocks by name."""
         return [self[name] for name in names]
@@ -156,10 +163,10 @@ class Blocks(Mapping[str, Tensor]):
     def draw(self, seed: int, frozen: bool = False) -> None:
         """Draw the initial factors anew, and the frozen blocks if asked to."""
         for block, drawn in each_factor(self.plan.layout, seed):
-            self[block].copy_(torch.from_numpy(drawn))
+            self[block].copy_(spread(torch.from_numpy(drawn), self[block]))
         # What depends on the weights comes with the state dict that fills them.
         for block, made in each_frozen(self.plan.layout, singular=False) if frozen else ():
-            self[block].copy_(torch.from_numpy(made))
+            self[block].copy_(spread(torch.from_numpy(made), self[block]))
 
     @torch.no_grad()
     def prepare(self) -> None:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import Buffer, UninitializedParameter
 
 from superlora.design.axes import Axes
@@ -18,7 +17,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # Of tensors that hold numbers which can be added to.
-_PLAIN = (nn.Parameter, Tensor, Buffer, DTensor, UninitializedParameter)
+_PLAIN = (nn.Parameter, Tensor, Buffer, UninitializedParameter)
 _SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
 
@@ -124,9 +123,10 @@ def _holds_codes(module: Any) -> bool:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    # A fake tensor stands for a plain one; a subclass that computes as its base is none of codes.
+    # A fake tensor stands for a plain one, as does one that processes share; a subclass that
+    # computes as its base is none of codes.
     kind = type(weight)
-    plain = kind in _PLAIN or kind.__name__ in ("FakeTensor", "FunctionalTensor")
+    plain = kind in _PLAIN or kind.__name__ in ("DTensor", "FakeTensor", "FunctionalTensor")
     return plain or (
         kind.__torch_dispatch__ is Tensor.__torch_dispatch__
         and kind.__torch_function__ in (Tensor.__torch_function__, nn.Parameter.__torch_function__)

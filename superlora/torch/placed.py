@@ -29,8 +29,8 @@ class Placeable(Protocol):
 
     module: nn.Module
 
-    def sums(self) -> tuple[Sums, Remake]:
-        """Return what is to be put in place by the parameter's name, and what makes it again."""
+    def sums(self) -> tuple[Sums, Remake | None]:
+        """Return what is to be put in place by the parameter's name, and what can make it again."""
 
 
 class _Part(NamedTuple):
@@ -100,7 +100,7 @@ def _call_with(
                 continue
             placed.append((module, sums))
             held.update(sums)
-            if recomputed is not None:
+            if recomputed is not None and remake is not None:
                 recomputed.add(sums, remake)
             if "_flat_weights" in held and isinstance(module, nn.RNNBase):
                 # Recurrent layers read a list of their parameters.

@@ -19,7 +19,9 @@ from superlora.design.spec_checks import check_choice
 from superlora.errors import AdapterError, some
 from superlora.torch.autograd import is_traced
 from superlora.torch.memory import Owners
+from superlora.torch.offload import is_offloaded, keep_in_memory
 from superlora.torch.placed import FAST, INSIDE
+from superlora.torch.sharded import check_gathers, is_running, refuse_copy, refuse_plans
 from superlora.torch.site import Reader, Site, holders_of
 from superlora.torch.targets import FUSED, fused_into
 from superlora.torch.walk import outside_adapters, submodule
@@ -47,7 +49,7 @@ class ChangeWatch:
     def __init__(self, model: nn.Module) -> None:
         self.model = (model,)
         self.names: dict[Site, str] = {}
-        self._held: dict[object, Mapping[Site, str]] = {}  # by adapter
+        self._held: dict[Any, Mapping[Site, str]] = {}  # by adapter
         self._warned: set[str] = set()
         self._unseen: set[Site] = set()  # of no pass so far
         self._parents: dict[Site, nn.Module] = {}
@@ -60,7 +62,7 @@ class ChangeWatch:
     def on(
         cls,
         model: nn.Module,
-        adapter: object,
+        adapter: Any,
         sites: Mapping[Site, str],
         parents: Mapping[Site, nn.Module],
     ) -> ChangeWatch:
@@ -75,7 +77,7 @@ class ChangeWatch:
         watch._unseen |= {site for site in sites if not site.seen}
         return watch
 
-    def drop(self, adapter: object) -> None:
+    def drop(self, adapter: Any) -> None:
         """Watch no layer of an adapter alone; without any the hook is gone."""
         del self._held[adapter]
         self.names = {site: name for own in self._held.values() for site, name in own.items()}
@@ -85,7 +87,7 @@ class ChangeWatch:
             for handle in self._handles:
                 handle.remove()
 
-    def changes(self, adapter: object = None) -> dict[str, str]:
+    def changes(self, adapter: Any = None) -> dict[str, str]:
         """Return what was done to the layers of an adapter, or of all, by name."""
         found = {}
         for site, name in (self.names if adapter is None else self._held[adapter]).items():
@@ -102,10 +104,17 @@ class ChangeWatch:
                 found |= {name: what} if what else {}
         return found
 
-    def see(self, *_: Any) -> None:
+    def see(self, module: nn.Module, *_: Any) -> None:
         """Warn of each changed layer once, and begin to look at what the first pass reads."""
         if torch.compiler.is_compiling() or is_traced() or _is_tracing():
             return
+        refuse_copy(module)
+        for adapter in self._held:
+            if adapter.blocks.first.read().is_meta:
+                keep_in_memory(adapter)
+            check_gathers(adapter)
+        if is_running():
+            refuse_plans((n, s.module, s.held.parameter) for s, n in self.names.items())
         found = self.changes()
         new = {name: what for name, what in found.items() if name not in self._warned}
         if new:
@@ -192,7 +201,9 @@ class _Reads(TorchFunctionMode):
         self.ran: set[int] = set()  # identities of modules
         self._owners: dict[int, list[Site]] = {}
         for site in sites:
-            memory = _storage(site.held.parameter) if site.held.summable else None
+            # An offloaded weight is replaced in each pass, and its memory may become another's.
+            away = not site.held.summable or is_offloaded(site.module, site.held.parameter)
+            memory = None if away else _storage(site.held.parameter)
             if memory is not None:
                 self._owners.setdefault(memory, []).append(site)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from superlora.errors import AdapterError, some
 from superlora.torch.files.safetensors_file import other_shapes
 from superlora.torch.layers import Weight
+from superlora.torch.sharded import is_distributed, reshard
 from superlora.torch.site import Site
 from superlora.torch.targets import is_named
 from superlora.torch.walk import held_in, outside_adapters, read, submodule, tensors_of
@@ -67,6 +68,11 @@ class Replaced:
         """All names of the parameters and buffers, where modules share one too."""
         return [*self.names, *(name for others in self.shared.values() for name in others)]
 
+    @property
+    def places(self) -> list[Place]:
+        """The module and the name in it of each."""
+        return [place for places in self._places.values() for place in places]
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the new parameters and buffers by name, whether they are in use or not."""
         self.refuse_merged()
@@ -89,7 +95,13 @@ class Replaced:
         if new == self.in_use:
             return
         self.refuse_merged()
+        reshard(owner for owner, _ in self.places)
         own = self._own()
+        if any(map(is_distributed, own.values())):
+            raise AdapterError(
+                "a model must not be sharded while parameters that an adapter replaced are "
+                f"exchanged with its own, as to disable or detach it: got {some(self.names)}"
+            )
         # The model may have moved since.
         others = {name: _like(value, own[name]) for name, value in self._others.items()}
         for name, places in self._places.items():
@@ -121,11 +133,6 @@ class Replaced:
 
 def _like(value: Tensor, own: Tensor) -> Tensor:
     """Return a value on the device and in the dtype of the model's own, a parameter if that is."""
-    if type(own.data) is not type(value.data):
-        raise AdapterError(
-            "parameters that came with an adapter must not be exchanged with the model's own "
-            f"once they are sharded: one is a {type(own.data).__name__} now"
-        )
     kinds = [isinstance(each, nn.Parameter) for each in (value, own)]
     if kinds[0] == kinds[1] and (value.device, value.dtype) == (own.device, own.dtype):
         return value

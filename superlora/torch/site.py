@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from superlora.design.supports import ADD
 from superlora.errors import AdapterError, some
 from superlora.torch.autograd import without_autocast
 from superlora.torch.layers import Weight, computes_plainly, input_name, is_input_first
@@ -21,9 +22,13 @@ from superlora.torch.low_rank import (
     stack_rank,
     stacked_factors,
 )
+from superlora.torch.low_rank import (
+    factors as low_rank_factors,
+)
 from superlora.torch.merge_operations import Base, Operations, changed_by
 from superlora.torch.placed import FAST, INSIDE, Remake, Sums, call_inside, call_with, is_noted
 from superlora.torch.rounding import add_rounded_once, is_finite
+from superlora.torch.sharded import agreed, is_distributed, local, replicated, spread, whole
 from superlora.torch.support import Support, sum_output
 
 
@@ -171,6 +176,9 @@ class Site:
         if self.held.key in self.module.__dict__:  # a reader has put the sum in place
             return self._base(*args, **kwargs)
         x = args[0] if args else kwargs.get(self._input)
+        special = type(x) is not Tensor or x.is_nested
+        if special and (is_distributed(x) or getattr(x, "is_nested", False)):
+            return self._unlike(x, *args, **kwargs)
         if OPEN:
             rows = rows_of(self.module)
             if rows is not None:
@@ -210,9 +218,8 @@ class Site:
             return sum_output(supports, x, own[0], own[1], lambda: self._base(*args, **kwargs))
 
         def base(moved: Tensor) -> Any:
-            if args:
-                return self._base(moved, *args[1:], **kwargs)
-            return self._base(**{**kwargs, self._input: moved})
+            own, named = self._with_input(moved, *args, **kwargs)
+            return self._base(*own, **named)
 
         return Operations(self.base, supports, x).output(fused, base)
 
@@ -233,6 +240,39 @@ class Site:
             return y
         return call_with([self], self._base, args, kwargs)
 
+    def _unlike(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the output for inputs that processes share, or of rows of unequal lengths."""
+        supports = self.active_supports()
+        if not supports:
+            return self._base(*args, **kwargs)
+        if OPEN and rows_of(self.module) is not None:
+            raise AdapterError(
+                f"rows() must have plain tensors as inputs: got a {type(x).__name__}"
+            )
+        linear = self.held.linear
+        if x.is_nested and linear and x.layout is torch.jagged and not x.lengths():
+            args, kwargs = self._with_input(x.values(), *args, **kwargs)
+            y = self.forward(*args, **kwargs)
+            return torch.nested.nested_tensor_from_jagged(y, x.offsets())
+        if not self.held.summable:
+            raise AdapterError(
+                f"a quantised layer must have plain tensors as inputs to be adapted: got a "
+                f"{type(x).__name__} at {supports[0].name!r}"
+            )
+        if x.is_nested or not (linear and all(own.plain and rank_of(own) for own in supports)):
+            return call_with([self], self._base, args, kwargs)
+        y = self._base(*args, **kwargs)
+        for own in supports:
+            # What the sharding of inputs and weight makes of it is torch's, gradients too.
+            left, right = (replicated(each, x) for each in low_rank_factors(own))
+            thin = nn.functional.linear(x.to(right.dtype), right)
+            y = y + nn.functional.linear(thin, left).to(y.dtype)
+        return y
+
+    def _with_input(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Return arguments of the layer with another input."""
+        return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, self._input: x})
+
     def _is_low_rank(self, supports: Sequence[Support], x: Tensor) -> bool:
         """Return whether updates are products of two matrices and best applied unformed."""
         if not self._applies:
@@ -252,8 +292,8 @@ class Site:
         """Return what the adapters in force add."""
         return [own for link in self.links.values() if link.active for own in link.supports]
 
-    def sums(self) -> tuple[Sums, Remake]:
-        """Return weight and bias with the active updates, and what makes them again."""
+    def sums(self) -> tuple[Sums, Remake | None]:
+        """Return weight and bias with the active updates, and what can make them again."""
         if self.held.key in self.module.__dict__:  # in place already
             return {}, dict
         supports = self.active_supports()
@@ -261,6 +301,9 @@ class Site:
             return {}, dict
         if OPEN and rows_of(self.module) is not None:
             self._refuse_rows()
+        # The weight may lie elsewhere by the backward pass, or be one that processes share.
+        if "_hf_hook" in self.module.__dict__ or is_distributed(self.held.parameter):
+            return self._sums(supports), None
         versions = [] if torch.compiler.is_compiling() else self._versions(supports)
 
         def remake() -> Sums:
@@ -275,14 +318,17 @@ class Site:
 
     def _sums(self, supports: Sequence[Support]) -> Sums:
         stored, bias = self.held.parameter, self.held.bias
-        if stored.dim() == 3 and all(self._is_stacked(own, stored) for own in supports):
+        if is_distributed(stored):
+            self._refuse_operations(supports)
+        elif stored.dim() == 3 and all(self._is_stacked(own, stored) for own in supports):
             return {self.held.key: self._stacked_sum(supports)}
         device = stored.device
         with without_autocast(device):
             of_weight, of_bias = changed_by(self.base, supports, lambda own: own.form(device))
         found = {}
         if of_weight is not None:
-            found[self.held.key] = (stored + self.form.stored(of_weight)).to(stored.dtype)
+            update = replicated(self.form.stored(of_weight), stored)
+            found[self.held.key] = (stored + update).to(stored.dtype)
         if of_bias is not None:
             found["bias"] = of_bias.to(stored) if bias is None else (bias + of_bias).to(bias.dtype)
         return found
@@ -312,6 +358,15 @@ class Site:
             tensors += [blocks[name] for name in blocks.plan.layout.inputs_of(own.name)]
             scales.append(own.scale.value)
         return [*scales, *(-1 if each.is_inference() else each._version for each in tensors)]
+
+    def _refuse_operations(self, supports: Sequence[Support]) -> None:
+        """Refuse what is more than an update of a weight that processes share."""
+        more = sorted({own.operation for own in supports} - {ADD})
+        if more:
+            raise AdapterError(
+                f"a tensor parallel layer must have no other operation than {ADD!r}: got {more} "
+                f"for {next(iter(self.links.values())).name!r}; they would need its whole weight"
+            )
 
     def _refuse_rows(self) -> None:
         name = next(iter(self.links.values())).name
@@ -459,7 +514,9 @@ class Site:
         for own in (link, *self._undo(len(below))):
             self._add(own)
         changed = [self.held.parameter, self.held.bias]
-        if not all(is_finite(_real(each)) for each in changed if each is not None and each.numel()):
+        parts = [local(each) for each in changed if each is not None]
+        finite = all(is_finite(_real(each)) for each in parts if each.numel())
+        if not agreed(finite, changed[0]):
             self.unmerge(adapter)
             raise ValueError(f"weight + update of {link.name!r} must be finite to be merged")
 
@@ -502,7 +559,12 @@ class Site:
     @torch.no_grad()
     def _add(self, link: Link) -> None:
         weight, bias = self.held.parameter, self.held.bias
-        of_weight, of_bias = changed_by(self.base, [*link.supports], Support.delta)
+        supports, base = [*link.supports], self.base
+        if any(own.operation != ADD for own in supports):
+            base = Base(*map(whole, base))
+        of_weight, of_bias = changed_by(base, supports, Support.delta)
+        if bias is None and of_bias is not None and is_distributed(weight):
+            raise AdapterError(f"{link.name!r} must not be sharded to gain a bias by a merge")
         kept = (
             None if of_weight is None else weight.detach().clone(),
             None if of_bias is None or bias is None else bias.detach().clone(),
@@ -510,12 +572,13 @@ class Site:
         link.before, link.bare = kept, bias is None and of_bias is not None
         self.merged.append(link)
         if of_weight is not None:
-            add_rounded_once(_real(weight), _real(self.form.stored(of_weight)))
+            update = spread(self.form.stored(of_weight), weight)
+            add_rounded_once(_real(local(weight)), _real(local(update)))
         if of_bias is not None and bias is None:
             gained = nn.Parameter(of_bias.to(weight), requires_grad=False)
             self.module.register_parameter("bias", gained)
         elif of_bias is not None:
-            add_rounded_once(bias, of_bias)  # type: ignore[arg-type]
+            add_rounded_once(local(bias), local(spread(of_bias, bias)))
         link.into = (
             None if of_weight is None else weight,
             None if of_bias is None else self.held.bias,

@@ -156,7 +156,8 @@ class Support:
         # model made, which may have been interrupted.
         scope = self.blocks.scope
         shared = nullcontext() if scope.in_block else scope.opened()
-        with without_autocast(device), shared:
+        read = self.blocks.plan.layout.inputs_of(self.name)
+        with self.blocks.gathered(read), without_autocast(device), shared:
             found = self.form(device)
         # What the caller changes must be no factor: a support of one block alone may be one.
         return found * 1.0

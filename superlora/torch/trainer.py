@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from superlora.torch.adapter import Adapter
+from superlora.torch.sharded import is_distributed
 
 
 class AdapterCheckpoints(TrainerCallback):
@@ -38,7 +39,9 @@ class AdapterCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the adapter beside what the Trainer has saved."""
-        if not state.is_world_process_zero:
+        # Factors that processes share are written by all of them together.
+        shared = any(map(is_distributed, self.adapter.parameters()))
+        if not (state.is_world_process_zero or shared):
             return
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         best = {} if state.best_metric is None else {args.metric_for_best_model: state.best_metric}

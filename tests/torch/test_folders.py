@@ -207,5 +207,5 @@ def test_wrappers_that_would_not_train_it_are_refused():
             self.module = module
 
     Distributed.__name__ = "DistributedDataParallel"
-    with pytest.raises(sl.AdapterError, match="before DistributedDataParallel wraps the model"):
+    with pytest.raises(sl.AdapterError, match="attached before DistributedDataParallel"):
         slt.attach(Distributed(Model()), SPEC, ["0.0", "1.0"])

@@ -40,6 +40,7 @@ from superlora.torch.files.state import (
     valid_header,
 )
 from superlora.torch.layers import refuse_empty
+from superlora.torch.offload import is_offloaded
 from superlora.torch.replaced import Replaced, refuse_unfit
 from superlora.torch.selection import Selection
 from superlora.torch.targets import find_named
@@ -192,6 +193,10 @@ def find_layers(
     if low_memory:
         return selection
     # Giving the model memory later would wipe the factors.
-    weights = {name: weight.parameter for name, weight in selection.weights.items()}
+    weights = {
+        name: weight.parameter
+        for name, weight in selection.weights.items()
+        if not is_offloaded(weight.module, weight.parameter)
+    }
     refuse_empty("weights must be loaded before an adapter, or low_memory be True", weights)
     return selection

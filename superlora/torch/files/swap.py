@@ -18,6 +18,7 @@ from superlora.torch.files import state
 from superlora.torch.files.safetensors_file import DTYPES, Header, other_shapes, read_tensors
 from superlora.torch.layers import Weight
 from superlora.torch.replaced import Replaced
+from superlora.torch.sharded import spread
 
 # The fields of a spec that decide its scale alone.
 _SCALES = ("alpha", "rslora", "scale")
@@ -63,7 +64,7 @@ def swap_blocks(
     fitted = {name: _fitted(name, found[name], tensor, path) for name, tensor in own.items()}
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(fitted[name])
+            tensor.copy_(spread(fitted[name], tensor))
     return description.scale
 
 
