@@ -371,7 +371,7 @@ class Supernet(Adapter):
         designs = supports_of(configuration)
         if name != self.name:
             check_free(model, host, name)
-        refuse_engines(model, {})
+        refuse_engines(model)
         self.detach()
         try:
             adapter = attach(

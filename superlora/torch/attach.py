@@ -29,7 +29,7 @@ from superlora.torch.low_rank import applies, low_rank
 from superlora.torch.offload import device_of, is_offloaded
 from superlora.torch.replaced import Replaced
 from superlora.torch.selection import Selection
-from superlora.torch.sharded import refuse_engines, spread
+from superlora.torch.sharded import refuse_engines, refuse_plans, spread
 from superlora.torch.site import Site
 from superlora.torch.summary import warn_of_few
 from superlora.torch.targets import ALL, ALL_LINEAR, Targets, find_targets
@@ -138,7 +138,7 @@ def register(
     replaced: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Put an adapter on a model; the checks of the blocks that it holds lie behind us."""
-    refuse_engines(model, selection.weights)
+    refuse_plans((n, each.module, each.parameter) for n, each in selection.weights.items())
     pending = Replaced(model, replaced) if replaced else None
     if pending is not None:
         for other in adapters_of(model):
@@ -348,9 +348,10 @@ def check_free(model: nn.Module, host: nn.Module, name: str) -> None:
 
 
 def check_model(model: object) -> None:
-    """Refuse what is no model."""
+    """Refuse what is no model, or one that can be given no parameters any more."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    refuse_engines(model)
 
 
 def initial(
