@@ -378,7 +378,7 @@ class Supernet(Adapter):
             check_free(model, host, name)
         held = self.replaced
         values = {} if held is None else held.tensors()
-        refuse_engines(model, {})
+        refuse_engines(model)
         self.detach()
         try:
             adapter = attach(

@@ -30,7 +30,7 @@ from superlora.torch.low_rank import applies, low_rank
 from superlora.torch.offload import device_of, is_offloaded
 from superlora.torch.replaced import Also, Replaced, batches_of, with_also
 from superlora.torch.selection import Selection
-from superlora.torch.sharded import refuse_engines, spread
+from superlora.torch.sharded import refuse_engines, refuse_plans, spread
 from superlora.torch.site import Site
 from superlora.torch.summary import warn_of_few
 from superlora.torch.targets import ALL, ALL_LINEAR, Targets, find_targets
@@ -158,7 +158,7 @@ def register(
     replaced: Replaced | None = None,
 ) -> Adapter:
     """Put an adapter on a model; the checks of the blocks that it holds lie behind us."""
-    refuse_engines(model, selection.weights)
+    refuse_plans((n, each.module, each.parameter) for n, each in selection.weights.items())
     others = [other.replaced for other in adapters_of(model) if other.replaced is not None]
     if replaced is not None:
         for other in others:
@@ -395,7 +395,7 @@ def checked_model(model: object) -> nn.Module:
     """Return the model to adapt, without what is wrapped around it, or refuse what is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
-    refuse_engines(model, {})
+    refuse_engines(model)
     return unwrapped(model)
 
 

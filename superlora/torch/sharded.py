@@ -6,7 +6,7 @@ only where there is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -129,7 +129,7 @@ def once(mesh: Any, function: Callable[[], Value]) -> Value:
     return found
 
 
-def refuse_engines(model: nn.Module, weights: Mapping[str, Any]) -> None:
+def refuse_engines(model: nn.Module) -> None:
     """Refuse to add parameters to a model whose engine would not add up their gradients."""
     for name, module in model.named_modules():
         kinds = (_ENGINES.get(base.__name__, "") for base in type(module).__mro__)
@@ -140,7 +140,6 @@ def refuse_engines(model: nn.Module, weights: Mapping[str, Any]) -> None:
                 f"{repr(name) + ' of the model' if name else 'the model'} is a "
                 f"{type(module).__name__} already"
             )
-    refuse_plans((name, weight.module, weight.parameter) for name, weight in weights.items())
 
 
 def refuse_plans(layers: Iterable[tuple[str, nn.Module, Any]]) -> None:

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -29,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 import superlora as sl
 import superlora.torch as slt
 from superlora.errors import AdapterError
+from superlora.search import Supernet
+from superlora.torch.replaced import Replaced
 from tests.torch.helpers import Net, fill, make_input, make_net
 
 DESIGNS = {
@@ -80,11 +82,11 @@ def keep(folder: Path, name: str, found: object) -> None:
         torch.save(found, folder / f"{name}.pt")
 
 
-def shard(model: Net) -> None:
+def shard(model: Net, units: bool = True, **options) -> None:
     """Shard each block, and the rest of the model, in which the factors are."""
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
+    for block in model.blocks if units else ():
+        fully_shard(block, **options)
+    fully_shard(model, **options)
 
 
 def leave_out(model: Net) -> None:
@@ -128,7 +130,7 @@ def moments(folder: Path, key: str, adapter: slt.Adapter, when: str) -> None:
 def fsdp(folder: Path, key: str) -> None:
     """Train, and read, write and merge at every moment of a step."""
     model, adapter = make(key)
-    shard(model)
+    shard(model, units=key != "glora")  # without them all weights stay whole after a pass
     x = own_batch()
     moments(folder, key, adapter, "before")
     y = model(x)
@@ -214,6 +216,9 @@ def fsdp_rest(folder: Path) -> None:
         fully_shard(net)
         with pytest.raises(AdapterError, match="must be gathered for all its layers"):
             net(torch.ones(2, 16))
+    with_a_head(folder)
+    with_a_penalty(folder)
+    nets(folder)
     # In half precision during passes, single in files.
     mixed = make_net()
     mixed.shift = mixed.shift.bfloat16()
@@ -233,6 +238,65 @@ def fsdp_rest(folder: Path) -> None:
     empty.to_empty(device="cpu")
     for name, factor in late.named_parameters():
         assert torch.equal(whole(factor), dict(fsdp_fresh(3).named_parameters())[name]), name
+
+
+def with_a_head(folder: Path) -> None:
+    """Parameters of the model that came with the adapter are saved whole."""
+    model = make_net(dtype=torch.float64)
+    values = {"head.weight": torch.arange(48.0).reshape(3, 16).double()}
+    adapter = slt.attach(model, DESIGNS["lora"], TARGETS)
+    adapter.replaced = Replaced(model, values)
+    adapter.replaced.use(True)
+    shard(model)
+    evaluate(model)
+    adapter.save(folder / "head.safetensors")
+    with (
+        pytest.raises(AdapterError, match="must not be sharded while parameters"),
+        adapter.disabled(),
+    ):
+        pass
+    adapter.swap(folder / "head.safetensors")
+    assert torch.equal(whole(model.head.weight), values["head.weight"])
+
+
+def penalised(call: Callable[[Tensor], Tensor], adapter: slt.Adapter, x: Tensor, save: Path | None):
+    """Take a step whose loss has the updates too, whether these are whole or in parts by then."""
+    loss = call(x).square().mean()
+    if save is not None:
+        adapter.save(save)
+    sum((loss, *(0.1 * delta.square().sum() for delta in adapter.deltas().values()))).backward()
+    return gradients(adapter)
+
+
+def with_a_penalty(folder: Path) -> None:
+    for save in (None, folder / "penalty.safetensors"):
+        model, adapter = make("one-group")
+        expected = penalised(model, adapter, batch(), None)
+        model, adapter = make("one-group")
+        shard(model)
+        found = penalised(model, adapter, own_batch(), save)
+        for name, value in expected.items():
+            torch.testing.assert_close(whole(found[name]), value, rtol=1e-10, atol=1e-10)
+
+
+def nets(folder: Path) -> None:
+    """A supernet trains, and is extracted before it is sharded alone; and FSDP1."""
+    model = make_net()
+    supernet = Supernet(model, TARGETS, ranks=(4, 2))
+    shard(model)
+    supernet.draw(0)
+    model(make_input()).sum().backward()
+    supernet.save(folder / "supernet.safetensors")
+    with pytest.raises(AdapterError, match="must be attached before fully_shard"):
+        supernet.extract(supernet.configuration)
+    assert supernet.attached
+    model, adapter = make("lora")
+    flat = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(AdapterError, match="cannot be saved: layers were changed"):
+        adapter.save(folder / "flat.safetensors")
+    assert not (folder / "flat.safetensors").exists()
+    with pytest.raises(AdapterError, match="must be attached before FullyShardedDataParallel"):
+        slt.attach(flat, sl.lora(1), name="late")
 
 
 def fsdp_fresh(seed: int) -> slt.Adapter:
@@ -363,6 +427,18 @@ def both(folder: Path) -> None:
     x = pair_input().chunk(mesh["data"].size())[mesh["data"].get_local_rank()]
     keep(folder, "both", train(model, adapter, x))
     adapter.save(folder / "both.safetensors")
+    weights = {n: own for n, own in values_of(model).items() if "weight" in n}
+    adapter.merge()
+    keep(folder, "both merged", values_of(model))
+    adapter.unmerge()
+    now = values_of(model)
+    assert all(torch.equal(now[name], own) for name, own in weights.items())
+    # Each part in two processes.
+    model, adapter = make("one-group")
+    shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "part")))
+    keep(folder, "hybrid", train(model, adapter, own_batch()))
+    adapter.save(folder / "hybrid.safetensors")
+    merge(folder, "hybrid", model, adapter)
 
 
 CASES = {

@@ -210,6 +210,23 @@ def test_inputs_split_along_the_tokens(request, run):
 
 
 @pytest.mark.slow
+def test_parts_that_several_processes_have_alike(four):
+    model, adapter = worker.make("one-group")
+    assert_all_near(torch.load(four / "hybrid.pt"), worker.train(model, adapter, worker.batch()))
+    check_file(four / "hybrid.safetensors", adapter)
+    adapter.merge()
+    assert_all_near(torch.load(four / "merged hybrid.pt"), worker.values_of(model))
+
+
+@pytest.mark.parametrize("run", of_two(("two",), ("four",)))
+def test_a_head_that_came_with_the_adapter_is_saved_whole(request, run):
+    from safetensors.torch import load_file
+
+    head = load_file(request.getfixturevalue(run) / "head.safetensors")["model.head.weight"]
+    assert torch.equal(head, torch.arange(48.0).reshape(3, 16).double())
+
+
+@pytest.mark.slow
 def test_two_ways_to_share_at_once(four):
     model, adapter = worker.make_pair("lora")
     expected = worker.train(model, adapter, worker.pair_input())
@@ -218,6 +235,8 @@ def test_two_ways_to_share_at_once(four):
     again.superlora.detach()
     slt.load(again, four / "both.safetensors")
     assert_near(again(worker.pair_input()), model(worker.pair_input()))
+    adapter.merge()
+    assert_all_near(torch.load(four / "both merged.pt"), worker.values_of(model))
 
 
 @pytest.mark.slow

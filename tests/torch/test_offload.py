@@ -235,3 +235,15 @@ def test_copies_of_a_part_are_refused():
     slt.attach(model, sl.lora(2))
     with pytest.raises(AdapterError, match="must not be copied by"):
         replica_of(nn.Sequential(nn.Linear(4, 4), model))(torch.ones(2, 4))
+
+
+def test_factors_that_were_flattened_are_not_saved(tmp_path):
+    """As `FullyShardedDataParallel` does it."""
+    adapter = make("lora")[1]
+    place = adapter.blocks.first
+    flat = nn.Parameter(place.read().detach().flatten()[:3])
+    place.owner._parameters[place.leaf] = flat
+    for write in (adapter.save, adapter.to_peft, adapter.to_lycoris):
+        with pytest.raises(AdapterError, match="must have the shapes of the plan"):
+            write(tmp_path / "adapter.safetensors")
+    assert not [*tmp_path.iterdir()]
