@@ -42,7 +42,12 @@ from superlora.torch.targets import find_named
 
 
 def load(
-    model: nn.Module, path: str | Path, *, name: str = "superlora", apply: str = "auto"
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str = "superlora",
+    apply: str = "auto",
+    allow_nonfinite: bool = False,
 ) -> Adapter:
     """Attach a saved adapter to a model.
 
@@ -56,6 +61,8 @@ def load(
         The attribute of `model` under which the adapter is registered.
     apply : {"auto", "factored", "formed"}
         Whether updates are formed in the forward pass, as in `attach`.
+    allow_nonfinite : bool
+        Read NaN and infinity too, which are refused else.
 
     Returns
     -------
@@ -74,9 +81,9 @@ def load(
     ValueError
         If the file is truncated, not an adapter, of another format version, for
         other names or shapes, or has missing or extra tensors, or its maps or frozen
-        blocks are not drawn as they were: they are listed, and the model is as it was.
+        blocks are not drawn as they were, or a factor is not finite: they are listed, and the model is as it was.
     """
-    read = read_adapter(model, Path(path), name)
+    read = read_adapter(model, Path(path), name, allow_nonfinite)
     if read.description.supernet is not None:
         raise ValueError(f"{path} must be an adapter's: superlora.search.Supernet.load reads it")
     check_apply(apply, read.plan.layout)
@@ -99,24 +106,28 @@ class Read:
     replaced: dict[str, Tensor]
 
 
-def read_adapter(model: nn.Module, path: Path, name: str) -> Read:
+def read_adapter(model: nn.Module, path: Path, name: str, nonfinite: bool = False) -> Read:
     """Read a file, and check that its adapter fits a model; nothing is changed."""
     check_model(model)
 
-    def check(metadata: Mapping[str, str], tensors: Header) -> tuple[Plan, Description]:
-        description = description_of(metadata, path)
+    # Modules and parameters; what a file may cost is in proportion to them.
+    most = sum(1 + len(module._parameters) for module in model.modules())
+
+    def check(metadata: Mapping[str, str], tensors: Header) -> tuple[Plan, Description, Selection]:
+        description = description_of(metadata, path, most)
+        rows, tied = description.rows, "once" if description.tied else "refuse"
+        selection = find_layers(model, description.layers, path, rows, tied)
+        # After that, no width is beyond the model's.
         with valid_header(path):
             plan = Plan(description.spec, description.layers)
         check_tensors(plan, tensors, path)
-        return plan, description
+        return plan, description, selection
 
-    (plan, description), tensors = read_tensors(path, check)
+    (plan, description, selection), tensors = read_tensors(path, check, nonfinite=nonfinite)
     factors = {key: value for key, value in tensors.items() if not key.startswith(MODEL)}
     replaced = {
         key.removeprefix(MODEL): value for key, value in tensors.items() if key.startswith(MODEL)
     }
-    rows, tied = description.rows, "once" if description.tied else "refuse"
-    selection = find_layers(model, plan.layout.layer_axes, path, rows, tied)
     weights = selection.weights
     check_operations(plan, selection)
     check_biases(plan, weights, description, path)
