@@ -140,7 +140,7 @@ class _Walk:
         if kind in _ONE_CHARACTER:
             return (places & self._fitting(kind, own)) << 1
         if kind in _REPEATS:
-            return self._repeated(*own, places)
+            return self._repeated(own[0], own[1], own[2], places)
         if kind is op.SUBPATTERN:
             return self._sequence(own[-1], places)
         if kind is op.BRANCH:
@@ -197,10 +197,10 @@ def _fits(kind: Any, own: Any, char: str) -> bool:
         return char != "\n"
     if kind is op.IN:
         negated = bool(own) and own[0][0] is op.NEGATE
-        return negated != any(_fits(*item, char) for item in own[negated:])
+        return negated != any(_fits(item[0], item[1], char) for item in own[negated:])
     if kind is op.RANGE:
         return bool(own[0] <= ord(char) <= own[1])
     if kind is op.CATEGORY:
         known = _KINDS.get(own)
         return known(char) if known else not _KINDS[_OPPOSITES[own]](char)
-    return (ord(char) == own) == (kind is op.LITERAL)
+    return bool(ord(char) == own) == (kind is op.LITERAL)

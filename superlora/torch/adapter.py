@@ -376,9 +376,9 @@ class Adapter(nn.Module):
     def merge(self, *, unreached: str = "refuse", bias: str = "warn") -> None:
         """Add every update to its weight, so that the model costs what its base does.
 
-        The weights' own values are kept, for `unmerge`. If any cannot be merged, none is. No forward
-        pass of the model must run meanwhile, in another thread: it would read some layers with
-        their update and some without, or one layer's twice.
+        The weights' own values are kept, for `unmerge`. If any cannot be merged, none is. No
+        forward pass of the model must run meanwhile, in another thread: it would read some layers
+        with their update and some without, or one layer's twice.
 
         Parameters
         ----------
@@ -423,7 +423,8 @@ class Adapter(nn.Module):
     def unmerge(self) -> None:
         """Take every update out of its weight, bit for bit.
 
-        No forward pass of the model must run meanwhile, as for `merge`. The update of an adapter that was merged later is formed and added again.
+        No forward pass of the model must run meanwhile, as for `merge`. The update of an adapter
+        that was merged later is formed and added again.
 
         Raises
         ------

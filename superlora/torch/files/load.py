@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from superlora.design.axes import Axes
@@ -23,6 +24,7 @@ from superlora.torch.attach import (
     placed,
     register,
 )
+from superlora.torch.blocks import scale_in_force
 from superlora.torch.files.safetensors_file import Header, read_tensors
 from superlora.torch.files.state import (
     MODEL,
@@ -81,7 +83,8 @@ def load(
     ValueError
         If the file is truncated, not an adapter, of another format version, for
         other names or shapes, or has missing or extra tensors, or its maps or frozen
-        blocks are not drawn as they were, or a factor is not finite: they are listed, and the model is as it was.
+        blocks are not drawn as they were, or a factor is not finite: they are
+        listed, and the model is as it was.
     """
     read = read_adapter(model, Path(path), name, allow_nonfinite)
     if read.description.supernet is not None:
@@ -137,6 +140,11 @@ def read_adapter(model: nn.Module, path: Path, name: str, nonfinite: bool = Fals
     # Rounded as they were when they were saved.
     dtype = factors[next(iter(plan.factor_shapes))].dtype
     made = {name: block.to(dtype) for name, block in frozen_of(plan, weights).items()}
+    with valid_header(path):
+        for layer in plan.layout.shapes:
+            own = scale_in_force(plan.layout.scaling(layer), plan.scale, description.scale)
+            if not abs(own) <= torch.finfo(dtype).max:
+                raise ValueError(f"scales must be numbers of {dtype}: got {own:g} for {layer!r}")
     check_frozen({name: print_of(block) for name, block in made.items()}, description, path)
     blocks = placed(plan, weights, factors | made, dtype)
     return Read(plan, description, selection, blocks, replaced)

@@ -127,10 +127,7 @@ def _read(axes: Any) -> Axes:
 
 
 def description_of(metadata: Mapping[str, str], path: Path, most: int) -> Description:
-    """Return what a file's metadata says; the layers' shapes are not checked.
-
-    `most` is how many weights the model could have adapted: what costs more is refused.
-    """
+    """Return what a file's metadata says; a model of `most` weights bounds what it may cost."""
     if KEY not in metadata:
         raise ValueError(f"{path} must be a superlora adapter: its header does not say so")
     text, longest = metadata[KEY], _CHARACTERS[0] + _CHARACTERS[1] * most

@@ -1,4 +1,4 @@
-"""JSON of files, read without trust: every key once, and numbers that a float or a seed can hold."""
+"""JSON of files, read without trust: every key once, no number beyond a float or a seed."""
 
 from __future__ import annotations
 
