@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from superlora.checks import hashable
 from superlora.design import spec_checks as checks
+from superlora.design.patterns import matches, starts_of
 from superlora.design.spec_checks import Rank
 from superlora.maps import Identity, Map, map_from_dict
 
@@ -226,8 +226,8 @@ class Spec:
         """The number s in front of the equation, resolved from `scale` and `alpha`."""
         if self.alpha is not None:
             (rank,) = checks.integers_in(self.rank)
-            return self.alpha / (math.sqrt(rank) if self.rslora else rank)
-        return 1.0 if self.scale is None else self.scale
+            return float(self.alpha / (math.sqrt(rank) if self.rslora else rank))
+        return 1.0 if self.scale is None else float(self.scale)
 
     def of(self, name: str) -> Spec | None:
         """Return the spec of one weight, without overrides.
@@ -260,12 +260,10 @@ class Spec:
         str or None
             The first that matches.
         """
-        starts = [0, *[place for place, before in enumerate(name, 1) if before == "."]]
+        starts = starts_of(name)
         for pattern, _ in self.overrides:
-            compiled = _compile(pattern)
-            for start in starts:
-                if compiled.fullmatch(name, start):
-                    return str(pattern)
+            if matches(pattern, name, starts):
+                return str(pattern)
         return None
 
     def _with(self, changes: Any) -> Spec:
@@ -280,7 +278,7 @@ class Spec:
         place = f"overrides[{pattern!r}]"
         changes = checks.pairs(place, changes)
         try:
-            _compile(pattern)
+            re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{place} must be a valid regular expression: {error}") from None
         unknown = sorted(set(dict(changes)) - known)
@@ -349,9 +347,6 @@ class Spec:
         if unknown:
             raise ValueError(f"spec must have only the fields {sorted(known)}: got also {unknown}")
         return cls(**_parsed(values))
-
-
-_compile = functools.lru_cache(maxsize=4096)(re.compile)
 
 
 def _plain(name: str, value: Any) -> Any:

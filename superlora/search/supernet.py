@@ -18,7 +18,7 @@ from superlora.plan import Plan
 from superlora.presets.operations import support
 from superlora.random import check_seed
 from superlora.search.extract import supports_of
-from superlora.search.options import check_known
+from superlora.search.options import check_known, check_names
 from superlora.search.space import Configuration, Option, Space
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import (
@@ -406,7 +406,13 @@ class Supernet(Adapter):
         return adapter
 
     @staticmethod
-    def load(model: nn.Module, path: str | Path, *, name: str = "supernet") -> Supernet:
+    def load(
+        model: nn.Module,
+        path: str | Path,
+        *,
+        name: str = "supernet",
+        allow_nonfinite: bool = False,
+    ) -> Supernet:
         """Put a saved supernet on a model.
 
         Parameters
@@ -417,6 +423,8 @@ class Supernet(Adapter):
             A file that `save` wrote.
         name : str
             The attribute of `model` under which the supernet is registered.
+        allow_nonfinite : bool
+            Read NaN and infinity too, which are refused else.
 
         Returns
         -------
@@ -436,11 +444,12 @@ class Supernet(Adapter):
             layers or ranks, or has missing or extra tensors; the model is as it was.
         """
         path = Path(path)
-        read = read_adapter(model, path, name)
+        read = read_adapter(model, path, name, allow_nonfinite)
         header = read.description.supernet
         if header is None:
             raise ValueError(f"{path} must be a supernet's: superlora.torch.load reads it")
         with valid_header(path):
+            check_names("supernet", header, ("seed", "space"))
             space, seed = Space.from_dict(header["space"]), check_seed(header["seed"])
             stored = _stored(space)
         if stored != read.plan.spec or dict(space.layers) != read.plan.layout.layers:

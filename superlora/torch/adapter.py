@@ -528,7 +528,9 @@ class Adapter(nn.Module):
     def merge(self, *, unreached: str = "refuse", bias: str = "warn") -> None:
         """Add every update to its weight, so that the model costs what its base does.
 
-        The weights' own values are kept, for `unmerge`. If any cannot be merged, none is.
+        The weights' own values are kept, for `unmerge`. If any cannot be merged, none is. No
+        forward pass of the model must run meanwhile, in another thread: it would read some layers
+        with their update and some without, or one layer's twice.
 
         Parameters
         ----------
@@ -574,7 +576,8 @@ class Adapter(nn.Module):
     def unmerge(self) -> None:
         """Take every update out of its weight, bit for bit.
 
-        The update of an adapter that was merged later is formed and added again.
+        No forward pass of the model must run meanwhile, as for `merge`. The update of an adapter
+        that was merged later is formed and added again.
 
         Raises
         ------
@@ -718,7 +721,7 @@ class Adapter(nn.Module):
         refuse_empty(f"adapter {self.name!r} must have memory to be saved", self.blocks)
         self._check_unchanged("saved")
 
-    def swap(self, path: str | Path) -> None:
+    def swap(self, path: str | Path, *, allow_nonfinite: bool = False) -> None:
         """Take the factors and the scale of another file of the same design, in place.
 
         The parameters stay the same tensors, so that optimisers and compiled code go on.
@@ -728,6 +731,8 @@ class Adapter(nn.Module):
         path : str or pathlib.Path
             A file that `save` wrote, or a folder of `save_pretrained`, of the same layers and the
             same spec but for its scale. Its values are rounded to the adapter's dtype.
+        allow_nonfinite : bool
+            Read NaN and infinity too, which are refused else.
 
         Raises
         ------
@@ -761,7 +766,9 @@ class Adapter(nn.Module):
         refuse_empty(f"adapter {self.name!r} must have memory to be given another file", held)
         beside = self._beside | self._selection.beside
         path = file_of(Path(path))
-        self.scale = swap_blocks(self.blocks, self.weights(), self.replaced, beside, path)
+        self.scale = swap_blocks(
+            self.blocks, self.weights(), self.replaced, beside, path, allow_nonfinite
+        )
         self.blocks.scope.clear()
 
     def to_peft(

@@ -114,7 +114,8 @@ def fused_into(parent: nn.Module | None, leaf: str) -> str:
 
 def is_named(name: str, ends: Iterable[str]) -> bool:
     """Return whether a dotted name is one of `ends`, or ends with one after a dot."""
-    return any(name == end or name.endswith(f".{end}") for end in ends)
+    tails = [name[place + 1 :] for place, before in enumerate(name) if before == "."]
+    return not {name, *tails}.isdisjoint(ends)
 
 
 def _choose(held: Inventory, targets: Any, left_out: dict[str, str], tied: str) -> list[str]:

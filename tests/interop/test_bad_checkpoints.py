@@ -126,7 +126,7 @@ def test_missing_layers_are_all_listed(copy_of):
         ({"r": True}, "r=True"),
         ({"r": "2"}, "r='2'"),
         ({"lora_alpha": None}, "lora_alpha=None"),
-        ({"lora_alpha": 1e999}, "lora_alpha=inf"),
+        ({"lora_alpha": 1e999}, "numbers must be finite: got Infinity"),
         ({"rank_pattern": {"q": "x"}}, "rank_pattern="),
         ({"rank_pattern": {"(": 2}}, "rank_pattern '\\('"),
         ({"rank_pattern": [2]}, "rank_pattern="),
@@ -152,7 +152,7 @@ def test_config_that_contradicts_the_tensors(copy_of, config, message):
 def test_unreadable_config(copy_of, text):
     folder = copy_of("LORA")
     (folder / CONFIG).write_text(text)
-    assert_refused(folder, "must be")
+    assert_refused(folder, "must (be|have at most)")
 
 
 def test_config_of_other_bytes(copy_of):
@@ -241,7 +241,7 @@ Q = "lycoris_blocks_0_q."
         ({Q + "dora_scale": torch.zeros(2, 2)}, (), "dora_scale.* no form of"),
         ({}, (Q + "lokr_w1",), "no form of"),
         ({Q + "alpha": torch.zeros(2)}, (), "one finite number alpha"),
-        ({Q + "alpha": torch.tensor(float("nan"))}, (), "one finite number alpha"),
+        ({Q + "alpha": torch.tensor(float("nan"))}, (), r"must hold finite numbers.*q\.alpha"),
         ({Q + "lokr_w1": torch.zeros(4, 5)}, (), r"has shape \(16, 24\) instead of \(16, 30\)"),
         ({Q + "lokr_w2_a": torch.zeros(4, 1, 3, 3)}, (), "must have matrices"),
         ({Q + "lokr_w2_a": torch.zeros(4, 3)}, (), "must have one rank"),

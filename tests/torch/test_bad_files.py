@@ -139,7 +139,7 @@ SPECS = {
 def test_invalid_spec(saved, changes):
     tensors, header = parts_of(saved)
     write(saved, tensors, {**header, "spec": {**header["spec"], **changes}})
-    assert_refused(saved, "must have a valid superlora header")
+    assert_refused(saved, "must have a (readable|valid) superlora header")
 
 
 WEIGHTS = {
@@ -217,7 +217,7 @@ def test_message_about_thousands_of_layers_is_short(tmp_path):
     weights = [[f"layers.{i}.q", [4, 4]] for i in range(3000)]
     header = {"format_version": 1, "spec": sl.lora(1).to_dict(), "weights": weights}
     write(path, {"0.0.factor0": torch.ones(4, 1)}, header)
-    assert_refused(path, "missing '0.0.factor1'")
+    assert_refused(path, "no layer 'layers.0.q'.* and 2980 more")
 
 
 def test_name_in_use(saved):

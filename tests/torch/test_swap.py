@@ -307,7 +307,7 @@ HEADERS = {
     "spec": ({"spec": {"rank": 0}}, "must have a valid superlora header"),
     "no weights": ({"weights": None}, "must have a valid superlora header"),
     "scale a text": ({"scale": "much"}, "must have a valid superlora header"),
-    "scale infinite": ({"scale": float("inf")}, "must have a valid superlora header"),
+    "scale infinite": ({"scale": float("inf")}, "numbers must be finite: got Infinity"),
     "frozen a list": ({"frozen": [1]}, "must have a valid superlora header"),
     "maps a list": ({"maps": [1]}, "must have a valid superlora header"),
     "maps of none": ({"maps": {"0": 1}}, "maps must be drawn .*'0'"),

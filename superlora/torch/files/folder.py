@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from superlora.plan import Plan
+from superlora.torch.files import strict_json
 from superlora.torch.files.safetensors_file import read_metadata, write_text
 from superlora.torch.files.state import KEY
 
@@ -25,7 +26,7 @@ def file_of(path: Path) -> Path:
     design = path / DESIGN
     if design.is_file():
         try:
-            said = json.loads(design.read_text(encoding="utf-8"))
+            said = strict_json.parse(design.read_text(encoding="utf-8"))
             held = json.loads(read_metadata(path / TENSORS).get(KEY, ""))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{design} must be JSON: {error}") from None

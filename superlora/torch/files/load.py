@@ -26,6 +26,7 @@ from superlora.torch.attach import (
     placed,
     register,
 )
+from superlora.torch.blocks import scale_in_force
 from superlora.torch.files.folder import file_of
 from superlora.torch.files.safetensors_file import Header, read_tensors
 from superlora.torch.files.state import (
@@ -56,6 +57,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     low_memory: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Adapter:
     """Attach a saved adapter to a model.
 
@@ -76,6 +78,8 @@ def load(
     low_memory : bool
         Take a model whose weights lie on the meta device: the factors are put in place once the
         weights have memory.
+    allow_nonfinite : bool
+        Read NaN and infinity too, which are refused else.
 
     Returns
     -------
@@ -95,11 +99,12 @@ def load(
     ValueError
         If the file is truncated, not an adapter, of another format version, for
         other names or shapes, or has missing or extra tensors, or its maps or frozen
-        blocks are not drawn as they were: they are listed, and the model is as it was.
+        blocks are not drawn as they were, or a factor is not finite: they are
+        listed, and the model is as it was.
     """
     model = checked_model(model)
     path = file_of(Path(path))
-    read = read_adapter(model, path, name, device, dtype, low_memory)
+    read = read_adapter(model, path, name, allow_nonfinite, device, dtype, low_memory)
     if read.description.supernet is not None:
         raise ValueError(f"{path} must be an adapter's: superlora.search.Supernet.load reads it")
     check_apply(apply, read.plan.layout)
@@ -130,6 +135,7 @@ def read_adapter(
     model: nn.Module,
     path: Path,
     name: str,
+    nonfinite: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     low_memory: bool = False,
@@ -137,22 +143,26 @@ def read_adapter(
     """Read a file, and check that its adapter fits a model; nothing is changed."""
     model = checked_model(model)
 
-    def check(metadata: Mapping[str, str], tensors: Header) -> tuple[Plan, Description]:
-        description = description_of(metadata, path)
+    # Modules and parameters; what a file may cost is in proportion to them.
+    most = sum(1 + len(module._parameters) for module in model.modules())
+
+    def check(metadata: Mapping[str, str], tensors: Header) -> tuple[Plan, Description, Selection]:
+        description = description_of(metadata, path, most)
+        rows, tied = description.rows, "once" if description.tied else "refuse"
+        selection = find_layers(model, description.layers, path, rows, tied, low_memory)
+        # After that, no width is beyond the model's.
         with valid_header(path):
             plan = Plan(description.spec, description.layers)
         check_tensors(plan, tensors, path)
-        return plan, description
+        return plan, description, selection
 
-    (plan, description), tensors = read_tensors(path, check)
+    (plan, description, selection), tensors = read_tensors(path, check, nonfinite=nonfinite)
     factors = {key: value for key, value in tensors.items() if not key.startswith(MODEL)}
     values = {
         plain_name(key.removeprefix(MODEL)): value
         for key, value in tensors.items()
         if key.startswith(MODEL)
     }
-    rows, tied = description.rows, "once" if description.tied else "refuse"
-    selection = find_layers(model, plan.layout.layer_axes, path, rows, tied, low_memory)
     weights = selection.weights
     check_operations(plan, selection)
     check_biases(plan, weights, description, path)
@@ -162,8 +172,13 @@ def read_adapter(
     # Rounded as they were when they were saved.
     saved = factors[next(iter(plan.factor_shapes))].dtype
     made = {name: block.to(saved) for name, block in frozen_of(plan, weights).items()}
-    check_frozen({name: print_of(block) for name, block in made.items()}, description, path)
     dtype = checked_dtype(dtype) or saved
+    with valid_header(path):
+        for layer in plan.layout.shapes:
+            own = scale_in_force(plan.layout.scaling(layer), plan.scale, description.scale)
+            if not abs(own) <= torch.finfo(dtype).max:
+                raise ValueError(f"scales must be numbers of {dtype}: got {own:g} for {layer!r}")
+    check_frozen({name: print_of(block) for name, block in made.items()}, description, path)
     blocks = placed(plan, weights, factors | made, dtype, device)
     empty = [name for name, block in blocks.items() if block.is_meta]
     stored = {name: (factors | made)[name].to(dtype) for name in empty}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import os
-import uuid
-from collections.abc import Callable, Mapping
+import re
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from superlora.errors import some
+from superlora.torch.files import strict_json
+
 # Of the tensors that are read, by what a file calls them.
 DTYPES = {
     "F64": torch.float64,
@@ -20,6 +27,8 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# Bytes of a header: a hundred a tensor, of 300,000.
+_LONGEST = 32 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # What a file's header says of its tensors: shape and dtype by name.
@@ -50,7 +59,11 @@ def other_shapes(
 
 
 def read_tensors(
-    path: Path, check: Callable[[Mapping[str, str], Header], Checked], *, owned: bool = True
+    path: Path,
+    check: Callable[[Mapping[str, str], Header], Checked],
+    *,
+    owned: bool = True,
+    nonfinite: bool = False,
 ) -> tuple[Checked, dict[str, Tensor]]:
     """Read the tensors of a safetensors file, after its header was found good."""
     if path.suffix in _PICKLES:
@@ -62,17 +75,54 @@ def read_tensors(
     if not path.is_file():
         hint = "; it is a folder, which superlora.torch.from_peft reads" if path.is_dir() else ""
         raise FileNotFoundError(f"no adapter file at {path}{hint}")
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             header = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
             checked = check(file.metadata() or {}, header)
             found = {key: file.get_tensor(key) for key in header}
+            # A sum is finite where all entries are, and seldom else: what is left is looked at.
+            wrong = [key for key, value in found.items() if not nonfinite and not _is_finite(value)]
+            if wrong:
+                raise ValueError(
+                    f"{path} must hold finite numbers, or allow_nonfinite=True: got NaN or "
+                    f"infinity in {some(map(repr, wrong))}"
+                )
             if owned:
                 found = {key: value.clone() for key, value in found.items()}
             return checked, found
     except SafetensorError as error:
-        raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
+        raise ValueError(f"{path} must be a whole safetensors file: {short(error)}") from None
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not value.is_floating_point() or not value.numel():
+        return True
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
+def short(error: object) -> str:
+    """Return an error's words, of which a file may have written most."""
+    text = str(error)
+    return text if len(text) <= 1000 else f"{text[:900]} … {text[-90:]}"
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that is too long, or says something twice, of which the last would count."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if size > _LONGEST:
+            raise ValueError(
+                f"{path} must be a whole safetensors file, of a header of at most {_LONGEST:,} "
+                f"bytes: got {size:,}"
+            )
+        text = file.read(size)
+    try:
+        strict_json.parse(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a whole safetensors file: {short(error)}") from None
 
 
 def read_metadata(path: Path) -> Mapping[str, str]:
@@ -86,12 +136,8 @@ def read_metadata(path: Path) -> Mapping[str, str]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path.resolve()) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(
@@ -106,13 +152,47 @@ def write_tensors(
     if path.suffix in _PICKLES:
         raise ValueError(f"path must not end like a pickle's, which loading refuses: got {path}")
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = path.parent / f".{uuid.uuid4().hex}.part"
+    with replacing(path) as temporary:
+        save_file(held, temporary, metadata=metadata)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a file to write, which takes the place of another once it is whole and on the disk."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"path must be a regular file: got {path}, a device, pipe or socket")
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        writer = re.fullmatch(r"(\d+)-\d+", stale.name[len(path.name) + 2 : -5])
+        if writer and not _runs(int(writer[1])):
+            stale.unlink(missing_ok=True)
+    # Another thread or process may write to the same path.
+    writer_id = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = path.parent / f".{path.name}.{writer_id}.part"
+    temporary.unlink(missing_ok=True)
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     mode = (path if path.exists() else temporary).stat().st_mode
     try:
-        save_file(held, temporary, metadata=metadata)
+        try:
+            yield temporary
+        except SafetensorError as error:  # what its writer says of a full disk
+            raise OSError(f"{path} could not be written: {error}") from error
         os.chmod(temporary, mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _runs(process: int) -> bool:
+    """Return whether a process may still run."""
+    if os.name != "posix":
+        return process == os.getpid()  # another's open file cannot be removed there
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True

@@ -18,15 +18,18 @@ from torch import Tensor
 from superlora.algebra.frozen import fingerprint
 from superlora.checks import check_count
 from superlora.design.axes import Axes
+from superlora.design.patterns import check_cost
 from superlora.design.spec import Spec
-from superlora.design.supports import OF_BIAS, Supports, design_from_dict
+from superlora.design.supports import OF_BIAS, OPERATIONS, Supports, design_from_dict
 from superlora.errors import some
 from superlora.plan import Plan
 from superlora.torch.blocks import Blocks
 from superlora.torch.dropout import Dropout
+from superlora.torch.files import strict_json
 from superlora.torch.files.safetensors_file import (
     Header,
     other_shapes,
+    short,
     unfit_dtypes,
     write_tensors,
 )
@@ -42,6 +45,23 @@ MODEL = "model."
 KEY = "superlora"
 # In it, of a supernet.
 SUPERNET = "supernet"
+# All that a header may say. A field that is not here is refused: it would be lost in silence.
+FIELDS = (
+    "format_version",
+    "spec",
+    "weights",
+    "scale",
+    "without_bias",
+    "frozen",
+    "maps",
+    SUPERNET,
+    "rows",
+    "tied",
+    "shared",
+    "dropout",
+)
+# Characters of a header: of any, and for each weight that the model could have adapted.
+_CHARACTERS = (1 << 16, 1 << 12)
 # What reading a header of other values than ours can raise.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 # Between fingerprints: rounding changes one by less.
@@ -115,20 +135,52 @@ def _read(axes: Any) -> Axes:
     return Axes(**axes) if isinstance(axes, dict) else Axes.of(tuple(axes))
 
 
-def description_of(metadata: Mapping[str, str], path: Path) -> Description:
-    """Return what a file's metadata says; the layers' shapes are not checked."""
+def description_of(metadata: Mapping[str, str], path: Path, most: int) -> Description:
+    """Return what a file's metadata says; a model of `most` weights bounds what it may cost."""
     if KEY not in metadata:
         raise ValueError(f"{path} must be a superlora adapter: its header does not say so")
+    text, longest = metadata[KEY], _CHARACTERS[0] + _CHARACTERS[1] * most
+    if len(text) > longest:
+        raise ValueError(
+            f"{path} must have a superlora header of at most {longest:,} characters for such a "
+            f"model: got {len(text):,}"
+        )
     try:
-        header: dict[str, Any] = json.loads(metadata[KEY])
+        header: dict[str, Any] = strict_json.parse(text)
         version = header["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} must have a readable superlora header: {error!r}") from None
+        raise ValueError(
+            f"{path} must have a readable superlora header: {short(repr(error))}"
+        ) from None
     if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(f"{path} must be of format version {FORMAT_VERSION}: got {version!r}")
+        raise ValueError(
+            f"{path} must be of format version {FORMAT_VERSION}: got {short(repr(version))}"
+        )
     with valid_header(path):
+        unknown = [key for key in header if key not in FIELDS]
+        if unknown:
+            raise ValueError(
+                f"it must have only the fields {', '.join(FIELDS)}: got also "
+                f"{some(map(repr, unknown))}, perhaps of a later version"
+            )
+        _check_overrides(header["spec"], most)
         spec = design_from_dict(header["spec"])
-        in_force = Spec(scale=0.0 + header["scale"]) if "scale" in header else spec
+        layers = [(plain_name(name), _read(axes)) for name, axes in header["weights"]]
+        names = [name for name, _ in layers]
+        if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+            raise ValueError("weights must have names, every one once")
+        _check_patterns(spec, names)
+        rows = {plain_name(name): _range(own) for name, own in header.get("rows", {}).items()}
+        known = {*names, *(name.rpartition(".")[0] for name in rows)}
+        for key in ("rows", "without_bias"):
+            strangers = [own for own in header.get(key, ()) if plain_name(own) not in known]
+            if strangers:
+                raise ValueError(f"{key} must be of weights: got {some(map(repr, strangers))}")
+        in_force: Spec | Supports = spec
+        if "scale" in header:
+            if header["scale"] is None:
+                raise ValueError("scale must be a number: got None")
+            in_force = Spec(scale=header["scale"])
         prints = dict(header.get("frozen", {}))
         for number in prints.values():
             if isinstance(number, bool) or not math.isfinite(number):
@@ -136,12 +188,12 @@ def description_of(metadata: Mapping[str, str], path: Path) -> Description:
         return Description(
             spec,
             in_force.scaling,
-            {plain_name(name): _read(axes) for name, axes in header["weights"]},
+            dict(layers),
             set(map(plain_name, header.get("without_bias", ()))),
             prints,
             dict(header.get("maps", {})),
             header.get(SUPERNET),
-            {plain_name(name): _range(own) for name, own in header.get("rows", {}).items()},
+            rows,
             [plain_name(name) for name in header.get("tied", ())],
             {name: [*map(str, own)] for name, own in header.get("shared", {}).items()},
             Dropout(header.get("dropout")),
@@ -159,7 +211,33 @@ def valid_header(path: Path) -> Iterator[None]:
     try:
         yield
     except _UNREADABLE as error:
-        raise ValueError(f"{path} must have a valid superlora header: {error}") from None
+        raise ValueError(f"{path} must have a valid superlora header: {short(error)}") from None
+
+
+def _specs_in(design: Any) -> list[Any]:
+    """Return the plain specs of a plain design."""
+    if isinstance(design, dict) and set(design) == {"supports"}:
+        return [own for _, own in design["supports"]]
+    return [design]
+
+
+def _check_overrides(design: Any, most: int) -> None:
+    """Refuse overrides that cannot match a weight each, before they are read."""
+    for own in _specs_in(design):
+        overrides = own.get("overrides") if isinstance(own, dict) else None
+        if overrides is not None and len(overrides) > len(OPERATIONS) * most:
+            raise ValueError(
+                f"overrides must match weights of their own, {len(OPERATIONS) * most} at most: got "
+                f"{len(overrides)}"
+            )
+
+
+def _check_patterns(design: Spec | Supports, names: list[str]) -> None:
+    """Refuse patterns that cost too much to match with weights."""
+    designs = [((), design)] if isinstance(design, Spec) else design.designs
+    for operations, own in designs:
+        every = [f"{op}.{name}" for op in operations for name in names] or names
+        check_cost([pattern for pattern, _ in own.overrides], every)
 
 
 def check_biases(
@@ -196,7 +274,7 @@ def check_tensors(plan: Plan, header: Header, path: Path) -> None:
     if len(kinds) > 1:
         problems.append(f"more than one dtype: {', '.join(kinds)}")
     if problems:
-        raise ValueError(f"{path} must hold the factors of its spec: {some(problems, 20)}")
+        raise ValueError(f"{path} must hold the factors of its spec: {short(some(problems, 20))}")
 
 
 def stored_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:

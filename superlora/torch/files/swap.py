@@ -32,6 +32,7 @@ def swap_blocks(
     replaced: Replaced | None,
     beside: Mapping[str, Any],
     path: Path,
+    nonfinite: bool,
 ) -> float:
     """Copy the factors of a file of the same design into blocks, and return its scale."""
     own = {name: blocks[name] for name in state.stored_shapes(blocks.plan)}
@@ -39,7 +40,7 @@ def swap_blocks(
         own |= {state.MODEL + name: value for name, value in replaced.tensors().items()}
 
     def check(metadata: Mapping[str, str], tensors: Header) -> state.Description:
-        description = state.description_of(metadata, path)
+        description = state.description_of(metadata, path, len(blocks.plan.layout.layer_axes))
         # The seed of a supernet says nothing of its tensors.
         spaces = [
             (of or {}).get("space") for of in (beside.get(state.SUPERNET), description.supernet)
@@ -60,7 +61,7 @@ def swap_blocks(
         return description
 
     # Not cloned: they are copied below, while the file lies there.
-    description, found = read_tensors(path, check, owned=False)
+    description, found = read_tensors(path, check, owned=False, nonfinite=nonfinite)
     fitted = {name: _fitted(name, found[name], tensor, path) for name, tensor in own.items()}
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in own.items():

@@ -22,7 +22,12 @@ _BIAS = "diff_b"
 
 
 def from_lycoris(
-    model: nn.Module, path: str | Path, *, prefix: str = "lycoris", name: str = "superlora"
+    model: nn.Module,
+    path: str | Path,
+    *,
+    prefix: str = "lycoris",
+    name: str = "superlora",
+    allow_nonfinite: bool = False,
 ) -> Adapter:
     """Attach an adapter that LyCORIS saved.
 
@@ -36,6 +41,8 @@ def from_lycoris(
         What the keys begin with, before the layer's name with underscores.
     name : str
         The attribute of `model` under which the adapter is registered.
+    allow_nonfinite : bool
+        Read NaN and infinity too, which are refused else.
 
     Returns
     -------
@@ -62,7 +69,7 @@ def from_lycoris(
         refuse(path, problems)
         return layers
 
-    layers, tensors = read_tensors(path, check)
+    layers, tensors = read_tensors(path, check, nonfinite=allow_nonfinite)
     updates: dict[str, LayerUpdate] = {}
     replaced: dict[str, Tensor] = {}
     problems: list[str] = []

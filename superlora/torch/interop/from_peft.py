@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from superlora.design.patterns import check_cost, ends_of, matches, starts_of
 from superlora.design.spec import Spec
 from superlora.errors import some
 from superlora.presets import vera
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import checked_model
 from superlora.torch.dropout import Dropout
-from superlora.torch.files.safetensors_file import Header, read_tensors, unfit_dtypes
+from superlora.torch.files import strict_json
+from superlora.torch.files.safetensors_file import Header, read_tensors, short, unfit_dtypes
 from superlora.torch.interop import formats
 from superlora.torch.interop.foreign import LayerUpdate, attach_foreign, refuse, update_of
 from superlora.torch.interop.formats import PEFT_FORMS
@@ -29,6 +31,8 @@ from superlora.torch.layers import Weight, is_linear
 from superlora.torch.targets import is_named
 from superlora.torch.walk import outside_adapters
 
+# Bytes of a config: of any, and for each module of the model.
+_CHARACTERS = (1 << 16, 1 << 10)
 _METHODS = [method.upper() for method in PEFT_FORMS]
 _SHARED = {"VERA": ("base_model.vera_A", "base_model.vera_B")}
 # Options with which the layers compute something else than the tensors above say.
@@ -50,7 +54,13 @@ _OTHER_FORWARD = (
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
-def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora") -> Adapter:
+def from_peft(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    name: str = "superlora",
+    allow_nonfinite: bool = False,
+) -> Adapter:
     """Attach an adapter that PEFT saved.
 
     Parameters
@@ -62,6 +72,8 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
         LoRA, LoKr, LoHa or VeRA adapter.
     name : str
         The attribute of `model` under which the adapter is registered.
+    allow_nonfinite : bool
+        Read NaN and infinity too, which are refused else.
 
     Returns
     -------
@@ -84,7 +96,10 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
     """
     model = checked_model(model)
     folder = Path(directory)
-    config = _read_config(folder)
+    # What a config may cost is in proportion to the model.
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    config = _read_config(folder, len(names))
+    _check_costs(folder / CONFIG, config, names)
 
     def check(_: Mapping[str, str], header: Header) -> _Keys:
         keys = _sort_keys(config, header)
@@ -96,7 +111,7 @@ def from_peft(model: nn.Module, directory: str | Path, *, name: str = "superlora
     path = folder / WEIGHTS
     if not path.exists() and pickled.exists():
         path = pickled
-    keys, tensors = read_tensors(path, check)
+    keys, tensors = read_tensors(path, check, nonfinite=allow_nonfinite)
     modules = dict(outside_adapters(model))
     updates: dict[str, LayerUpdate] = {}
     problems = []
@@ -129,19 +144,27 @@ def _dropout(config: Mapping[str, Any]) -> Dropout:
     return Dropout({own: config[key] for key, own in names.items() if config.get(key)})
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, most: int) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         below = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}"))
         hint = f"; its sub-folders {below} have one each" if below else ""
         raise FileNotFoundError(f"no {CONFIG} in {folder}, the folder that PEFT saved{hint}")
+    longest = _CHARACTERS[0] + _CHARACTERS[1] * most
+    if path.stat().st_size > longest:
+        raise ValueError(
+            f"{path} must have at most {longest:,} bytes for such a model: got "
+            f"{path.stat().st_size:,}"
+        )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = strict_json.parse(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON: {error}") from None
+        raise ValueError(f"{path} must be JSON: {short(error)}") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in _METHODS:
-        raise ValueError(f"{path} must be of peft_type {', '.join(_METHODS)}: got {kind!r}")
+        raise ValueError(
+            f"{path} must be of peft_type {', '.join(_METHODS)}: got {short(repr(kind))}"
+        )
     problems = [f"{option}={config[option]!r}" for option in _OTHER_FORWARD if config.get(option)]
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_OTHER_BASE):
@@ -150,7 +173,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "path_initial_model_for_weight_conversion"
         )
     if problems:
-        raise ValueError(f"{path} must have no option beyond plain {kind}: got {some(problems)}")
+        raise ValueError(
+            f"{path} must have no option beyond plain {kind}: got {short(some(problems))}"
+        )
     _check_values(path, config)
     try:
         _dropout(config)
@@ -169,6 +194,8 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
         "target_modules": _are_names(targets, patterns=isinstance(targets, str)),
         "layers_to_transform": all(type(index) is int for index in many),
         "bias": isinstance(config.get("bias", "none"), str),
+        "fan_in_fan_out": isinstance(config.get("fan_in_fan_out", False), bool),
+        "use_rslora": isinstance(config.get("use_rslora", False), bool),
     }
     alpha = ALPHAS.get(config["peft_type"].lower())
     if alpha:
@@ -187,13 +214,13 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
         problems += [f"{key} {name!r}" for name in names if not _are_names(name)]
     problems += [f"{key}={config.get(key)!r}" for key, good in fits.items() if not good]
     if problems:
-        raise ValueError(f"{path} must have valid values: got {some(problems)}")
+        raise ValueError(f"{path} must have valid values: got {short(some(problems))}")
 
 
 def _is_number(value: object, least: float = -math.inf) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return math.isfinite(value) and value >= least
+    return abs(value) <= sys.float_info.max and value >= least
 
 
 def _are_names(value: object, patterns: bool = True) -> bool:
@@ -204,7 +231,7 @@ def _are_names(value: object, patterns: bool = True) -> bool:
     try:
         for name in names if patterns else ():
             re.compile(name)
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
     return True
 
@@ -293,41 +320,97 @@ def _check_targets(
     targets = config["target_modules"]
     if targets == "all-linear":
         return problems
-    strangers = [layer for layer in layers if not _matches(targets, layer)]
-    problems += [f"{layer!r} is no target of the config" for layer in strangers]
+    problems += [
+        f"{layer!r} is no target of the config"
+        for layer in layers
+        if not _matches(targets, layer) or _is_excluded(config, layer)
+    ]
     wanted = [
         layer
         for layer, module in modules.items()
         if is_linear(module) and _matches(targets, layer) and _is_transformed(config, layer)
     ]
-    return problems + [f"missing the tensors of {name!r}" for name in wanted if name not in layers]
+    problems += [f"missing the tensors of {name!r}" for name in wanted if name not in layers]
+    for key in ("rank_pattern", "alpha_pattern"):
+        problems += [
+            f"{key} {pattern!r} matches no layer with tensors"
+            for pattern in config.get(key) or ()
+            if not any(_has_pattern(pattern, layer) for layer in layers)
+        ]
+    return problems + _turned(config, modules, layers)
+
+
+def _turned(
+    config: Mapping[str, Any], modules: Mapping[str, nn.Module], layers: Mapping[str, Any]
+) -> list[str]:
+    """Return the layers for whose class PEFT itself would correct what the config says."""
+    kinds = {type(modules[layer]).__name__ == "Conv1D" for layer in layers if layer in modules}
+    said = config.get("fan_in_fan_out")
+    # It corrects it layer by layer, with a warning; wrong for all, the config is another model's.
+    if config["peft_type"] != "LORA" or said is None or len(kinds) != 1 or said in kinds:
+        return []
+    return [f"fan_in_fan_out={said} contradicts the layers, which are all of the other kind"]
 
 
 def _matches(names: Any, layer: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, layer) is not None
+        return matches(names, layer)
     return is_named(layer, names or ())
 
 
 def _is_transformed(config: Mapping[str, Any], layer: str) -> bool:
     """Return whether PEFT adapts a layer that is named like a target."""
     saved = config.get("modules_to_save") or ()
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", layer) for name in saved):
+    if any(ends_of(_whole(name), layer) for name in saved):
         return False
+    return not _is_excluded(config, layer)
+
+
+def _is_excluded(config: Mapping[str, Any], layer: str) -> bool:
+    """Return whether a config leaves out a layer that is named like a target."""
     if _matches(config.get("exclude_modules"), layer):
-        return False
+        return True
     indices = config.get("layers_to_transform")
     targets = config["target_modules"]
     if indices in (None, []) or isinstance(targets, str) or layer in targets:
-        return True
+        return False
     names = config.get("layers_pattern") or []
     names = [names] if isinstance(names, str) else names
-    patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
-    for pattern in patterns:
-        found = re.match(pattern, layer)
-        if found:
-            return int(found[1]) in ([indices] if isinstance(indices, int) else indices)
-    return False
+    parts = layer.split(".")
+    numbers = [place for place, part in enumerate(parts[:-1]) if part.isdecimal()]
+    for name in names or [None]:
+        for place in numbers:
+            before = ".".join(parts[:place])
+            found = place > 1 if name is None else matches(name, before, starts_of(before))
+            if found and (place or name is None):
+                return int(parts[place]) not in ([indices] if isinstance(indices, int) else indices)
+    return True
+
+
+def _whole(name: str) -> str:
+    """Return the pattern by which PEFT finds what lies in a module that is saved whole."""
+    return rf"(^|.*\.){name}($|\..*)"
+
+
+def _has_pattern(pattern: str, layer: str) -> bool:
+    return matches(rf"(?:{pattern})$", layer, starts_of(layer))
+
+
+def _check_costs(path: Path, config: Mapping[str, Any], names: list[str]) -> None:
+    """Refuse patterns that cost too much to match with a model's names."""
+    many = [config.get(key) for key in ("target_modules", "exclude_modules")]
+    patterns = [own for own in many if isinstance(own, str)]
+    own = config.get("layers_pattern") or []
+    patterns += [own] if isinstance(own, str) else own
+    patterns += map(_whole, config.get("modules_to_save") or ())
+    for key in ("rank_pattern", "alpha_pattern"):
+        if len(config.get(key) or ()) > len(names):
+            raise ValueError(f"{path} must have no more patterns than layers: got more in {key}")
+        patterns += [f"(?:{pattern})$" for pattern in config.get(key) or ()]
+    try:
+        check_cost(patterns, names)
+    except (ValueError, re.error, RecursionError) as error:
+        raise ValueError(f"{path} must have valid values: {short(error)}") from None
 
 
 def _update(
@@ -363,6 +446,6 @@ def _vera_update(rank: int, columns: int, found: Mapping[str, Tensor]) -> LayerU
 
 def _of_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+        if _has_pattern(pattern, layer):
             return value
     return default

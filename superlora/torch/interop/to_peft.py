@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from superlora.design.fold_shape import bounded_splits, ceil_divide
 from superlora.errors import some
 from superlora.torch.blocks import Blocks
-from superlora.torch.files.safetensors_file import write_tensors
+from superlora.torch.files.safetensors_file import replacing, write_tensors
 from superlora.torch.interop import formats
 from superlora.torch.layers import Weight
 from superlora.torch.replaced import Replaced
@@ -44,6 +43,8 @@ def save_peft(
     for name in (CONFIG, WEIGHTS):
         if (directory / name).is_dir():
             raise IsADirectoryError(f"directory must have no folder {name}: got {directory}")
+        if (directory / name).exists() and not (directory / name).is_file():
+            raise ValueError(f"directory must have a regular file {name}: got {directory / name}")
     conv = [weight.kind == "Conv1D" for weight in weights.values()]
     modules = {name: weight.module for name, weight in weights.items()}
     others = [name for name, weight in weights.items() if not _is_known(weight)]
@@ -66,13 +67,9 @@ def save_peft(
         options |= saved
     config = _config(model, layers, all(conv)) | options
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{CONFIG}.part"
-    try:
+    with replacing((directory / CONFIG).resolve()) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
-        os.replace(temporary, directory / CONFIG)
-    finally:
-        temporary.unlink(missing_ok=True)
     return formats.Export(directory, {name: layer.method for name, layer in layers.items()}, errors)
 
 
