@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sqlite3
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -225,11 +226,29 @@ class _Run:
         found: dict[Indices, FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             if trial.number not in self._decoded:  # what is complete stays so
+                self._check(trial)
                 self._decoded[trial.number] = self.parameters.decoded(trial)
             indices = self._decoded[trial.number]
             if indices is not None:
                 found.setdefault(indices, trial)
         return found
+
+    def _check(self, trial: FrozenTrial) -> None:
+        """Refuse a complete trial that no search has written, as in a journal edited by hand."""
+        values, label = trial.values or [], trial.user_attrs.get("label", "")
+        numbers = [isinstance(v, (int, float)) and abs(v) <= sys.float_info.max for v in values]
+        fixed = trial.system_attrs.get("fixed_params", {})
+        wrong = {
+            "values": (values, len(numbers) == self.objectives and all(numbers)),
+            "label": (label, isinstance(label, str)),
+            "fixed_params": (fixed, isinstance(fixed, Mapping)),
+        }
+        for field, (found, good) in wrong.items():
+            if not good:
+                raise ValueError(
+                    f"storage must hold what a search has written: trial {trial.number} of study "
+                    f"{self.study.study_name!r} has {field} {found!r}"
+                )
 
     @property
     def place(self) -> int:

@@ -64,10 +64,9 @@ def check_adapter(model, adapter, x=None):
         options = {name: own[0] for name, own in adapter.space.operations.items()}
         adapter.use(adapter.space.fixed(options))
     y = model(x)
-    largest = max(
-        float(each.detach().abs().max()) for each in adapter.factors().values() if each.numel()
-    )
-    if max(largest, abs(adapter.scale)) > 1e4:  # finite numbers, whose products need not be
+    factors = [each.detach().abs().max() for each in adapter.factors().values() if each.numel()]
+    scales = [abs(scale.value) for scale in adapter.blocks.scales.values()]
+    if max(*map(float, factors), *scales) > 1e4:  # finite numbers, whose products need not be
         return
     assert y.isfinite().all()
     adapter.merge(bias="ignore")

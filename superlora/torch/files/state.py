@@ -149,6 +149,8 @@ def description_of(metadata: Mapping[str, str], path: Path, most: int) -> Descri
         header: dict[str, Any] = strict_json.parse(text)
         version = header["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if type(error) is ValueError:  # JSON, but not of ours
+            raise ValueError(f"{path} must have a valid superlora header: {error}") from None
         raise ValueError(
             f"{path} must have a readable superlora header: {short(repr(error))}"
         ) from None
