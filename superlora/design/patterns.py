@@ -32,6 +32,7 @@ _STARTS = (op.AT_BEGINNING, op.AT_BEGINNING_STRING)
 _ONE_CHARACTER = (op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN)
 _OTHERS = (op.AT, op.BRANCH, op.SUBPATTERN, op.ASSERT, op.ASSERT_NOT)
 _REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT)
+_CHOICES = (*_REPEATS, op.BRANCH)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -88,13 +89,9 @@ def _is_plain(pattern: str) -> bool:
     """Return whether Python's engine has few choices, or is the only one that can."""
     # Of n letters, three choices one after the other take at most n³ / 6 steps; nested, 2ⁿ.
     tree = _tree(pattern)
-    choices = [(kind, own) for kind, own in _parts(tree) if kind in _REPEATS or kind is op.BRANCH]
-    nested = any(
-        inner in _REPEATS
-        for kind, own in choices
-        if kind in _REPEATS
-        for inner, _ in _parts(own[2])
-    )
+    choices = [(kind, own) for kind, own in _parts(tree) if kind in _CHOICES]
+    repeated = [own[2] for kind, own in choices if kind in _REPEATS]
+    nested = any(kind in _CHOICES for own in repeated for kind, _ in _parts(own))
     return (len(choices) <= 3 and not nested) or not _walkable(tree)
 
 
