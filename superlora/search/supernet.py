@@ -34,7 +34,6 @@ from superlora.torch.blocks import Blocks
 from superlora.torch.files.load import read_adapter
 from superlora.torch.files.state import SUPERNET, valid_header
 from superlora.torch.selection import Selection
-from superlora.torch.sharded import refuse_engines
 from superlora.torch.site import Site
 from superlora.torch.support import Support
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
@@ -371,7 +370,7 @@ class Supernet(Adapter):
         designs = supports_of(configuration)
         if name != self.name:
             check_free(model, host, name)
-        refuse_engines(model)
+        check_model(model)
         self.detach()
         try:
             adapter = attach(

@@ -33,7 +33,7 @@ from superlora.torch.sharded import refuse_engines, refuse_plans, spread
 from superlora.torch.site import Site
 from superlora.torch.summary import warn_of_few
 from superlora.torch.targets import ALL, ALL_LINEAR, Targets, find_targets
-from superlora.torch.walk import freeze
+from superlora.torch.walk import freeze, outside_adapters
 
 
 def attach(
@@ -351,7 +351,7 @@ def check_model(model: object) -> None:
     """Refuse what is no model, or one that can be given no parameters any more."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
-    refuse_engines(model)
+    refuse_engines(outside_adapters(model))
 
 
 def initial(
