@@ -35,7 +35,6 @@ from superlora.torch.files.load import read_adapter
 from superlora.torch.files.state import SUPERNET, valid_header
 from superlora.torch.replaced import Also, Replaced, with_also
 from superlora.torch.selection import Selection
-from superlora.torch.sharded import refuse_engines
 from superlora.torch.site import Site
 from superlora.torch.support import Support
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
@@ -378,7 +377,7 @@ class Supernet(Adapter):
             check_free(model, host, name)
         held = self.replaced
         values = {} if held is None else held.tensors()
-        refuse_engines(model)
+        checked_model(model)
         self.detach()
         try:
             adapter = attach(

@@ -394,7 +394,9 @@ class Adapter(nn.Module):
             By the names of `deltas`; updates are formed one at a time, and those that are thin
             products not at all.
         """
-        return {name: norms_of(self.blocks, name) for name in self.supports}
+        self._settle()
+        with self.blocks.gathered():
+            return {name: norms_of(self.blocks, name) for name in self.supports}
 
     def delta(self, name: str) -> Tensor:
         """Form one layer's update.

@@ -34,7 +34,7 @@ from superlora.torch.sharded import refuse_engines, refuse_plans, spread
 from superlora.torch.site import Site
 from superlora.torch.summary import warn_of_few
 from superlora.torch.targets import ALL, ALL_LINEAR, Targets, find_targets
-from superlora.torch.walk import freeze, unwrapped
+from superlora.torch.walk import freeze, outside_adapters, unwrapped
 
 
 def attach(
@@ -395,7 +395,7 @@ def checked_model(model: object) -> nn.Module:
     """Return the model to adapt, without what is wrapped around it, or refuse what is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
-    refuse_engines(model)
+    refuse_engines(outside_adapters(model))
     return unwrapped(model)
 
 

@@ -18,7 +18,7 @@ from superlora.design.supports import ADD
 from superlora.errors import AdapterError, some
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import check_free, host_of, register, spec_of
+from superlora.torch.attach import check_free, checked_model, host_of, register, spec_of
 from superlora.torch.replaced import Replaced
 
 # What may differ between the specs of adapters that are combined.
@@ -72,7 +72,7 @@ def combine(
     """
     numbers = _checked(adapters, weights)
     first = adapters[0]
-    model, selection = first.model, first._selection
+    model, selection = checked_model(first.model), first._selection
     replaced = [own for own in adapters if own.replaced is not None]
     scale = 1.0
     if len(adapters) == 1:  # to the last bit

@@ -109,11 +109,13 @@ class ChangeWatch:
         if torch.compiler.is_compiling() or is_traced() or _is_tracing():
             return
         refuse_copy(module)
-        for adapter in self._held:
-            if adapter.blocks.first.read().is_meta:
+        for adapter in self._held:  # without a call, since there may be hundreds
+            first = adapter.blocks.first
+            if first.owner._parameters[first.leaf].is_meta:
                 keep_in_memory(adapter)
-            check_gathers(adapter)
         if is_running():
+            for adapter in self._held:
+                check_gathers(adapter)
             refuse_plans((n, s.module, s.held.parameter) for s, n in self.names.items())
         found = self.changes()
         new = {name: what for name, what in found.items() if name not in self._warned}

@@ -129,9 +129,9 @@ def once(mesh: Any, function: Callable[[], Value]) -> Value:
     return found
 
 
-def refuse_engines(model: nn.Module) -> None:
+def refuse_engines(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Refuse to add parameters to a model whose engine would not add up their gradients."""
-    for name, module in model.named_modules():
+    for name, module in modules:
         kinds = (_ENGINES.get(base.__name__, "") for base in type(module).__mro__)
         found = next(filter(None, kinds), "")
         if found:
@@ -171,8 +171,6 @@ def refuse_copy(module: nn.Module) -> None:
 def check_gathers(adapter: Any) -> None:
     """Refuse a pass in which FSDP2 gathers the factors for a part of their layers alone."""
     model, host = adapter._homes
-    if not is_running():
-        return
     for unit in {host, adapter, adapter.blocks.first.owner} - {model}:
         if all(base.__name__ != "FSDPModule" for base in type(unit).__mro__):
             continue
