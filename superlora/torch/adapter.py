@@ -33,7 +33,13 @@ from superlora.torch.link import Link
 from superlora.torch.norms import Norms, norms_of
 from superlora.torch.offload import keep_in_memory
 from superlora.torch.param_groups import param_groups
-from superlora.torch.reached import ChangeWatch, check_mergeable, check_not_wrapped, listed
+from superlora.torch.reached import (
+    ChangeWatch,
+    changing,
+    check_mergeable,
+    check_not_wrapped,
+    listed,
+)
 from superlora.torch.replaced import Replaced, unsaved
 from superlora.torch.selection import Selection
 from superlora.torch.sharded import gathered, once, reshard, spread
@@ -530,9 +536,9 @@ class Adapter(nn.Module):
     def merge(self, *, unreached: str = "refuse", bias: str = "warn") -> None:
         """Add every update to its weight, so that the model costs what its base does.
 
-        The weights' own values are kept, for `unmerge`. If any cannot be merged, none is. No
-        forward pass of the model must run meanwhile, in another thread: it would read some layers
-        with their update and some without, or one layer's twice.
+        The weights' own values are kept, for `unmerge`. If any cannot be merged, none is. Forward
+        passes of the model that other threads begin meanwhile wait; while one is under way, this
+        is refused. Passes of parts of the model, and compiled ones, are not seen.
 
         Parameters
         ----------
@@ -548,7 +554,7 @@ class Adapter(nn.Module):
         AdapterError
             If the adapter is merged already, disabled or not attached, a weight lies on the meta
             device, is quantised or shared with another layer, a layer was changed since or not
-            reached, or one gains a bias that is refused.
+            reached, or one gains a bias that is refused, or another thread runs a forward pass.
         ValueError
             If the sum of a weight and its update is not finite, or an argument is none of those.
         """
@@ -563,37 +569,39 @@ class Adapter(nn.Module):
         refuse_empty("weights must be loaded, and not offloaded, to be merged", weights)
         check_mergeable(self, self._homes[0], self._sites, self._twins, unreached, bias)
         done: list[Site] = []
-        try:
-            with self.blocks.gathered(), self.blocks.scope.opened():
-                for site in self._own:
-                    done.append(site)
-                    site.merge(self)
-        except BaseException:
-            for site in done:
-                site.unmerge(self)
-            raise
-        self.merged = True
-        self._activate()
+        with changing(self._watch, "merged"):
+            try:
+                with self.blocks.gathered(), self.blocks.scope.opened():
+                    for site in self._own:
+                        done.append(site)
+                        site.merge(self)
+            except BaseException:
+                for site in done:
+                    site.unmerge(self)
+                raise
+            self.merged = True
+            self._activate()
 
     def unmerge(self) -> None:
         """Take every update out of its weight, bit for bit.
 
-        No forward pass of the model must run meanwhile, as for `merge`. The update of an adapter
-        that was merged later is formed and added again.
+        Forward passes of other threads are treated as by `merge`. Updates of adapters that were
+        attached later and are merged are formed and added again.
 
         Raises
         ------
         AdapterError
-            If the adapter is not merged.
+            If the adapter is not merged, or another thread runs a forward pass.
         """
         if not self.merged:
             raise AdapterError(f"adapter {self.name!r} must be merged to be unmerged")
         self._settle()
         self._check_unchanged("unmerged")
-        for site in self._own:
-            site.unmerge(self)
-        self.merged = False
-        self._activate()
+        with changing(self._watch, "unmerged"):
+            for site in self._own:
+                site.unmerge(self)
+            self.merged = False
+            self._activate()
 
     def detach(self, *, keep_merged: bool = False) -> None:
         """Take the adapter off the model, which is then as it was before `attach`.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -33,6 +34,9 @@ _FLAGS = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias", 
 # By thread: the first pass of a model that is under way, and the frame that began it.
 _OPEN: dict[int, tuple[_Reads, FrameType]] = {}
 _NONE = (None, None)
+# By thread: the models whose passes are under way, and what holds up new ones.
+_RUNNING: dict[int, list[ChangeWatch]] = {}
+_CHANGING = threading.RLock()
 
 
 class ChangeWatch:
@@ -108,6 +112,8 @@ class ChangeWatch:
         """Warn of each changed layer once, and begin to look at what the first pass reads."""
         if torch.compiler.is_compiling() or is_traced() or _is_tracing():
             return
+        with _CHANGING:  # once nobody changes weights
+            _RUNNING.setdefault(threading.get_ident(), []).append(self)
         refuse_copy(module)
         for adapter in self._held:  # without a call, since there may be hundreds
             first = adapter.blocks.first
@@ -137,6 +143,9 @@ class ChangeWatch:
         """Warn of weights that the pass read outside of their layers."""
         if torch.compiler.is_compiling():
             return
+        running = _RUNNING.get(threading.get_ident())
+        if running and running[-1] is self:
+            running.pop()
         reads = _OPEN.get(threading.get_ident(), _NONE)[0]
         if reads is None or reads.watch is not self:
             return
@@ -174,6 +183,19 @@ class ChangeWatch:
                 found[self.names[site]] = site
         self._unseen.clear()
         return found
+
+
+@contextmanager
+def changing(watch: ChangeWatch | None, verb: str) -> Iterator[None]:
+    """Let no other thread begin a pass of a model, or refuse where one is under way."""
+    with _CHANGING:
+        alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        if any(watch in _RUNNING.get(thread, ()) for thread in alive if thread is not None):
+            raise AdapterError(
+                f"an adapter must not be {verb} while another thread runs a forward pass of its "
+                "model, which would read some layers with the update and some without"
+            )
+        yield
 
 
 def _close(reads: _Reads) -> None:

@@ -1,6 +1,7 @@
 """Merge, unmerge, disable, detach: exact, all or nothing, and refused out of turn."""
 
 import contextlib
+import threading
 
 import pytest
 import torch
@@ -386,3 +387,68 @@ def test_one_number_that_is_not_finite_is_found_anywhere(dtype, place, value):
     with pytest.raises(ValueError, match="finite"):
         adapter.merge()
     assert base_bits(model) == bits
+
+
+def test_a_merge_beside_a_pass_of_another_thread_is_refused():
+    """Else the pass would read some layers with their update and some without."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.a(x)
+            inside.set()
+            go_on.wait(10)
+            return self.b(x)
+
+    model = Slow()
+    adapter = slt.attach(model, sl.lora(rank=1, alpha=3))
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 4)
+    go_on.set()
+    expected = model(x).detach()
+    for verb, call in (("merged", adapter.merge), ("unmerged", adapter.unmerge)):
+        inside.clear()
+        go_on.clear()
+        found = []
+        thread = threading.Thread(target=lambda found=found: found.append(model(x).detach()))
+        thread.start()
+        inside.wait(10)
+        with pytest.raises(sl.AdapterError, match=f"must not be {verb} while another thread"):
+            call()
+        go_on.set()
+        thread.join()
+        torch.testing.assert_close(found[0], expected)
+        call()
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_passes_wait_for_a_merge_to_end():
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
+    adapter = slt.attach(model, sl.lora(rank=2, alpha=3))
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, 64)
+    expected, found, stop = model(x).detach(), [], threading.Event()
+
+    def passes():
+        while not stop.is_set():
+            found.append(model(x).detach())
+            stop.wait(0.001)
+
+    thread = threading.Thread(target=passes)
+    thread.start()
+    done = 0
+    while done < 20:
+        with contextlib.suppress(sl.AdapterError):
+            adapter.unmerge() if adapter.merged else adapter.merge()
+            done += 1
+    stop.set()
+    thread.join()
+    assert found
+    for y in found:
+        torch.testing.assert_close(y, expected, atol=1e-3, rtol=1e-3)
