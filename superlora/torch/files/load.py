@@ -26,7 +26,6 @@ from superlora.torch.attach import (
     placed,
     register,
 )
-from superlora.torch.blocks import scale_in_force
 from superlora.torch.files.folder import file_of
 from superlora.torch.files.safetensors_file import Header, read_tensors
 from superlora.torch.files.state import (
@@ -35,6 +34,7 @@ from superlora.torch.files.state import (
     check_biases,
     check_frozen,
     check_maps,
+    check_scales,
     check_tensors,
     description_of,
     print_of,
@@ -173,11 +173,7 @@ def read_adapter(
     saved = factors[next(iter(plan.factor_shapes))].dtype
     made = {name: block.to(saved) for name, block in frozen_of(plan, weights).items()}
     dtype = checked_dtype(dtype) or saved
-    with valid_header(path):
-        for layer in plan.layout.shapes:
-            own = scale_in_force(plan.layout.scaling(layer), plan.scale, description.scale)
-            if not abs(own) <= torch.finfo(dtype).max:
-                raise ValueError(f"scales must be numbers of {dtype}: got {own:g} for {layer!r}")
+    check_scales(plan, description.scale, dtype, path)
     check_frozen({name: print_of(block) for name, block in made.items()}, description, path)
     blocks = placed(plan, weights, factors | made, dtype, device)
     empty = [name for name, block in blocks.items() if block.is_meta]

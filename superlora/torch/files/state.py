@@ -23,7 +23,7 @@ from superlora.design.spec import Spec
 from superlora.design.supports import OF_BIAS, OPERATIONS, Supports, design_from_dict
 from superlora.errors import some
 from superlora.plan import Plan
-from superlora.torch.blocks import Blocks
+from superlora.torch.blocks import Blocks, scale_in_force
 from superlora.torch.dropout import Dropout
 from superlora.torch.files import strict_json
 from superlora.torch.files.safetensors_file import (
@@ -265,6 +265,16 @@ def without_bias(plan: Plan, weights: Mapping[str, Weight]) -> list[str]:
         for name, own in plan.layout.supports.items()
         if not OF_BIAS.isdisjoint(own) and Site.bias_below(weights[name]) is None
     ]
+
+
+def check_scales(plan: Plan, scale: float, dtype: torch.dtype, path: Path) -> None:
+    """Refuse a scale that is no number of the factors' type, for any weight."""
+    for layer in plan.layout.shapes:
+        own = scale_in_force(plan.layout.scaling(layer), plan.scale, scale)
+        if not abs(own) <= torch.finfo(dtype).max:
+            raise ValueError(
+                f"{path} must have scales that are numbers of {dtype}: got {own:g} for {layer!r}"
+            )
 
 
 def check_tensors(plan: Plan, header: Header, path: Path) -> None:

@@ -57,6 +57,7 @@ def swap_blocks(
         state.check_tensors(blocks.plan, tensors, path)
         _check_replaced(own, tensors, path)
         state.check_maps(blocks.plan, description, path)
+        state.check_scales(blocks.plan, description.scale, blocks.dtype, path)
         _check_frozen(blocks, description, tensors, path)
         return description
 

@@ -27,6 +27,7 @@ from superlora.torch.attach import (
 )
 from superlora.torch.dropout import Dropout
 from superlora.torch.files.load import find_layers
+from superlora.torch.files.state import check_scales
 from superlora.torch.interop.formats import Layer, Matrix, rank_of
 from superlora.torch.replaced import Replaced, refuse_unfit
 from superlora.torch.targets import is_named
@@ -91,6 +92,7 @@ def attach_foreign(
             whole = tuple(map(slice, plan.layout.block_shapes[own]))
             blocks[own] = values[whole].contiguous()
             dtype = torch.promote_types(dtype, values.dtype)
+    check_scales(plan, plan.scale, dtype, source)
     blocks = placed(plan, weights, blocks, dtype)
     pending = Replaced(model, replaced) if replaced else None
     adapter = Adapter(plan, blocks, name)
