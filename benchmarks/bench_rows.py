@@ -30,7 +30,7 @@ def one_by_one(call: Callable[[], Any]) -> Callable[[], Any]:
     """Return a call in which no layer stacks factors."""
 
     def without() -> Any:
-        with mock.patch.object(site, "low_rank_supports", lambda _: []):
+        with mock.patch.object(site, "low_rank_supports", return_value=[]):
             return call()
 
     return without

@@ -48,9 +48,9 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     The base is computed once for the whole batch. Updates of linear layers that are products of
     two matrices are computed for all adapters at once, others once for each adapter; those
     attached but not in use cost nothing. Without gradients, the factors in use are copied at the
-    first call and kept until the block ends, or are copied again once an operation changes
-    them in place or a scale is set; what ``.data`` changes is not seen. Blocks may be nested: the innermost
-    one of a model decides. Gradients flow; where layers are recomputed for them, as by
+    first call and kept until the block ends, or are copied again once an operation changes them in
+    place or a scale is set; what ``.data`` changes is not seen. Blocks may be nested: the
+    innermost one of a model decides. Gradients flow; where layers are recomputed for them, as by
     ``torch.utils.checkpoint``, take them inside the block.
 
     Examples
