@@ -7,6 +7,6 @@ from superlora.torch.files.load import load
 from superlora.torch.interop import Export as Export
 from superlora.torch.interop.from_lycoris import from_lycoris
 from superlora.torch.interop.from_peft import from_peft
-from superlora.torch.row_wise import rows as rows
+from superlora.torch.row_wise import rows
 
-__all__ = ["Adapter", "attach", "combine", "from_lycoris", "from_peft", "load"]
+__all__ = ["Adapter", "attach", "combine", "from_lycoris", "from_peft", "load", "rows"]

@@ -25,9 +25,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def is_traced() -> bool:
-    """Return whether a compiler, torch.func or forward differentiation sees each operation."""
+    """Return whether a compiler, a tracer, torch.func or forward mode sees each operation."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or getattr(forward_ad, "_current_level", -1) >= 0
     )

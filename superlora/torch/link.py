@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,8 @@ class Part:
     def index(self, device: torch.device) -> Tensor:
         """Return the rows as a tensor of a device, made once."""
         if device not in self._index:
-            self._index[device] = torch.tensor(self.places, device=device)
+            with torch.inference_mode(False):  # else no backward pass could use it
+                self._index[device] = torch.tensor(self.places, device=device)
         return self._index[device]
 
 
@@ -86,12 +88,15 @@ class Rows:
         The identities of all modules of the model.
     thread : int
         Which opened the block.
+    kept : dict
+        What layers make once a block.
     """
 
     count: int
     parts: list[Part]
     modules: set[int]
     thread: int = field(default_factory=threading.get_ident)
+    kept: dict[Hashable, Any] = field(default_factory=dict)
 
 
 # Of the `with rows(...)` blocks that are open, the innermost last.

@@ -45,23 +45,25 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
     Notes
     -----
-    The base is computed once for the whole batch, and every adapter in use once for its rows
-    together; those attached but not in use cost nothing. Blocks may be nested: the innermost
-    one of a model decides. Gradients flow; where layers are recomputed for them, as by
+    The base is computed once for the whole batch. Updates of linear layers that are products of
+    two matrices are computed for all adapters at once, others once for each adapter; those
+    attached but not in use cost nothing. Without gradients, the factors in use are copied at the
+    first call and kept until the block ends, or are copied again once an operation changes them in
+    place or a scale is set; what ``.data`` changes is not seen. Blocks may be nested: the
+    innermost one of a model decides. Gradients flow; where layers are recomputed for them, as by
     ``torch.utils.checkpoint``, take them inside the block.
 
     Examples
     --------
     >>> import torch, superlora as sl, superlora.torch as slt
-    >>> from superlora.torch.row_wise import rows
     >>> model = torch.nn.Linear(4, 2)
     >>> for name in ("french", "german"):
     ...     adapter = slt.attach(model, sl.lora(rank=1), name=name)
     ...     _ = torch.nn.init.ones_(adapter.factors()["0.0.factor0"])
     >>> x = torch.ones(3, 4)
-    >>> with rows(model, ["french", None, "german"]):
+    >>> with slt.rows(model, ["french", None, "german"]):
     ...     y = model(x)
-    >>> with rows(model, ["french"] * 3):
+    >>> with slt.rows(model, ["french"] * 3):
     ...     torch.allclose(y[0], model(x)[0])
     True
     """

@@ -28,6 +28,7 @@ from superlora.torch.low_rank import (
 from superlora.torch.merge_operations import Base, Operations, changed_by
 from superlora.torch.placed import FAST, INSIDE, Remake, Sums, call_inside, call_with, is_noted
 from superlora.torch.rounding import add_rounded_once, is_finite
+from superlora.torch.segments import Segments, low_rank_supports, stacked
 from superlora.torch.sharded import agreed, is_distributed, local, replicated, spread, whole
 from superlora.torch.support import Support, sum_output
 
@@ -393,19 +394,63 @@ class Site:
                 f"{next(iter(self.links.values())).name!r}"
             )
         y = self._base(*args, **kwargs)
-        indices, updates = [], []
-        for part in rows.parts:
+        indices, updates, alone = [], [], []
+        stacks: dict[torch.dtype, dict[int, list[Support]]] = {}
+        for place, part in enumerate(rows.parts):
             link = part.links.get(id(self.module))
             if link is None or not link.active or link.adapter not in self.links:
                 continue
+            supports = low_rank_supports(link) if self._adds else []
+            if supports:
+                stacks.setdefault(supports[0].blocks.dtype, {})[place] = supports
+            else:
+                alone.append(place)
+        for stack in stacks.values():
+            if len(stack) == 1:
+                alone += stack
+                continue
+            segments, found = self._stacked(rows, stack, x)
+            if len(segments.rows) == rows.count:
+                y = y + found.to(y.dtype)
+            else:
+                indices.append(segments.rows)
+                updates.append(found.to(y.dtype))
+        for part in [rows.parts[place] for place in alone]:
             index = part.index(x.device)
             own = x if len(part.places) == rows.count else x.index_select(0, index)
             indices.append(index)
-            updates.append(self._added([*link.supports], own).to(y.dtype))
+            updates.append(self._of_link(part.links[id(self.module)], own).to(y.dtype))
         if not updates:
             return y
         # At once: out of place every call copies the output.
         return y.index_add(0, torch.cat(indices), torch.cat(updates))
+
+    def _stacked(
+        self, rows: Rows, stack: dict[int, list[Support]], x: Tensor
+    ) -> tuple[Segments, Tensor]:
+        """Return rows, and what adapters add to them whose updates are products of two matrices."""
+        places = tuple(stack)
+        if (places, x.device) not in rows.kept:
+            own = [rows.parts[place] for place in places]
+            rows.kept[places, x.device] = Segments.of(own, x.device)
+        segments = rows.kept[places, x.device]
+        if torch.is_grad_enabled():
+            return segments, segments.update(x, *stacked([*stack.values()], x.device))
+        # Without gradients factors are stacked once a block, unless they or their scales change.
+        key = (self, places, x.device)
+        versions = self._versions([own for each in stack.values() for own in each])
+        if key not in rows.kept or rows.kept[key][0] != versions:
+            rows.kept[key] = (versions, *stacked([*stack.values()], x.device))
+        return segments, segments.update(x, *rows.kept[key][1:])
+
+    def _of_link(self, link: Link, x: Tensor) -> Tensor:
+        """Return what one adapter adds to the output, of which training may leave out a part."""
+        added = functools.partial(self._added, [*link.supports])
+        if not (link.dropout.on and link.adapter.training):
+            return added(x)
+        flat = self.held.linear or self.held.kind == "embedding"
+        axis = -1 if flat else 1 - self.held.parameter.dim()  # of outputs
+        return link.dropout.update(x, added, axis)
 
     def _dropped(
         self, dropping: Sequence[Link], rest: list[Support], x: Any, *args: Any, **kwargs: Any
@@ -414,12 +459,8 @@ class Site:
         y = self._base(*args, **kwargs)
         if rest:
             y = y + self._added(rest, x).to(y.dtype)
-        flat = self.held.linear or self.held.kind == "embedding"
-        axis = -1 if flat else 1 - self.held.parameter.dim()  # of outputs
         for link in dropping:
-            supports = [*link.supports]
-            added = functools.partial(self._added, supports)
-            y = y + link.dropout.update(x, added, axis).to(y.dtype)
+            y = y + self._of_link(link, x).to(y.dtype)
         return y
 
     def _added(self, supports: list[Support], x: Tensor) -> Tensor:

@@ -117,6 +117,17 @@ def test_blocks_that_are_slices_of_one_group_are_compiled_one_by_one():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("key", slow_but(QUICK, SPECS))
+def test_a_traced_model_is_saved(key, tmp_path):
+    """No function of Python is left in it, with gradients on as without."""
+    model, _, x = adapted(SPECS[key])
+    torch.jit.trace(model, x).save(tmp_path / "traced.pt")
+    other = torch.randn(9, 16)
+    found, expected = torch.jit.load(tmp_path / "traced.pt")(other), model(other)
+    bound = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+
+
 def test_scripting_says_what_to_do():
     model, _, _ = adapted(sl.lora(2))
     with pytest.raises(
