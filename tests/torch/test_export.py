@@ -117,6 +117,7 @@ def test_blocks_that_are_slices_of_one_group_are_compiled_one_by_one():
     assert counter.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # shapes are constants of a trace
 @pytest.mark.parametrize("key", slow_but(QUICK, SPECS))
 def test_a_traced_model_is_saved(key, tmp_path):
     """No function of Python is left in it, with gradients on as without."""
