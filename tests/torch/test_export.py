@@ -119,10 +119,11 @@ def test_blocks_that_are_slices_of_one_group_are_compiled_one_by_one():
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # shapes are constants of a trace
 @pytest.mark.parametrize("key", slow_but(QUICK, SPECS))
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_model_is_saved(key, tmp_path):
     """No function of Python is left in it, with gradients on as without."""
     model, _, x = adapted(SPECS[key])
-    torch.jit.trace(model, x).save(tmp_path / "traced.pt")
+    torch.jit.trace(model, x, check_trace=False).save(tmp_path / "traced.pt")
     other = torch.randn(9, 16)
     found, expected = torch.jit.load(tmp_path / "traced.pt")(other), model(other)
     bound = 1e-5 * float(expected.abs().max())
