@@ -566,7 +566,12 @@ class Adapter(Factors):
         self.blocks.scope.clear()
 
     def to_peft(
-        self, directory: str | Path, *, rank: int | None = None, energy: float | None = None
+        self,
+        directory: str | Path,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        serve: bool = False,
     ) -> Export:
         """Write a folder that ``peft.PeftModel.from_pretrained`` loads.
 
@@ -579,6 +584,10 @@ class Adapter(Factors):
         energy : float, optional
             Instead, or besides: keep the least rank with this part, in (0, 1], of the sum of
             squares of the update's singular values.
+        serve : bool
+            Write what any server of LoRA reads alike: LoRA alone, of one rank for all layers,
+            alpha equal to it and the scale in the factors, without patterns, and the task of the
+            model.
 
         Returns
         -------
@@ -593,21 +602,20 @@ class Adapter(Factors):
             If `directory` is a file.
         ValueError
             If an update needs a rank or an energy and none is given, or a weight is of a kind that
-            PEFT has no LoRA for.
+            PEFT has no LoRA for. For servers also if parameters of the model go with the adapter,
+            or a layer is a convolution.
 
         Notes
         -----
-        LoRA, LoKr and LoHa are written as such, and any other update of an aligned fold as the
+        LoRA, LoKr and LoHa are written as such, and any other update of low rank as the
         LoRA that it equals. Rank or energy truncate an update's singular values. Convolutions
         without groups and embeddings are written as LoRA.
         """
         self._check_attached("written for another library, whose files name layers")
-        model, weights, folder = self.model, self._whole(), Path(directory)
+        held = self.model, self._whole(), self.replaced
+        folder = Path(directory)
         with self._whole_factors() as mesh:
-            export = once(
-                mesh,
-                lambda: save_peft(self.blocks, model, weights, self.replaced, folder, rank, energy),
-            )
+            export = once(mesh, lambda: save_peft(self.blocks, *held, folder, rank, energy, serve))
         self._warn_unsaved()
         return export
 
@@ -617,9 +625,10 @@ class Adapter(Factors):
         *,
         rank: int | None = None,
         energy: float | None = None,
-        prefix: str = "lycoris",
+        keys: str = "lycoris",
+        prefix: str | None = None,
     ) -> Export:
-        """Write a safetensors file that LyCORIS loads.
+        """Write a safetensors file that LyCORIS loads, or ComfyUI, diffusers, kohya's scripts.
 
         Parameters
         ----------
@@ -627,8 +636,12 @@ class Adapter(Factors):
             The file; replaced if it exists.
         rank, energy : int and float, optional
             As in `to_peft`.
-        prefix : str
-            What the keys begin with, before the layer's name with underscores.
+        keys : {"lycoris", "kohya", "comfy", "diffusers"}
+            How the program names tensors: ``"lycoris"`` and ``"kohya"`` (``lora_unet_``) write
+            underscores, ``"comfy"`` (``diffusion_model.``) and ``"diffusers"`` (``unet.`` or
+            ``transformer.``, LoRA alone, of one rank and of scale 1) the names' own dots.
+        prefix : str, optional
+            What the keys begin with instead, such as ``"lora_te1"`` for a first text encoder.
 
         Returns
         -------
@@ -641,7 +654,13 @@ class Adapter(Factors):
             If the adapter is not attached, or has replaced parameters that LyCORIS cannot hold.
         ValueError
             If an update needs a rank or an energy and none is given, or a layer is
-            none of LyCORIS's, or has another's name once its dots are underscores.
+            none of LyCORIS's, or has another's name once its dots are underscores, or there are
+            no such `keys`.
+
+        Notes
+        -----
+        The scale of LoKr and LoHa is in a factor, and their alpha is the rank: programs make a
+        scale of alpha in several ways, which then all give 1.
         """
         self._check_attached("written for another library, whose files name layers")
         if self.replaced is not None:
@@ -649,11 +668,10 @@ class Adapter(Factors):
                 f"adapter {self.name!r} has replaced parameters of the model, which the format "
                 f"cannot hold: {some(self.replaced.names)}"
             )
-        model, weights = self.model, self._whole()
+        held = self.model, self._whole(), Path(path)
         with self._whole_factors() as mesh:
             export = once(
-                mesh,
-                lambda: save_lycoris(self.blocks, model, weights, Path(path), rank, energy, prefix),
+                mesh, lambda: save_lycoris(self.blocks, *held, rank, energy, keys, prefix)
             )
         self._warn_unsaved()
         return export

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from superlora.algebra.form import with_blocks
 from superlora.checks import check_count
@@ -183,35 +183,76 @@ def low_rank_layer(
     """Return the LoRA that is nearest to a layer's update, and the relative error it leaves."""
     # The truncated singular value decomposition (Eckart and Young 1936). Where the fold is aligned
     # it is taken of the two thin factors, by way of their QR decompositions, and the update is
-    # never formed.
+    # never formed; that of a Kronecker product is made of those of its factors.
+    asked = rank is not None or energy is not None
     with torch.no_grad():
         doubled, scale = blocks_in_double(blocks, name), blocks.scales[name].value
         plain = blocks.plan.layout.axes[name].plain
         thin = blocks.plan.low_rank(doubled, name, scale) if plain else None
-        if thin is None:
-            if rank is None and energy is None:
-                layout = blocks.plan.layout
-                fold = layout.groups[layout.grouping.pieces[name][0].group].fold
-                raise ValueError(
-                    f"rank or energy must be given: the update of {name!r}, of fold "
-                    f"{fold}, is not exactly one of low rank"
-                )
-            delta = blocks.plan.delta(doubled, name, scale).reshape(blocks.plan.layout.shapes[name])
-            left, numbers, right = torch.linalg.svd(delta, full_matrices=False)
-        else:
+        if thin is not None and not asked:
             left, right = thin
-            if rank is None and energy is None:
-                return Layer("lora", ((left, right.t()),), 1.0), 0.0
-            (first, upper), (second, lower) = torch.linalg.qr(left), torch.linalg.qr(right)
+            return Layer("lora", ((left, right.t()),), 1.0), 0.0
+        exact = exact_layer(blocks, name) if thin is None else None
+        if thin is not None:
+            (first, upper), (second, lower) = map(torch.linalg.qr, thin)
             left, numbers, right = torch.linalg.svd(upper @ lower.t(), full_matrices=False)
             left, right = first @ left, right @ second.t()
+        elif exact is not None and exact.method == "lokr":
+            left, numbers, right = _kronecker_svd(exact)
+        else:
+            delta = blocks.plan.delta(doubled, name, scale).reshape(blocks.plan.layout.shapes[name])
+            left, numbers, right = torch.linalg.svd(delta, full_matrices=False)
         squares = numbers.square()
-        kept = _kept(squares, rank, energy)
+        kept = _kept(squares, rank, energy) if asked else _low_rank(name, numbers, left, right)
         roots = numbers[:kept].sqrt()
         part = (left[:, :kept] * roots, roots[:, None] * right[:kept])
-        missing, total = float(squares[kept:].sum()), float(squares.sum())
-        error = math.sqrt(missing / total) if total else 0.0
+        error = _error(squares, kept) if asked else 0.0
     return Layer("lora", (part,), 1.0), error
+
+
+def _kronecker_svd(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular value decomposition of a Kronecker product, up to its rank."""
+    first, second = (torch.linalg.svd(product(part), full_matrices=False) for part in layer.parts)
+    numbers, order = torch.outer(first.S, second.S).flatten().sort(descending=True, stable=True)
+    kept = _numeric_rank(numbers, max(layer.shape))
+    row, column = order[:kept] // len(second.S), order[:kept] % len(second.S)
+    left = torch.einsum("ir,jr->ijr", first.U[:, row], second.U[:, column]).flatten(0, 1)
+    right = torch.einsum("ri,rj->rij", first.Vh[row], second.Vh[column]).flatten(1)
+    return left * math.copysign(1, layer.scale), numbers[:kept] * abs(layer.scale), right
+
+
+def _numeric_rank(numbers: Tensor, width: int) -> int:
+    """Return how many singular values, largest first, are above what rounding makes of zero."""
+    bound = 4 * width * torch.finfo(numbers.dtype).eps * float(numbers[0])
+    return max(int((numbers > bound).sum()), 1)
+
+
+def _low_rank(name: str, numbers: Tensor, left: Tensor, right: Tensor) -> int:
+    """Return the rank of an update that is one of low rank, or say what its truncation costs."""
+    rows, columns = len(left), right.shape[1]
+    rank = _numeric_rank(numbers, max(rows, columns))
+    bound = rows * columns // (rows + columns)
+    if rank <= bound:
+        return rank
+    squares = numbers.square()
+    errors = [
+        f"{_error(squares, kept):.2g} at rank {kept}" for kept in (1, 4, 16, 64) if kept < rank
+    ]
+    reached = [
+        f"{error:g} takes rank {_kept(squares, None, 1 - error**2)}" for error in (0.1, 0.01)
+    ]
+    raise ValueError(
+        f"rank or energy must be given: the update of {name!r} is not exactly one of low rank: its "
+        f"rank is {rank}, where a LoRA of {rows} x {columns} is smaller than the matrix up to rank "
+        f"{bound}; the nearest LoRA has a relative error of {', '.join(errors)}; an error of "
+        f"{', of '.join(reached)}"
+    )
+
+
+def _error(squares: Tensor, kept: int) -> float:
+    """Return the relative error of keeping so many of the singular values with these squares."""
+    missing, total = float(squares[kept:].sum()), float(squares.sum())
+    return math.sqrt(missing / total) if total else 0.0
 
 
 def _kept(squares: Tensor, rank: int | None, energy: float | None) -> int:
@@ -249,6 +290,24 @@ def check_export(blocks: Blocks, rank: int | None, energy: float | None) -> None
             "an adapter must be of one spec, which only adds to weights, to be written for other "
             f"libraries: got a mapping of {list(blocks.plan.spec.operations)}; merge it instead"
         )
+
+
+def with_scale_one(layer: Layer) -> Layer:
+    """Return the same update with its scale in a factor: readers make it of alpha differently."""
+    (first, *others), *parts = layer.parts
+    return Layer(layer.method, ((layer.scale * first, *others), *parts), 1.0)
+
+
+def of_one_rank(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Return LoRAs of scale 1 and of the largest rank of them all, by rows and columns of zeros."""
+    rank = max(layer.rank for layer in layers.values())
+    padded = {}
+    for name, layer in layers.items():
+        ((left, right),) = with_scale_one(layer).parts
+        missing = rank - layer.rank
+        pair = nn.functional.pad(left, (0, missing)), nn.functional.pad(right, (0, 0, 0, missing))
+        padded[name] = Layer("lora", (pair,), 1.0)
+    return padded
 
 
 def product(matrix: Matrix) -> Tensor:

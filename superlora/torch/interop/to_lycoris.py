@@ -1,4 +1,4 @@
-"""Write an adapter as one of LyCORIS's files."""
+"""Write an adapter as one flat file: of LyCORIS, and with the key names of other programs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from superlora.errors import some
 from superlora.torch.blocks import Blocks
 from superlora.torch.files.safetensors_file import write_tensors
 from superlora.torch.interop import formats
+from superlora.torch.interop.keys import KEYS, default_prefix, stem
+from superlora.torch.interop.served import served_layers
 from superlora.torch.layers import Weight
 from superlora.torch.walk import outside_adapters
 
@@ -27,10 +29,15 @@ def save_lycoris(
     path: Path,
     rank: int | None,
     energy: float | None,
-    prefix: str,
+    keys: str,
+    prefix: str | None,
 ) -> formats.Export:
     """Write the updates of a model's layers as one file."""
     formats.check_export(blocks, rank, energy)
+    if keys not in KEYS:
+        raise ValueError(f"keys must be one of {', '.join(KEYS)}: got {keys!r}")
+    row = KEYS[keys]
+    prefix = default_prefix(keys, model) if prefix is None else prefix
     others = [
         name for name, weight in weights.items() if weight.kind not in ("linear", "quantised")
     ]
@@ -41,24 +48,32 @@ def save_lycoris(
             f"{', '.join(kinds)}"
         )
     names = [name for name, _ in outside_adapters(model)]
-    stems = {name: f"{prefix}_{name}".replace(".", "_") for name in names}
+    stems = {name: stem(name, prefix, row.joint) for name in names}
     counts = Counter(stems.values())
     alike = [name for name in blocks.plan.shapes if counts[stems[name]] > 1]
     if alike:
         raise ValueError(
             f"layers must have names that differ once dots are underscores: got {some(alike)}"
         )
-    export = formats.Export(path)
     tensors: dict[str, Tensor] = {}
-    for name in blocks.plan.shapes:
-        layer, error = _loadable(formats.exact_layer(blocks, name)), 0.0
-        if layer is None:
-            layer, error = formats.low_rank_layer(blocks, name, rank, energy)
-        export.methods[name], export.errors[name] = layer.method, error
-        for leaf, values in _tensors(layer).items():
+    layers: dict[str, formats.Layer] = {}
+    errors: dict[str, float] = {}
+    if row.structured:
+        for name in blocks.plan.shapes:
+            layer, errors[name] = _loadable(formats.exact_layer(blocks, name)), 0.0
+            if layer is None:
+                layer, errors[name] = formats.low_rank_layer(blocks, name, rank, energy)
+            layers[name] = layer
+    else:
+        layers, errors = served_layers(blocks, rank, energy)
+    for name, layer in layers.items():
+        found = (
+            _tensors(layer) if row.structured else dict(zip(row.names, *layer.parts, strict=True))
+        )
+        for leaf, values in found.items():
             tensors[f"{stems[name]}.{leaf}"] = formats.written(blocks, values)
     write_tensors(path, tensors)
-    return export
+    return formats.Export(path, {name: layer.method for name, layer in layers.items()}, errors)
 
 
 def _loadable(layer: formats.Layer | None) -> formats.Layer | None:
@@ -69,10 +84,7 @@ def _loadable(layer: formats.Layer | None) -> formats.Layer | None:
     bound = _inferred(built)
     if bounded_splits(built.shape, 2, bound) != built.sizes:
         return None
-    if built.rank:
-        return built
-    first, second = built.parts  # of two dense factors it takes no scale
-    return formats.Layer("lokr", ((first[0] * layer.scale,), second), 1.0)
+    return built
 
 
 def _inferred(layer: formats.Layer) -> int | None:
@@ -91,9 +103,7 @@ def _inferred(layer: formats.Layer) -> int | None:
 def _tensors(layer: formats.Layer) -> dict[str, Tensor]:
     if layer.method == "full":
         return formats.named(formats.LYCORIS_FORMS, layer)
-    number = layer.scale * max(layer.rank, 1)
-    if not number:  # an alpha of 0 is read as the rank
-        number = 1.0
-        (first, *others), *parts = layer.parts
-        layer = formats.Layer(layer.method, ((0 * first, *others), *parts), 1.0)
-    return {ALPHA: torch.tensor(number), **formats.named(formats.LYCORIS_FORMS, layer)}
+    if layer.method != "lora" or not layer.scale:  # an alpha of 0 is read as the rank
+        layer = formats.with_scale_one(layer)
+    alpha = torch.tensor(layer.scale * max(layer.rank, 1))
+    return {ALPHA: alpha, **formats.named(formats.LYCORIS_FORMS, layer)}

@@ -16,6 +16,7 @@ from superlora.errors import some
 from superlora.torch.blocks import Blocks
 from superlora.torch.files.safetensors_file import replacing, write_tensors
 from superlora.torch.interop import formats
+from superlora.torch.interop.served import check_served, served_layers, task_of
 from superlora.torch.layers import Weight
 from superlora.torch.replaced import Replaced
 from superlora.torch.targets import is_named
@@ -35,6 +36,7 @@ def save_peft(
     directory: Path,
     rank: int | None,
     energy: float | None,
+    serve: bool,
 ) -> formats.Export:
     """Write the updates of a model's layers, and what replaced parameters of it, as a folder."""
     formats.check_export(blocks, rank, energy)
@@ -55,7 +57,12 @@ def save_peft(
             f"PEFT: got {some(map(repr, others))} of type {', '.join(kinds)}"
         )
     shaped = [weight.kind for weight in weights.values() if not weight.linear]
-    layers, errors, options = _layers(blocks, any(conv) or bool(shaped), rank, energy)
+    if serve:
+        check_served(weights, replaced)
+        layers, errors = served_layers(blocks, rank, energy)
+        options: dict[str, Any] = {"task_type": task_of(model)}
+    else:
+        layers, errors, options = _layers(blocks, any(conv) or bool(shaped), rank, energy)
     tensors = {
         f"{PREFIX}{name}.{leaf}": formats.written(blocks, values)
         for name, layer in layers.items()
@@ -103,13 +110,15 @@ def _layers(
     found = {name: layer for name, layer in exact.items() if layer is not None}
     methods = {layer.method if layer else "" for layer in exact.values()}
     errors = dict.fromkeys(exact, 0.0)
-    if methods == {"lora"} or (methods == {"loha"} and not conv):
+    if methods == {"lora"}:
         return found, errors, {}
+    if methods == {"loha"} and not conv:
+        return {name: formats.with_scale_one(layer) for name, layer in found.items()}, errors, {}
     options = _lokr_options(found) if methods == {"lokr"} and not conv else None
     if options is not None:
         both = options["decompose_both"]
         built = {name: formats.as_the_peers_build(layer, both) for name, layer in found.items()}
-        return built, errors, options
+        return {n: formats.with_scale_one(layer) for n, layer in built.items()}, errors, options
     for name in exact:
         if name not in found or found[name].method != "lora":
             found[name], errors[name] = formats.low_rank_layer(blocks, name, rank, energy)
@@ -146,7 +155,7 @@ def _rank_to_say(layer: formats.Layer) -> int:
 def _config(model: nn.Module, layers: dict[str, formats.Layer], conv: bool) -> dict[str, Any]:
     method = next(iter(layers.values())).method
     ranks = {name: _rank_to_say(layer) for name, layer in layers.items()}
-    alphas = {name: layer.scale * ranks[name] for name, layer in layers.items()}
+    alphas = {name: _number(layer.scale * ranks[name]) for name, layer in layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     config: dict[str, Any] = {
@@ -164,6 +173,11 @@ def _config(model: nn.Module, layers: dict[str, formats.Layer], conv: bool) -> d
     if method == "lora":
         config |= {"bias": "none", "fan_in_fan_out": conv}
     return config
+
+
+def _number(value: float) -> float:
+    # Readers in other languages may take integers alone.
+    return int(value) if value.is_integer() else value
 
 
 def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
