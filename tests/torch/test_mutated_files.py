@@ -6,6 +6,8 @@ import os
 import random
 import re
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -168,10 +170,8 @@ def test_what_is_no_regular_file_is_left_alone(tmp_path):
 
 def test_what_a_killed_save_left_is_removed(tmp_path):
     path = tmp_path / "a.safetensors"
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pid = ended.pid
     stale, other = tmp_path / f".{path.name}.{pid}-1.part", tmp_path / f".b.{pid}-1.part"
     alive = tmp_path / f".{path.name}.{os.getppid()}-1.part"
     for each in (stale, other, alive):

@@ -145,7 +145,10 @@ def test_attached_on_the_meta_device_and_loaded_later(key, assign):
         model = make_net()
     early = slt.attach(model, DESIGNS[key], TARGETS, seed=4)
     assert all(block.is_meta for block in early.factors().values())
-    with unchanged(model), pytest.raises(sl.AdapterError, match="must be loaded to be merged"):
+    with (
+        unchanged(model),
+        pytest.raises(sl.AdapterError, match="must be loaded, and not offloaded, to be merged"),
+    ):
         early.merge()
     if not assign:
         model.to_empty(device="cpu")
