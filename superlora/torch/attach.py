@@ -189,6 +189,7 @@ def register(
             model.register_forward_hook(adapter.blocks.scope.close, always_call=True),
         ]
     adapter._batches = batches_of(model)
+    adapter.dropout.check = functools.partial(check_dropout, adapter.plan, selection)
     if replaced is not None:
         adapter.replaced = replaced
         replaced.use(True)

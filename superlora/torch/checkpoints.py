@@ -10,6 +10,9 @@ from torch import nn
 
 from superlora.torch.walk import plain_name
 
+# Models whose state dict is whole meanwhile, whichever of their adapters asked to be alone.
+_WHOLE: set[int] = set()
+
 
 class WithoutBase:
     """Hooks with which a model's state dict is without the base, and is loaded so.
@@ -26,7 +29,6 @@ class WithoutBase:
         self, model: nn.Module, kept: Callable[[], tuple[tuple[str, ...], set[str]]]
     ) -> None:
         self.model, self.kept = (model,), kept
-        self._on = True
         self._handles = [
             # Torch marks the hook, which a method cannot bear.
             model.register_state_dict_post_hook(functools.partial(self._drop)),
@@ -39,18 +41,18 @@ class WithoutBase:
             handle.remove()
 
     def _drop(self, _: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if not self._on:
+        if id(self.model[0]) in _WHOLE:
             return
         for key in self._base(state_dict, prefix):
             del state_dict[key]
 
     def _fill(self, _: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Let a state dict without any of the base have the model's own."""
-        self._on = False
+        _WHOLE.add(id(self.model[0]))
         try:
             every = self.model[0].state_dict(prefix=prefix, keep_vars=True)
         finally:
-            self._on = True
+            _WHOLE.discard(id(self.model[0]))
         base = self._base(every, prefix)
         if not any(key in state_dict for key in base):
             state_dict.update({key: every[key] for key in base})

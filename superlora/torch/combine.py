@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -85,7 +86,8 @@ def combine(
     shared = {} if brought is None else brought.shared
     if name not in [own.name for own in adapters]:
         check_free(model, host_of(model, selection.weights), name)
-    made = Adapter(plan, blocks, name)
+    dtype = functools.reduce(torch.promote_types, [own.dtype for own in adapters])
+    made = Adapter(plan, {block: own.to(dtype) for block, own in blocks.items()}, name)
     for own in adapters:
         own.detach()
     pending = Replaced(model, values, shared) if values else None

@@ -25,11 +25,14 @@ class Dropout:
     ----------
     on : bool
         Whether any is more than zero.
+    check : callable or None
+        Raises where an adapter cannot have this dropout.
     """
 
     def __init__(self, values: Mapping[str, float] | None = None) -> None:
         self._values = dict.fromkeys(NAMES, 0.0)
         self.on = False
+        self.check: Callable[[Dropout], None] | None = None
         for name, value in (values or {}).items():
             self[name] = value
 
@@ -41,8 +44,16 @@ class Dropout:
             raise TypeError(f"{name} must be a number: got {value!r}")
         if not (math.isfinite(value) and 0 <= value < 1):
             raise ValueError(f"{name} must be in [0, 1): got {value!r}")
+        before = self._values[name]
         self._values[name] = float(value)
         self.on = any(self._values.values())
+        if self.check is not None:
+            try:
+                self.check(self)
+            except ValueError:
+                self._values[name] = before
+                self.on = any(self._values.values())
+                raise
 
     @property
     def values(self) -> dict[str, float]:

@@ -255,6 +255,12 @@ class Site:
             args, kwargs = self._with_input(x.values(), *args, **kwargs)
             y = self.forward(*args, **kwargs)
             return torch.nested.nested_tensor_from_jagged(y, x.offsets())
+        active = [link for link in self.links.values() if link.active]
+        if any(link.dropout.on and link.adapter.training for link in active):
+            raise AdapterError(
+                f"dropout must have plain tensors as inputs: got a {type(x).__name__} at "
+                f"{supports[0].name!r}"
+            )
         if not self.held.summable:
             raise AdapterError(
                 f"a quantised layer must have plain tensors as inputs to be adapted: got a "

@@ -284,6 +284,47 @@ def test_a_state_dict_alone_is_loaded_strictly_and_a_whole_one_too():
         adapter.alone_in_checkpoints = True
 
 
+def test_several_adapters_are_alone_together():
+    model, first = adapted()
+    second = slt.attach(model, SPEC, ["key"], name="second")
+    first.alone_in_checkpoints = second.alone_in_checkpoints = True
+    state = model.state_dict()
+    assert not any("embeddings" in name for name in state)
+    assert {name.partition(".")[0] for name in state} == {"superlora", "second", "classifier"}
+    assert model.load_state_dict(state, strict=True) == ([], [])
+    first.alone_in_checkpoints = False
+    assert not any("embeddings" in name for name in model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_with_a_tied_head_is_trained_and_resumed(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+        config = transformers.LlamaConfig(
+            **{"vocab_size": 32, "num_attention_heads": 2, "max_position_embeddings": 16},
+            **{"tie_word_embeddings": True, "pad_token_id": 0},
+            **sizes,
+        )
+        model = transformers.LlamaForCausalLM(config)
+        also = ["embed_tokens", "lm_head"]
+        return model, slt.attach(model, SPEC, ["q_proj"], also=also)
+
+    model, adapter = made()
+    trainer = trainer_of(model, adapter, tmp_path / "whole")
+    trainer.train_dataset = [
+        {"input_ids": own["input_ids"], "labels": own["input_ids"]} for own in examples()
+    ]
+    trainer.train()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    first = min((tmp_path / "whole").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    other, again = made()
+    resumed = trainer_of(other, again, tmp_path / "again")
+    resumed.train_dataset = trainer.train_dataset
+    resumed.train(resume_from_checkpoint=str(first))
+    assert_same(trained_bits(again), trained_bits(adapter))
+
+
 @pytest.mark.parametrize("script", ["loop_trainer", "loop_accelerate", "loop_lightning"])
 @pytest.mark.slow
 def test_scripts_run_and_go_on(script, tmp_path):

@@ -191,6 +191,18 @@ def test_dropout_without_effect_is_refused(make, spec, options, words):
         slt.attach(model, spec, targets, dropout="0.1")
 
 
+def test_dropout_that_is_set_later_is_checked_too():
+    model = Model()
+    adapter = slt.attach(model, sl.glora(2), ["q"])
+    with pytest.raises(ValueError, match="added to their output"):
+        adapter.dropout["dropout"] = 0.1
+    assert not adapter.dropout.on
+    adapter.detach()
+    adapter = slt.attach(model, sl.lora(2), ["q"])
+    adapter.dropout["dropout"] = 0.1
+    assert adapter.dropout.on
+
+
 def test_rates_by_kind():
     model = nn.ModuleDict({"a": Model(), "head": nn.Linear(8, 3)})
     adapter = slt.attach(model, sl.lorta(2), ["q", "v"], also=["head"])
