@@ -435,6 +435,7 @@ class Adapter(Factors):
             release(self._frozen, later)
         self._sites, self._homes, self._frozen, self._hooks = {}, (), [], []
         self._twins, self._selection, self._batches = [], Selection({}), {}
+        self.dropout.check = None
         if self._watch is not None:
             self._watch.drop(self)
             self._watch = None

@@ -471,6 +471,8 @@ def _fill(adapter: Adapter, *_: Any) -> None:
         else:
             trained = nn.Parameter(values, blocks[name].requires_grad)
             place.owner._parameters[place.leaf] = trained
+    if not any(block.is_meta for block in adapter.blocks.values()):
+        adapter._stored = {}
     adapter.blocks.scope.clear()
     adapter.blocks.prepare()
 

@@ -102,6 +102,7 @@ class Factors(nn.Module):
                     self.blocks[name].copy_(value)
             if not self._stored:
                 self.blocks.draw(self._seed, frozen=True)
+            self._stored = {}
         self.blocks.scope.clear()
         self.blocks.prepare()
         return self
@@ -208,7 +209,7 @@ class Factors(nn.Module):
         """
         self._settle()
         with self.blocks.gathered():
-            return {name: norms_of(self.blocks, name) for name in self.supports}
+            return {name: norms_of(own.blocks, own.name) for name, own in self.supports.items()}
 
     def delta(self, name: str) -> Tensor:
         """Form one layer's update.

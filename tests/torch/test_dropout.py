@@ -9,6 +9,7 @@ from torch import nn
 
 import superlora as sl
 import superlora.torch as slt
+from superlora.search import Supernet
 
 
 class Model(nn.Module):
@@ -189,6 +190,17 @@ def test_dropout_without_effect_is_refused(make, spec, options, words):
         slt.attach(model, spec, targets, **options)
     with pytest.raises(TypeError, match="dropout must be a number"):
         slt.attach(model, spec, targets, dropout="0.1")
+
+
+def test_norms_of_a_supernet_are_those_of_the_configuration():
+    supernet = Supernet(Model(), ["q"], ranks=(4, 2))
+    filled(supernet)
+    for rank in (4, 2):
+        supernet.use(supernet.space.fixed(add_weight=rank))
+        (norm,) = supernet.norms().values()
+        (delta,) = supernet.deltas().values()
+        assert norm.frobenius == pytest.approx(float(delta.detach().norm()), rel=1e-5)
+        assert norm.effective_rank <= rank
 
 
 def test_dropout_that_is_set_later_is_checked_too():
