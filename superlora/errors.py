@@ -9,6 +9,7 @@ class AdapterError(RuntimeError):
 
 def some(items: Iterable[str], most: int = 5) -> str:
     """Return a list for a message, cut short."""
-    listed = list(items)
+    # A file may have written most of an item.
+    listed = [own if len(own) <= 500 else f"{own[:400]} … {own[-80:]}" for own in items]
     rest = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + rest

@@ -180,7 +180,7 @@ def _read_config(folder: Path, most: int) -> dict[str, Any]:
     try:
         _dropout(config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} must have valid values: {error}") from None
+        raise ValueError(f"{path} must have valid values: {short(error)}") from None
     return dict(config)
 
 
