@@ -291,10 +291,16 @@ class Adapter(Factors):
         None
             Nothing.
         """
-        self._use_replaced(False)
-        if self.merged:
+        merged = self.merged
+        if merged:
             self.unmerge()
-            self._merge_again = True
+        try:
+            self._use_replaced(False)
+        except BaseException:
+            if merged:
+                self.merge(unreached="merge", bias="ignore")
+            raise
+        self._merge_again = self._merge_again or merged
         self._disabled += 1
         self._activate()
         try:
@@ -416,9 +422,9 @@ class Adapter(Factors):
                 f"detach or unmerge {', '.join(map(repr, below))} first"
             )
         model, host = self._homes
-        self.alone_in_checkpoints = False
         if not self.merged:
             self._use_replaced(False)
+        self.alone_in_checkpoints = False
         self.replaced = None
         gained = {site.module for site in self._own if site.links[self].bare}
         for adapter in adapters_of(model) if gained else ():  # as trainable as the weight

@@ -20,6 +20,7 @@ from superlora.errors import AdapterError, some
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import check_free, checked_model, host_of, register, spec_of
+from superlora.torch.dropout import Dropout
 from superlora.torch.replaced import Replaced
 
 # What may differ between the specs of adapters that are combined.
@@ -88,11 +89,19 @@ def combine(
         check_free(model, host_of(model, selection.weights), name)
     dtype = functools.reduce(torch.promote_types, [own.dtype for own in adapters])
     made = Adapter(plan, {block: own.to(dtype) for block, own in blocks.items()}, name)
+    if not all(bool(own.isfinite().all()) for own in blocks.values()):
+        raise ValueError("weights must leave the factors finite: their sum is not")
+    made.scale = scale
+    dropouts = [own.dropout.values for own in adapters]
+    if all(own == dropouts[0] for own in dropouts):
+        made.dropout = Dropout(dropouts[0])
+    alone = any(own.alone_in_checkpoints for own in adapters)
     for own in adapters:
         own.detach()
     pending = Replaced(model, values, shared) if values else None
     register(model, made, selection, pending)
-    made.scale = scale
+    if alone:
+        made.alone_in_checkpoints = True
     return made
 
 
@@ -314,6 +323,8 @@ def _summed(
                         raise _NoFormError("a smaller rank cannot be filled with zeros")
                     filled = value.new_zeros(shape)
                     filled[tuple(map(slice, value.shape))] = value
+                    if name in found and not torch.equal(found[name], filled):
+                        raise _NoFormError("what their groups share differs")
                     found[name] = filled
             start += len(theirs.groups[group].splits)
     return plan, found

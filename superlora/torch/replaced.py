@@ -137,6 +137,13 @@ def _like(value: Tensor, own: Tensor) -> Tensor:
     if kinds[0] == kinds[1] and (value.device, value.dtype) == (own.device, own.dtype):
         return value
     with torch.inference_mode(False):
+        if all(kinds) and not (
+            value.is_meta or own.is_meta
+        ):  # the same parameter, which an optimizer may have
+            value.data = value.data.to(own)
+            if value.grad is not None:
+                value.grad = value.grad.to(own)
+            return value
         made = value.detach().clone().to(own)
         return nn.Parameter(made, made.is_floating_point()) if kinds[1] else made
 

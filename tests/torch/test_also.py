@@ -264,3 +264,16 @@ def test_the_model_moves_with_it():
     assert torch.equal(copied(X), y)
     copied.superlora.detach()
     assert torch.equal(model(X), y)
+
+
+def test_an_optimizer_keeps_what_it_trains_through_a_move():
+    model = Model().eval()
+    model.head.requires_grad_(False)
+    adapter = slt.attach(model, SPEC, ["q"], also=["head"])
+    held = dict(adapter.named_parameters())["model.head.weight"]
+    with adapter.disabled():
+        model.double()
+    assert dict(adapter.named_parameters())["model.head.weight"] is held
+    assert held.dtype == torch.float64
+    adapter.detach()
+    assert not model.head.weight.requires_grad

@@ -222,3 +222,24 @@ def test_merged_in_any_order_the_bits_are_the_same(dtype):
             adapters[index].unmerge()
         assert torch.equal(model.a.weight, weight)
     assert all(torch.equal(own, found[0]) for own in found)
+
+
+def test_what_is_tied_otherwise_is_refused():
+    spec = sl.Spec(rank=2, tied=("0.factor0",), fold=(24, 24))
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    both = [
+        slt.attach(model, own, ["0", "1"], name=f"n{index}")
+        for index, own in enumerate(
+            (spec.replace(scale=2.0, overrides={"1": {"scale": 5.0}}), spec)
+        )
+    ]
+    for adapter in both:
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter)
+    deltas = [adapter.deltas() for adapter in both]
+    try:
+        combined = slt.combine(both)
+    except ValueError:
+        return
+    for name, delta in combined.deltas().items():
+        torch.testing.assert_close(delta, deltas[0][name] + deltas[1][name])
