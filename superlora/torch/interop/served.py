@@ -12,13 +12,11 @@ from superlora.torch.interop import formats
 from superlora.torch.layers import Weight
 from superlora.torch.replaced import Replaced
 
-# PEFT's name of a model's task, by how the names of transformers' classes end.
+# PEFT's name of a model's task, by how the names of transformers' classes end. Those with a head of
+# classes are not among them: under their names PEFT wants the head in the file, and cannot open it.
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 
