@@ -1,6 +1,7 @@
 """Parameter-efficient adaptation by one equation; this import leaves torch and jax alone."""
 
 from superlora import maps, operations, presets
+from superlora.algebra.fit import FitReport
 from superlora.algebra.folding import fold_group, unfold_group
 from superlora.algebra.kronecker import kronecker
 from superlora.algebra.tucker import tucker
@@ -18,6 +19,7 @@ __all__ = [
     "OPERATIONS",
     "AdapterError",
     "Axes",
+    "FitReport",
     "Plan",
     "Spec",
     "Supports",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from superlora._backend import Array, backend_of
+from superlora.algebra.fit import FitReport, Settings, checked_deltas, checked_frozen, fit
 from superlora.algebra.form import (
     apply_factored,
     low_rank_factors,
@@ -17,6 +18,7 @@ from superlora.algebra.form import (
 )
 from superlora.algebra.frozen import frozen_blocks
 from superlora.algebra.init import init_factors
+from superlora.checks import check_count
 from superlora.design.axes import Axes
 from superlora.design.cost_rule import application, check_apply, no_factored_way
 from superlora.design.describe import describe
@@ -27,6 +29,7 @@ from superlora.design.spec import Spec
 from superlora.design.supports import Supports
 from superlora.errors import some
 from superlora.operations import merge
+from superlora.random import check_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -312,6 +315,95 @@ class Plan:
         numbers = {name: self._scaling(name, scale) for name in self.layout.shapes}
         found = weight_deltas(self.layout, factors, numbers)
         return {name: self._shaped(name, delta) for name, delta in found.items()}
+
+    def fit(
+        self,
+        deltas: Mapping[str, Array],
+        *,
+        frozen: Mapping[str, Array] | None = None,
+        restarts: int = 5,
+        iterations: int = 200,
+        tolerance: float = 1e-6,
+        seed: int = 0,
+    ) -> tuple[dict[str, Array], FitReport]:
+        """Find factors whose updates come nearest to given ones.
+
+        Parameters
+        ----------
+        deltas : mapping of str to array
+            For every weight an update of its shape, as `Plan.deltas` returns them: the difference
+            of a fine-tuned weight and its base, or the updates of another adapter.
+        frozen : mapping of str to array, optional
+            Blocks that are held: all of `frozen_shapes`, by default those that `Plan.frozen`
+            makes; trainable ones among them are held too.
+        restarts : int
+            Starts, of which the best after 20 sweeps is gone on with, where one may end in a bad
+            place: CP and Hadamard products, more than two Kronecker factors, sums, frozen and tied
+            blocks.
+        iterations : int
+            Most sweeps over all blocks from each start.
+        tolerance : float
+            The share of the error that a sweep must remove for another one to follow.
+        seed : int
+            Of random starts and of randomised decompositions, in [0, 2**64).
+
+        Returns
+        -------
+        dict of str to array
+            One array for each of `factor_shapes`, of the library, dtype and device of `deltas`;
+            in single precision where theirs is half.
+        FitReport
+            The relative errors and what they took.
+
+        Raises
+        ------
+        TypeError
+            If the updates are no floating-point arrays of one library.
+        ValueError
+            If they have other names or shapes than the plan's weights, are not finite or all
+            zero, or a held block or a number does not fit.
+
+        Notes
+        -----
+        Minimises ``sum ||deltas[name] - self.delta(factors, name)||**2``, in double precision on
+        numpy. Groups that share no trained block are fitted one after the other. A start comes
+        from TensorLy's decompositions: truncated SVD, which is optimal for matrices [1]_; HOSVD
+        and HOOI [2]_ for Tucker, CP-ALS, and TT-SVD [3]_; for Kronecker products the same of the
+        rearranged tensor, in which they have rank one [4]_. Where that is not optimal,
+        alternating least squares go on: the update is linear in each block, and its derivative is
+        the network without the block. A fixed map is taken back by its adjoint where it is
+        isometric, and by LSQR [5]_ elsewhere.
+
+        References
+        ----------
+        .. [1] C. Eckart and G. Young, "The approximation of one matrix by another of lower rank",
+           1936.
+        .. [2] L. De Lathauwer, B. De Moor and J. Vandewalle, "On the best rank-1 and
+           rank-(R1, ..., RN) approximation of higher-order tensors", 2000.
+        .. [3] I. Oseledets, "Tensor-train decomposition", 2011.
+        .. [4] C. Van Loan and N. Pitsianis, "Approximation with Kronecker products", 1993.
+        .. [5] C. Paige and M. Saunders, "LSQR: an algorithm for sparse linear equations and
+           sparse least squares", 1982.
+
+        Examples
+        --------
+        >>> import numpy as np, superlora as sl
+        >>> plan = sl.Plan(sl.lora(rank=1), {"q": (3, 2)})
+        >>> factors, report = plan.fit({"q": np.diag([2.0, 1.0, 0.0])[:, :2]})
+        >>> round(report.error**2, 6)  # of the squares 4 and 1, the second is left
+        0.2
+        """
+        for name, value in (("restarts", restarts), ("iterations", iterations)):
+            check_count(name, value, least=1)
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance must be at least 0: got {tolerance}")
+        checked_deltas(self.layout, deltas)
+        if frozen is None:
+            frozen = frozen_blocks(self.layout, like=numpy.float64)
+        checked_frozen(self.layout, frozen)
+        return fit(
+            self.layout, deltas, frozen, Settings(restarts, iterations, tolerance, check_seed(seed))
+        )
 
     def merge(
         self,

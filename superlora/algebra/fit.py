@@ -1,0 +1,466 @@
+"""Factors whose updates come nearest to given ones."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from scipy.sparse.linalg import LinearOperator, lsqr
+
+from superlora._backend import Array, backend_of, check_floating, from_numpy, widened
+from superlora.algebra.decompositions import is_randomised, start_group
+from superlora.algebra.form import vectors, weight_delta
+from superlora.algebra.init import each_factor
+from superlora.algebra.least_squares import Blocks, Problem, Target
+from superlora.design.layout import Layout
+from superlora.errors import some
+from superlora.maps import Map
+from superlora.random import normal
+
+# How good a start is: one of several, one that has no better, or what is sought.
+_KINDS = ("", "settled", "optimal")
+# Sweeps after which the best of several starts is chosen.
+_TRIED = 20
+# A relative error that is rounding.
+_NOTHING = 1e-14
+# Streams of the numbers by which maps are tried and random starts are drawn.
+_PROBE, _STARTS = 1 << 61, 1 << 60
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How near fitted factors come.
+
+    Attributes
+    ----------
+    error : float
+        Frobenius norm of what is left of all updates over that of the updates.
+    errors : dict of str to float
+        The same for each weight; 0 where both are.
+    seconds : float
+        Wall time of the fit.
+    history : dict of int to tuple of float
+        For each part that is fitted on its own, by its first group, the error at the start and
+        after every sweep. It never rises.
+    converged : bool
+        Whether every part stopped because a sweep did not lower its error any more.
+    """
+
+    error: float
+    errors: dict[str, float]
+    seconds: float
+    history: dict[int, tuple[float, ...]]
+    converged: bool
+
+    def __str__(self) -> str:
+        width = max(map(len, self.errors))
+        lines = [f"{name:<{width}}  {error:.4g}" for name, error in self.errors.items()]
+        sweeps = max(map(len, self.history.values())) - 1
+        ended = "" if self.converged else ", not converged"
+        lines.append(
+            f"{'all':<{width}}  {self.error:.4g} in {self.seconds:.2g} s, {sweeps} sweeps{ended}"
+        )
+        return "\n".join(["relative error of each update", *lines])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """When a fit ends, and what it starts from."""
+
+    restarts: int
+    iterations: int
+    tolerance: float
+    seed: int
+
+
+def fit(
+    layout: Layout, deltas: Mapping[str, Array], frozen: Mapping[str, Array], settings: Settings
+) -> tuple[dict[str, Array], FitReport]:
+    """Fit all parts of a plan, one after the other."""
+    began = time.perf_counter()
+    like = widened(next(iter(deltas.values())))
+    held = {name: as_numpy(block) for name, block in frozen.items()}
+    found = {name: block for name, block in frozen.items() if name in layout.factor_shapes}
+    history: dict[int, tuple[float, ...]] = {}
+    made: Blocks = {}
+    converged = True
+    for groups in parts(layout, held):
+        names = _inputs(layout, groups)
+        free = [name for name in names if name not in held]
+        values = {name: held[name] for name in names if name in held}
+        wanted = _members(layout, groups, deltas)
+        size = math.sqrt(sum(float(own @ own) for own in map(numpy.ravel, wanted.values())))
+        drawn = dict(each_factor(layout, settings.seed, {*layout.factor_shapes} - {*free}))
+        if size == 0 or not free:  # nothing to fit, but it may be trained
+            values |= drawn
+            history[groups[0]] = (0.0,)
+        else:
+            targets, floor = _targets(layout, groups, wanted)
+            problem = Problem(layout, targets, free, values, floor)
+            errors, ended = _fitted(problem, size, settings)
+            history[groups[0]] = tuple(errors)
+            converged &= ended
+            values = problem.values
+        made |= values
+        found |= {name: from_numpy(values[name], like) for name in free}
+    squares = _left(layout, deltas, made)
+    left, whole = (math.sqrt(sum(own)) for own in zip(*squares.values(), strict=True))
+    errors_of = {name: _ratio(*map(math.sqrt, squares[name])) for name in layout.shapes}
+    ordered = {name: found[name] for name in layout.factor_shapes}
+    seconds = time.perf_counter() - began
+    return ordered, FitReport(_ratio(left, whole), errors_of, seconds, history, converged)
+
+
+def _ratio(left: float, whole: float) -> float:
+    return left / whole if whole else float(left > 0)
+
+
+def as_numpy(array: Array) -> numpy.ndarray:
+    """Return an array of any library in double precision."""
+    wide = widened(array)
+    return numpy.asarray(backend_of(wide).to_numpy(wide), dtype=numpy.float64)
+
+
+def checked_deltas(layout: Layout, deltas: Mapping[str, Array]) -> None:
+    """Refuse updates that are not those of a plan, not numbers, or all zero."""
+    if not isinstance(deltas, Mapping):
+        raise TypeError(f"deltas must map names to arrays: got {type(deltas).__name__}")
+    for which, names in (
+        ("lacks", [name for name in layout.shapes if name not in deltas]),
+        ("has also", [str(name) for name in deltas if name not in layout.shapes]),
+    ):
+        if names:
+            raise ValueError(
+                f"deltas must have the plan's weights: it {which} {some(map(repr, names))}"
+            )
+    zero = True
+    for name, delta in deltas.items():
+        check_floating(f"deltas[{name!r}]", delta)
+        expected, got = layout.axes[name].shape, tuple(delta.shape)
+        if got != expected:
+            raise ValueError(f"deltas[{name!r}] must have shape {expected}: got {got}")
+        values = as_numpy(delta)
+        if not numpy.isfinite(values).all():
+            raise ValueError(f"deltas[{name!r}] must be finite: it has NaN or inf")
+        zero &= not values.any()
+    backend_of(*deltas.values())
+    if zero:
+        raise ValueError("deltas must differ from zero somewhere: all of them are zero")
+    unscaled = [name for name in layout.shapes if layout.scaling(name) == 0]
+    if unscaled:
+        raise ValueError(
+            f"scale must not be 0 where updates are fitted: it is for {some(map(repr, unscaled))}"
+        )
+
+
+def checked_frozen(layout: Layout, frozen: Mapping[str, Array]) -> None:
+    """Refuse held blocks that the plan lacks, or of other shapes, and ones that are missing."""
+    for name, block in frozen.items():
+        if name not in layout.input_shapes:
+            raise ValueError(
+                f"frozen must hold blocks of the plan: got {name!r}; it has "
+                f"{some(map(repr, layout.input_shapes))}"
+            )
+        check_floating(f"frozen[{name!r}]", block)
+        expected, got = layout.input_shapes[name], tuple(block.shape)
+        if got != expected:
+            raise ValueError(f"frozen[{name!r}] must have shape {expected}: got {got}")
+        if not numpy.isfinite(as_numpy(block)).all():
+            raise ValueError(f"frozen[{name!r}] must be finite: it has NaN or inf")
+    missing = [name for name in layout.frozen if name not in frozen]
+    if missing:
+        raise ValueError(
+            f"frozen must hold {some(map(repr, missing))}, which the spec does not make: "
+            "Plan.frozen(weights) makes singular vectors, and stored blocks are yours"
+        )
+
+
+# --- which groups are fitted together, and to what
+
+
+def parts(layout: Layout, held: Iterable[str]) -> list[list[int]]:
+    """Return the groups that must be fitted together: what is trained, or a map, joins them."""
+    held = {*held}
+    first = list(range(len(layout.groups)))
+
+    def root(group: int) -> int:
+        while first[group] != group:
+            first[group] = group = first[first[group]]
+        return group
+
+    owner: dict[str, int] = {}
+    for group in first.copy():
+        joined = [layout.joint(group).start]
+        for name in _inputs(layout, [group]):
+            if name not in held:
+                joined.append(owner.setdefault(name, group))
+        for other in joined:
+            low, high = sorted((root(group), root(other)))
+            first[high] = low
+    found: dict[int, list[int]] = {}
+    for group in range(len(first)):
+        found.setdefault(root(group), []).append(group)
+    return list(found.values())
+
+
+def _inputs(layout: Layout, groups: Sequence[int]) -> list[str]:
+    """Return the names of what some groups' tensors are made from."""
+    inner, blocks = layout.inner, layout.blocks_of_groups(groups)
+    return list(dict.fromkeys(inner[own].name if own in inner else own for own in blocks))
+
+
+def _members(
+    layout: Layout, groups: Sequence[int], deltas: Mapping[str, Array]
+) -> dict[str, numpy.ndarray]:
+    """Return the updates that have entries in some groups."""
+    names = dict.fromkeys(name for group in groups for name in layout.grouping.members[group])
+    return {name: as_numpy(deltas[name]) for name in names}
+
+
+def _targets(
+    layout: Layout, groups: Sequence[int], deltas: Mapping[str, numpy.ndarray]
+) -> tuple[list[Target], float]:
+    """Return what groups should be, and the squared error that no tensor avoids."""
+    targets: list[Target] = []
+    floor = 0.0
+    for first in dict.fromkeys(layout.joint(group).start for group in groups):
+        joint, scale = layout.joint(first), layout.specs[first].scaling
+        vectors, masks = zip(
+            *(_entries(layout, group, deltas, scale) for group in joint), strict=True
+        )
+        if layout.in_place(first):
+            ((vector, seen),) = zip(vectors, masks, strict=True)
+            targets.append(_plain(layout, first, vector, seen, scale**2))
+            continue
+        fixed, seen = layout.maps[first], numpy.concatenate(masks)
+        wanted, before = numpy.concatenate(vectors), layout.joint_sizes(first)[0]
+        gain = _isometry(fixed, before, len(wanted)) if seen.all() else 0.0
+        if not gain:
+            mask = None if seen.all() else seen
+            targets.append(Target(joint, fixed, wanted, mask, scale**2))
+            continue
+        # F^T F is a multiple of 1: the tensors are compared themselves.
+        entries = fixed.adjoint(wanted, before) / gain
+        floor += scale**2 * max(0.0, float(wanted @ wanted - gain * (entries @ entries)))
+        sizes = [len(entries)] if len(joint) == 1 else [layout.groups[own].size for own in joint]
+        cuts = numpy.split(entries, numpy.cumsum(sizes)[:-1])
+        for group, part in zip(joint, cuts, strict=True):
+            seen = numpy.ones(len(part), bool)
+            targets.append(_plain(layout, group, part, seen, scale**2 * gain))
+    return targets, floor
+
+
+def _plain(
+    layout: Layout, group: int, vector: numpy.ndarray, seen: numpy.ndarray, weight: float
+) -> Target:
+    """Return the target of a group whose tensor is compared itself; what a cover crops is free."""
+    more = math.prod(group_shape(layout, group)) - len(vector)
+    if more:
+        vector, seen = numpy.pad(vector, (0, more)), numpy.pad(seen, (0, more))
+    return Target([group], None, vector, None if seen.all() else seen, weight)
+
+
+def group_shape(layout: Layout, group: int) -> tuple[int, ...]:
+    """Return the shape of a group's tensor."""
+    return layout.groups[group].fold
+
+
+def _entries(
+    layout: Layout, group: int, deltas: Mapping[str, numpy.ndarray], scale: float
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Return a group's vector, without the scale, and which of its entries some weight has."""
+    vector = numpy.zeros(layout.groups[group].size)
+    seen = numpy.zeros(len(vector), bool)
+    for name, start, piece in layout.grouping.contents[group]:
+        entries = deltas[name].reshape(-1)[start : start + piece.stop - piece.start]
+        vector[piece.start : piece.stop] = entries / scale
+        seen[piece.start : piece.stop] = True
+    return vector, seen
+
+
+def _isometry(fixed: Map, before: int, size: int) -> float:
+    """Return c where F^T F is c times 1, and 0 for other maps."""
+    # A vector drawn at random is an eigenvector of nothing else.
+    probe = normal(_PROBE, 0, (before,))
+    found = fixed.adjoint(fixed.apply(probe, size), before)
+    gain = float(probe @ found) / float(probe @ probe)
+    same = numpy.linalg.norm(found - gain * probe) <= 1e-10 * numpy.linalg.norm(found)
+    return gain if same else 0.0
+
+
+# --- one part
+
+
+def _fitted(problem: Problem, size: float, settings: Settings) -> tuple[list[float], bool]:
+    """Fit one part from one or several starts, of which the best is gone on with."""
+    best: tuple[list[float], Blocks] | None = None
+    for number in range(settings.restarts):
+        certain = _start(problem, number, settings.seed)
+        errors = [problem.error() / size]
+        if certain:
+            best = errors, problem.values
+            break
+        _improve(problem, size, errors, _TRIED, settings.tolerance)
+        if best is None or errors[-1] < best[0][-1]:
+            best = errors, dict(problem.values)
+        if errors[-1] < _NOTHING:
+            break
+    assert best is not None
+    errors, problem.values = best
+    ended = certain == "optimal"
+    if not ended:
+        ended = _improve(problem, size, errors, settings.iterations, settings.tolerance)
+    _balance(problem)
+    return errors, ended
+
+
+def _improve(
+    problem: Problem, size: float, errors: list[float], sweeps: int, tolerance: float
+) -> bool:
+    """Sweep until a sweep does not lower the error any more; return whether that came."""
+    for _ in range(sweeps):
+        if errors[-1] < _NOTHING:
+            return True
+        before = dict(problem.values)
+        problem.sweep()
+        error = problem.error() / size
+        if error > errors[-1]:  # by rounding
+            problem.values = before
+            return True
+        errors.append(error)
+        if errors[-2] - error <= tolerance * error:
+            return True
+    return False
+
+
+def _start(problem: Problem, number: int, seed: int) -> str:
+    """Give a part its first values; return how good they are, one of `_KINDS`."""
+    layout, values = problem.layout, problem.values
+    certain = "optimal" if len(problem.networks) == 1 else "settled"
+    for index, name in enumerate(problem.trained):
+        values[name] = normal(seed, _STARTS + (number << 32) + index, layout.input_shapes[name])
+    if len(problem.trained) == 1 and not layout.inner:
+        return "settled"  # a linear problem
+    free = {*problem.trained}
+    for target in problem.targets:
+        wanted = target.wanted
+        if target.map is not None and not number:
+            wanted = _least_squares(target.map, wanted, layout.joint_sizes(target.groups[0])[0])
+        for group, tensor in _tensors(layout, target, wanted):
+            blocks = [block for term in layout.term_blocks(group) for block in term]
+            own = all(len({use.group for use in problem.uses[block]}) == 1 for block in blocks)
+            if not own or not free.issuperset(blocks):
+                certain = ""
+                continue
+            kind = _kind(layout, group) if target.map is None and target.seen is None else "settled"
+            certain = min(certain, kind, key=_KINDS.index)
+            if number:
+                continue
+            item, count = layout.groups[group], layout.specs[group].splits
+            found = start_group(
+                item.splits, count, layout.specs[group].combine, tensor, seed, _pull(layout, group)
+            )
+            for index, parts_ in enumerate(found):
+                values |= {layout.block(group, index, leaf): own for leaf, own in parts_.items()}
+    return certain
+
+
+def _kind(layout: Layout, group: int) -> str:
+    """Return how good the decompositions of a group's tensor are."""
+    item, own = layout.groups[group], layout.specs[group]
+    splits = item.splits
+    dense = [split.core == "full" and not any(split.factored) for split in splits]
+    if layout.maps[group].mapped(len(item.fold)):
+        return "settled" if len(splits) == 1 and splits[0].core != "identity" else ""
+    if own.splits == 2 and own.combine == "kronecker" and all(dense):
+        sizes = [math.prod(split.shape) for split in splits[:2]]
+        return "settled" if is_randomised(sizes, own.terms) else "optimal"
+    if own.terms > 1 or own.combine == "hadamard" or own.splits > 2:
+        return ""
+    if own.splits > 1:
+        return "settled"
+    (split,) = splits
+    if all(dense):
+        return "optimal"
+    if split.core == "full" or (split.core != "train" and len(split.sizes) == 2):
+        # A stationary point of the fit, if all singular vectors are made.
+        several = len(split.sizes) > 2
+        return "settled" if several or is_randomised(split.sizes, split.ranks[0]) else "optimal"
+    return "settled" if split.core == "train" else ""
+
+
+def _least_squares(fixed: Map, wanted: numpy.ndarray, before: int) -> numpy.ndarray:
+    """Return the entries that a map takes nearest to a vector."""
+    operator = LinearOperator(
+        (len(wanted), before),
+        matvec=lambda x: fixed.apply(x.reshape(-1), len(wanted)),
+        rmatvec=lambda y: fixed.adjoint(y.reshape(-1), before),
+        dtype=float,
+    )
+    found: numpy.ndarray = lsqr(operator, wanted)[0]
+    return found
+
+
+def _tensors(
+    layout: Layout, target: Target, entries: numpy.ndarray
+) -> Iterable[tuple[int, numpy.ndarray]]:
+    """Yield the folded tensors that some entries are, of all groups of a target."""
+    start = 0
+    for group in target.groups:
+        shape = group_shape(layout, group)
+        count = len(entries) if len(target.groups) == 1 else layout.groups[group].size
+        part = entries[start : start + count]
+        start += count
+        if len(part) == math.prod(shape):
+            yield group, part.reshape(shape)
+        else:
+            yield group, numpy.pad(part, (0, math.prod(shape) - len(part))).reshape(shape)
+
+
+def _pull(layout: Layout, group: int) -> Any:
+    """Return what takes a split's tensor to that before the map of single modes."""
+    fixed, item = layout.maps[group], layout.groups[group]
+    order = len(item.fold)
+
+    def pulled(index: int, tensor: numpy.ndarray) -> numpy.ndarray:
+        split = item.splits[index]
+        for mode in fixed.mapped(order):
+            identity = numpy.eye(split.sizes[mode])
+            matrix = fixed.map_mode(identity, 0, index * order + mode, split.shape[mode])
+            tensor = numpy.tensordot(numpy.linalg.pinv(matrix), tensor, axes=(1, mode))
+            tensor = numpy.moveaxis(tensor, 0, mode)
+        return tensor
+
+    return pulled
+
+
+def _balance(problem: Problem) -> None:
+    """Give the trained blocks of every product equal norms, where no other product has them."""
+    for group in problem.networks:
+        for term in problem.layout.term_blocks(group):
+            blocks = [block for block in term if block in problem.trained]
+            if any(len(problem.uses[block]) > 1 for block in blocks):
+                continue
+            norms = [float(numpy.linalg.norm(problem.values[block])) for block in blocks]
+            if len(blocks) > 1 and min(norms) > 0:
+                mean = math.exp(sum(map(math.log, norms)) / len(norms))
+                for block, norm in zip(blocks, norms, strict=True):
+                    problem.values[block] = problem.values[block] * (mean / norm)
+
+
+def _left(
+    layout: Layout, deltas: Mapping[str, Array], values: Blocks
+) -> dict[str, tuple[float, float]]:
+    """Return for every weight the squares of what is left of its update, and of the update."""
+    vector = vectors(layout, values, whole=True)
+    found = {}
+    for name in layout.shapes:
+        delta = as_numpy(deltas[name]).reshape(-1)
+        made = weight_delta(layout, values, name, layout.scaling(name), vector)
+        left = delta - made.reshape(-1)
+        found[name] = float(left @ left), float(delta @ delta)
+    return found

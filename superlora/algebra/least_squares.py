@@ -1,0 +1,467 @@
+"""Least squares on the networks of some groups, one block after the other.
+
+With all blocks but one held, a group's tensor is linear in this block, and the derivative for the
+block is the network without it. So the normal equations of a block are small networks themselves.
+Where they are not, as behind a map that mixes a group's entries, the products with the derivative
+and its adjoint are enough for LSQR (Paige and Saunders 1982).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy
+from scipy.sparse.linalg import LinearOperator, lsqr
+
+from superlora._backend import backend_of
+from superlora.algebra.contract import run
+from superlora.algebra.form import form, source_array, source_arrays, take, with_blocks
+from superlora.design.contraction import Labels, contract
+from superlora.design.layout import Layout
+from superlora.design.network import Network, Source, Term, group_network
+from superlora.maps import Map
+
+Blocks = dict[str, numpy.ndarray]
+Cotangents = dict[int, numpy.ndarray]
+
+_NUMPY = backend_of(numpy.empty(0))
+# Steps of LSQR for one block; a later sweep goes on from there.
+_STEPS = 60
+# Tries to damp a step of all blocks that one vector makes, until the error falls.
+_DAMPINGS = 12
+
+
+@dataclass
+class Target:
+    """What the tensors of some groups should be, maybe behind a map."""
+
+    groups: Sequence[int]
+    map: Map | None  # of the groups' entries; None where they are compared themselves
+    wanted: numpy.ndarray  # the vector of the entries that are compared, 0 where they are not
+    seen: numpy.ndarray | None  # which entries are compared; None for all
+    weight: float = 1.0  # of the squared error
+
+
+@dataclass
+class Use:
+    """One place of a block in the network of a group."""
+
+    target: int
+    group: int
+    term: int
+    place: int  # among the term's operands
+
+
+@dataclass
+class Problem:
+    """Groups that share what is trained, what they should be, and the present values.
+
+    Attributes
+    ----------
+    layout : Layout
+        What lies where.
+    targets : list of Target
+        Every group is in one.
+    trained : list of str
+        Names of what may change, in the order in which it is solved for.
+    values : dict of str to numpy.ndarray
+        Blocks and vectors by name, frozen ones too.
+    """
+
+    layout: Layout
+    targets: list[Target]
+    trained: list[str]
+    values: Blocks
+    floor: float = 0.0  # of the squared error
+    damping: dict[str, float] = field(default_factory=dict)
+
+    @functools.cached_property
+    def networks(self) -> dict[int, Network]:
+        """The network of every group's tensor."""
+        groups = (group for target in self.targets for group in target.groups)
+        return {group: group_network(self.layout, group) for group in groups}
+
+    @functools.cached_property
+    def uses(self) -> dict[str, list[Use]]:
+        """Where every block is used."""
+        found: dict[str, list[Use]] = {}
+        for index, target in enumerate(self.targets):
+            for group in target.groups:
+                for number, term in enumerate(self.terms(group)):
+                    for place, _ in enumerate(term.operands):
+                        use = Use(index, group, number, place)
+                        found.setdefault(self.source(use).block, []).append(use)
+        return found
+
+    @functools.cached_property
+    def blocks_of(self) -> dict[str, list[str]]:
+        """The blocks that are made of what is trained."""
+        inner = self.layout.inner
+        found: dict[str, list[str]] = {name: [] for name in self.trained}
+        for block in self.uses:
+            name = inner[block].name if block in inner else block
+            if name in found:
+                found[name].append(block)
+        return found
+
+    def terms(self, group: int) -> Sequence[Term]:
+        """Return the products that are summed to a group's tensor."""
+        return self.networks[group].runs[0].boxes[0]
+
+    def source(self, use: Use) -> Source:
+        """Return what an operand is taken of."""
+        network = self.networks[use.group]
+        return network.sources[self.terms(use.group)[use.term].operands[use.place].source]
+
+    def arrays(self, group: int, values: Mapping[str, numpy.ndarray]) -> list[numpy.ndarray]:
+        """Return what the operands of a group's network are slices of."""
+        return source_arrays(self.layout, values, self.networks[group].sources)
+
+    # --- the error
+
+    def tensor(
+        self, group: int, values: Mapping[str, numpy.ndarray] | None = None
+    ) -> numpy.ndarray:
+        """Return a group's tensor, raveled."""
+        values = self.values if values is None else values
+        formed: numpy.ndarray = form(self.networks[group], self.arrays(group, values))
+        return formed.reshape(-1)
+
+    def compared(self, target: Target, tensors: Mapping[int, numpy.ndarray]) -> numpy.ndarray:
+        """Return the entries that a target compares, of the groups' raveled tensors."""
+        if target.map is None:
+            (group,) = target.groups
+            found = tensors[group]
+        elif len(target.groups) == 1:
+            found = target.map.apply(tensors[target.groups[0]], len(target.wanted))
+        else:
+            sizes = [self.layout.groups[group].size for group in target.groups]
+            parts = [
+                tensors[group][:size] for group, size in zip(target.groups, sizes, strict=True)
+            ]
+            found = target.map.apply(numpy.concatenate(parts), len(target.wanted))
+        return found if target.seen is None else numpy.where(target.seen, found, 0.0)
+
+    def residuals(self, values: Mapping[str, numpy.ndarray] | None = None) -> list[numpy.ndarray]:
+        """Return for every target the root of its weight times what is left of it."""
+        found = []
+        for target in self.targets:
+            tensors = {group: self.tensor(group, values) for group in target.groups}
+            left = target.wanted - self.compared(target, tensors)
+            found.append(left * target.weight**0.5)
+        return found
+
+    def error(self) -> float:
+        """Return the root of the squared error of all targets."""
+        return math.sqrt(self.floor + sum(float(own @ own) for own in self.residuals()))
+
+    # --- one block or vector after the other
+
+    def sweep(self) -> None:
+        """Solve for each of what is trained in turn."""
+        # The entries that are not compared are taken as they are at the start of the sweep: no
+        # step can then raise the error (expectation and maximisation).
+        wanted = [self._completed(target) for target in self.targets]
+        for name in self.trained:
+            if self._is_closed(name):
+                self.values[name] = self._solved(name, wanted)
+            else:
+                self.step([name])
+
+    def _completed(self, target: Target) -> numpy.ndarray:
+        if target.seen is None or target.map is not None:
+            return target.wanted
+        (group,) = target.groups
+        return numpy.where(target.seen, target.wanted, self.tensor(group))
+
+    def _is_closed(self, name: str) -> bool:
+        """Return whether the normal equations are formed, in no more memory than the tensors."""
+        if name in self._mapped or name not in self.uses:
+            return False
+        entries = sum(len(self.targets[use.target].wanted) for use in self.uses[name])
+        _, summed = self._axes(name)
+        shape = self.values[name].shape
+        return bool(math.prod(shape[axis] for axis in summed) ** 2 <= entries)
+
+    @functools.cached_property
+    def _mapped(self) -> set[str]:
+        """The blocks that some map takes, of their modes or of a group's entries."""
+        return {
+            block
+            for block, uses in self.uses.items()
+            if any(self.source(use).modes or self.targets[use.target].map for use in uses)
+        }
+
+    def _axes(self, name: str) -> tuple[list[int], list[int]]:
+        """Return the axes of a block that are modes of the tensor, and those that are summed."""
+        kept: list[int] = []
+        summed: list[int] = []
+        for axis in range(len(self.values[name].shape)):
+            own = [self._labels(use)[axis] for use in self.uses[name]]
+            outputs = [
+                self.terms(use.group)[use.term].contraction.output for use in self.uses[name]
+            ]
+            sums = any(set(labels) - set(out) for labels, out in zip(own, outputs, strict=True))
+            (summed if sums else kept).append(axis)
+        return kept, summed
+
+    def _labels(self, use: Use) -> list[Labels]:
+        """Return the labels of every axis of a block, those of size 1 left out."""
+        term = self.terms(use.group)[use.term]
+        sizes, left = term.contraction.sizes, list(term.operands[use.place].labels)
+        found = []
+        for size in self.source(use).shape:
+            own: list[int] = []
+            while math.prod(sizes[label] for label in own) < size:
+                own.append(left.pop(0))
+            found.append(tuple(own))
+        return found
+
+    def _without(
+        self, use: Use, arrays: Sequence[numpy.ndarray]
+    ) -> Iterator[tuple[Labels, numpy.ndarray]]:
+        """Yield labels and arrays of a term's other operands."""
+        operands = self.terms(use.group)[use.term].operands
+        for place, own in enumerate(operands):
+            if place != use.place:
+                yield own.labels, take(_NUMPY, arrays[own.source], own)
+
+    def _solved(self, name: str, wanted: Sequence[numpy.ndarray]) -> numpy.ndarray:
+        """Return a block that solves its normal equations."""
+        shape = self.values[name].shape
+        kept, summed = self._axes(name)
+        right = numpy.zeros([shape[axis] for axis in (*kept, *summed)])
+        whole = all(self.source(use).shape == shape for use in self.uses[name])
+        gram: numpy.ndarray | None = None
+        count = len(kept)
+        for use in self.uses[name]:
+            term, weight = self.terms(use.group)[use.term], self.targets[use.target].weight
+            contraction = term.contraction
+            arrays = self.arrays(use.group, self.values)
+            others = list(self._without(use, arrays))
+            labels = self._labels(use)
+            own = [labels[axis] for axis in kept], [labels[axis] for axis in summed]
+            part = tuple(slice(self.source(use).shape[axis]) for axis in (*kept, *summed))
+            tensor = wanted[use.target].reshape(
+                [contraction.sizes[own] for own in contraction.output]
+            )
+            for number, other in enumerate(self.terms(use.group)):
+                if number != use.term:
+                    values = [take(_NUMPY, arrays[each.source], each) for each in other.operands]
+                    tensor = tensor - run(other.contraction, values, _NUMPY)
+            found = _contracted(
+                [(contraction.output, tensor), *others],
+                itertools.chain(*own[0], *own[1]),
+                contraction.sizes,
+            )
+            right[part] += weight * found.reshape(right[part].shape)
+            made = _gram(others, own, contraction.output, contraction.sizes)
+            if gram is None:
+                ones = [
+                    shape[axis] if len(self.uses[name]) > 1 and not whole else 1 for axis in kept
+                ]
+                sums = [shape[axis] for axis in summed]
+                gram = numpy.zeros([*ones, *sums, *sums])
+            if made.shape[:count] != gram.shape[:count] and whole:
+                both = numpy.broadcast_shapes(made.shape[:count], gram.shape[:count])
+                gram = numpy.broadcast_to(gram, (*both, *gram.shape[count:])).copy()
+            into = (*part[:count], *part[count:], *part[count:])
+            gram[into if not whole else ...] += weight * made
+        assert gram is not None
+        solution = _normal_solution(gram, right, count)
+        back = numpy.argsort([*kept, *summed])
+        return solution.transpose(back)
+
+    # --- through maps, and where normal equations are large
+
+    def step(self, names: Sequence[str]) -> None:
+        """Change what some names hold by a solution of the linearised problem, maybe damped."""
+        residual = numpy.concatenate(self.residuals())
+        derivative = self._derivative(names)
+        old, best = dict(self.values), float(residual @ residual)
+        nonlinear = self._is_nonlinear(names)
+        damp = self.damping.get(names[0] if len(names) == 1 else "", 1e-3) * nonlinear
+        for _ in range(_DAMPINGS if nonlinear else 1):  # Levenberg and Marquardt
+            change = lsqr(derivative, residual, damp, iter_lim=_STEPS, atol=1e-12, btol=1e-12)[0]
+            for name, part in zip(names, self._split(names, change), strict=True):
+                self.values[name] = old[name] + part
+            if not nonlinear or self.error() ** 2 - self.floor < best:
+                self.damping[names[0] if len(names) == 1 else ""] = damp / 4
+                return
+            damp = damp * 4
+        self.values = old
+
+    def _split(self, names: Sequence[str], vector: numpy.ndarray) -> list[numpy.ndarray]:
+        """Cut a vector of all entries that some names hold."""
+        shapes = [self.values[name].shape for name in names]
+        cuts = numpy.cumsum([math.prod(shape) for shape in shapes])[:-1]
+        parts = zip(numpy.split(vector.reshape(-1), cuts), shapes, strict=True)
+        return [part.reshape(shape) for part, shape in parts]
+
+    def _is_nonlinear(self, names: Sequence[str]) -> bool:
+        """Return whether some product has two of the blocks that are made of these names."""
+        blocks = [block for name in names for block in self.blocks_of[name]]
+        terms = [(use.group, use.term) for block in blocks for use in self.uses[block]]
+        return len(set(terms)) < len(terms)
+
+    def _derivative(self, names: Sequence[str]) -> LinearOperator:
+        """Return the derivative of all residuals, but for their sign, for some names."""
+        arrays = {group: self.arrays(group, self.values) for group in self.networks}
+        rows = [len(target.wanted) for target in self.targets]
+        blocks = [(name, block) for name in names for block in self.blocks_of[name]]
+
+        def forward(change: numpy.ndarray) -> numpy.ndarray:
+            moved = self.values | dict(zip(names, self._split(names, change), strict=True))
+            changed = with_blocks(self.layout, moved, [block for _, block in blocks])
+            tensors = {
+                group: numpy.zeros(math.prod(network.shape))
+                for group, network in self.networks.items()
+            }
+            for _, block in blocks:
+                for use in self.uses[block]:
+                    term = self.terms(use.group)[use.term]
+                    own = source_array(self.layout, self.source(use), changed[block])
+                    operands = [
+                        take(_NUMPY, arrays[use.group][each.source], each) for each in term.operands
+                    ]
+                    operands[use.place] = take(_NUMPY, own, term.operands[use.place])
+                    tensors[use.group] += run(term.contraction, operands, _NUMPY).reshape(-1)
+            made = [self.compared(target, tensors) * target.weight**0.5 for target in self.targets]
+            return numpy.concatenate(made)
+
+        def backward(left: numpy.ndarray) -> numpy.ndarray:
+            found = {name: numpy.zeros(self.values[name].shape) for name in names}
+            parts = numpy.split(left.reshape(-1), numpy.cumsum(rows)[:-1])
+            cotangents: Cotangents = {}
+            for target, part in zip(self.targets, parts, strict=True):
+                cotangents |= self._pulled(target, part * target.weight**0.5)
+            for name, block in blocks:
+                gradient = numpy.zeros(self.layout.block_shapes[block])
+                for use in self.uses[block]:
+                    contraction = self.terms(use.group)[use.term].contraction
+                    tensor = cotangents[use.group].reshape(
+                        [contraction.sizes[own] for own in contraction.output]
+                    )
+                    part = _contracted(
+                        [(contraction.output, tensor), *self._without(use, arrays[use.group])],
+                        contraction.operands[use.place],
+                        contraction.sizes,
+                    )
+                    slices = tuple(map(slice, self.source(use).shape))
+                    gradient[slices] += self._unmapped(use, part)
+                found[name] += self._outer_gradient(name, block, gradient)
+            return numpy.concatenate([found[name].reshape(-1) for name in names])
+
+        width = sum(math.prod(self.values[name].shape) for name in names)
+        return LinearOperator((sum(rows), width), matvec=forward, rmatvec=backward, dtype=float)
+
+    def _pulled(self, target: Target, left: numpy.ndarray) -> Cotangents:
+        """Return the adjoint of `compared`."""
+        if target.seen is not None:
+            left = numpy.where(target.seen, left, 0.0)
+        if target.map is None:
+            return {target.groups[0]: left}
+        groups = [self.layout.groups[group] for group in target.groups]
+        if len(groups) == 1:
+            return {target.groups[0]: target.map.adjoint(left, groups[0].before)}
+        sizes = [group.size for group in groups]
+        whole = target.map.adjoint(left, sum(sizes))
+        parts = numpy.split(whole, numpy.cumsum(sizes)[:-1])
+        return {
+            group: numpy.pad(part, (0, item.before - item.size))
+            for group, item, part in zip(target.groups, groups, parts, strict=True)
+        }
+
+    def _unmapped(self, use: Use, part: numpy.ndarray) -> numpy.ndarray:
+        """Return the gradient of a block's slice, of that of an operand."""
+        source = self.source(use)
+        made = list(source.shape)
+        for axis, _, size in source.modes:
+            made[axis] = size
+        part = part.reshape(made)
+        for axis, index, _ in source.modes:
+            fixed = self.layout.maps[source.group]
+            part = fixed.map_mode(part, axis, index, source.shape[axis], adjoint=True)
+        return part
+
+    def _outer_gradient(self, name: str, block: str, gradient: numpy.ndarray) -> numpy.ndarray:
+        """Return the gradient of what a block is made of."""
+        if name == block:
+            return gradient
+        inner = self.layout.inner[block]
+        whole = numpy.zeros(inner.size)
+        whole[inner.start : inner.stop] = gradient.reshape(-1)
+        found: numpy.ndarray = inner.map.adjoint(whole, inner.before)
+        return found
+
+
+def _gram(
+    others: Sequence[tuple[Labels, numpy.ndarray]],
+    own: tuple[Sequence[Labels], Sequence[Labels]],
+    output: Labels,
+    sizes: Mapping[int, int],
+) -> numpy.ndarray:
+    """Return products of a block's derivatives, (modes, or 1 where all are alike, sums, sums)."""
+    kept, summed = own
+    sums = [label for labels in summed for label in labels]
+    shape = [math.prod(sizes[label] for label in labels) for labels in summed]
+    if not others:
+        return numpy.ones([1] * len(kept) + shape * 2)
+    shift = max(sizes) + 1
+    second = {
+        label: label + shift for labels, _ in others for label in labels if label not in output
+    }
+    doubled = {**sizes, **{second[label]: sizes[label] for label in second}}
+    pairs = [
+        *others,
+        *((tuple(second.get(one, one) for one in labels), array) for labels, array in others),
+    ]
+    present = {label for labels, _ in others for label in labels}
+    modes = [label for labels in kept for label in labels if label in present]
+    found = _contracted(pairs, [*modes, *sums, *(second[label] for label in sums)], doubled)
+    # A mode of which the others have some digits only has all of them in the result.
+    spread: list[int] = []
+    full: list[int] = []
+    merged: list[int] = []
+    for labels in kept:
+        some = any(label in present for label in labels)
+        spread += [sizes[label] if label in present else 1 for label in labels]
+        full += [sizes[label] if some else 1 for label in labels]
+        merged.append(math.prod(sizes[label] for label in labels) if some else 1)
+    found = numpy.broadcast_to(found.reshape([*spread, *shape, *shape]), [*full, *shape, *shape])
+    return found.reshape([*merged, *shape, *shape])
+
+
+def _contracted(
+    pairs: Sequence[tuple[Labels, numpy.ndarray]],
+    output: Iterator[int] | Sequence[int],
+    sizes: Mapping[int, int],
+) -> numpy.ndarray:
+    path = contract([labels for labels, _ in pairs], tuple(output), sizes)
+    found: numpy.ndarray = run(path, [array for _, array in pairs], _NUMPY)
+    return found
+
+
+def _normal_solution(gram: numpy.ndarray, right: numpy.ndarray, kept: int) -> numpy.ndarray:
+    """Solve normal equations, of every entry of the first `kept` axes, with the least norm."""
+    modes = right.shape[:kept]
+    width = math.prod(right.shape[kept:])
+    matrices = gram.reshape(-1, width, width)
+    numbers, vectors = numpy.linalg.eigh(matrices)
+    cutoff = numbers[:, -1:] * width * numpy.finfo(float).eps
+    inverse = numpy.divide(1.0, numbers, out=numpy.zeros_like(numbers), where=numbers > cutoff)
+    columns = right.reshape(-1, width)
+    if len(matrices) == 1:
+        solved = ((columns @ vectors[0]) * inverse[0]) @ vectors[0].T
+    else:
+        axes = gram.shape[:kept]
+        vectors = numpy.broadcast_to(vectors.reshape(*axes, width, width), (*modes, width, width))
+        inverse = numpy.broadcast_to(inverse.reshape(*axes, width), (*modes, width))
+        turned = numpy.matmul(columns.reshape(*modes, 1, width), vectors)[..., 0, :] * inverse
+        solved = numpy.matmul(vectors, turned[..., None])[..., 0]
+    found: numpy.ndarray = solved.reshape(right.shape)
+    return found
