@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from scipy.sparse.linalg import LinearOperator, lsqr
+from scipy.sparse.linalg import LinearOperator, eigsh, lsqr
 
 from superlora._backend import Array, backend_of, check_floating, from_numpy, widened
 from superlora.algebra.decompositions import is_randomised, start_group
@@ -241,7 +241,8 @@ def _targets(
         gain = _isometry(fixed, before, len(wanted)) if seen.all() else 0.0
         if not gain:
             mask = None if seen.all() else seen
-            targets.append(Target(joint, fixed, wanted, mask, scale**2))
+            largest = _largest(fixed, before, len(wanted))
+            targets.append(Target(joint, fixed, wanted, mask, scale**2, largest))
             continue
         # F^T F is a multiple of 1: the tensors are compared themselves.
         entries = fixed.adjoint(wanted, before) / gain
@@ -290,6 +291,25 @@ def _isometry(fixed: Map, before: int, size: int) -> float:
     gain = float(probe @ found) / float(probe @ probe)
     same = numpy.linalg.norm(found - gain * probe) <= 1e-10 * numpy.linalg.norm(found)
     return gain if same else 0.0
+
+
+def _operator(fixed: Map, before: int, size: int) -> LinearOperator:
+    return LinearOperator(
+        (size, before),
+        matvec=lambda x: fixed.apply(x.reshape(-1), size),
+        rmatvec=lambda y: fixed.adjoint(y.reshape(-1), before),
+        dtype=float,
+    )
+
+
+def _largest(fixed: Map, before: int, size: int) -> float:
+    """Return a number that is hardly above the largest eigenvalue of F^T F."""
+    if before == 1:
+        return float(fixed.apply(numpy.ones(1), size) @ fixed.apply(numpy.ones(1), size))
+    operator = _operator(fixed, before, size)
+    probe = normal(_PROBE, 0, (before,))
+    found = eigsh(operator.H @ operator, k=1, v0=probe, tol=1e-3, return_eigenvectors=False)
+    return 1.01 * float(found[0])
 
 
 # --- one part
@@ -395,13 +415,7 @@ def _kind(layout: Layout, group: int) -> str:
 
 def _least_squares(fixed: Map, wanted: numpy.ndarray, before: int) -> numpy.ndarray:
     """Return the entries that a map takes nearest to a vector."""
-    operator = LinearOperator(
-        (len(wanted), before),
-        matvec=lambda x: fixed.apply(x.reshape(-1), len(wanted)),
-        rmatvec=lambda y: fixed.adjoint(y.reshape(-1), before),
-        dtype=float,
-    )
-    found: numpy.ndarray = lsqr(operator, wanted)[0]
+    found: numpy.ndarray = lsqr(_operator(fixed, before, len(wanted)), wanted)[0]
     return found
 
 

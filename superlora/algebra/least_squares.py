@@ -26,7 +26,7 @@ from superlora.design.network import Network, Source, Term, group_network
 from superlora.maps import Map
 
 Blocks = dict[str, numpy.ndarray]
-Cotangents = dict[int, numpy.ndarray]
+Tensors = dict[int, numpy.ndarray]
 
 _NUMPY = backend_of(numpy.empty(0))
 # Steps of LSQR for one block; a later sweep goes on from there.
@@ -44,6 +44,7 @@ class Target:
     wanted: numpy.ndarray  # the vector of the entries that are compared, 0 where they are not
     seen: numpy.ndarray | None  # which entries are compared; None for all
     weight: float = 1.0  # of the squared error
+    gain: float = 1.0  # at least the largest eigenvalue of F^T F
 
 
 @dataclass
@@ -163,37 +164,42 @@ class Problem:
 
     def sweep(self) -> None:
         """Solve for each of what is trained in turn."""
-        # The entries that are not compared are taken as they are at the start of the sweep: no
-        # step can then raise the error (expectation and maximisation).
-        wanted = [self._completed(target) for target in self.targets]
+        wanted: Tensors = {}
+        for target in self.targets:
+            wanted |= self._majorised(target)
         for name in self.trained:
             if self._is_closed(name):
                 self.values[name] = self._solved(name, wanted)
             else:
                 self.step([name])
 
-    def _completed(self, target: Target) -> numpy.ndarray:
-        if target.seen is None or target.map is not None:
-            return target.wanted
-        (group,) = target.groups
-        return numpy.where(target.seen, target.wanted, self.tensor(group))
+    def _majorised(self, target: Target) -> Tensors:
+        """Return tensors, distances from which bound the error of the groups of a target."""
+        # Entries that are not compared are taken as they are. Behind a map, a step along the
+        # gradient leads to these tensors: what is nearer to them than the present ones lowers the
+        # error, if the step is no longer than the largest eigenvalue of F^T F allows.
+        if target.map is None and target.seen is None:
+            return {target.groups[0]: target.wanted}
+        tensors = {group: self.tensor(group) for group in target.groups}
+        left = self.pulled(target, target.wanted - self.compared(target, tensors))
+        return {group: tensors[group] + left[group] / target.gain for group in target.groups}
 
     def _is_closed(self, name: str) -> bool:
         """Return whether the normal equations are formed, in no more memory than the tensors."""
         if name in self._mapped or name not in self.uses:
             return False
-        entries = sum(len(self.targets[use.target].wanted) for use in self.uses[name])
+        entries = sum(math.prod(self.networks[use.group].shape) for use in self.uses[name])
         _, summed = self._axes(name)
         shape = self.values[name].shape
         return bool(math.prod(shape[axis] for axis in summed) ** 2 <= entries)
 
     @functools.cached_property
     def _mapped(self) -> set[str]:
-        """The blocks that some map takes, of their modes or of a group's entries."""
+        """The blocks whose modes some map takes."""
         return {
             block
             for block, uses in self.uses.items()
-            if any(self.source(use).modes or self.targets[use.target].map for use in uses)
+            if any(self.source(use).modes for use in uses)
         }
 
     def _axes(self, name: str) -> tuple[list[int], list[int]]:
@@ -230,7 +236,7 @@ class Problem:
             if place != use.place:
                 yield own.labels, take(_NUMPY, arrays[own.source], own)
 
-    def _solved(self, name: str, wanted: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    def _solved(self, name: str, wanted: Mapping[int, numpy.ndarray]) -> numpy.ndarray:
         """Return a block that solves its normal equations."""
         shape = self.values[name].shape
         kept, summed = self._axes(name)
@@ -239,14 +245,15 @@ class Problem:
         gram: numpy.ndarray | None = None
         count = len(kept)
         for use in self.uses[name]:
-            term, weight = self.terms(use.group)[use.term], self.targets[use.target].weight
+            term, target = self.terms(use.group)[use.term], self.targets[use.target]
+            weight = target.weight * target.gain
             contraction = term.contraction
             arrays = self.arrays(use.group, self.values)
             others = list(self._without(use, arrays))
             labels = self._labels(use)
             own = [labels[axis] for axis in kept], [labels[axis] for axis in summed]
             part = tuple(slice(self.source(use).shape[axis]) for axis in (*kept, *summed))
-            tensor = wanted[use.target].reshape(
+            tensor = wanted[use.group].reshape(
                 [contraction.sizes[own] for own in contraction.output]
             )
             for number, other in enumerate(self.terms(use.group)):
@@ -336,9 +343,9 @@ class Problem:
         def backward(left: numpy.ndarray) -> numpy.ndarray:
             found = {name: numpy.zeros(self.values[name].shape) for name in names}
             parts = numpy.split(left.reshape(-1), numpy.cumsum(rows)[:-1])
-            cotangents: Cotangents = {}
+            cotangents: Tensors = {}
             for target, part in zip(self.targets, parts, strict=True):
-                cotangents |= self._pulled(target, part * target.weight**0.5)
+                cotangents |= self.pulled(target, part * target.weight**0.5)
             for name, block in blocks:
                 gradient = numpy.zeros(self.layout.block_shapes[block])
                 for use in self.uses[block]:
@@ -359,7 +366,7 @@ class Problem:
         width = sum(math.prod(self.values[name].shape) for name in names)
         return LinearOperator((sum(rows), width), matvec=forward, rmatvec=backward, dtype=float)
 
-    def _pulled(self, target: Target, left: numpy.ndarray) -> Cotangents:
+    def pulled(self, target: Target, left: numpy.ndarray) -> Tensors:
         """Return the adjoint of `compared`."""
         if target.seen is not None:
             left = numpy.where(target.seen, left, 0.0)
