@@ -40,7 +40,7 @@ class FitReport:
     error : float
         Frobenius norm of what is left of all updates over that of the updates.
     errors : dict of str to float
-        The same for each weight; 0 where both are.
+        The same for each weight; 0 where both are, and infinite where the update is.
     seconds : float
         Wall time of the fit.
     history : dict of int to tuple of float
@@ -92,15 +92,13 @@ def fit(
         names = _inputs(layout, groups)
         free = [name for name in names if name not in held]
         values = {name: held[name] for name in names if name in held}
-        wanted = _members(layout, groups, deltas)
-        size = math.sqrt(sum(float(own @ own) for own in map(numpy.ravel, wanted.values())))
-        drawn = dict(each_factor(layout, settings.seed, {*layout.factor_shapes} - {*free}))
-        if size == 0 or not free:  # nothing to fit, but it may be trained
-            values |= drawn
+        targets, floor = _targets(layout, groups, _members(layout, groups, deltas))
+        problem = Problem(layout, targets, free, values, floor)
+        size = problem.size()
+        if size == 0:  # what is drawn makes no update, and can be trained
             history[groups[0]] = (0.0,)
+            values |= dict(each_factor(layout, settings.seed, {*layout.factor_shapes} - {*free}))
         else:
-            targets, floor = _targets(layout, groups, wanted)
-            problem = Problem(layout, targets, free, values, floor)
             errors, ended = _fitted(problem, size, settings)
             history[groups[0]] = tuple(errors)
             converged &= ended
@@ -116,7 +114,7 @@ def fit(
 
 
 def _ratio(left: float, whole: float) -> float:
-    return left / whole if whole else float(left > 0)
+    return left / whole if whole else math.inf if left else 0.0
 
 
 def as_numpy(array: Array) -> numpy.ndarray:
@@ -363,6 +361,8 @@ def _start(problem: Problem, number: int, seed: int) -> str:
     certain = "optimal" if len(problem.networks) == 1 else "settled"
     for index, name in enumerate(problem.trained):
         values[name] = normal(seed, _STARTS + (number << 32) + index, layout.input_shapes[name])
+    if not problem.trained:
+        return "optimal"
     if len(problem.trained) == 1 and not layout.inner:
         return "settled"  # a linear problem
     free = {*problem.trained}

@@ -160,6 +160,11 @@ class Problem:
         """Return the root of the squared error of all targets."""
         return math.sqrt(self.floor + sum(float(own @ own) for own in self.residuals()))
 
+    def size(self) -> float:
+        """Return the error of no update at all."""
+        squares = (float(own.wanted @ own.wanted) * own.weight for own in self.targets)
+        return math.sqrt(self.floor + sum(squares))
+
     # --- one block or vector after the other
 
     def sweep(self) -> None:
