@@ -33,16 +33,15 @@ EPOCHS = 3
 RATES = (2e-3, 1e-2)
 
 
-def tune(
-    work: Task, adapter: nn.Module, rate: float, *, epochs: int, batch: int = 16, seed: int = 0
+def trained_steps(
+    work: Task, groups: list[dict[str, Any]], *, epochs: int, batch: int = 16, seed: int = 0
 ) -> float:
-    """Train the parameters of an adapter, and return the seconds."""
+    """Train groups of parameters of a task's model, and return the seconds."""
     start = time.perf_counter()
-    optimizer = torch.optim.AdamW(adapter.param_groups(lr=rate, rates={"model": 1e-3}))
+    optimizer = torch.optim.AdamW(groups)
+    rates = [group["lr"] for group in optimizer.param_groups]
     steps = epochs * (len(work.train) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in optimizer.param_groups], steps, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.1)
     drawn = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     work.model.train()
@@ -52,10 +51,17 @@ def tune(
             examples = stacked([work.train[index] for index in order[first : first + batch]])
             optimizer.zero_grad()
             work.model(**examples).loss.backward()
-            nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], 1.0)
             optimizer.step()
             schedule.step()
     return time.perf_counter() - start
+
+
+def tune(work: Task, adapter: Any, rate: float, *, epochs: int) -> float:
+    """Train an adapter and the head, and return the seconds."""
+    groups = adapter.param_groups(lr=rate, rates={"model": 1e-3})
+    return trained_steps(work, groups, epochs=epochs)
 
 
 class Rows:
