@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from scipy.sparse.linalg import LinearOperator, eigsh, lsqr
+import scipy
 
 from superlora._backend import Array, backend_of, check_floating, from_numpy, widened
 from superlora.algebra.decompositions import is_randomised, start_group
@@ -291,8 +291,8 @@ def _isometry(fixed: Map, before: int, size: int) -> float:
     return gain if same else 0.0
 
 
-def _operator(fixed: Map, before: int, size: int) -> LinearOperator:
-    return LinearOperator(
+def _operator(fixed: Map, before: int, size: int) -> scipy.sparse.linalg.LinearOperator:
+    return scipy.sparse.linalg.LinearOperator(
         (size, before),
         matvec=lambda x: fixed.apply(x.reshape(-1), size),
         rmatvec=lambda y: fixed.adjoint(y.reshape(-1), before),
@@ -306,7 +306,9 @@ def _largest(fixed: Map, before: int, size: int) -> float:
         return float(fixed.apply(numpy.ones(1), size) @ fixed.apply(numpy.ones(1), size))
     operator = _operator(fixed, before, size)
     probe = normal(_PROBE, 0, (before,))
-    found = eigsh(operator.H @ operator, k=1, v0=probe, tol=1e-3, return_eigenvectors=False)
+    found = scipy.sparse.linalg.eigsh(
+        operator.H @ operator, k=1, v0=probe, tol=1e-3, return_eigenvectors=False
+    )
     return 1.01 * float(found[0])
 
 
@@ -415,7 +417,9 @@ def _kind(layout: Layout, group: int) -> str:
 
 def _least_squares(fixed: Map, wanted: numpy.ndarray, before: int) -> numpy.ndarray:
     """Return the entries that a map takes nearest to a vector."""
-    found: numpy.ndarray = lsqr(_operator(fixed, before, len(wanted)), wanted)[0]
+    found: numpy.ndarray = scipy.sparse.linalg.lsqr(_operator(fixed, before, len(wanted)), wanted)[
+        0
+    ]
     return found
 
 

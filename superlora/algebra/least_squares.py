@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy
-from scipy.sparse.linalg import LinearOperator, lsqr
+import scipy
 
 from superlora._backend import backend_of
 from superlora.algebra.contract import run
@@ -298,7 +298,9 @@ class Problem:
         nonlinear = self._is_nonlinear(names)
         damp = self.damping.get(names[0] if len(names) == 1 else "", 1e-3) * nonlinear
         for _ in range(_DAMPINGS if nonlinear else 1):  # Levenberg and Marquardt
-            change = lsqr(derivative, residual, damp, iter_lim=_STEPS, atol=1e-12, btol=1e-12)[0]
+            change = scipy.sparse.linalg.lsqr(
+                derivative, residual, damp, iter_lim=_STEPS, atol=1e-12, btol=1e-12
+            )[0]
             for name, part in zip(names, self._split(names, change), strict=True):
                 self.values[name] = old[name] + part
             if not nonlinear or self.error() ** 2 - self.floor < best:
@@ -320,7 +322,7 @@ class Problem:
         terms = [(use.group, use.term) for block in blocks for use in self.uses[block]]
         return len(set(terms)) < len(terms)
 
-    def _derivative(self, names: Sequence[str]) -> LinearOperator:
+    def _derivative(self, names: Sequence[str]) -> scipy.sparse.linalg.LinearOperator:
         """Return the derivative of all residuals, but for their sign, for some names."""
         arrays = {group: self.arrays(group, self.values) for group in self.networks}
         rows = [len(target.wanted) for target in self.targets]
@@ -369,7 +371,9 @@ class Problem:
             return numpy.concatenate([found[name].reshape(-1) for name in names])
 
         width = sum(math.prod(self.values[name].shape) for name in names)
-        return LinearOperator((sum(rows), width), matvec=forward, rmatvec=backward, dtype=float)
+        return scipy.sparse.linalg.LinearOperator(
+            (sum(rows), width), matvec=forward, rmatvec=backward, dtype=float
+        )
 
     def pulled(self, target: Target, left: numpy.ndarray) -> Tensors:
         """Return the adjoint of `compared`."""
