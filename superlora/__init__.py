@@ -5,6 +5,10 @@ from superlora.algebra.fit import FitReport
 from superlora.algebra.folding import fold_group, unfold_group
 from superlora.algebra.kronecker import kronecker
 from superlora.algebra.tucker import tucker
+from superlora.choose.candidates import Candidate, Candidates
+from superlora.choose.compare import compare
+from superlora.choose.spectrum import Spectrum, spectrum
+from superlora.choose.suggest import suggest
 from superlora.design.axes import Axes
 from superlora.design.spec import Spec
 from superlora.design.supports import OPERATIONS, Supports, support_shape
@@ -19,16 +23,22 @@ __all__ = [
     "OPERATIONS",
     "AdapterError",
     "Axes",
+    "Candidate",
+    "Candidates",
     "FitReport",
     "Plan",
     "Spec",
+    "Spectrum",
     "Supports",
+    "compare",
     "fold_group",
     "fwht",
     "kronecker",
     "maps",
     "operations",
     "presets",
+    "spectrum",
+    "suggest",
     "support_shape",
     "tucker",
     "unfold_group",

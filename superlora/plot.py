@@ -25,7 +25,7 @@ _GROUPS = 12
 def draw_folds(layout: Layout) -> Figure:
     """Draw which weight every part of each group's fold is of; a stack of modes is one side."""
     groups = range(min(_GROUPS, len(layout.groups)))
-    figure, places = _figure(len(groups))
+    figure, places = new_figure(len(groups))
     names = list(layout.shapes)
     for group, place in zip(groups, places, strict=True):
         fold = layout.groups[group].fold
@@ -57,7 +57,7 @@ def draw_folds(layout: Layout) -> Figure:
 def draw_network(network: Network, name: str) -> Figure:
     """Draw blocks as points, joined where they share a label; open ends are axes of the update."""
     terms = list(network.terms())
-    figure, places = _figure(min(_GROUPS, len(terms)))
+    figure, places = new_figure(min(_GROUPS, len(terms)))
     for term, place in zip(terms, places, strict=False):
         _draw_term(network, term, place)
     figure.suptitle(name, size=9)
@@ -90,17 +90,17 @@ def _draw_term(network: Network, term: Term, place: Axes) -> None:
     place.axis("off")
 
 
-def _figure(count: int) -> tuple[Figure, list[Any]]:
-    """Return a figure of so many places, which no window shows."""
+def new_figure(count: int, width: float = 3.2, height: float = 2.6) -> tuple[Figure, list[Any]]:
+    """Return a figure of so many places of a size in inches, which no window shows."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "Plan.plot needs the extra 'plot': pip install 'superlora[plot]'", name=error.name
+            "pictures need the extra 'plot': pip install 'superlora[plot]'", name=error.name
         ) from error
     across = max(1, min(4, count))
     down = max(1, -(-count // across))
-    figure = Figure(figsize=(3.2 * across, 2.6 * down), layout="constrained")
+    figure = Figure(figsize=(width * across, height * down), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, [figure.add_subplot(down, across, index + 1) for index in range(count)]

@@ -1,0 +1,168 @@
+"""`Candidates`: specs with their sizes and errors, as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, overload
+
+from superlora._backend import Array
+from superlora.design.spec import Spec
+from superlora.design.spec_checks import integers_in
+from superlora.design.supports import Supports
+from superlora.plan import Plan
+from superlora.plot import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Bytes of a number.
+_WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+# An error that rounding has made zero is drawn at this.
+_LEAST_ERROR = 1e-16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A spec, what it costs and how near it comes.
+
+    Attributes
+    ----------
+    family : str
+        What the spec is one of.
+    spec : Spec or Supports
+        The design.
+    num_parameters : int
+        Trainable entries of all blocks.
+    nbytes : int
+        Bytes of those.
+    error : float or None
+        Relative Frobenius error of all weights together, ``‖ΔW - fit‖ / ‖ΔW‖``; None where there
+        was nothing to fit.
+    seconds : float or None
+        Wall time of the fit.
+    factors : dict of str to array, or None
+        The factors that were fitted, as `Plan.fit` returns them.
+    """
+
+    family: str
+    spec: Spec | Supports
+    num_parameters: int
+    nbytes: int
+    error: float | None = None
+    seconds: float | None = None
+    factors: dict[str, Array] | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, repr=False)
+class Candidates(Sequence[Candidate]):
+    """A sequence of candidates that prints as a table.
+
+    Attributes
+    ----------
+    rows : tuple of Candidate
+        The candidates, in order.
+    left_out : dict of str to str
+        Families that are no candidates, and why.
+    """
+
+    rows: tuple[Candidate, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Candidate: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Candidate, ...]: ...
+    def __getitem__(self, index: int | slice) -> Candidate | tuple[Candidate, ...]:
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self.rows)
+
+    def __repr__(self) -> str:
+        cells = [("family", "rank", "parameters", "bytes", "error", "seconds")]
+        for row in self.rows:
+            error = "" if row.error is None else f"{row.error:.4g}"
+            seconds = "" if row.seconds is None else f"{row.seconds:.2g}"
+            sizes = (f"{row.num_parameters:,}", f"{row.nbytes:,}")
+            cells.append((row.family, _rank(row.spec), *sizes, error, seconds))
+        columns = [own for own in zip(*cells, strict=True) if any(own[1:])]
+        padded = [[cell.rjust(max(map(len, own))) for cell in own] for own in columns]
+        padded[0] = [cell.strip().ljust(len(cell)) for cell in padded[0]]
+        lines = ["  ".join(row) for row in zip(*padded, strict=True)]
+        lines += [f"left out: {family}, {reason}" for family, reason in self.left_out.items()]
+        return "\n".join(lines)
+
+    def plot(self) -> Figure:
+        """Draw the error against the number of parameters, a curve for each family.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Both axes are logarithmic. To be shown by a notebook, or saved by ``savefig``.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without matplotlib, the extra ``plot``.
+        ValueError
+            If the candidates have no errors, since they were not fitted.
+        """
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for row in self.rows:
+            if row.error is None:
+                raise ValueError(
+                    f"candidates must have errors to be drawn: {row.family!r} has none"
+                )
+            point = (row.num_parameters, max(row.error, _LEAST_ERROR))
+            curves.setdefault(row.family, []).append(point)
+        drawn, (place,) = new_figure(1, 6.4, 4.2)
+        for number, (family, points) in enumerate(curves.items()):
+            # Ten colours, then the next ten with another mark.
+            style = {"color": f"C{number % 10}", "marker": "osD^v"[number // 10 % 5]}
+            place.plot(*zip(*sorted(points), strict=True), label=family, markersize=5, **style)
+        place.set(xscale="log", yscale="log", xlabel="parameters", ylabel="relative error")
+        place.grid(which="both", alpha=0.25)
+        drawn.legend(loc="outside right upper", fontsize=8)
+        return drawn
+
+
+def _rank(spec: Spec | Supports) -> str:
+    """Return the ranks of a spec for a table, from the least to the largest of its weights."""
+    if isinstance(spec, Supports):
+        return ""
+    if not spec.overrides:
+        return str(spec.rank).strip("()").replace("'", "")
+    ranks = list(integers_in(spec.rank))
+    for _, fields in spec.overrides:
+        ranks += [0] if fields is None else integers_in(dict(fields).get("rank", spec.rank))
+    return f"{min(ranks)} to {max(ranks)}" if ranks else str(spec.rank)
+
+
+def width_of(dtype: Any) -> int:
+    """Return the bytes of a number of a dtype, given by its name or of any library."""
+    name = str(getattr(dtype, "__name__", dtype)).rpartition(".")[2]
+    if name not in _WIDTHS:
+        raise ValueError(f"dtype must be one of {', '.join(_WIDTHS)}: got {dtype!r}")
+    return _WIDTHS[name]
+
+
+def counted(family: str, plan: Plan, width: int) -> Candidate:
+    """Return a candidate that is not fitted."""
+    return Candidate(family, plan.spec, plan.num_parameters, width * plan.num_parameters)
+
+
+def fitted(
+    family: str, plan: Plan, width: int, deltas: Mapping[str, Array], options: Mapping[str, Any]
+) -> Candidate:
+    """Return a candidate that is fitted to given updates."""
+    factors, report = plan.fit(deltas, **options)
+    sizes = (plan.num_parameters, width * plan.num_parameters)
+    error = float(report.error)
+    if not math.isfinite(error):
+        raise ValueError(f"the fit of {family!r} has no finite error: got {error}")
+    return Candidate(family, plan.spec, *sizes, error, float(report.seconds), factors)

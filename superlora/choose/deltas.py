@@ -1,0 +1,59 @@
+"""Given updates: their axes, and their numbers in double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+
+from superlora._backend import Array, backend_of, check_floating, widened
+from superlora.design.axes import Axes
+from superlora.design.grouping import check_shapes
+from superlora.errors import some
+
+
+def axes_of(
+    deltas: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...] | Axes] | None = None
+) -> dict[str, Axes]:
+    """Return the axes of given updates: those of their shapes, where none are said."""
+    if not isinstance(deltas, Mapping):
+        raise TypeError(f"deltas must map names to arrays: got {type(deltas).__name__}")
+    for name, delta in deltas.items():
+        check_floating(f"deltas[{name!r}]", delta)
+    own = {name: tuple(delta.shape) for name, delta in deltas.items()}
+    axes = check_shapes(own if shapes is None else shapes)
+    if list(axes) != list(own) and set(axes) != set(own):
+        differ = sorted(set(axes) ^ set(own))
+        raise ValueError(
+            f"shapes must have the names of deltas: {some(map(repr, differ))} are in one alone"
+        )
+    for name, shape in own.items():
+        if axes[name].shape != shape:
+            raise ValueError(f"deltas[{name!r}] must have shape {axes[name].shape}: got {shape}")
+    return {name: axes[name] for name in own}
+
+
+def as_float64(name: str, delta: Array) -> numpy.ndarray[Any, Any]:
+    """Return an update as numpy's numbers, all of them finite."""
+    values = numpy.asarray(backend_of(delta).to_numpy(widened(delta)), dtype=numpy.float64)
+    bad = ~numpy.isfinite(values)
+    if bad.any():
+        place = numpy.unravel_index(int(bad.argmax()), values.shape)
+        raise ValueError(
+            f"deltas[{name!r}] must be finite: got {values[place]} at {tuple(map(int, place))}"
+        )
+    return values
+
+
+def check_difference(largest: float) -> None:
+    """Refuse updates of which none is any."""
+    if largest == 0:
+        raise ValueError("deltas must differ from zero: all of them are zero")
+
+
+def singular_values(name: str, delta: Array, axes: Axes) -> numpy.ndarray[Any, Any]:
+    """Return a weight's singular values, descending: (matrices of its stack, least width)."""
+    matrices = as_float64(name, delta).reshape(axes.matrices, axes.out, axes.matrix[1])
+    found: numpy.ndarray[Any, Any] = numpy.linalg.svd(matrices, compute_uv=False)
+    return found

@@ -1,0 +1,300 @@
+"""`suggest`: the specs that fit a budget, and how near they come to given updates."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+import numpy
+from scipy.special import digamma
+
+from superlora import presets
+from superlora._backend import Array
+from superlora.checks import check_count
+from superlora.choose.budget import Captured, allot, ladder, largest_rank, with_ranks
+from superlora.choose.candidates import Candidate, Candidates, counted, fitted, width_of
+from superlora.choose.deltas import axes_of, check_difference, singular_values
+from superlora.design.axes import Axes
+from superlora.design.grouping import check_shapes
+from superlora.design.spec import Spec
+from superlora.errors import some
+from superlora.plan import Plan
+
+Family = Callable[[int], Any]
+Families = Mapping[str, str | Family] | Iterable[str | Family]
+
+_FAMILIES: dict[str, Family] = {
+    "lora": presets.lora,
+    "lokr": presets.lokr,
+    "loha": presets.loha,
+    "lonkr": presets.lonkr,
+    "tt_lora": presets.tt_lora,
+    "lotr": presets.lotr,
+    "fact_tk": presets.fact_tk,
+    "metatt": presets.metatt,
+    "lorta": presets.lorta,
+    "lorta of order 4": functools.partial(presets.lorta, order=4),
+    "one matrix": lambda rank: Spec(rank=rank, groups=1, fold="balanced"),
+    "a matrix a layer": lambda rank: Spec(rank=rank, groups="layer", fold="balanced"),
+}
+
+
+def suggest(
+    weights: Mapping[str, Any],
+    *,
+    budget: int | None = None,
+    budget_bytes: int | None = None,
+    dtype: Any = "float32",
+    families: Families | None = None,
+    sensitivity: Mapping[str, float] | None = None,
+    shapes: Mapping[str, tuple[int, ...] | Axes] | None = None,
+    **options: Any,
+) -> Candidates:
+    """Return the specs that fit a budget: of every family the one of the largest rank.
+
+    Parameters
+    ----------
+    weights : mapping of str to shape, or mapping of str to array
+        The shapes of the weights, as `Plan` takes them; or their updates ΔW, to which every
+        candidate is then fitted. A gradient is an update too: that of a step.
+    budget : int
+        Trainable parameters at most; or give `budget_bytes`.
+    budget_bytes : int
+        Bytes of those at most.
+    dtype : str or dtype
+        In which the factors are stored, ``"float16"``, ``"bfloat16"``, ``"float32"`` or
+        ``"float64"``: what a parameter takes.
+    families : sequence or mapping, optional
+        Names of presets, or functions of a rank, or of another size, that return a spec; a mapping
+        names them. By default the main families, those that the shapes allow.
+    sensitivity : mapping of str to float, optional
+        A score for every weight, as `superlora.torch.sensitivity` finds: every weight then has
+        a rank of its own. For shapes alone; updates say more.
+    shapes : mapping of str to shape, optional
+        Of updates with more axes than two, what they are.
+    **options : Any
+        Those of `Plan.fit`.
+
+    Returns
+    -------
+    Candidates
+        With updates by their relative error, the least first; else in the order of the families.
+        ``[0].spec`` is the first one's spec. Families without a spec under the budget stand in
+        ``left_out``.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of another kind.
+    ValueError
+        If no family fits the budget: the message has the smallest. If updates are not finite, or
+        all of them are zero.
+
+    Notes
+    -----
+    The rank is found by counting alone: the number of parameters rises with it.
+
+    *A rank for each weight.* Ranks rise one by one, and the next is that of the weight ``l`` that
+    gains most for each parameter it takes, until the budget is spent. For LoRA and given updates
+    the gain of the rank ``r`` is ``σ_lr²``, so that the ranks are those of the least error of all
+    weights together (by Eckart and Young; but for what is left of the budget). This is the row
+    ``"lora, a rank a weight"``. With scores ``s_l`` it is ``s_l / r``, as if the energies of a
+    weight fell like ``1 / r``: parameters in proportion to scores, as in GoRA [1]_, where AdaLoRA
+    [2]_ and EVA [3]_ rank single directions. It takes a family whose weights have separate blocks.
+
+    References
+    ----------
+    .. [1] H. He et al., "GoRA: Gradient-driven Adaptive Low Rank Adaptation", 2025.
+    .. [2] Q. Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient
+       Fine-Tuning", 2023.
+    .. [3] F. Paischer et al., "One Initialization to Rule them All: Fine-tuning via Explained
+       Variance Adaptation", 2024.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> shapes = {"0.q": (64, 64), "0.up": (256, 64), "1.q": (64, 64), "1.up": (256, 64)}
+    >>> sl.suggest(shapes, budget=2_000, families=["lora", "lorta", "lotr"])
+    family  rank  parameters  bytes
+    lora       2       1,792  7,168
+    lorta      8       1,824  7,296
+    left out: lotr, fold='stack' of order 3 must have whole weights of one shape in each group:
+    got [(64, 64), (256, 64)]; in the group of '0.q', '0.up', '1.q', '1.up'
+    >>> scores = {"0.q": 1.0, "0.up": 4.0, "1.q": 8.0, "1.up": 8.0}
+    >>> sl.suggest(shapes, budget=2_000, families=[sl.lora], sensitivity=scores)[0].spec.overrides
+    """
+    width = width_of(dtype)
+    most = _budget(budget, budget_bytes, width)
+    given = isinstance(weights, Mapping) and any(hasattr(own, "dtype") for own in weights.values())
+    if not given and (shapes is not None or options):
+        extra = some(["shapes"] * (shapes is not None) + list(options))
+        raise TypeError(f"{extra} must come with updates: got shapes alone")
+    if given and sensitivity is not None:
+        raise TypeError("sensitivity must come with shapes: got updates, whose values say more")
+    axes = axes_of(weights, shapes) if given else check_shapes(weights)
+    captured = None
+    if given:
+        captured = _energy(weights, axes)
+    elif sensitivity is not None:
+        captured = _score(sensitivity, axes)
+    plans: list[tuple[str, Plan]] = []
+    left_out: dict[str, str] = {}
+    smallest: dict[str, int] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of modes of size 1, which cost and err as counted
+        for name, family in _named(families).items():
+            plan = functools.partial(_plan, name, family, axes)
+            try:
+                smallest[name] = plan(1).num_parameters
+                found = {name: None if captured and not given else _largest(plan, most)}
+                if captured and (not given or _is_low_rank(plan(1).spec)):
+                    own = _by_weight(name, family, axes, most, captured, smallest)
+                    found[f"{name}, a rank a weight" if given else name] = own
+            except ValueError as error:
+                left_out[name] = str(error)
+                continue
+            plans += [(label, own) for label, own in found.items() if own is not None]
+            if not any(found.values()):
+                left_out[name] = f"takes {smallest[name]:,} parameters or more"
+    if not plans:
+        _refuse(smallest, left_out, budget, budget_bytes, width)
+    if not given:
+        return Candidates(tuple(counted(name, own, width) for name, own in plans), left_out)
+    rows: list[Candidate] = []
+    for name, own in plans:
+        try:
+            rows.append(fitted(name, own, width, weights, options))
+        except ValueError as error:
+            left_out[name] = str(error)
+    return Candidates(tuple(sorted(rows, key=lambda row: row.error or 0.0)), left_out)
+
+
+def _budget(budget: int | None, budget_bytes: int | None, width: int) -> int:
+    """Return a budget as a number of parameters."""
+    if (budget is None) == (budget_bytes is None):
+        raise TypeError(
+            f"one of budget and budget_bytes must be given: got {budget!r} and {budget_bytes!r}"
+        )
+    if budget_bytes is None:
+        return check_count("budget", budget)
+    return check_count("budget_bytes", budget_bytes, width) // width
+
+
+def _named(families: Families | None) -> dict[str, Family]:
+    """Return functions of a rank by name."""
+    if families is None:
+        return _FAMILIES
+    if isinstance(families, str) or not isinstance(families, (Mapping, Iterable)):
+        raise TypeError(f"families must be a sequence or a mapping: got {families!r}")
+    given: Mapping[str, str | Family] = (
+        families
+        if isinstance(families, Mapping)
+        else {own if isinstance(own, str) else own.__name__: own for own in families}
+    )
+    found: dict[str, Family] = {}
+    for name, own in given.items():
+        if isinstance(own, str):
+            if own not in _FAMILIES and own not in presets.__all__:
+                raise ValueError(f"families must name presets: got {own!r}")
+            own = _FAMILIES.get(own) or getattr(presets, own)
+        if not callable(own):
+            raise TypeError(f"families[{name!r}] must be a function of a rank: got {own!r}")
+        found[name] = own
+    if not found:
+        raise ValueError("families must name one at least: got none")
+    return found
+
+
+def _plan(name: str, family: Family, axes: Mapping[str, Axes], rank: int) -> Plan:
+    try:
+        spec = family(rank)
+    except TypeError as error:
+        raise TypeError(f"families[{name!r}] must take a rank alone: {error}") from None
+    return Plan(spec, axes)
+
+
+def _largest(plan: Callable[[int], Plan], budget: int) -> Plan | None:
+    rank = largest_rank(plan, budget)
+    return plan(rank) if rank else None
+
+
+def _is_low_rank(spec: object) -> bool:
+    """Return whether a spec of rank 1 is LoRA's, but for its scale."""
+    return isinstance(spec, Spec) and spec.replace(scale=None, alpha=None, rslora=False) == Spec(1)
+
+
+def _by_weight(
+    name: str,
+    family: Family,
+    axes: Mapping[str, Axes],
+    budget: int,
+    captured: Captured,
+    smallest: dict[str, int],
+) -> Plan | None:
+    """Return the plan that gives each weight a rank of its own, and note what the least one is."""
+    spec = family(1)
+    alone = {own: functools.partial(_plan, name, family, {"": own}) for own in {*axes.values()}}
+    least = {own: plan(1).num_parameters for own, plan in alone.items()}
+    separate = isinstance(spec, Spec) and spec.groups == "weight" and not spec.overrides
+    if not separate or sum(least[own] for own in axes.values()) != smallest[name]:
+        raise ValueError("weights must have separate blocks to have ranks of their own")
+    smallest[name] = min(least.values())
+    ladders = {own: ladder(plan, budget) for own, plan in alone.items()}
+    ranks = allot({weight: ladders[own] for weight, own in axes.items()}, captured, budget)
+    return Plan(with_ranks(family, ranks), axes) if any(ranks.values()) else None
+
+
+def _energy(deltas: Mapping[str, Array], axes: Mapping[str, Axes]) -> Captured:
+    """Return what share of all energy a rank of a weight has, a squared singular value each."""
+    found = {name: singular_values(name, delta, axes[name]) for name, delta in deltas.items()}
+    largest = max(float(values.max()) for values in found.values())
+    check_difference(largest)
+    # Of all matrices of a stack, which have one rank.
+    energies = {
+        name: numpy.square(values / largest).sum(axis=0).cumsum() for name, values in found.items()
+    }
+    # Beyond all singular values a weight is dense.
+    return lambda name, rank: float(energies[name][min(rank, len(energies[name])) - 1])
+
+
+def _score(sensitivity: Mapping[str, float], axes: Mapping[str, Axes]) -> Captured:
+    """Return what a rank of a weight gains, as if its energies fell like 1, 1/2, 1/3."""
+    if not isinstance(sensitivity, Mapping):
+        raise TypeError(f"sensitivity must map names to scores: got {type(sensitivity).__name__}")
+    differ = sorted(set(sensitivity) ^ set(axes), key=str)
+    if differ:
+        raise ValueError(
+            "sensitivity must have a score for every weight: "
+            f"{some(map(repr, differ))} are in one of them alone"
+        )
+    scores = {name: float(score) for name, score in sensitivity.items()}
+    for name, score in scores.items():
+        if not 0 <= score < math.inf:
+            raise ValueError(f"sensitivity[{name!r}] must be finite and not below 0: got {score}")
+    if not any(scores.values()):
+        raise ValueError("sensitivity must have a score above 0: all are 0")
+    return lambda name, rank: scores[name] * float(digamma(rank + 1) + numpy.euler_gamma)
+
+
+def _refuse(
+    smallest: Mapping[str, int],
+    left_out: Mapping[str, str],
+    budget: int | None,
+    budget_bytes: int | None,
+    width: int,
+) -> NoReturn:
+    if not smallest:
+        reasons = some(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ValueError(f"families must have one that these weights allow: {reasons}")
+    name = min(smallest, key=smallest.__getitem__)
+    argument, got, unit = "budget", budget, "parameters"
+    if budget_bytes is not None:
+        argument, got, unit = "budget_bytes", budget_bytes, "bytes"
+    least = smallest[name] * (width if budget_bytes is not None else 1)
+    raise ValueError(
+        f"{argument} must be at least {least:,} {unit}, those of the smallest spec, {name!r} of "
+        f"rank 1: got {got:,}"
+    )
