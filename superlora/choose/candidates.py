@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy
+
 from superlora._backend import Array
+from superlora.algebra.fit import as_numpy
 from superlora.design.spec import Spec
 from superlora.design.spec_checks import integers_in
 from superlora.design.supports import Supports
@@ -115,9 +118,7 @@ class Candidates(Sequence[Candidate]):
         curves: dict[str, list[tuple[int, float]]] = {}
         for row in self.rows:
             if row.error is None:
-                raise ValueError(
-                    f"candidates must have errors to be drawn: {row.family!r} has none"
-                )
+                raise ValueError(f"candidates must be fitted to be drawn: {row.family!r} is not")
             point = (row.num_parameters, max(row.error, _LEAST_ERROR))
             curves.setdefault(row.family, []).append(point)
         drawn, (place,) = new_figure(1, 6.4, 4.2)
@@ -160,9 +161,18 @@ def fitted(
     family: str, plan: Plan, width: int, deltas: Mapping[str, Array], options: Mapping[str, Any]
 ) -> Candidate:
     """Return a candidate that is fitted to given updates."""
-    factors, report = plan.fit(deltas, **options)
-    sizes = (plan.num_parameters, width * plan.num_parameters)
-    error = float(report.error)
-    if not math.isfinite(error):
-        raise ValueError(f"the fit of {family!r} has no finite error: got {error}")
-    return Candidate(family, plan.spec, *sizes, error, float(report.seconds), factors)
+    # A spec may leave weights out, whose updates are lost.
+    kept = {name: deltas[name] for name in plan.layout.layer_axes if name in plan.shapes}
+    factors, report = plan.fit(kept, **options)
+    norms = {name: float(numpy.linalg.norm(as_numpy(delta))) for name, delta in deltas.items()}
+    lost = [norm for name, norm in norms.items() if name not in kept]
+    rest = math.hypot(report.error * math.hypot(*(norms[name] for name in kept)), *lost)
+    return Candidate(
+        family,
+        plan.spec,
+        plan.num_parameters,
+        width * plan.num_parameters,
+        rest / math.hypot(*norms.values()),
+        report.seconds,
+        factors,
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from superlora._backend import Array
 from superlora.choose.candidates import Candidates, fitted, width_of
-from superlora.choose.deltas import as_float64, axes_of, check_difference
+from superlora.choose.deltas import axes_of, check_values
 from superlora.design.axes import Axes
 from superlora.design.spec import Spec
 from superlora.plan import Plan
@@ -63,7 +63,7 @@ def compare(
     if not isinstance(specs, Mapping) or not specs:
         raise TypeError(f"specs must map names to specs: got {specs!r}")
     axes = axes_of(deltas, shapes)
-    check_difference(max(float(abs(as_float64(*item)).max()) for item in deltas.items()))
+    check_values(deltas)
     plans: list[tuple[str, Plan]] = []
     for name, own in specs.items():
         several = [own] if isinstance(own, Spec) else own

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy
 
-from superlora._backend import Array, backend_of, check_floating, widened
+from superlora._backend import Array, check_floating
+from superlora.algebra.fit import as_numpy
 from superlora.design.axes import Axes
 from superlora.design.grouping import check_shapes
 from superlora.errors import some
@@ -34,26 +35,24 @@ def axes_of(
     return {name: axes[name] for name in own}
 
 
-def as_float64(name: str, delta: Array) -> numpy.ndarray[Any, Any]:
-    """Return an update as numpy's numbers, all of them finite."""
-    values = numpy.asarray(backend_of(delta).to_numpy(widened(delta)), dtype=numpy.float64)
-    bad = ~numpy.isfinite(values)
-    if bad.any():
-        place = numpy.unravel_index(int(bad.argmax()), values.shape)
-        raise ValueError(
-            f"deltas[{name!r}] must be finite: got {values[place]} at {tuple(map(int, place))}"
-        )
-    return values
+def check_values(deltas: Mapping[str, Array]) -> None:
+    """Refuse updates that are not finite, or of which none is any."""
+    zero = True
+    for name, delta in deltas.items():
+        values = as_numpy(delta)
+        bad = ~numpy.isfinite(values)
+        if bad.any():
+            place = numpy.unravel_index(int(bad.argmax()), values.shape)
+            raise ValueError(
+                f"deltas[{name!r}] must be finite: got {values[place]} at {tuple(map(int, place))}"
+            )
+        zero &= not values.any()
+    if zero:
+        raise ValueError("deltas must differ from zero somewhere: all of them are zero")
 
 
-def check_difference(largest: float) -> None:
-    """Refuse updates of which none is any."""
-    if largest == 0:
-        raise ValueError("deltas must differ from zero: all of them are zero")
-
-
-def singular_values(name: str, delta: Array, axes: Axes) -> numpy.ndarray[Any, Any]:
+def singular_values(delta: Array, axes: Axes) -> numpy.ndarray[Any, Any]:
     """Return a weight's singular values, descending: (matrices of its stack, least width)."""
-    matrices = as_float64(name, delta).reshape(axes.matrices, axes.out, axes.matrix[1])
+    matrices = as_numpy(delta).reshape(axes.matrices, axes.out, axes.matrix[1])
     found: numpy.ndarray[Any, Any] = numpy.linalg.svd(matrices, compute_uv=False)
     return found

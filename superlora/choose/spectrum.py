@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from superlora._backend import Array
+from superlora.algebra.fit import as_numpy
 from superlora.algebra.folding import fold_group
-from superlora.choose.deltas import as_float64, axes_of, check_difference, singular_values
+from superlora.choose.deltas import axes_of, check_values, singular_values
 from superlora.design.axes import Axes
 from superlora.design.layout import Layout
 from superlora.design.spec import Spec
@@ -154,7 +155,7 @@ def spectrum(
     deltas : mapping of str to array
         The updates ΔW of all weights, of numpy, torch or jax.
     spec : Spec, optional
-        A design whose groups are folded and unfolded too. Its ranks do not count.
+        A design whose groups are folded and unfolded too.
     shapes : mapping of str to shape, optional
         Of updates with more axes than two, what they are.
 
@@ -189,16 +190,16 @@ def spectrum(
     >>> import numpy as np, superlora as sl
     >>> rng = np.random.default_rng(0)
     >>> deltas = {name: np.outer(rng.normal(size=8), rng.normal(size=6)) for name in "qv"}
-    >>> found = sl.spectrum(deltas, spec=sl.lotr())
+    >>> found = sl.spectrum(deltas, spec=sl.lotr(2))
     >>> found.rank_for(0.99)
     {'q': 1, 'v': 1, 'group 0, mode 0': 2, 'group 0, mode 1': 2, 'group 0, mode 2': 2}
     """
     axes = axes_of(deltas, shapes)
+    check_values(deltas)
     values = {
-        name: -numpy.sort(-singular_values(name, delta, axes[name]), axis=None)
+        name: -numpy.sort(-singular_values(delta, axes[name]), axis=None)
         for name, delta in deltas.items()
     }
-    check_difference(max(float(own[0]) for own in values.values()))
     if spec is not None:
         if not isinstance(spec, Spec):
             raise TypeError(f"spec must be a superlora.Spec: got {type(spec).__name__}")
@@ -220,19 +221,17 @@ def _unfoldings(layout: Layout, group: int, deltas: Mapping[str, Array]) -> dict
     vector = numpy.zeros(item.size)
     for name, start, piece in layout.grouping.contents[group]:
         stop = start + piece.stop - piece.start
-        vector[piece.start : piece.stop] = as_float64(name, deltas[name]).reshape(-1)[start:stop]
-    tensor, order = fold_group(vector, item.fold), len(item.fold)
+        vector[piece.start : piece.stop] = as_numpy(deltas[name]).reshape(-1)[start:stop]
+    digits, order = fold_group(vector, item.fold), len(item.fold)
     label = f"group {group}"
     if own.combine == "kronecker" and own.splits > 1:
-        digits = tensor.reshape(layout.radices(group))
+        digits = digits.reshape(layout.radices(group))
         # The two unfoldings of a matrix are one, transposed.
         kept = range(own.splits if own.splits > 2 else 1)
         chosen = {f"{label}, split {k}": range(k, digits.ndim, own.splits) for k in kept}
     elif own.cores[0] == "train":
-        digits = tensor
         chosen = {f"{label}, modes to {m}": range(m + 1) for m in range(order - 1)}
     else:
-        digits = tensor
         chosen = {f"{label}, mode {m}": range(m, m + 1) for m in range(order if order > 2 else 1)}
     return {
         name: numpy.moveaxis(digits, [*modes], range(len(modes))).reshape(

@@ -16,7 +16,7 @@ from superlora._backend import Array
 from superlora.checks import check_count
 from superlora.choose.budget import Captured, allot, ladder, largest_rank, with_ranks
 from superlora.choose.candidates import Candidate, Candidates, counted, fitted, width_of
-from superlora.choose.deltas import axes_of, check_difference, singular_values
+from superlora.choose.deltas import axes_of, check_values, singular_values
 from superlora.design.axes import Axes
 from superlora.design.grouping import check_shapes
 from superlora.design.spec import Spec
@@ -101,7 +101,7 @@ def suggest(
     gains most for each parameter it takes, until the budget is spent. For LoRA and given updates
     the gain of the rank ``r`` is ``σ_lr²``, so that the ranks are those of the least error of all
     weights together (by Eckart and Young; but for what is left of the budget). This is the row
-    ``"lora, a rank a weight"``. With scores ``s_l`` it is ``s_l / r``, as if the energies of a
+    ``"lora, ranks by weight"``. With scores ``s_l`` it is ``s_l / r``, as if the energies of a
     weight fell like ``1 / r``: parameters in proportion to scores, as in GoRA [1]_, where AdaLoRA
     [2]_ and EVA [3]_ rank single directions. It takes a family whose weights have separate blocks.
 
@@ -117,14 +117,15 @@ def suggest(
     --------
     >>> import superlora as sl
     >>> shapes = {"0.q": (64, 64), "0.up": (256, 64), "1.q": (64, 64), "1.up": (256, 64)}
-    >>> sl.suggest(shapes, budget=2_000, families=["lora", "lorta", "lotr"])
-    family  rank  parameters  bytes
-    lora       2       1,792  7,168
-    lorta      8       1,824  7,296
-    left out: lotr, fold='stack' of order 3 must have whole weights of one shape in each group:
-    got [(64, 64), (256, 64)]; in the group of '0.q', '0.up', '1.q', '1.up'
+    >>> sl.suggest(shapes, budget=2_000, families=["lora", "tt_lora", "lorta"])
+    family   rank  parameters  bytes
+    lora        2       1,792  7,168
+    tt_lora     4       1,600  6,400
+    lorta       9       1,665  6,660
     >>> scores = {"0.q": 1.0, "0.up": 4.0, "1.q": 8.0, "1.up": 8.0}
-    >>> sl.suggest(shapes, budget=2_000, families=[sl.lora], sensitivity=scores)[0].spec.overrides
+    >>> best = sl.suggest(shapes, budget=2_000, families=["lora"], sensitivity=scores)[0]
+    >>> [best.spec.of(name).rank for name in shapes]
+    [1, 1, 7, 2]
     """
     width = width_of(dtype)
     most = _budget(budget, budget_bytes, width)
@@ -135,40 +136,36 @@ def suggest(
     if given and sensitivity is not None:
         raise TypeError("sensitivity must come with shapes: got updates, whose values say more")
     axes = axes_of(weights, shapes) if given else check_shapes(weights)
-    captured = None
     if given:
-        captured = _energy(weights, axes)
-    elif sensitivity is not None:
-        captured = _score(sensitivity, axes)
+        check_values(weights)
+    scores = None if sensitivity is None else _score(sensitivity, axes)
     plans: list[tuple[str, Plan]] = []
     left_out: dict[str, str] = {}
     smallest: dict[str, int] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of modes of size 1, which cost and err as counted
         for name, family in _named(families).items():
-            plan = functools.partial(_plan, name, family, axes)
             try:
-                smallest[name] = plan(1).num_parameters
-                found = {name: None if captured and not given else _largest(plan, most)}
-                if captured and (not given or _is_low_rank(plan(1).spec)):
-                    own = _by_weight(name, family, axes, most, captured, smallest)
-                    found[f"{name}, a rank a weight" if given else name] = own
+                deltas = weights if given else None
+                found = _plans(name, family, axes, most, scores, deltas, smallest)
             except ValueError as error:
                 left_out[name] = str(error)
                 continue
-            plans += [(label, own) for label, own in found.items() if own is not None]
-            if not any(found.values()):
-                left_out[name] = f"takes {smallest[name]:,} parameters or more"
+            plans += found.items()
+            if not found:
+                left_out[name] = f"takes {smallest[name]:,} parameters at rank 1"
     if not plans:
         _refuse(smallest, left_out, budget, budget_bytes, width)
     if not given:
-        return Candidates(tuple(counted(name, own, width) for name, own in plans), left_out)
+        return Candidates(tuple(counted(name, one, width) for name, one in plans), left_out)
     rows: list[Candidate] = []
-    for name, own in plans:
+    for name, one in plans:
         try:
-            rows.append(fitted(name, own, width, weights, options))
+            rows.append(fitted(name, one, width, weights, options))
         except ValueError as error:
             left_out[name] = str(error)
+    if not rows:
+        raise ValueError(f"families must have one that can be fitted: {_reasons(left_out)}")
     return Candidates(tuple(sorted(rows, key=lambda row: row.error or 0.0)), left_out)
 
 
@@ -216,9 +213,28 @@ def _plan(name: str, family: Family, axes: Mapping[str, Axes], rank: int) -> Pla
     return Plan(spec, axes)
 
 
-def _largest(plan: Callable[[int], Plan], budget: int) -> Plan | None:
+def _plans(
+    name: str,
+    family: Family,
+    axes: Mapping[str, Axes],
+    budget: int,
+    scores: Captured | None,
+    deltas: Mapping[str, Array] | None,
+    smallest: dict[str, int],
+) -> dict[str, Plan]:
+    """Return the plans of a family under a budget, none or more, and note what the least takes."""
+    plan = functools.partial(_plan, name, family, axes)
+    smallest[name] = plan(1).num_parameters
+    if scores is not None:
+        own = _by_weight(name, family, axes, budget, scores, smallest)
+        return {name: own} if own else {}
     rank = largest_rank(plan, budget)
-    return plan(rank) if rank else None
+    found = {name: plan(rank)} if rank else {}
+    if deltas is not None and len(axes) > 1 and _is_low_rank(plan(1).spec):
+        own = _by_weight(name, family, axes, budget, _energy(deltas, axes), smallest)
+        if own and not (rank and own.spec == found[name].spec):
+            found[f"{name}, ranks by weight"] = own
+    return found
 
 
 def _is_low_rank(spec: object) -> bool:
@@ -235,12 +251,12 @@ def _by_weight(
     smallest: dict[str, int],
 ) -> Plan | None:
     """Return the plan that gives each weight a rank of its own, and note what the least one is."""
-    spec = family(1)
-    alone = {own: functools.partial(_plan, name, family, {"": own}) for own in {*axes.values()}}
-    least = {own: plan(1).num_parameters for own, plan in alone.items()}
-    separate = isinstance(spec, Spec) and spec.groups == "weight" and not spec.overrides
-    if not separate or sum(least[own] for own in axes.values()) != smallest[name]:
-        raise ValueError("weights must have separate blocks to have ranks of their own")
+    spec, least = family(1), {}
+    alone = {own: functools.partial(_plan, name, family, {"w": own}) for own in axes.values()}
+    if isinstance(spec, Spec) and spec.groups == "weight" and not spec.overrides:
+        least = {own: plan(1).num_parameters for own, plan in alone.items()}
+    if sum(least.get(own, 0) for own in axes.values()) != smallest[name]:
+        raise ValueError("its weights share blocks, and have no ranks of their own")
     smallest[name] = min(least.values())
     ladders = {own: ladder(plan, budget) for own, plan in alone.items()}
     ranks = allot({weight: ladders[own] for weight, own in axes.items()}, captured, budget)
@@ -248,10 +264,9 @@ def _by_weight(
 
 
 def _energy(deltas: Mapping[str, Array], axes: Mapping[str, Axes]) -> Captured:
-    """Return what share of all energy a rank of a weight has, a squared singular value each."""
-    found = {name: singular_values(name, delta, axes[name]) for name, delta in deltas.items()}
+    """Return the energy that a rank of a weight has: its squared singular values."""
+    found = {name: singular_values(delta, axes[name]) for name, delta in deltas.items()}
     largest = max(float(values.max()) for values in found.values())
-    check_difference(largest)
     # Of all matrices of a stack, which have one rank.
     energies = {
         name: numpy.square(values / largest).sum(axis=0).cumsum() for name, values in found.items()
@@ -287,8 +302,7 @@ def _refuse(
     width: int,
 ) -> NoReturn:
     if not smallest:
-        reasons = some(f"{name}: {reason}" for name, reason in left_out.items())
-        raise ValueError(f"families must have one that these weights allow: {reasons}")
+        raise ValueError(f"families must have one for these weights: {_reasons(left_out)}")
     name = min(smallest, key=smallest.__getitem__)
     argument, got, unit = "budget", budget, "parameters"
     if budget_bytes is not None:
@@ -298,3 +312,7 @@ def _refuse(
         f"{argument} must be at least {least:,} {unit}, those of the smallest spec, {name!r} of "
         f"rank 1: got {got:,}"
     )
+
+
+def _reasons(left_out: Mapping[str, str]) -> str:
+    return some(f"{name}: {reason}" for name, reason in left_out.items())
