@@ -122,12 +122,17 @@ class Candidates(Sequence[Candidate]):
             point = (row.num_parameters, max(row.error, _LEAST_ERROR))
             curves.setdefault(row.family, []).append(point)
         drawn, (place,) = new_figure(1, 6.4, 4.2)
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
         for number, (family, points) in enumerate(curves.items()):
             # Ten colours, then the next ten with another mark.
             style = {"color": f"C{number % 10}", "marker": "osD^v"[number // 10 % 5]}
             place.plot(*zip(*sorted(points), strict=True), label=family, markersize=5, **style)
         place.set(xscale="log", yscale="log", xlabel="parameters", ylabel="relative error")
-        place.grid(which="both", alpha=0.25)
+        place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.xaxis.set_major_formatter(EngFormatter(sep=""))
+        place.xaxis.set_minor_formatter(NullFormatter())
+        place.grid(alpha=0.25)
         drawn.legend(loc="outside right upper", fontsize=8)
         return drawn
 

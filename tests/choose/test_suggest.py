@@ -156,7 +156,7 @@ def with_value(value):
         (SHAPES, {"budget": 1.5}, TypeError, "budget must be an integer"),
         (SHAPES, {"budget_bytes": 3}, ValueError, "budget_bytes must be at least 4"),
         (SHAPES, {"budget": 9, "dtype": "int8"}, ValueError, "dtype must be one of"),
-        (SHAPES, {"budget": 3}, ValueError, "budget must be at least .* 'lorta of order 4' of rank 1: got 3"),
+        (SHAPES, {"budget": 3}, ValueError, "at least .* 'lorta of order 4' of rank 1: got 3"),
         (SHAPES, {"budget_bytes": 8}, ValueError, "budget_bytes must be at least .* bytes"),
         (SHAPES, {"budget": 9, "families": "lora"}, TypeError, "families must be a sequence"),
         (SHAPES, {"budget": 9, "families": []}, ValueError, "families must name one"),

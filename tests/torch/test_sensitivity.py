@@ -156,11 +156,11 @@ def test_scores_give_ranks_and_gradients_a_start():
     plan = sl.Plan(sl.lora(2), shapes)
     factors, report = plan.fit(steps)
     assert report.error < 0.9
-    before = sum(float(loss(model.eval(), batch)) for batch in batches)
+    before = sum(loss(model.eval(), batch).item() for batch in batches)
     with torch.no_grad():
         for name, delta in plan.deltas(factors).items():
             model.get_submodule(name).weight += delta
-    assert sum(float(loss(model.eval(), batch)) for batch in batches) < before
+    assert sum(loss(model.eval(), batch).item() for batch in batches) < before
 
 
 def test_models_of_transformers_have_a_loss():
