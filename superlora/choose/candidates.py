@@ -47,6 +47,13 @@ class Candidate:
         Wall time of the fit.
     factors : dict of str to array, or None
         The factors that were fitted, as `Plan.fit` returns them.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> (row,) = sl.suggest({"q": (6, 4)}, budget=22, families=["lora"])
+    >>> row.spec, row.num_parameters, row.nbytes
+    (Spec(rank=2), 20, 80)
     """
 
     family: str
@@ -68,6 +75,15 @@ class Candidates(Sequence[Candidate]):
         The candidates, in order.
     left_out : dict of str to str
         Families that are no candidates, and why.
+
+    Examples
+    --------
+    >>> import superlora as sl
+    >>> sl.suggest({"q": (6, 4)}, budget=15, families=["lora", "lokr", "loha"])
+    family     rank  parameters  bytes
+    lora          1          10     40
+    lokr    full, 2          10     40
+    left out: loha, takes 20 parameters at rank 1
     """
 
     rows: tuple[Candidate, ...]

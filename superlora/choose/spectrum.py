@@ -37,6 +37,16 @@ class Spectrum:
     values : dict of str to numpy.ndarray
         Singular values in float64, descending: of every weight, of all matrices of its stack
         together; then, with a spec, of every unfolding of every group.
+
+    Examples
+    --------
+    >>> import numpy as np, superlora as sl
+    >>> found = sl.spectrum({"q": np.diag([4.0, 3.0, 0.0])})
+    >>> found
+    matrix  norm  largest σ  effective rank  90 %  99 %  of
+    q          5          4            1.98     2     2   3
+    >>> found.shares["q"].tolist()
+    [0.64, 1.0, 1.0]
     """
 
     values: dict[str, Values]
@@ -137,7 +147,10 @@ class Spectrum:
         shares.set(xscale="log", xlabel="rank", ylabel="share of energy", ylim=(0, 1.02))
         for place in (values, shares):
             place.grid(which="both", alpha=0.25)
-        if not several:
+        if several:
+            first, *_, last = self.values
+            drawn.suptitle(f"from {first} (dark) to {last} (bright)", size=8)
+        else:
             drawn.legend(loc="outside lower center", ncols=3, fontsize=8)
         return drawn
 
