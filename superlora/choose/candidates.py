@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy
 
@@ -65,14 +65,11 @@ class Candidate:
     factors: dict[str, Array] | None = field(default=None, repr=False, compare=False)
 
 
-@dataclass(frozen=True, repr=False)
-class Candidates(Sequence[Candidate]):
-    """A sequence of candidates that prints as a table.
+class Candidates(tuple[Candidate, ...]):
+    """A tuple of candidates that prints as a table.
 
     Attributes
     ----------
-    rows : tuple of Candidate
-        The candidates, in order.
     left_out : dict of str to str
         Families that are no candidates, and why.
 
@@ -86,35 +83,28 @@ class Candidates(Sequence[Candidate]):
     left out: loha, takes 20 parameters at rank 1
     """
 
-    rows: tuple[Candidate, ...]
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    left_out: dict[str, str]
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __new__(cls, rows: Iterable[Candidate], left_out: Mapping[str, str] | None = None) -> Self:
+        """Return candidates, and what is said of those that are none."""
+        found = super().__new__(cls, rows)
+        found.left_out = dict(left_out or {})
+        return found
 
-    @overload
-    def __getitem__(self, index: int) -> Candidate: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Candidate, ...]: ...
-    def __getitem__(self, index: int | slice) -> Candidate | tuple[Candidate, ...]:
-        return self.rows[index]
-
-    def __iter__(self) -> Iterator[Candidate]:
-        return iter(self.rows)
+    @property
+    def rows(self) -> tuple[Candidate, ...]:
+        """The candidates as a plain tuple."""
+        return tuple(self)
 
     def __repr__(self) -> str:
         cells = [("family", "rank", "parameters", "bytes", "error", "seconds")]
-        for row in self.rows:
+        for row in self:
             error = "" if row.error is None else f"{row.error:.4g}"
             seconds = "" if row.seconds is None else f"{row.seconds:.2g}"
             sizes = (f"{row.num_parameters:,}", f"{row.nbytes:,}")
             cells.append((row.family, _rank(row.spec), *sizes, error, seconds))
-        columns = [own for own in zip(*cells, strict=True) if any(own[1:])]
-        padded = [[cell.rjust(max(map(len, own))) for cell in own] for own in columns]
-        padded[0] = [cell.strip().ljust(len(cell)) for cell in padded[0]]
-        lines = ["  ".join(row) for row in zip(*padded, strict=True)]
-        lines += [f"left out: {family}, {reason}" for family, reason in self.left_out.items()]
-        return "\n".join(lines)
+        reasons = [f"left out: {family}, {reason}" for family, reason in self.left_out.items()]
+        return "\n".join([table(cells), *reasons])
 
     def plot(self) -> Figure:
         """Draw the error against the number of parameters, a curve for each family.
@@ -132,7 +122,7 @@ class Candidates(Sequence[Candidate]):
             If the candidates have no errors, since they were not fitted.
         """
         curves: dict[str, list[tuple[int, float]]] = {}
-        for row in self.rows:
+        for row in self:
             if row.error is None:
                 raise ValueError(f"candidates must be fitted to be drawn: {row.family!r} is not")
             point = (row.num_parameters, max(row.error, _LEAST_ERROR))
@@ -165,6 +155,14 @@ def _rank(spec: Spec | Supports) -> str:
     return f"{min(ranks)} to {max(ranks)}" if ranks else str(spec.rank)
 
 
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows, the first of them the heads, as a table without its empty columns."""
+    columns = [own for own in zip(*rows, strict=True) if any(own[1:])]
+    padded = [[cell.rjust(max(map(len, own))) for cell in own] for own in columns]
+    padded[0] = [cell.strip().ljust(len(cell)) for cell in padded[0]]
+    return "\n".join("  ".join(row) for row in zip(*padded, strict=True))
+
+
 def width_of(dtype: Any) -> int:
     """Return the bytes of a number of a dtype, given by its name or of any library."""
     name = str(getattr(dtype, "__name__", dtype)).rpartition(".")[2]
@@ -173,27 +171,22 @@ def width_of(dtype: Any) -> int:
     return _WIDTHS[name]
 
 
-def counted(family: str, plan: Plan, width: int) -> Candidate:
-    """Return a candidate that is not fitted."""
-    return Candidate(family, plan.spec, plan.num_parameters, width * plan.num_parameters)
-
-
-def fitted(
-    family: str, plan: Plan, width: int, deltas: Mapping[str, Array], options: Mapping[str, Any]
+def candidate(
+    family: str,
+    plan: Plan,
+    width: int,
+    deltas: Mapping[str, Array] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Candidate:
-    """Return a candidate that is fitted to given updates."""
+    """Return a plan as a candidate, fitted to updates if there are some."""
+    count = plan.num_parameters
+    if deltas is None:
+        return Candidate(family, plan.spec, count, width * count)
     # A spec may leave weights out, whose updates are lost.
-    kept = {name: deltas[name] for name in plan.layout.layer_axes if name in plan.shapes}
-    factors, report = plan.fit(kept, **options)
+    kept = {name: deltas[name] for name in plan.shapes}
+    factors, report = plan.fit(kept, **(options or {}))
     norms = {name: float(numpy.linalg.norm(as_numpy(delta))) for name, delta in deltas.items()}
     lost = [norm for name, norm in norms.items() if name not in kept]
     rest = math.hypot(report.error * math.hypot(*(norms[name] for name in kept)), *lost)
-    return Candidate(
-        family,
-        plan.spec,
-        plan.num_parameters,
-        width * plan.num_parameters,
-        rest / math.hypot(*norms.values()),
-        report.seconds,
-        factors,
-    )
+    error = rest / math.hypot(*norms.values())
+    return Candidate(family, plan.spec, count, width * count, error, report.seconds, factors)

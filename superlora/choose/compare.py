@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from superlora._backend import Array
-from superlora.choose.candidates import Candidates, fitted, width_of
+from superlora.choose.candidates import Candidates, candidate, width_of
 from superlora.choose.deltas import axes_of, check_values
 from superlora.design.axes import Axes
 from superlora.design.spec import Spec
@@ -74,4 +74,4 @@ def compare(
                 plans.append((name, Plan(each, axes)))
             except ValueError as error:
                 raise ValueError(f"specs[{name!r}]: {error}") from None
-    return Candidates(tuple(fitted(name, plan, width, deltas, options) for name, plan in plans))
+    return Candidates(candidate(name, plan, width, deltas, options) for name, plan in plans)

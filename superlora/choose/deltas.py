@@ -11,7 +11,6 @@ from superlora._backend import Array, check_floating
 from superlora.algebra.fit import as_numpy
 from superlora.design.axes import Axes
 from superlora.design.grouping import check_shapes
-from superlora.errors import some
 
 
 def axes_of(
@@ -24,14 +23,12 @@ def axes_of(
         check_floating(f"deltas[{name!r}]", delta)
     own = {name: tuple(delta.shape) for name, delta in deltas.items()}
     axes = check_shapes(own if shapes is None else shapes)
-    if list(axes) != list(own) and set(axes) != set(own):
-        differ = sorted(set(axes) ^ set(own))
-        raise ValueError(
-            f"shapes must have the names of deltas: {some(map(repr, differ))} are in one alone"
-        )
-    for name, shape in own.items():
-        if axes[name].shape != shape:
-            raise ValueError(f"deltas[{name!r}] must have shape {axes[name].shape}: got {shape}")
+    for name in {**own, **axes}:
+        expected = axes[name].shape if name in axes else None
+        if own.get(name) != expected:
+            raise ValueError(
+                f"shapes must be those of deltas: {name!r} has {expected} and {own.get(name)}"
+            )
     return {name: axes[name] for name in own}
 
 

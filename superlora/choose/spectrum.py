@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy
 from superlora._backend import Array
 from superlora.algebra.fit import as_numpy
 from superlora.algebra.folding import fold_group
+from superlora.choose.candidates import table
 from superlora.choose.deltas import axes_of, check_values, singular_values
 from superlora.design.axes import Axes
 from superlora.design.layout import Layout
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 Values = numpy.ndarray[Any, Any]
 # Curves that a legend can name.
-_NAMED = 12
+_NAMED = 10
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,22 +96,17 @@ class Spectrum:
         return found
 
     def __repr__(self) -> str:
-        cells = [("matrix", "norm", "largest σ", "effective rank", "90 %", "99 %", "of")]
+        heads = ("matrix", "norm", "largest σ", "effective rank", "90 %", "99 %", "of")
+        cells: list[Sequence[str]] = [heads]
         most, nearly = self.rank_for(0.9), self.rank_for(0.99)
         for name, own in self.values.items():
-            norms = (
-                f"{math.hypot(*own):.4g}",
-                f"{own[0]:.4g}",
-                f"{self.effective_ranks[name]:.4g}",
-            )
-            cells.append((name, *norms, str(most[name]), str(nearly[name]), str(own.size)))
-        columns = list(zip(*cells, strict=True))
-        padded = [[cell.rjust(max(map(len, own))) for cell in own] for own in columns]
-        padded[0] = [cell.ljust(max(map(len, columns[0]))) for cell in columns[0]]
-        return "\n".join("  ".join(row) for row in zip(*padded, strict=True))
+            norms = (math.hypot(*own), own[0], self.effective_ranks[name])
+            ranks = (most[name], nearly[name], own.size)
+            cells.append((name, *[f"{number:.4g}" for number in norms], *map(str, ranks)))
+        return table(cells)
 
     def plot(self) -> Figure:
-        """Draw singular values, and the share of energy beyond each rank.
+        """Draw singular values, and the share of energy up to each rank.
 
         Returns
         -------
@@ -125,24 +121,16 @@ class Spectrum:
         drawn, (values, shares) = new_figure(2, 4.8, 3.6)
         from matplotlib import colormaps
 
+        # Too many to be named are coloured in order.
         several = len(self.values) > _NAMED
+        colours = colormaps["viridis"].resampled(len(self.values)) if several else "C{}".format
         for number, (name, own) in enumerate(self.values.items()):
-            ranks = numpy.arange(1, own.size + 1)
-            # Too many to be named are coloured in order.
-            colour = (
-                colormaps["viridis"](number / (len(self.values) - 1))
-                if several
-                else f"C{number % 10}"
+            ranks, style = (
+                numpy.arange(1, own.size + 1),
+                {"color": colours(number), "markersize": 3},
             )
-            style: dict[str, Any] = {
-                "color": colour,
-                "linewidth": 1,
-                "marker": ".",
-                "markersize": 3,
-            }
-            kept = own > 0
-            values.plot(ranks[kept], own[kept], label=name, **style)
-            shares.plot(ranks, self.shares[name], **style)
+            values.plot(ranks[own > 0], own[own > 0], ".-", label=name, linewidth=1, **style)
+            shares.plot(ranks, self.shares[name], ".-", linewidth=1, **style)
         values.set(xscale="log", yscale="log", xlabel="number", ylabel="singular value")
         shares.set(xscale="log", xlabel="rank", ylabel="share of energy", ylim=(0, 1.02))
         for place in (values, shares):

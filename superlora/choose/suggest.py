@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy
 from scipy.special import digamma
@@ -15,7 +15,7 @@ from superlora import presets
 from superlora._backend import Array
 from superlora.checks import check_count
 from superlora.choose.budget import Captured, allot, ladder, largest_rank, with_ranks
-from superlora.choose.candidates import Candidate, Candidates, counted, fitted, width_of
+from superlora.choose.candidates import Candidate, Candidates, candidate, width_of
 from superlora.choose.deltas import axes_of, check_values, singular_values
 from superlora.design.axes import Axes
 from superlora.design.grouping import check_shapes
@@ -138,35 +138,39 @@ def suggest(
     axes = axes_of(weights, shapes) if given else check_shapes(weights)
     if given:
         check_values(weights)
+    deltas = weights if given else None
     scores = None if sensitivity is None else _score(sensitivity, axes)
     plans: list[tuple[str, Plan]] = []
     left_out: dict[str, str] = {}
-    smallest: dict[str, int] = {}
+    least: dict[str, int] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of modes of size 1, which cost and err as counted
         for name, family in _named(families).items():
             try:
-                deltas = weights if given else None
-                found = _plans(name, family, axes, most, scores, deltas, smallest)
+                least[name], own = _plans(name, family, axes, most, scores, deltas)
             except ValueError as error:
                 left_out[name] = str(error)
                 continue
-            plans += found.items()
-            if not found:
-                left_out[name] = f"takes {smallest[name]:,} parameters at rank 1"
-    if not plans:
-        _refuse(smallest, left_out, budget, budget_bytes, width)
-    if not given:
-        return Candidates(tuple(counted(name, one, width) for name, one in plans), left_out)
+            plans += own.items()
+            if not own:
+                left_out[name] = f"takes {least[name]:,} parameters at rank 1"
+    if least and not plans:
+        name = min(least, key=least.__getitem__)
+        unit, one = ("", 1) if budget_bytes is None else ("_bytes", width)
+        raise ValueError(
+            f"budget{unit} must be at least {one * least[name]:,}, what {name!r} of rank 1 takes, "
+            f"the smallest: got {budget or budget_bytes:,}"
+        )
     rows: list[Candidate] = []
-    for name, one in plans:
+    for name, plan in plans:
         try:
-            rows.append(fitted(name, one, width, weights, options))
+            rows.append(candidate(name, plan, width, deltas, options))
         except ValueError as error:
             left_out[name] = str(error)
     if not rows:
-        raise ValueError(f"families must have one that can be fitted: {_reasons(left_out)}")
-    return Candidates(tuple(sorted(rows, key=lambda row: row.error or 0.0)), left_out)
+        reasons = some(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ValueError(f"families must have one for these weights: {reasons}")
+    return Candidates(sorted(rows, key=lambda row: row.error or 0.0), left_out)
 
 
 def _budget(budget: int | None, budget_bytes: int | None, width: int) -> int:
@@ -220,21 +224,20 @@ def _plans(
     budget: int,
     scores: Captured | None,
     deltas: Mapping[str, Array] | None,
-    smallest: dict[str, int],
-) -> dict[str, Plan]:
-    """Return the plans of a family under a budget, none or more, and note what the least takes."""
+) -> tuple[int, dict[str, Plan]]:
+    """Return what a family's smallest plan takes, and its plans under a budget, none or more."""
     plan = functools.partial(_plan, name, family, axes)
-    smallest[name] = plan(1).num_parameters
     if scores is not None:
-        own = _by_weight(name, family, axes, budget, scores, smallest)
-        return {name: own} if own else {}
+        return _by_weight(name, family, axes, budget, scores, name)
+    least = plan(1).num_parameters
     rank = largest_rank(plan, budget)
     found = {name: plan(rank)} if rank else {}
     if deltas is not None and len(axes) > 1 and _is_low_rank(plan(1).spec):
-        own = _by_weight(name, family, axes, budget, _energy(deltas, axes), smallest)
-        if own and not (rank and own.spec == found[name].spec):
-            found[f"{name}, ranks by weight"] = own
-    return found
+        label, energy = f"{name}, ranks by weight", _energy(deltas, axes)
+        least, own = _by_weight(name, family, axes, budget, energy, label)
+        if [each.spec for each in own.values()] != [each.spec for each in found.values()]:
+            found |= own
+    return least, found
 
 
 def _is_low_rank(spec: object) -> bool:
@@ -248,19 +251,20 @@ def _by_weight(
     axes: Mapping[str, Axes],
     budget: int,
     captured: Captured,
-    smallest: dict[str, int],
-) -> Plan | None:
-    """Return the plan that gives each weight a rank of its own, and note what the least one is."""
+    label: str,
+) -> tuple[int, dict[str, Plan]]:
+    """Return what the smallest rank takes, and the plan that gives each weight one of its own."""
     spec, least = family(1), {}
     alone = {own: functools.partial(_plan, name, family, {"w": own}) for own in axes.values()}
     if isinstance(spec, Spec) and spec.groups == "weight" and not spec.overrides:
         least = {own: plan(1).num_parameters for own, plan in alone.items()}
-    if sum(least.get(own, 0) for own in axes.values()) != smallest[name]:
+    total = sum(least.get(own, 0) for own in axes.values())
+    if total != _plan(name, family, axes, 1).num_parameters:
         raise ValueError("its weights share blocks, and have no ranks of their own")
-    smallest[name] = min(least.values())
     ladders = {own: ladder(plan, budget) for own, plan in alone.items()}
     ranks = allot({weight: ladders[own] for weight, own in axes.items()}, captured, budget)
-    return Plan(with_ranks(family, ranks), axes) if any(ranks.values()) else None
+    found = {label: Plan(with_ranks(family, ranks), axes)} if any(ranks.values()) else {}
+    return min(least.values()), found
 
 
 def _energy(deltas: Mapping[str, Array], axes: Mapping[str, Axes]) -> Captured:
@@ -279,11 +283,11 @@ def _score(sensitivity: Mapping[str, float], axes: Mapping[str, Axes]) -> Captur
     """Return what a rank of a weight gains, as if its energies fell like 1, 1/2, 1/3."""
     if not isinstance(sensitivity, Mapping):
         raise TypeError(f"sensitivity must map names to scores: got {type(sensitivity).__name__}")
-    differ = sorted(set(sensitivity) ^ set(axes), key=str)
+    differ = sorted({*sensitivity} ^ {*axes}, key=str)
     if differ:
         raise ValueError(
-            "sensitivity must have a score for every weight: "
-            f"{some(map(repr, differ))} are in one of them alone"
+            "sensitivity must have a score for every weight and no other: got one alone of "
+            f"{some(map(repr, differ))}"
         )
     scores = {name: float(score) for name, score in sensitivity.items()}
     for name, score in scores.items():
@@ -292,27 +296,3 @@ def _score(sensitivity: Mapping[str, float], axes: Mapping[str, Axes]) -> Captur
     if not any(scores.values()):
         raise ValueError("sensitivity must have a score above 0: all are 0")
     return lambda name, rank: scores[name] * float(digamma(rank + 1) + numpy.euler_gamma)
-
-
-def _refuse(
-    smallest: Mapping[str, int],
-    left_out: Mapping[str, str],
-    budget: int | None,
-    budget_bytes: int | None,
-    width: int,
-) -> NoReturn:
-    if not smallest:
-        raise ValueError(f"families must have one for these weights: {_reasons(left_out)}")
-    name = min(smallest, key=smallest.__getitem__)
-    argument, got, unit = "budget", budget, "parameters"
-    if budget_bytes is not None:
-        argument, got, unit = "budget_bytes", budget_bytes, "bytes"
-    least = smallest[name] * (width if budget_bytes is not None else 1)
-    raise ValueError(
-        f"{argument} must be at least {least:,} {unit}, those of the smallest spec, {name!r} of "
-        f"rank 1: got {got:,}"
-    )
-
-
-def _reasons(left_out: Mapping[str, str]) -> str:
-    return some(f"{name}: {reason}" for name, reason in left_out.items())
