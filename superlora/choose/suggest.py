@@ -254,12 +254,12 @@ def _by_weight(
     label: str,
 ) -> tuple[int, dict[str, Plan]]:
     """Return what the smallest rank takes, and the plan that gives each weight one of its own."""
-    spec, least = family(1), {}
+    joint, least = _plan(name, family, axes, 1), {}
+    spec = joint.spec
     alone = {own: functools.partial(_plan, name, family, {"w": own}) for own in axes.values()}
     if isinstance(spec, Spec) and spec.groups == "weight" and not spec.overrides:
         least = {own: plan(1).num_parameters for own, plan in alone.items()}
-    total = sum(least.get(own, 0) for own in axes.values())
-    if total != _plan(name, family, axes, 1).num_parameters:
+    if sum(least.get(own, 0) for own in axes.values()) != joint.num_parameters:
         raise ValueError("its weights share blocks, and have no ranks of their own")
     ladders = {own: ladder(plan, budget) for own, plan in alone.items()}
     ranks = allot({weight: ladders[own] for weight, own in axes.items()}, captured, budget)

@@ -7,9 +7,8 @@ import functools
 import itertools
 import math
 
-import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import superlora as sl
@@ -65,25 +64,35 @@ def test_a_rank_that_a_dense_weight_undercuts_is_no_rung():
 
 
 @given(
-    values=st.lists(st.lists(st.floats(0.1, 9), min_size=1, max_size=4), min_size=1, max_size=3),
-    budget=st.integers(0, 60),
+    weights=st.lists(
+        st.tuples(st.integers(1, 5), st.lists(st.floats(0.1, 9), min_size=1, max_size=4)),
+        min_size=1,
+        max_size=3,
+    ),
+    taken=st.integers(0, 12),
 )
-def test_weights_of_one_cost_get_the_ranks_of_most_energy(values, budget):
-    energies = {str(i): np.cumsum(sorted(own, reverse=True)) for i, own in enumerate(values)}
-    ladders = {name: [(r, 5 * r) for r in range(1, len(own) + 1)] for name, own in energies.items()}
-
-    def captured(name, rank):
-        return float(energies[name][rank - 1])
-
-    found = allot(ladders, captured, budget)
+@example(weights=[(4, [5.0]), (1, [3.0] * 4)], taken=4)
+@example(weights=[(5, [9.0, 8.0]), (2, [6.0] * 4), (1, [4.0])], taken=4)  # fmt: skip
+def test_ranks_have_the_most_energy_for_what_they_cost(weights, taken):
+    costs = {str(i): cost for i, (cost, _) in enumerate(weights)}
+    gains = {str(i): sorted(own, reverse=True) for i, (_, own) in enumerate(weights)}
+    sizes = [len(own) for own in gains.values()]
+    # A budget that is spent to the last parameter by the gains that are largest for their cost.
+    best = sorted(((g / costs[n], costs[n]) for n in gains for g in gains[n]), reverse=True)
+    budget = sum(cost for _, cost in best[:taken])
 
     def total(ranks):
-        return math.fsum(captured(n, r) for n, r in zip(energies, ranks, strict=True) if r)
+        return math.fsum(sum(own[:r]) for own, r in zip(gains.values(), ranks, strict=True))
 
-    every = itertools.product(*(range(len(own) + 1) for own in energies.values()))
-    best = max(total(ranks) for ranks in every if 5 * sum(ranks) <= budget)
-    assert 5 * sum(found.values()) <= budget
-    assert total(found.values()) == pytest.approx(best, rel=1e-12)
+    def spent(ranks):
+        return sum(cost * r for cost, r in zip(costs.values(), ranks, strict=True))
+
+    ladders = {n: [(r, costs[n] * r) for r in range(1, len(own) + 1)] for n, own in gains.items()}
+    found = allot(ladders, lambda name, rank: sum(gains[name][:rank]), budget).values()
+    assert spent(found) <= budget
+    every = itertools.product(*(range(size + 1) for size in sizes))
+    most = max(total(ranks) for ranks in every if spent(ranks) <= budget)
+    assert total(found) == pytest.approx(most, rel=1e-9)
 
 
 def test_what_a_dear_weight_leaves_goes_to_others():
