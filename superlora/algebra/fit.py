@@ -367,10 +367,12 @@ def _start(problem: Problem, number: int, seed: int) -> str:
         return "optimal"
     if len(problem.trained) == 1 and not layout.inner:
         return "settled"  # a linear problem
+    if number:  # there is another start only where the first was not certain
+        return ""
     free = {*problem.trained}
     for target in problem.targets:
         wanted = target.wanted
-        if target.map is not None and not number:
+        if target.map is not None:
             wanted = _least_squares(target.map, wanted, layout.joint_sizes(target.groups[0])[0])
         for group, tensor in _tensors(layout, target, wanted):
             blocks = [block for term in layout.term_blocks(group) for block in term]
@@ -380,8 +382,6 @@ def _start(problem: Problem, number: int, seed: int) -> str:
                 continue
             kind = _kind(layout, group) if target.map is None and target.seen is None else "settled"
             certain = min(certain, kind, key=_KINDS.index)
-            if number:
-                continue
             item, count = layout.groups[group], layout.specs[group].splits
             found = start_group(
                 item.splits, count, layout.specs[group].combine, tensor, seed, _pull(layout, group)

@@ -106,6 +106,31 @@ def test_fit_of_noise_never_gets_worse(spec, shapes):
         assert (numpy.diff(errors) <= 0).all()
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_blocks_of_one_vector_end_where_no_step_lowers_the_error(size):
+    plan = sl.Plan(sl.unilora(20, rank=1), {str(name): (6, 6) for name in range(4)})
+    deltas = {name: size * normal(7, int(name), (6, 6)) for name in plan.shapes}
+    errors = [plan.fit(deltas, seed=seed)[1].error for seed in range(3)]
+    assert max(errors) < 0.9 * 1.0
+    assert max(errors) - min(errors) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("spec", "shapes"),
+    [
+        (sl.said(20), SHAPES),
+        (sl.Spec(2, order=3, fold="balanced", core="identity", map=M.Gaussian(), ratio=0.2), ONE),
+    ],
+    ids=["tied", "cp"],
+)
+def test_several_starts_behind_a_map_that_makes_more_entries(spec, shapes):
+    plan = sl.Plan(spec, shapes)
+    axes = plan.layout.axes
+    deltas = {name: normal(3, k, axes[name].shape) for k, name in enumerate(plan.layout.shapes)}
+    _, report = plan.fit(deltas, iterations=3)
+    assert report.error < 1
+
+
 @pytest.mark.parametrize("rank", [1, 3, 8])
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (15, 15)])
 def test_lora_leaves_the_tail_of_the_singular_values(shape, rank):
