@@ -361,8 +361,12 @@ def _start(problem: Problem, number: int, seed: int) -> str:
     """Give a part its first values; return how good they are, one of `_KINDS`."""
     layout, values = problem.layout, problem.values
     certain = "optimal" if len(problem.networks) == 1 else "settled"
+    # What one vector makes is not linear in it: a start far off would take many steps.
+    count = sum(len(target.wanted) for target in problem.targets)
+    unit = (problem.size() / count**0.5) ** 0.5 if layout.inner else 1.0
     for index, name in enumerate(problem.trained):
-        values[name] = normal(seed, _STARTS + (number << 32) + index, layout.input_shapes[name])
+        drawn = normal(seed, _STARTS + (number << 32) + index, layout.input_shapes[name])
+        values[name] = drawn * unit
     if not problem.trained:
         return "optimal"
     if len(problem.trained) == 1 and not layout.inner:

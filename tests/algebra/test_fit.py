@@ -115,6 +115,14 @@ def test_blocks_of_one_vector_end_where_no_step_lowers_the_error(size):
     assert max(errors) - min(errors) < 1e-3
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_blocks_of_one_vector_end_at_the_best_from_each_seed(size):
+    plan = sl.Plan(sl.unilora(20, rank=1), {str(name): (6, 6) for name in range(4)})
+    deltas = {name: size * normal(7, int(name), (6, 6)) for name in plan.shapes}
+    errors = [plan.fit(deltas, seed=seed)[1].error for seed in range(2)]
+    assert_allclose(errors, 0.86509, rtol=1e-4)  # that of many runs of L-BFGS
+
+
 @pytest.mark.parametrize(
     ("spec", "shapes"),
     [
