@@ -384,8 +384,9 @@ def _start(problem: Problem, number: int, seed: int) -> str:
             if not own or not free.issuperset(blocks):
                 certain = ""
                 continue
-            kind = _kind(layout, group) if target.map is None and target.seen is None else "settled"
-            certain = min(certain, kind, key=_KINDS.index)
+            # What is not compared starts at zero, near which there may be a bad place.
+            most = "" if target.seen is not None else "optimal" if target.map is None else "settled"
+            certain = min(certain, most, _kind(layout, group), key=_KINDS.index)
             item, count = layout.groups[group], layout.specs[group].splits
             found = start_group(
                 item.splits, count, layout.specs[group].combine, tensor, seed, _pull(layout, group)

@@ -106,6 +106,21 @@ def test_fit_of_noise_never_gets_worse(spec, shapes):
         assert (numpy.diff(errors) <= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("spec", "best"),
+    [
+        (sl.Spec(rank=2, groups=3, fold="balanced", cut="pad"), 0.42950),
+        (sl.Spec(rank=3, order=3, groups=1, fold="balanced"), 0.52992),
+    ],
+    ids=["padded", "Tucker, cropped"],
+)
+def test_entries_that_are_not_compared_are_started_several_times(spec, best):
+    plan = sl.Plan(spec, {"a": (6, 4), "b": (3, 8), "c": (5, 5)})
+    drawn = numpy.random.default_rng(7)
+    deltas = {name: drawn.standard_normal(shape) for name, shape in plan.shapes.items()}
+    assert plan.fit(deltas)[1].error < 1.01 * best  # that of many runs of L-BFGS
+
+
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_blocks_of_one_vector_end_where_no_step_lowers_the_error(size):
     plan = sl.Plan(sl.unilora(20, rank=1), {str(name): (6, 6) for name in range(4)})
