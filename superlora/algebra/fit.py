@@ -374,6 +374,7 @@ def _start(problem: Problem, number: int, seed: int) -> str:
     if number:  # there is another start only where the first was not certain
         return ""
     free = {*problem.trained}
+    short = seed % 2**32  # more bits TensorLy does not take
     for target in problem.targets:
         wanted = target.wanted
         if target.map is not None:
@@ -389,7 +390,7 @@ def _start(problem: Problem, number: int, seed: int) -> str:
             certain = min(certain, most, _kind(layout, group), key=_KINDS.index)
             item, count = layout.groups[group], layout.specs[group].splits
             found = start_group(
-                item.splits, count, layout.specs[group].combine, tensor, seed, _pull(layout, group)
+                item.splits, count, layout.specs[group].combine, tensor, short, _pull(layout, group)
             )
             for index, parts_ in enumerate(found):
                 values |= {layout.block(group, index, leaf): own for leaf, own in parts_.items()}

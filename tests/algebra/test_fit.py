@@ -205,6 +205,13 @@ def test_half_precision_gives_factors_of_single():
     assert {own.dtype for own in factors.values()} == {numpy.dtype(numpy.float32)}
 
 
+@pytest.mark.parametrize("spec", [sl.lora(1), sl.lonkr(2, splits=3)], ids=["lora", "lonkr"])
+def test_largest_seed_serves_randomised_starts(spec):
+    delta = {"q": normal(1, 0, (64, 64))}
+    plan = sl.Plan(spec, {"q": (64, 64)})
+    assert plan.fit(delta, seed=2**64 - 1, iterations=2)[1].error < 1
+
+
 def test_held_blocks_stay():
     plan, deltas = planted(sl.lora(3), {"q": (24, 18)})
     held = normal(9, 0, (18, 3))
