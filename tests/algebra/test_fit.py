@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import numpy
 import pytest
@@ -342,6 +343,19 @@ def test_backend_of_the_process_is_not_read(monkeypatch):
     finally:
         tensorly.set_backend(before)
     assert max(seen) < 1e-10
+
+
+def test_fits_at_once_leave_the_filters_of_warnings():
+    plan, deltas = planted(sl.lora(2), ONE)
+    before = list(warnings.filters)
+    threads = [
+        threading.Thread(target=lambda: [plan.fit(deltas) for _ in range(30)]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == before
 
 
 # --- bad input
