@@ -172,8 +172,8 @@ def checked_frozen(layout: Layout, frozen: Mapping[str, Array]) -> None:
     missing = [name for name in layout.frozen if name not in frozen]
     if missing:
         raise ValueError(
-            f"frozen must hold {some(map(repr, missing))}, which the spec does not make: "
-            "Plan.frozen(weights) makes singular vectors, and stored blocks are yours"
+            f"frozen must hold {some(map(repr, missing))}, which the spec freezes: Plan.frozen "
+            "makes them, singular vectors from the weights, but for stored blocks, which are yours"
         )
 
 

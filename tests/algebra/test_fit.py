@@ -389,8 +389,11 @@ def test_bad_input_is_refused():
         with pytest.raises(ValueError, match=name):
             plan.fit(deltas, **{name: value})
     stored = sl.Plan(sl.lora(2, frozen={"0.factor0": "stored"}), plan.shapes)
-    with pytest.raises(ValueError, match="which the spec does not make"):
+    with pytest.raises(ValueError, match="which the spec freezes"):
         stored.fit(deltas)
+    vera = sl.Plan(sl.vera(2), plan.shapes)
+    with pytest.raises(ValueError, match=r"0\.0\.factor0.* Plan\.frozen makes"):
+        vera.fit(deltas, frozen={"0.0.core": numpy.ones(2)})
 
 
 def test_report_prints_a_table():
