@@ -213,6 +213,28 @@ def test_largest_seed_serves_randomised_starts(spec):
     assert plan.fit(delta, seed=2**64 - 1, iterations=2)[1].error < 1
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        sl.dense(groups=1, fold="balanced", map=M.Gaussian(), ratio=0.9),
+        sl.lora_fa(4, groups=1, fold="balanced", map=M.Gaussian(), ratio=0.8),
+        sl.lora_fa(3, groups=1, fold="balanced"),
+    ],
+    ids=["dense", "mapped", "cropped"],
+)
+def test_one_trained_block_ends_at_the_optimum(spec):
+    plan = sl.Plan(spec, {"a": (12, 12), "b": (6, 8)})
+    deltas = {name: normal(3, k, shape) for k, (name, shape) in enumerate(plan.shapes.items())}
+    (name,), frozen = plan.factor_shapes, plan.frozen(like=numpy.float64)
+    units = numpy.eye(plan.num_parameters).reshape(-1, *plan.factor_shapes[name])
+    made = (plan.deltas({**frozen, name: unit}).values() for unit in units)
+    columns = numpy.stack([numpy.concatenate([own.ravel() for own in one]) for one in made], axis=1)
+    wanted = numpy.concatenate([own.ravel() for own in deltas.values()])
+    left = wanted - columns @ numpy.linalg.lstsq(columns, wanted, rcond=None)[0]
+    best = numpy.linalg.norm(left) / numpy.linalg.norm(wanted)
+    assert_allclose(plan.fit(deltas)[1].error, best, rtol=1e-5)
+
+
 def test_held_blocks_stay():
     plan, deltas = planted(sl.lora(3), {"q": (24, 18)})
     held = normal(9, 0, (18, 3))
