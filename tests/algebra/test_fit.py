@@ -119,7 +119,7 @@ def test_entries_that_are_not_compared_are_started_several_times(spec, best):
     plan = sl.Plan(spec, {"a": (6, 4), "b": (3, 8), "c": (5, 5)})
     drawn = numpy.random.default_rng(7)
     deltas = {name: drawn.standard_normal(shape) for name, shape in plan.shapes.items()}
-    assert plan.fit(deltas)[1].error < 1.01 * best  # that of many runs of L-BFGS
+    assert plan.fit(deltas)[1].error < 1.01 * best  # that of eight runs of L-BFGS
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
@@ -136,7 +136,7 @@ def test_blocks_of_one_vector_end_at_the_best_from_each_seed(size):
     plan = sl.Plan(sl.unilora(20, rank=1), {str(name): (6, 6) for name in range(4)})
     deltas = {name: size * normal(7, int(name), (6, 6)) for name in plan.shapes}
     errors = [plan.fit(deltas, seed=seed)[1].error for seed in range(2)]
-    assert_allclose(errors, 0.86509, rtol=1e-4)  # that of many runs of L-BFGS
+    assert_allclose(errors, 0.86509, rtol=1e-4)  # that of eight runs of L-BFGS
 
 
 @pytest.mark.parametrize(
