@@ -338,10 +338,10 @@ class Plan:
             makes; trainable ones among them are held too.
         restarts : int
             Starts, of which the best after 20 sweeps is gone on with, where one may end in a bad
-            place: CP and Hadamard products, more than two Kronecker factors, sums, frozen and tied
-            blocks.
+            place: CP and Hadamard products, more than two Kronecker factors, sums, cropped folds,
+            frozen and tied blocks.
         iterations : int
-            Most sweeps over all blocks from each start.
+            Most sweeps over all blocks from the best start, beyond the 20 that choose it.
         tolerance : float
             The share of the error that a sweep must remove for another one to follow.
         seed : int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ _Found = TypeVar("_Found")
 _OVERSAMPLED, _PASSES = 5, 6
 # Sweeps of CP-ALS; the fit goes on from there.
 _SWEEPS = 100
+# The filters of warnings belong to the process: one thread at a time changes and restores them.
+_FILTERS = threading.Lock()
 
 
 def on_numpy(function: Callable[[], _Found]) -> _Found:
@@ -34,7 +37,7 @@ def on_numpy(function: Callable[[], _Found]) -> _Found:
     # A backend that is set for one thread ends with the thread.
     def call() -> _Found:
         tensorly.set_backend("numpy", local_threadsafe=True)
-        with warnings.catch_warnings():
+        with _FILTERS, warnings.catch_warnings():
             # TensorLy draws what a rank above a mode's size lacks, and says so.
             warnings.simplefilter("ignore")
             return function()

@@ -172,8 +172,8 @@ def checked_frozen(layout: Layout, frozen: Mapping[str, Array]) -> None:
     missing = [name for name in layout.frozen if name not in frozen]
     if missing:
         raise ValueError(
-            f"frozen must hold {some(map(repr, missing))}, which the spec does not make: "
-            "Plan.frozen(weights) makes singular vectors, and stored blocks are yours"
+            f"frozen must hold {some(map(repr, missing))}, which the spec freezes: Plan.frozen "
+            "makes them, singular vectors from the weights, but for stored blocks, which are yours"
         )
 
 
@@ -361,16 +361,23 @@ def _start(problem: Problem, number: int, seed: int) -> str:
     """Give a part its first values; return how good they are, one of `_KINDS`."""
     layout, values = problem.layout, problem.values
     certain = "optimal" if len(problem.networks) == 1 else "settled"
+    # What one vector makes is not linear in it: a start far off would take many steps.
+    count = sum(len(target.wanted) for target in problem.targets)
+    unit = (problem.size() / count**0.5) ** 0.5 if layout.inner else 1.0
     for index, name in enumerate(problem.trained):
-        values[name] = normal(seed, _STARTS + (number << 32) + index, layout.input_shapes[name])
+        drawn = normal(seed, _STARTS + (number << 32) + index, layout.input_shapes[name])
+        values[name] = drawn * unit
     if not problem.trained:
         return "optimal"
     if len(problem.trained) == 1 and not layout.inner:
         return "settled"  # a linear problem
+    if number:  # there is another start only where the first was not certain
+        return ""
     free = {*problem.trained}
+    short = seed % 2**32  # more bits TensorLy does not take
     for target in problem.targets:
         wanted = target.wanted
-        if target.map is not None and not number:
+        if target.map is not None:
             wanted = _least_squares(target.map, wanted, layout.joint_sizes(target.groups[0])[0])
         for group, tensor in _tensors(layout, target, wanted):
             blocks = [block for term in layout.term_blocks(group) for block in term]
@@ -378,13 +385,12 @@ def _start(problem: Problem, number: int, seed: int) -> str:
             if not own or not free.issuperset(blocks):
                 certain = ""
                 continue
-            kind = _kind(layout, group) if target.map is None and target.seen is None else "settled"
-            certain = min(certain, kind, key=_KINDS.index)
-            if number:
-                continue
+            # What is not compared starts at zero, near which there may be a bad place.
+            most = "" if target.seen is not None else "optimal" if target.map is None else "settled"
+            certain = min(certain, most, _kind(layout, group), key=_KINDS.index)
             item, count = layout.groups[group], layout.specs[group].splits
             found = start_group(
-                item.splits, count, layout.specs[group].combine, tensor, seed, _pull(layout, group)
+                item.splits, count, layout.specs[group].combine, tensor, short, _pull(layout, group)
             )
             for index, parts_ in enumerate(found):
                 values |= {layout.block(group, index, leaf): own for leaf, own in parts_.items()}

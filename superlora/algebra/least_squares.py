@@ -172,8 +172,11 @@ class Problem:
         wanted: Tensors = {}
         for target in self.targets:
             wanted |= self._majorised(target)
+        parts = [part for target in self.targets for part in (target.map, target.seen)]
+        # LSQR solves for one block; steps along the gradient come near slowly.
+        linear = len(self.trained) == 1 and any(part is not None for part in parts)
         for name in self.trained:
-            if self._is_closed(name):
+            if self._is_closed(name) and not linear:
                 self.values[name] = self._solved(name, wanted)
             else:
                 self.step([name])
@@ -297,14 +300,21 @@ class Problem:
         old, best = dict(self.values), float(residual @ residual)
         nonlinear = self._is_nonlinear(names)
         damp = self.damping.get(names[0] if len(names) == 1 else "", 1e-3) * nonlinear
+        # Damping is of the size of the derivative, whatever the size of the updates is.
+        now = numpy.concatenate([old[name].reshape(-1) for name in names])
+        size = float(numpy.linalg.norm(derivative @ now) / (numpy.linalg.norm(now) or 1.0)) or 1.0
         for _ in range(_DAMPINGS if nonlinear else 1):  # Levenberg and Marquardt
-            change = scipy.sparse.linalg.lsqr(
-                derivative, residual, damp, iter_lim=_STEPS, atol=1e-12, btol=1e-12
-            )[0]
+            change, *_, left = scipy.sparse.linalg.lsqr(
+                derivative, residual, damp * size, iter_lim=_STEPS, atol=1e-12, btol=1e-12
+            )[:4]
             for name, part in zip(names, self._split(names, change), strict=True):
                 self.values[name] = old[name] + part
-            if not nonlinear or self.error() ** 2 - self.floor < best:
-                self.damping[names[0] if len(names) == 1 else ""] = damp / 4
+            # The share that is gained of what the linearised problem promises.
+            share = (best - (self.error() ** 2 - self.floor)) / ((best - left**2) or 1.0)
+            if not nonlinear or share > 0.1:
+                damp *= 0.25 if share > 0.75 else 4.0 if share < 0.25 else 1.0
+                # Not without end, or the tries after a bad step would not reach a good one.
+                self.damping[names[0] if len(names) == 1 else ""] = max(damp, 1e-4)
                 return
             damp = damp * 4
         self.values = old

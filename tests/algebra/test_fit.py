@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import numpy
 import pytest
@@ -106,6 +107,54 @@ def test_fit_of_noise_never_gets_worse(spec, shapes):
         assert (numpy.diff(errors) <= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("spec", "best"),
+    [
+        (sl.Spec(rank=2, groups=3, fold="balanced", cut="pad"), 0.42950),
+        (sl.Spec(rank=3, order=3, groups=1, fold="balanced"), 0.52992),
+    ],
+    ids=["padded", "Tucker, cropped"],
+)
+def test_entries_that_are_not_compared_are_started_several_times(spec, best):
+    plan = sl.Plan(spec, {"a": (6, 4), "b": (3, 8), "c": (5, 5)})
+    drawn = numpy.random.default_rng(7)
+    deltas = {name: drawn.standard_normal(shape) for name, shape in plan.shapes.items()}
+    assert plan.fit(deltas)[1].error < 1.01 * best  # that of eight runs of L-BFGS
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_blocks_of_one_vector_end_where_no_step_lowers_the_error(size):
+    plan = sl.Plan(sl.unilora(20, rank=1), {str(name): (6, 6) for name in range(4)})
+    deltas = {name: size * normal(7, int(name), (6, 6)) for name in plan.shapes}
+    errors = [plan.fit(deltas, seed=seed)[1].error for seed in range(3)]
+    assert max(errors) < 0.9 * 1.0
+    assert max(errors) - min(errors) < 1e-3
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_blocks_of_one_vector_end_at_the_best_from_each_seed(size):
+    plan = sl.Plan(sl.unilora(20, rank=1), {str(name): (6, 6) for name in range(4)})
+    deltas = {name: size * normal(7, int(name), (6, 6)) for name in plan.shapes}
+    errors = [plan.fit(deltas, seed=seed)[1].error for seed in range(2)]
+    assert_allclose(errors, 0.86509, rtol=1e-4)  # that of eight runs of L-BFGS
+
+
+@pytest.mark.parametrize(
+    ("spec", "shapes"),
+    [
+        (sl.said(20), SHAPES),
+        (sl.Spec(2, order=3, fold="balanced", core="identity", map=M.Gaussian(), ratio=0.2), ONE),
+    ],
+    ids=["tied", "cp"],
+)
+def test_several_starts_behind_a_map_that_makes_more_entries(spec, shapes):
+    plan = sl.Plan(spec, shapes)
+    axes = plan.layout.axes
+    deltas = {name: normal(3, k, axes[name].shape) for k, name in enumerate(plan.layout.shapes)}
+    _, report = plan.fit(deltas, iterations=3)
+    assert report.error < 1
+
+
 @pytest.mark.parametrize("rank", [1, 3, 8])
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (15, 15)])
 def test_lora_leaves_the_tail_of_the_singular_values(shape, rank):
@@ -155,6 +204,35 @@ def test_half_precision_gives_factors_of_single():
     plan, deltas = planted(sl.lora(2), ONE)
     factors, _ = plan.fit({"q": deltas["q"].astype(numpy.float16)})
     assert {own.dtype for own in factors.values()} == {numpy.dtype(numpy.float32)}
+
+
+@pytest.mark.parametrize("spec", [sl.lora(1), sl.lonkr(2, splits=3)], ids=["lora", "lonkr"])
+def test_largest_seed_serves_randomised_starts(spec):
+    delta = {"q": normal(1, 0, (64, 64))}
+    plan = sl.Plan(spec, {"q": (64, 64)})
+    assert plan.fit(delta, seed=2**64 - 1, iterations=2)[1].error < 1
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        sl.dense(groups=1, fold="balanced", map=M.Gaussian(), ratio=0.9),
+        sl.lora_fa(4, groups=1, fold="balanced", map=M.Gaussian(), ratio=0.8),
+        sl.lora_fa(3, groups=1, fold="balanced"),
+    ],
+    ids=["dense", "mapped", "cropped"],
+)
+def test_one_trained_block_ends_at_the_optimum(spec):
+    plan = sl.Plan(spec, {"a": (12, 12), "b": (6, 8)})
+    deltas = {name: normal(3, k, shape) for k, (name, shape) in enumerate(plan.shapes.items())}
+    (name,), frozen = plan.factor_shapes, plan.frozen(like=numpy.float64)
+    units = numpy.eye(plan.num_parameters).reshape(-1, *plan.factor_shapes[name])
+    made = (plan.deltas({**frozen, name: unit}).values() for unit in units)
+    columns = numpy.stack([numpy.concatenate([own.ravel() for own in one]) for one in made], axis=1)
+    wanted = numpy.concatenate([own.ravel() for own in deltas.values()])
+    left = wanted - columns @ numpy.linalg.lstsq(columns, wanted, rcond=None)[0]
+    best = numpy.linalg.norm(left) / numpy.linalg.norm(wanted)
+    assert_allclose(plan.fit(deltas)[1].error, best, rtol=1e-5)
 
 
 def test_held_blocks_stay():
@@ -289,6 +367,19 @@ def test_backend_of_the_process_is_not_read(monkeypatch):
     assert max(seen) < 1e-10
 
 
+def test_fits_at_once_leave_the_filters_of_warnings():
+    plan, deltas = planted(sl.lora(2), ONE)
+    before = list(warnings.filters)
+    threads = [
+        threading.Thread(target=lambda: [plan.fit(deltas) for _ in range(30)]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == before
+
+
 # --- bad input
 
 
@@ -320,8 +411,11 @@ def test_bad_input_is_refused():
         with pytest.raises(ValueError, match=name):
             plan.fit(deltas, **{name: value})
     stored = sl.Plan(sl.lora(2, frozen={"0.factor0": "stored"}), plan.shapes)
-    with pytest.raises(ValueError, match="which the spec does not make"):
+    with pytest.raises(ValueError, match="which the spec freezes"):
         stored.fit(deltas)
+    vera = sl.Plan(sl.vera(2), plan.shapes)
+    with pytest.raises(ValueError, match=r"0\.0\.factor0.* Plan\.frozen makes"):
+        vera.fit(deltas, frozen={"0.0.core": numpy.ones(2)})
 
 
 def test_report_prints_a_table():
