@@ -323,7 +323,7 @@ class Plan:
         frozen: Mapping[str, Array] | None = None,
         restarts: int = 5,
         iterations: int = 200,
-        tolerance: float = 1e-6,
+        tolerance: float = 1e-5,
         seed: int = 0,
     ) -> tuple[dict[str, Array], FitReport]:
         """Find factors whose updates come nearest to given ones.
@@ -395,12 +395,12 @@ class Plan:
         """
         for name, value in (("restarts", restarts), ("iterations", iterations)):
             check_count(name, value, least=1)
-        if not tolerance >= 0:
-            raise ValueError(f"tolerance must be at least 0: got {tolerance}")
+        if isinstance(tolerance, str) or not tolerance >= 0:
+            raise ValueError(f"tolerance must be at least 0: got {tolerance!r}")
         checked_deltas(self.layout, deltas)
         if frozen is None:
             frozen = frozen_blocks(self.layout, like=numpy.float64)
-        checked_frozen(self.layout, frozen)
+        checked_frozen(self.layout, frozen, next(iter(deltas.values())))
         return fit(
             self.layout, deltas, frozen, Settings(restarts, iterations, tolerance, check_seed(seed))
         )

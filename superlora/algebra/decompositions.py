@@ -111,21 +111,11 @@ def _nearest_kronecker(
     axes = [mode * count + split for split in range(count) for mode in range(order)]
     sizes = [math.prod(own.shape) for own in splits]
     arranged = digits.transpose(axes).reshape(sizes)
-    if count == 2:
-        left, numbers, right = on_numpy(lambda: svd(arranged, terms, seed))
-        factors = [left * numbers**0.5, right * numbers**0.5]
-    else:
-        factors = _cp(arranged, terms, seed)
-    # There may be more terms than entries of a split.
-    factors = [_widened(own, terms) for own in factors]
+    factors = _thin(arranged, terms, seed) if count == 2 else _cp(arranged, terms, seed)
     return [
         [own[:, term].reshape(split.shape) for own, split in zip(factors, splits, strict=True)]
         for term in range(terms)
     ]
-
-
-def _widened(factor: numpy.ndarray, columns: int) -> numpy.ndarray:
-    return numpy.pad(factor, ((0, 0), (0, columns - factor.shape[1])))
 
 
 def _cp(tensor: numpy.ndarray, rank: int, seed: int) -> list[numpy.ndarray]:
@@ -181,7 +171,7 @@ def _thin(matrix: numpy.ndarray, rank: int, seed: int) -> list[numpy.ndarray]:
     if more:  # the rank is above the matrix's smaller side
         scale = (numbers[0] / len(matrix)) ** 0.5
         drawn = random_factors(matrix.shape[:1], more, seed)[0] * scale
-        first, second = numpy.hstack([first, drawn]), _widened(second, rank)
+        first, second = numpy.hstack([first, drawn]), numpy.pad(second, ((0, 0), (0, more)))
     return [first, second]
 
 

@@ -25,6 +25,8 @@ from superlora.random import normal
 _KINDS = ("", "settled", "optimal")
 # Sweeps after which the best of several starts is chosen.
 _TRIED = 20
+# Of the largest entry of updates, whose squares are summed.
+_SMALLEST = 1e-120
 # A relative error that is rounding.
 _NOTHING = 1e-14
 # Streams of the numbers by which maps are tried and random starts are drawn.
@@ -135,7 +137,8 @@ def checked_deltas(layout: Layout, deltas: Mapping[str, Array]) -> None:
             raise ValueError(
                 f"deltas must have the plan's weights: it {which} {some(map(repr, names))}"
             )
-    zero = True
+    sizes: list[float] = []
+    first: Array = None
     for name, delta in deltas.items():
         check_floating(f"deltas[{name!r}]", delta)
         expected, got = layout.axes[name].shape, tuple(delta.shape)
@@ -144,10 +147,13 @@ def checked_deltas(layout: Layout, deltas: Mapping[str, Array]) -> None:
         values = as_numpy(delta)
         if not numpy.isfinite(values).all():
             raise ValueError(f"deltas[{name!r}] must be finite: it has NaN or inf")
-        zero &= not values.any()
-    backend_of(*deltas.values())
-    if zero:
+        sizes.append(float(numpy.abs(values).max()))
+        first = first if sizes[1:] else delta
+        backend_of(first, delta)
+    if not max(sizes):
         raise ValueError("deltas must differ from zero somewhere: all of them are zero")
+    if not _SMALLEST < max(sizes) < 1 / _SMALLEST:
+        raise ValueError(f"deltas must have squares that are numbers: got entries of {max(sizes)}")
     unscaled = [name for name in layout.shapes if layout.scaling(name) == 0]
     if unscaled:
         raise ValueError(
@@ -155,8 +161,10 @@ def checked_deltas(layout: Layout, deltas: Mapping[str, Array]) -> None:
         )
 
 
-def checked_frozen(layout: Layout, frozen: Mapping[str, Array]) -> None:
+def checked_frozen(layout: Layout, frozen: Mapping[str, Array], like: Array) -> None:
     """Refuse held blocks that the plan lacks, or of other shapes, and ones that are missing."""
+    if not isinstance(frozen, Mapping):
+        raise TypeError(f"frozen must map names to arrays: got {type(frozen).__name__}")
     for name, block in frozen.items():
         if name not in layout.input_shapes:
             raise ValueError(
@@ -164,6 +172,8 @@ def checked_frozen(layout: Layout, frozen: Mapping[str, Array]) -> None:
                 f"{some(map(repr, layout.input_shapes))}"
             )
         check_floating(f"frozen[{name!r}]", block)
+        if name in layout.factor_shapes:  # it is returned with the others
+            backend_of(like, block)
         expected, got = layout.input_shapes[name], tuple(block.shape)
         if got != expected:
             raise ValueError(f"frozen[{name!r}] must have shape {expected}: got {got}")
@@ -319,6 +329,7 @@ def _fitted(problem: Problem, size: float, settings: Settings) -> tuple[list[flo
     """Fit one part from one or several starts, of which the best is gone on with."""
     best: tuple[list[float], Blocks] | None = None
     for number in range(settings.restarts):
+        problem.damping = {}
         certain = _start(problem, number, settings.seed)
         errors = [problem.error() / size]
         if certain:
@@ -423,9 +434,8 @@ def _kind(layout: Layout, group: int) -> str:
 
 def _least_squares(fixed: Map, wanted: numpy.ndarray, before: int) -> numpy.ndarray:
     """Return the entries that a map takes nearest to a vector."""
-    found: numpy.ndarray = scipy.sparse.linalg.lsqr(_operator(fixed, before, len(wanted)), wanted)[
-        0
-    ]
+    operator = _operator(fixed, before, len(wanted))
+    found: numpy.ndarray = scipy.sparse.linalg.lsqr(operator, wanted)[0]
     return found
 
 

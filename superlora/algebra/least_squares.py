@@ -179,7 +179,7 @@ class Problem:
             if self._is_closed(name) and not linear:
                 self.values[name] = self._solved(name, wanted)
             else:
-                self.step([name])
+                self.step(name)
 
     def _majorised(self, target: Target) -> Tensors:
         """Return tensors, distances from which bound the error of the groups of a target."""
@@ -197,9 +197,21 @@ class Problem:
         if name in self._mapped or name not in self.uses:
             return False
         entries = sum(math.prod(self.networks[use.group].shape) for use in self.uses[name])
-        _, summed = self._axes(name)
+        kept, summed = self._axes(name)
         shape = self.values[name].shape
-        return bool(math.prod(shape[axis] for axis in summed) ** 2 <= entries)
+        # Modes that other operands have too, as in Hadamard products, have equations each.
+        own = [
+            axis
+            for axis in kept
+            if any({*self._labels(use)[axis]} & self._others(use) for use in self.uses[name])
+        ]
+        formed = math.prod(shape[axis] for axis in own)
+        return bool(formed * math.prod(shape[axis] for axis in summed) ** 2 <= entries)
+
+    def _others(self, use: Use) -> set[int]:
+        """Return the labels of a term's other operands."""
+        operands = enumerate(self.terms(use.group)[use.term].operands)
+        return {label for place, own in operands if place != use.place for label in own.labels}
 
     @functools.cached_property
     def _mapped(self) -> set[str]:
@@ -293,59 +305,51 @@ class Problem:
 
     # --- through maps, and where normal equations are large
 
-    def step(self, names: Sequence[str]) -> None:
-        """Change what some names hold by a solution of the linearised problem, maybe damped."""
+    def step(self, name: str) -> None:
+        """Change what one name holds by a solution of the linearised problem, maybe damped."""
         residual = numpy.concatenate(self.residuals())
-        derivative = self._derivative(names)
-        old, best = dict(self.values), float(residual @ residual)
-        nonlinear = self._is_nonlinear(names)
-        damp = self.damping.get(names[0] if len(names) == 1 else "", 1e-3) * nonlinear
+        derivative = self._derivative(name)
+        old, best = self.values[name], float(residual @ residual)
+        nonlinear = self._is_nonlinear(name)
+        damp = self.damping.get(name, 1e-3) * nonlinear
         # Damping is of the size of the derivative, whatever the size of the updates is.
-        now = numpy.concatenate([old[name].reshape(-1) for name in names])
+        now = old.reshape(-1)
         size = float(numpy.linalg.norm(derivative @ now) / (numpy.linalg.norm(now) or 1.0)) or 1.0
         for _ in range(_DAMPINGS if nonlinear else 1):  # Levenberg and Marquardt
             change, *_, left = scipy.sparse.linalg.lsqr(
                 derivative, residual, damp * size, iter_lim=_STEPS, atol=1e-12, btol=1e-12
             )[:4]
-            for name, part in zip(names, self._split(names, change), strict=True):
-                self.values[name] = old[name] + part
+            self.values[name] = old + change.reshape(old.shape)
             # The share that is gained of what the linearised problem promises.
             share = (best - (self.error() ** 2 - self.floor)) / ((best - left**2) or 1.0)
             if not nonlinear or share > 0.1:
                 damp *= 0.25 if share > 0.75 else 4.0 if share < 0.25 else 1.0
                 # Not without end, or the tries after a bad step would not reach a good one.
-                self.damping[names[0] if len(names) == 1 else ""] = max(damp, 1e-4)
+                self.damping[name] = max(damp, 1e-4)
                 return
             damp = damp * 4
-        self.values = old
+        self.values[name] = old
 
-    def _split(self, names: Sequence[str], vector: numpy.ndarray) -> list[numpy.ndarray]:
-        """Cut a vector of all entries that some names hold."""
-        shapes = [self.values[name].shape for name in names]
-        cuts = numpy.cumsum([math.prod(shape) for shape in shapes])[:-1]
-        parts = zip(numpy.split(vector.reshape(-1), cuts), shapes, strict=True)
-        return [part.reshape(shape) for part, shape in parts]
-
-    def _is_nonlinear(self, names: Sequence[str]) -> bool:
-        """Return whether some product has two of the blocks that are made of these names."""
-        blocks = [block for name in names for block in self.blocks_of[name]]
+    def _is_nonlinear(self, name: str) -> bool:
+        """Return whether some product has two of the blocks that are made of one name."""
+        blocks = self.blocks_of[name]
         terms = [(use.group, use.term) for block in blocks for use in self.uses[block]]
         return len(set(terms)) < len(terms)
 
-    def _derivative(self, names: Sequence[str]) -> scipy.sparse.linalg.LinearOperator:
-        """Return the derivative of all residuals, but for their sign, for some names."""
+    def _derivative(self, name: str) -> scipy.sparse.linalg.LinearOperator:
+        """Return the derivative of all residuals, but for their sign, for one name."""
         arrays = {group: self.arrays(group, self.values) for group in self.networks}
         rows = [len(target.wanted) for target in self.targets]
-        blocks = [(name, block) for name in names for block in self.blocks_of[name]]
+        blocks, shape = self.blocks_of[name], self.values[name].shape
 
         def forward(change: numpy.ndarray) -> numpy.ndarray:
-            moved = self.values | dict(zip(names, self._split(names, change), strict=True))
-            changed = with_blocks(self.layout, moved, [block for _, block in blocks])
+            moved = {**self.values, name: change.reshape(shape)}
+            changed = with_blocks(self.layout, moved, blocks)
             tensors = {
                 group: numpy.zeros(math.prod(network.shape))
                 for group, network in self.networks.items()
             }
-            for _, block in blocks:
+            for block in blocks:
                 for use in self.uses[block]:
                     term = self.terms(use.group)[use.term]
                     own = source_array(self.layout, self.source(use), changed[block])
@@ -358,12 +362,12 @@ class Problem:
             return numpy.concatenate(made)
 
         def backward(left: numpy.ndarray) -> numpy.ndarray:
-            found = {name: numpy.zeros(self.values[name].shape) for name in names}
+            found = numpy.zeros(shape)
             parts = numpy.split(left.reshape(-1), numpy.cumsum(rows)[:-1])
             cotangents: Tensors = {}
             for target, part in zip(self.targets, parts, strict=True):
                 cotangents |= self.pulled(target, part * target.weight**0.5)
-            for name, block in blocks:
+            for block in blocks:
                 gradient = numpy.zeros(self.layout.block_shapes[block])
                 for use in self.uses[block]:
                     contraction = self.terms(use.group)[use.term].contraction
@@ -377,10 +381,10 @@ class Problem:
                     )
                     slices = tuple(map(slice, self.source(use).shape))
                     gradient[slices] += self._unmapped(use, part)
-                found[name] += self._outer_gradient(name, block, gradient)
-            return numpy.concatenate([found[name].reshape(-1) for name in names])
+                found += self._outer_gradient(name, block, gradient)
+            return found.reshape(-1)
 
-        width = sum(math.prod(self.values[name].shape) for name in names)
+        width = math.prod(shape)
         return scipy.sparse.linalg.LinearOperator(
             (sum(rows), width), matvec=forward, rmatvec=backward, dtype=float
         )

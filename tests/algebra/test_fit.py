@@ -270,6 +270,37 @@ def test_what_is_not_changed_can_be_trained():
     assert factors["1.0.factor1"].any() != factors["1.0.factor0"].any()  # one block is zero
 
 
+def test_surplus_terms_can_be_trained():
+    delta = numpy.outer(numpy.arange(1.0, 9), numpy.ones(6))
+    spec = sl.Spec(rank="full", splits=2, fold=((2, 2), (4, 3)), terms=6)
+    factors, report = sl.Plan(spec, {"q": (8, 6)}).fit({"q": delta})
+    assert report.error < 1e-14
+    norms = [
+        [numpy.linalg.norm(factors[f"0.{2 * term + split}.core"]) for split in (0, 1)]
+        for term in range(6)
+    ]
+    assert all(max(pair) > 0.01 for pair in norms)
+
+
+def test_held_factors_of_another_library_are_refused(xp):
+    if xp.name == "numpy":
+        pytest.skip("the other library is numpy")
+    plan, deltas = planted(sl.lora(2), ONE)
+    held = {"0.0.factor0": numpy.ones((24, 2))}
+    with pytest.raises(TypeError, match="one library"):
+        plan.fit(xp.arrays(deltas), frozen=held)
+
+
+def test_equations_of_hadamard_products_take_no_more_memory_than_the_updates():
+    plan = sl.Plan(sl.loha(24), {"q": (64, 64)})
+    deltas = {"q": normal(0, 0, (64, 64))}
+    problem = problem_of(plan, plan.init(like=numpy.float64), deltas)
+    assert not any(map(problem._is_closed, problem.trained))
+    small = sl.Plan(sl.loha(4), {"q": (64, 64)})
+    problem = problem_of(small, small.init(like=numpy.float64), deltas)
+    assert all(map(problem._is_closed, problem.trained))
+
+
 def test_surplus_rank_can_be_trained():
     delta = numpy.outer(numpy.arange(1.0, 7), numpy.ones(4))
     factors, report = sl.Plan(sl.lora(3), {"q": (6, 4)}).fit({"q": delta})
@@ -338,8 +369,10 @@ def test_a_step_solves_for_its_block(kind):
         after = problem.error()
         assert after <= before * (1 + 1e-9) + 1e-9
         if simple:
-            assert_allclose(after, least, rtol=1e-6, atol=1e-6 * before)
-        operator = problem._derivative([name])
+            # LSQR ends after some steps, and goes on in the next sweep.
+            near = 1e-6 if problem._is_closed(name) else 1e-2
+            assert_allclose(after, least, rtol=near, atol=near * before)
+        operator = problem._derivative(name)
         x, y = normal(seed, 1, (columns.shape[1],)), normal(seed, 2, (columns.shape[0],))
         assert_allclose(operator @ x, columns @ x, rtol=1e-8, atol=1e-8 * abs(columns).sum())
         assert_allclose(operator.H @ y, columns.T @ y, rtol=1e-8, atol=1e-8 * abs(columns).sum())
@@ -393,6 +426,8 @@ def test_bad_input_is_refused():
         ({**deltas, "v": wrong}, r"deltas\['v'\] must be finite"),
         ({**deltas, "v": numpy.ones((6, 4), int)}, "floating-point"),
         ({name: 0 * own for name, own in deltas.items()}, "all of them are zero"),
+        ({name: 1e-200 * own for name, own in deltas.items()}, "squares that are numbers"),
+        ([deltas["q"]], "must map names"),
     ]
     for given_deltas, message in rows:
         with pytest.raises((TypeError, ValueError), match=message):
