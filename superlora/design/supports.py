@@ -270,6 +270,18 @@ def without(
     return Supports(designs | dict(design.shared))
 
 
+def unnamed(design: Spec | Supports, layer: str) -> Spec | Supports | None:
+    """Return a design without overrides, or None where one of them names the layer."""
+    if isinstance(design, Spec):
+        return design.replace(overrides=()) if design.override_of(layer) is None else None
+    designs: dict[Any, Spec | str] = {}
+    for operations, spec in design.designs:
+        if any(spec.override_of(f"{operation}.{layer}") is not None for operation in operations):
+            return None
+        designs[operations] = spec.replace(overrides=())
+    return Supports(designs | dict(design.shared))
+
+
 def design_of(given: Any) -> Spec | Supports:
     """Return a spec and supports as they are, and a mapping of operations as supports."""
     return given if isinstance(given, (Spec, Supports)) else Supports(given)

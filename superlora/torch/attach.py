@@ -18,7 +18,7 @@ from superlora.algebra.frozen import each_frozen
 from superlora.algebra.init import each_factor
 from superlora.design.cost_rule import FORMED, application, check_apply
 from superlora.design.spec import Spec
-from superlora.design.supports import ADD, OF_BIAS, Supports, design_of, without
+from superlora.design.supports import ADD, OF_BIAS, Supports, design_of, unnamed, without
 from superlora.errors import AdapterError, some
 from superlora.maps._check import check, is_own
 from superlora.plan import Plan
@@ -241,13 +241,16 @@ def spec_of(designs: Mapping[str, Spec | None]) -> Spec:
 
 def _leave_out_unfit(spec: Any, selection: Selection) -> None:
     """Leave out the weights that a design cannot have, where nobody has named them."""
-    design = design_of(spec)
-    specs = [design] if isinstance(design, Spec) else [own for _, own in design.designs]
+    whole = design_of(spec)
+    specs = [whole] if isinstance(whole, Spec) else [own for _, own in whole.designs]
     if any(own.groups != "weight" for own in specs):
         return  # one weight alone says nothing of the groups
     known: dict[object, str] = {}
     shapes = selection.shapes
     for name, weight in list(selection.weights.items()):
+        design = unnamed(whole, name)
+        if design is None:
+            continue
         bare = Site.bias_below(weight) is None
         flags = (name in selection.without_bias, name in selection.shared_bias)
         key = (shapes[name], bare, weight.kind, flags)
