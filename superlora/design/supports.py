@@ -336,7 +336,14 @@ def _share(
             continue
         if _is_vector(spec):
             fold = spec.fold if spec.fold == "natural" else "balanced"  # as many groups a stack
-            vector = Spec(rank="full", order=1, scale=spec.scaling, fold=fold)
+            vector = Spec(
+                rank="full",
+                order=1,
+                scale=spec.scaling,
+                fold=fold,
+                terms=spec.terms,
+                frozen_terms=spec.frozen_terms,
+            )
             designs.append((vector, [own[name] for name in taken]))
             shared |= {own[name]: name for name in taken}
         elif spec.map.repeated() != "outputs":  # what scales inputs leaves the bias alone
