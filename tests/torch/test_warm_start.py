@@ -28,6 +28,7 @@ from tests.torch.helpers import (
     unchanged,
 )
 from tests.torch.support_cases import DESIGNS
+from tests.torch.test_quantised import make_cast
 
 LORA = sl.lora(2, alpha=5)
 DOUBLE = {"dtype": torch.float64}
@@ -241,6 +242,23 @@ def test_a_model_without_memory_gets_the_factors_with_it():
     other = shift(attach_kept(full, "vera", factors))
     assert_near(empty(x), full(x))
     assert_near(adapter.delta("blocks.0.q"), other.delta("blocks.0.q"))
+
+
+def test_quantised_and_shared_weights_keep_the_output():
+    x = torch.randn(3, 64)
+    quantised = make_cast()
+    tied = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    tied[2].weight = tied[0].weight
+    for model, options in ((quantised, {}), (tied, {"tied": "once"})):
+        with torch.no_grad():
+            base = model(x)
+        adapter = fill(slt.attach(model, LORA, ["0"], **options))
+        factors = {name: own.detach().clone() for name, own in adapter.named_parameters()}
+        adapter.detach()
+        adapter = slt.attach(model, LORA, ["0"], init=factors, keep_output=True, **options)
+        assert_near(model(x), base)
+        shift(adapter)
+        assert not torch.allclose(model(x), base, atol=1e-3)
 
 
 def test_other_libraries_get_the_difference(tmp_path):
