@@ -170,31 +170,6 @@ def _products(
     axes.axis("off")
 
 
-def draw_distortion(path: Path) -> None:
-    """Draw histograms of |F x|² / |x|² over seeds, and singular values."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6))
-    x = numpy.ones(BEFORE)
-    shown = ("Fastfood, paper", "Fastfood, Le et al.", "Gaussian", "Separable, signs", "OneHot")
-    for name in shown:
-        norms = []
-        for seed in range(SEEDS):
-            y = FAMILIES[name](seed).apply(x, AFTER)
-            norms.append((y @ y) / (x @ x))
-        left.plot(numpy.sort(norms), numpy.linspace(0, 1, SEEDS), label=name)
-    left.set_xlabel("|F x|² / |x|² for constant x")
-    left.set_ylabel(f"share of {SEEDS} seeds")
-    left.legend(fontsize=7)
-    for name in ("Fastfood, paper", "Fastfood, signs", "Gaussian", "Separable", "OneHot"):
-        values = numpy.linalg.svd(matrix(FAMILIES[name](0), BEFORE, AFTER), compute_uv=False)
-        right.plot(numpy.linspace(0, 1, BEFORE), values, label=name)
-    right.set_xlabel("share of the singular values")
-    right.set_ylabel(f"singular value, {BEFORE} to {AFTER}")
-    right.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 def draw_costs(source: Path, path: Path) -> None:
     """Draw time against size from the rows of the benchmark."""
     with source.open() as file:
@@ -215,7 +190,6 @@ def draw_costs(source: Path, path: Path) -> None:
 def main() -> None:
     """Draw all figures and print the table."""
     draw_figure_three(HERE / "maps-fastfood.png")
-    draw_distortion(HERE / "maps-distortion.png")
     if len(sys.argv) > 1:
         draw_costs(Path(sys.argv[1]), HERE / "maps-costs.png")
     print(table())

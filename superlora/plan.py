@@ -171,7 +171,7 @@ class Plan:
         dict of str to array
             One array for each of `factor_shapes`; exactly one block of each product
             is zero. A `factor_map` from one vector to all blocks cannot start at zero: its
-            updates are small.
+            updates are small. To terms that the spec fixes nothing is added at first.
 
         Raises
         ------

@@ -73,7 +73,7 @@ def _draw_term(network: Network, term: Term, place: Axes) -> None:
     for index, operand in enumerate(term.operands):
         for label in operand.labels:
             ends.setdefault(label, []).append(index)
-        place.plot(*points[index], "o", color="C0", markersize=14, zorder=2)
+        place.plot(*points[index], "o", color="lightsteelblue", markersize=14, zorder=2)
         block = network.sources[operand.source].block
         place.annotate(block, points[index], ha="center", va="center", size=7, zorder=3)
     opened = [label for label in path.output if label in ends]

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,27 @@ def test_examples_of_page_run(page, tmp_path, monkeypatch):
         failed = runner.run(example, out=messages.append, clear_globs=False).failed
         assert failed == 0, "".join(messages)
         names = example.globs
+
+
+SLOW = ("plot_decompositions", "plot_fastfood_distortion", "plot_kronecker_rank")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW))
+        for path in sorted((ROOT / "docs/gallery").glob("plot_*.py"))
+    ],
+)
+def test_pages_of_the_gallery_draw_a_figure(path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
+    runpy.run_path(str(path))
+    numbers = pyplot.get_fignums()
+    drawn = [any(own.has_data() for own in pyplot.figure(n).axes) for n in numbers]
+    pyplot.close("all")
+    assert drawn
+    assert all(drawn)
 
 
 def test_blocks_of_failing_page_fail():

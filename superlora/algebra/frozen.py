@@ -40,12 +40,14 @@ def each_frozen(
 ) -> Iterator[tuple[str, numpy.ndarray]]:
     """Make what `frozen_blocks` returns, one block at a time."""
     decompose = functools.cache(lambda group: _decompose(layout, group, weights or {}))
-    for stream, (name, source) in enumerate(layout.frozen.items()):
+    # What is stored has no stream, so that a design with fixed terms draws what it does without.
+    made = [(name, source) for name, source in layout.frozen.items() if source != "stored"]
+    for stream, (name, source) in enumerate(made):
         shape = layout.block_shapes[name]
         group, index, leaf = name.split(".")
         split = layout.groups[int(group)].splits[int(index)]
         last = is_last(split, leaf)
-        if source == "stored" or name in skipped or (source in _POWERS and not singular):
+        if name in skipped or (source in _POWERS and not singular):
             continue
         if source == "ones":
             values = numpy.ones(shape)

@@ -56,7 +56,8 @@ def each_factor(
     deviations: dict[str, float] = {}
     multiplied: set[str] = set()  # vectors that two blocks of one product are made of
     for group in range(len(layout.groups)):
-        for term, blocks in enumerate(layout.term_blocks(group)):
+        trained = layout.specs[group].trained_terms
+        for term, blocks in enumerate(layout.term_blocks(group)[:trained]):
             zero = zero_block(layout, group, term)
             drawn = [name for name in blocks if name in layout.trainable and name != zero]
             variance = _variance(layout, group, term)

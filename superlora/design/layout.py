@@ -240,6 +240,8 @@ class Layout:
                 split, _, leaf = key.partition(".")
                 for index in range(int(split), own.splits * own.terms, own.splits):
                     found[self.block(group, index, leaf)] = source
+            for blocks in self.term_blocks(group)[own.trained_terms :] if own.frozen_terms else ():
+                found |= dict.fromkeys(blocks, "stored")
         return found
 
     @functools.cached_property
@@ -329,7 +331,7 @@ def _check_frozen(layout: Layout) -> None:
         for block, source in own.frozen:
             if source.startswith("singular"):
                 _check_singular(layout, group, block)
-        for term in layout.term_blocks(group):
+        for term in layout.term_blocks(group)[: own.trained_terms]:
             if not any(block in layout.trainable for block in term):
                 raise ValueError(
                     f"frozen must leave every product a trainable block: group {group} has none"

@@ -82,6 +82,10 @@ class Spec:
         adapter's file), or the leading singular vectors of the weight itself:
         ``"singular"``, times the singular values (``"singular_scaled"``) or their
         roots (``"singular_root"``).
+    frozen_terms : int
+        Number of the last of the `terms` whose blocks are all fixed, and ``"stored"``: what is
+        trained is then added to a fixed update, as `superlora.torch.attach` does it to keep a
+        model's output at the start.
     tied : sequence of str
         Blocks that all groups share, ``"split.block"``. The largest group has the
         whole block, a smaller one its leading slices.
@@ -161,6 +165,7 @@ class Spec:
     first_split: int | None = None
     dense_from: str = "rank"
     frozen: Any = ()
+    frozen_terms: int = 0
     tied: Any = ()
     seed: int = 0
     ratio: float = 1.0
@@ -220,6 +225,11 @@ class Spec:
     def split_ranks(self) -> tuple[Any, ...]:
         """One entry for each split: an int, ``"full"``, or a tuple, as `rank` has them."""
         return checks.split_ranks(self.rank, self.orders, self.cores)
+
+    @property
+    def trained_terms(self) -> int:
+        """The number of the first terms that are trained."""
+        return self.terms - self.frozen_terms
 
     @property
     def scaling(self) -> float:

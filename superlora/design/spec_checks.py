@@ -63,6 +63,11 @@ def check_values(spec: Spec) -> None:
     """Refuse counts that are no fitting integers, and names that are not known."""
     for name in ("splits", "terms"):
         _check_at_most(name, getattr(spec, name))
+    if check_count("frozen_terms", spec.frozen_terms, least=0) >= spec.terms:
+        raise ValueError(
+            f"frozen_terms must be below terms={spec.terms}, or nothing is trained: got "
+            f"{spec.frozen_terms}"
+        )
     for name, order in _entries("order", spec.order, spec.splits).items():
         _check_at_most(name, order)
     check_seed(spec.seed)

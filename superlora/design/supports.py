@@ -270,6 +270,18 @@ def without(
     return Supports(designs | dict(design.shared))
 
 
+def unnamed(design: Spec | Supports, layer: str) -> Spec | Supports | None:
+    """Return a design without overrides, or None where one of them names the layer."""
+    if isinstance(design, Spec):
+        return design.replace(overrides=()) if design.override_of(layer) is None else None
+    designs: dict[Any, Spec | str] = {}
+    for operations, spec in design.designs:
+        if any(spec.override_of(f"{operation}.{layer}") is not None for operation in operations):
+            return None
+        designs[operations] = spec.replace(overrides=())
+    return Supports(designs | dict(design.shared))
+
+
 def design_of(given: Any) -> Spec | Supports:
     """Return a spec and supports as they are, and a mapping of operations as supports."""
     return given if isinstance(given, (Spec, Supports)) else Supports(given)
@@ -324,7 +336,14 @@ def _share(
             continue
         if _is_vector(spec):
             fold = spec.fold if spec.fold == "natural" else "balanced"  # as many groups a stack
-            vector = Spec(rank="full", order=1, scale=spec.scaling, fold=fold)
+            vector = Spec(
+                rank="full",
+                order=1,
+                scale=spec.scaling,
+                fold=fold,
+                terms=spec.terms,
+                frozen_terms=spec.frozen_terms,
+            )
             designs.append((vector, [own[name] for name in taken]))
             shared |= {own[name]: name for name in taken}
         elif spec.map.repeated() != "outputs":  # what scales inputs leaves the bias alone

@@ -27,7 +27,6 @@ from superlora.torch.attach import (
     check_operations,
     checked_model,
     host_of,
-    initial,
     register,
 )
 from superlora.torch.blocks import Blocks
@@ -36,6 +35,7 @@ from superlora.torch.files.state import SUPERNET, valid_header
 from superlora.torch.replaced import Also, Replaced, with_also
 from superlora.torch.selection import Selection
 from superlora.torch.site import Site
+from superlora.torch.start import initial
 from superlora.torch.support import Support
 from superlora.torch.targets import ALL_LINEAR, Targets, find_targets
 

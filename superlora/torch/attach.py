@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import re
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from superlora._backend import backend_of
-from superlora.algebra.frozen import each_frozen
-from superlora.algebra.init import each_factor
 from superlora.design.cost_rule import FORMED, application, check_apply
 from superlora.design.spec import Spec
-from superlora.design.supports import ADD, OF_BIAS, Supports, design_of, without
+from superlora.design.supports import ADD, OF_BIAS, Supports, design_of, unnamed, without
 from superlora.errors import AdapterError, some
 from superlora.maps._check import check, is_own
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter, adapters_of, registered
 from superlora.torch.dropout import NAMES, Dropout
 from superlora.torch.files.state import without_bias
-from superlora.torch.layers import KINDS, Weight, computes_plainly, refuse_empty
+from superlora.torch.layers import KINDS, Weight, computes_plainly
 from superlora.torch.low_rank import applies, low_rank
-from superlora.torch.offload import device_of, is_offloaded
+from superlora.torch.offload import is_offloaded
 from superlora.torch.replaced import Also, Replaced, batches_of, with_also
 from superlora.torch.selection import Selection
 from superlora.torch.sharded import refuse_engines, refuse_plans, spread
 from superlora.torch.site import Site
+from superlora.torch.start import device_beside, drawn, placed, starting, with_opposite_terms
 from superlora.torch.summary import warn_of_few
 from superlora.torch.targets import ALL, ALL_LINEAR, Targets, find_targets
 from superlora.torch.walk import freeze, outside_adapters, unwrapped
@@ -52,11 +50,14 @@ def attach(
     name: str = "superlora",
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    init: Mapping[str, Any] | None = None,
+    keep_output: bool = False,
     apply: str = "auto",
 ) -> Adapter:
     """Adapt a model's weights; its output stays bit for bit what it was.
 
     But for a ``factor_map`` from one vector, as in `superlora.unilora`: it cannot start at zero.
+    With `init`, the model starts with the update of given factors.
 
     Parameters
     ----------
@@ -100,6 +101,13 @@ def attach(
         Seed of the initial factors, in [0, 2**64).
     dtype : torch.dtype, optional
         The factors' dtype; by default the weights', float32 for half precision.
+    init : mapping of str to array, optional
+        Factors to start from instead of those of the seed, of numpy, torch or jax: what
+        ``Plan.fit`` or another adapter's ``factors()`` returns. They are copied, in the factors'
+        dtype.
+    keep_output : bool
+        Let the output be what it was, but for rounding, although the factors are those of `init`:
+        the update is ``ΔW(factors) - ΔW(init)``. See the notes.
     apply : {"auto", "factored", "formed"}
         Whether updates are formed in the forward pass. ``"auto"`` takes what costs least
         for each layer and number of tokens; ``adapter.applied`` changes it.
@@ -114,8 +122,23 @@ def attach(
     AdapterError
         If `model` has an attribute of that name.
     TypeError, ValueError
-        If the spec, the targets or the weights do not fit, or some updates cannot be
+        If the spec, the targets, the weights or the factors do not fit, or some updates cannot be
         applied factored; nothing is changed then.
+
+    Notes
+    -----
+    PiSSA ([1]_) and LoRA-GA ([2]_) start from factors of the weight or of a gradient, and subtract
+    their update from the weight. With `keep_output` it is subtracted from the update instead, as
+    fixed terms of the sum (``Spec.frozen_terms``): W₀ is not touched or rounded, and the file, a
+    merge and an export mean the same on the model as it was. A forward pass applies twice the
+    terms, unless it is merged; a LoRA of rank r is written for other libraries as one of rank 2r.
+
+    References
+    ----------
+    .. [1] F. Meng, Z. Wang and M. Zhang, "PiSSA: Principal Singular Values and Singular Vectors
+       Adaptation of Large Language Models", 2024.
+    .. [2] S. Wang, L. Yu and J. Li, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
+       2024.
 
     Examples
     --------
@@ -124,15 +147,19 @@ def attach(
     >>> adapter = slt.attach(model, sl.lora(rank=2), targets=["0"])
     >>> adapter.num_parameters, model(torch.ones(1, 8)).shape
     (32, torch.Size([1, 2]))
+    >>> factors = adapter.factors()
+    >>> adapter.detach()
+    >>> slt.attach(model, sl.lora(rank=2), ["0"], init=factors, keep_output=True).plan.spec
+    Spec(rank=2, terms=2, frozen_terms=1)
     """
     model = checked_model(model)
     selection = find_targets(model, targets, exclude=exclude, layers=layers, tied=tied)
     left_out = Dropout(dict(zip(NAMES, (dropout, rank_dropout, module_dropout), strict=True)))
     if isinstance(targets, str) and targets in (ALL_LINEAR, ALL):
         _leave_out_unfit(spec, selection)
-    plan = Plan(_fitting(_design(spec, selection), selection), selection.shapes)
+    design = _fitting(_design(spec, selection), selection)
+    plan = Plan(with_opposite_terms(design) if keep_output else design, selection.shapes)
     check_free(model, host_of(model, selection.weights), name)
-    _refuse_stored(plan)
     check_operations(plan, selection)
     check_apply(apply, plan.layout)
     check_ways(plan, selection, apply)
@@ -141,8 +168,9 @@ def attach(
             check(fixed, before, size, like=torch.empty(0, dtype=torch.float64))
     check_dropout(plan, selection, left_out)
     replaced = with_also(model, also, selection.weights.values())
-    adapter = Adapter(plan, initial(plan, selection.weights, seed, dtype), name)
-    adapter._seed = seed
+    blocks, stored = starting(plan, selection.weights, seed, dtype, init, keep_output)
+    adapter = Adapter(plan, blocks, name)
+    adapter._seed, adapter._stored = seed, stored
     adapter.applied = apply
     adapter.dropout = left_out
     register(model, adapter, selection, replaced)
@@ -241,13 +269,16 @@ def spec_of(designs: Mapping[str, Spec | None]) -> Spec:
 
 def _leave_out_unfit(spec: Any, selection: Selection) -> None:
     """Leave out the weights that a design cannot have, where nobody has named them."""
-    design = design_of(spec)
-    specs = [design] if isinstance(design, Spec) else [own for _, own in design.designs]
+    whole = design_of(spec)
+    specs = [whole] if isinstance(whole, Spec) else [own for _, own in whole.designs]
     if any(own.groups != "weight" for own in specs):
         return  # one weight alone says nothing of the groups
     known: dict[object, str] = {}
     shapes = selection.shapes
     for name, weight in list(selection.weights.items()):
+        design = unnamed(whole, name)
+        if design is None:
+            continue
         bare = Site.bias_below(weight) is None
         flags = (name in selection.without_bias, name in selection.shared_bias)
         key = (shapes[name], bare, weight.kind, flags)
@@ -400,52 +431,6 @@ def checked_model(model: object) -> nn.Module:
     return unwrapped(model)
 
 
-def checked_dtype(dtype: Any) -> torch.dtype | None:
-    """Return a dtype that factors can have, or None for none; refuse others."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype: got {dtype!r}")
-    return dtype
-
-
-def initial(
-    plan: Plan, weights: Mapping[str, Weight], seed: int, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    """Draw the factors that an adapter starts with, and make its frozen blocks."""
-    if checked_dtype(dtype) is None:
-        dtypes = (weight.dtype for weight in weights.values())
-        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    assert dtype is not None
-    # A block without memory is not drawn before it has some.
-    shapes = plan.layout.input_shapes
-    empty = [name for name in shapes if _device(plan, weights, name).type == "meta"]
-    found = _drawn(plan, weights, seed, dtype, set(empty), own=_matrices(plan, weights))
-    for block in empty:
-        shape = plan.layout.input_shapes[block]
-        found[block] = torch.empty(shape, device="meta", dtype=dtype)
-    return found
-
-
-def _drawn(
-    plan: Plan,
-    weights: Mapping[str, Weight],
-    seed: int,
-    dtype: torch.dtype,
-    skipped: Container[str],
-    own: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Return initial factors and frozen blocks, singular vectors only of given weights."""
-    layout = plan.layout
-    # Whatever contexts we are called in, the factors hold values and can be trained.
-    with torch.device("cpu"), torch.inference_mode(False):
-        factors = each_factor(layout, seed, skipped=skipped)
-        frozen = each_frozen(layout, own, singular=own is not None, skipped=skipped)
-        # One at a time: all of them in float64 would be twice the adapter.
-        return {
-            block: torch.from_numpy(values).to(_device(plan, weights, block), dtype)
-            for block, values in itertools.chain(factors, frozen)
-        }
-
-
 @torch.inference_mode(False)
 def _fill(adapter: Adapter, *_: Any) -> None:
     """Draw the blocks that a state dict left without memory, where the weights have some."""
@@ -455,14 +440,14 @@ def _fill(adapter: Adapter, *_: Any) -> None:
     skipped = {
         name
         for name, block in blocks.items()
-        if not block.is_meta or _device(adapter.plan, weights, name).type == "meta"
+        if not block.is_meta or device_beside(adapter.plan, weights, name).type == "meta"
     }
     # Of the dtype that the factors have now, which may have come with the state dict.
     if adapter._stored:
         own = {n: v for n, v in adapter._stored.items() if n not in skipped}
         made = placed(adapter.plan, weights, own, adapter.dtype)
     else:
-        made = _drawn(adapter.plan, weights, adapter._seed, adapter.dtype, skipped)
+        made = drawn(adapter.plan, weights, adapter._seed, adapter.dtype, skipped)
     for name, values in made.items():
         place = adapter.blocks.places[name]
         values = spread(values, blocks[name])
@@ -475,69 +460,3 @@ def _fill(adapter: Adapter, *_: Any) -> None:
         adapter._stored = {}
     adapter.blocks.scope.clear()
     adapter.blocks.prepare()
-
-
-def _layer(plan: Plan, block: str) -> str:
-    """Return the first layer of a block's group."""
-    layout = plan.layout
-    return layout.layer_of[layout.grouping.members[int(block.partition(".")[0])][0]]
-
-
-def _weight(plan: Plan, weights: Mapping[str, Weight], block: str) -> Weight:
-    """Return the weight beside which a block lives."""
-    return weights[_layer(plan, block)]
-
-
-def _device(plan: Plan, weights: Mapping[str, Weight], block: str) -> torch.device:
-    weight = _weight(plan, weights, block)
-    return device_of(weight.module, weight.parameter)
-
-
-def _matrices(plan: Plan, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
-    """Return the weights whose values are asked for, as plans have them."""
-    if not any(source.startswith("singular") for source in plan.layout.frozen.values()):
-        return {}
-    empty = {name: weight.parameter for name, weight in weights.items()}
-    refuse_empty("weights must be loaded where a spec takes their singular vectors", empty)
-    found = {}
-    for name, weight in weights.items():
-        if not weight.summable:
-            raise ValueError(f"a spec must not take the singular vectors of {name!r}: quantised")
-        axes = plan.layout.layer_axes[name]
-        matrix = weight.form().matrix(weight.parameter.detach())
-        if matrix.shape != axes.matrix:
-            raise ValueError(
-                f"a spec must not take the singular vectors of rows: {name!r} has some"
-            )
-        found[name] = matrix.reshape(axes.shape)
-    return found
-
-
-def placed(
-    plan: Plan,
-    weights: Mapping[str, Weight],
-    blocks: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    device: torch.device | str | None = None,
-) -> dict[str, Tensor]:
-    """Move blocks to their group's first weight, or to a device, all in one dtype."""
-    own = {name: _device(plan, weights, name) for name in blocks}
-    return {
-        name: block.to(own[name] if device is None or own[name].type == "meta" else device, dtype)
-        for name, block in blocks.items()
-    }
-
-
-def frozen_of(plan: Plan, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
-    """Make the frozen blocks that no file stores, in float64 and on the CPU."""
-    frozen: dict[str, Tensor] = plan.frozen(_matrices(plan, weights), like=torch.float64)
-    return frozen
-
-
-def _refuse_stored(plan: Plan) -> None:
-    stored = [block for block, source in plan.layout.frozen.items() if source == "stored"]
-    if stored:
-        raise ValueError(
-            f"spec must say how frozen blocks are made to be attached: {some(stored)} are 'stored' "
-            "in a file"
-        )

@@ -190,6 +190,8 @@ def _plan(
         if len(specs) < len(found):
             raise _NoFormError(f"some leave out {name!r}")
         one = specs[0]
+        if any(own.frozen_terms for own in specs):
+            raise _NoFormError(f"some of their terms are fixed at {name!r}")
         for field in dataclasses.fields(Spec):
             values = [getattr(own, field.name) for own in specs]
             if field.name not in _FREE and any(each != values[0] for each in values):

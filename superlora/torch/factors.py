@@ -75,10 +75,15 @@ class Factors(nn.Module):
         Raises
         ------
         AdapterError
-            If the adapter is merged.
+            If the adapter is merged, or has fixed terms, which new factors would not cancel.
         """
         if self.merged:
             raise AdapterError(f"adapter {self.name!r} must be unmerged to be reset")
+        if any(own.frozen_terms for own in self.plan.layout.specs):
+            raise AdapterError(
+                f"adapter {self.name!r} must have no fixed terms to be reset, as keep_output gives "
+                "it: attach it again"
+            )
         self._settle()
         self.blocks.draw(seed)
 

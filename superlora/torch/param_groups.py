@@ -40,7 +40,7 @@ def param_groups(
     zero = {
         zero_block(layout, group, term)
         for group in range(len(layout.groups))
-        for term in range(layout.specs[group].terms)
+        for term in range(layout.specs[group].trained_terms)
     }
     found: dict[tuple[float, bool], list[str]] = {}
     for name, parameter in parameters.items():

@@ -34,8 +34,9 @@ _FLAGS = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias", 
 # By thread: the first pass of a model that is under way, and the frame that began it.
 _OPEN: dict[int, tuple[_Reads, FrameType]] = {}
 _NONE = (None, None)
-# By thread: the models whose passes are under way, and what holds up new ones.
-_RUNNING: dict[int, list[ChangeWatch]] = {}
+# By thread: the models whose passes are under way and the frames that began them, and what holds
+# up new ones.
+_RUNNING: dict[int, list[tuple[ChangeWatch, FrameType]]] = {}
 _CHANGING = threading.RLock()
 
 
@@ -113,7 +114,9 @@ class ChangeWatch:
         if torch.compiler.is_compiling() or is_traced() or _is_tracing():
             return
         with _CHANGING:  # once nobody changes weights
-            _RUNNING.setdefault(threading.get_ident(), []).append(self)
+            running = _RUNNING.setdefault(threading.get_ident(), [])
+            running[:] = [each for each in running if _is_under_way(each[1], sys._getframe())]
+            running.append((self, sys._getframe(1)))
         refuse_copy(module)
         for adapter in self._held:  # without a call, since there may be hundreds
             first = adapter.blocks.first
@@ -143,9 +146,9 @@ class ChangeWatch:
         """Warn of weights that the pass read outside of their layers."""
         if torch.compiler.is_compiling():
             return
-        running = _RUNNING.get(threading.get_ident())
-        if running and running[-1] is self:
-            running.pop()
+        running = _RUNNING.get(threading.get_ident(), [])
+        own = [place for place, (watch, _) in enumerate(running) if watch is self]
+        del running[own[-1] if own else len(running) :]  # an interrupt runs no hook of inner passes
         reads = _OPEN.get(threading.get_ident(), _NONE)[0]
         if reads is None or reads.watch is not self:
             return
@@ -189,8 +192,13 @@ class ChangeWatch:
 def changing(watch: ChangeWatch | None, verb: str) -> Iterator[None]:
     """Let no other thread begin a pass of a model, or refuse where one is under way."""
     with _CHANGING:
-        alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
-        if any(watch in _RUNNING.get(thread, ()) for thread in alive if thread is not None):
+        tops = sys._current_frames()
+        del tops[threading.get_ident()]
+        if any(
+            other is watch and _is_under_way(begun, top)
+            for thread, top in tops.items()
+            for other, begun in tuple(_RUNNING.get(thread, ()))
+        ):
             raise AdapterError(
                 f"an adapter must not be {verb} while another thread runs a forward pass of its "
                 "model, which would read some layers with the update and some without"
@@ -206,13 +214,15 @@ def _close(reads: _Reads) -> None:
 def close_interrupted() -> None:
     """End a first pass that a keyboard interrupt has ended, which runs no hook."""
     reads, begun = _OPEN.get(threading.get_ident(), _NONE)
-    if reads is None:
-        return
-    running: FrameType | None = sys._getframe()
-    while running is not None and running is not begun:
-        running = running.f_back
-    if running is None:
+    if reads is not None and begun is not None and not _is_under_way(begun, sys._getframe()):
         _close(reads)
+
+
+def _is_under_way(begun: FrameType, top: FrameType | None) -> bool:
+    """Return whether a frame is still on the stack of which another is the top."""
+    while top is not None and top is not begun:
+        top = top.f_back
+    return top is begun
 
 
 class _Reads(TorchFunctionMode):

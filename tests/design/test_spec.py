@@ -49,6 +49,7 @@ def test_the_dict_of_a_spec_is_plain():
         "first_split": None,
         "dense_from": "rank",
         "frozen": {},
+        "frozen_terms": 0,
         "tied": [],
         "seed": 0,
         "ratio": 0.5,

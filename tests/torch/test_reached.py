@@ -15,6 +15,7 @@ from torch import nn
 
 import superlora as sl
 import superlora.torch as slt
+from superlora.errors import AdapterError
 from superlora.torch.site import holders_of
 from tests.torch.helpers import fill, make_input, make_net, unchanged
 
@@ -618,3 +619,45 @@ def test_a_first_pass_that_is_interrupted_leaves_nothing_open():
         model(x)
     slt.attach(other, LORA)
     assert _get_current_function_mode() is None
+
+
+def test_an_interrupted_pass_does_not_block_merges_of_other_threads():
+    entered, go = threading.Event(), threading.Event()
+
+    class Interrupted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.stop = nn.Linear(4, 4), True
+
+        def forward(self, x):
+            if self.stop:
+                raise KeyboardInterrupt
+            return self.q(x)
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Interrupted()
+
+        def forward(self, x):
+            with contextlib.suppress(KeyboardInterrupt):
+                self.inner(x)
+            entered.set()
+            go.wait(10)
+            return x
+
+    around, x = Around(), torch.randn(2, 4)
+    adapter = slt.attach(around.inner, LORA)
+    slt.attach(around, LORA, name="outer")
+
+    thread = threading.Thread(target=around, args=(x,))
+    thread.start()
+    assert entered.wait(10)
+    adapter.merge()  # the inner pass was interrupted, although the thread and the outer one run on
+    with pytest.raises(AdapterError, match="while another thread runs"):
+        around.outer.merge()
+    adapter.unmerge()
+    go.set()
+    thread.join()
+    around.outer.merge()
+    around.outer.unmerge()

@@ -144,6 +144,27 @@ def test_a_layer_that_a_design_does_not_fit_is_left_out():
         slt.attach(model, sl.gralora(4, 2), ["0", "1"], name="other")
 
 
+@pytest.mark.parametrize(
+    ("spec", "left"),
+    [
+        (sl.lora(2, overrides={"0": {"rank": 3}}), []),
+        (sl.gralora(4, 2, overrides={"0": {"rank": 2}}), ["1"]),
+        (sl.gralora(4, 2, overrides={"0": {"scale": 2.0}}), ["1"]),
+        (sl.lora(2, overrides={"0": None}), ["0"]),
+        ({"add_weight": sl.lora(2, overrides={"add_weight.0": {"rank": 3}})}, []),
+        ({"scale_weight": sl.lora(1), "add_bias": sl.dense(overrides={"0": None})}, []),
+    ],
+)
+def test_overrides_hold_for_their_layers_alone_under_default_targets(spec, left):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 9))
+    adapter = slt.attach(model, spec)
+    assert [name for name in ("0", "1") if name not in adapter.layers()] == left
+    adapter.detach()
+    named = sl.lora(2, overrides={"0": {"order": 4, "fold": (3, None, 2, None)}})
+    with unchanged(model), pytest.raises(ValueError, match="fold must divide the 64 outputs"):
+        slt.attach(model, named)
+
+
 def test_parts_of_another_librarys_adapter_are_left_out():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make_net(), peft.LoraConfig(target_modules=["q"]))

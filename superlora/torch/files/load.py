@@ -19,11 +19,8 @@ from superlora.torch.attach import (
     check_free,
     check_operations,
     check_ways,
-    checked_dtype,
     checked_model,
-    frozen_of,
     host_of,
-    placed,
     register,
 )
 from superlora.torch.files.folder import file_of
@@ -44,6 +41,7 @@ from superlora.torch.layers import refuse_empty
 from superlora.torch.offload import is_offloaded
 from superlora.torch.replaced import Replaced, refuse_unfit
 from superlora.torch.selection import Selection
+from superlora.torch.start import checked_dtype, frozen_of, placed_or_stored
 from superlora.torch.targets import find_named
 from superlora.torch.walk import plain_name
 
@@ -175,9 +173,7 @@ def read_adapter(
     dtype = checked_dtype(dtype) or saved
     check_scales(plan, description.scale, dtype, path)
     check_frozen({name: print_of(block) for name, block in made.items()}, description, path)
-    blocks = placed(plan, weights, factors | made, dtype, device)
-    empty = [name for name, block in blocks.items() if block.is_meta]
-    stored = {name: (factors | made)[name].to(dtype) for name in empty}
+    blocks, stored = placed_or_stored(plan, weights, factors | made, dtype, device)
     replaced = Replaced(model, values, description.shared) if values else None
     return Read(plan, description, selection, blocks, replaced, stored)
 

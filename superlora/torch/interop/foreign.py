@@ -20,9 +20,7 @@ from superlora.torch.attach import (
     check_dropout,
     check_free,
     check_ways,
-    frozen_of,
     host_of,
-    placed,
     register,
 )
 from superlora.torch.dropout import Dropout
@@ -30,6 +28,7 @@ from superlora.torch.files.load import find_layers
 from superlora.torch.files.state import check_scales
 from superlora.torch.interop.formats import Layer, Matrix, rank_of
 from superlora.torch.replaced import Replaced, refuse_unfit
+from superlora.torch.start import frozen_of, placed
 from superlora.torch.targets import is_named
 
 
