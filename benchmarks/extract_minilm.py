@@ -26,8 +26,9 @@ import superlora.torch as slt
 
 FAMILIES = ("lora", "lokr", "loha", "lotr", "metatt", "lorta", "lorta of order 4", "one matrix")
 BUDGETS = (1_000, 4_000, 16_000, 64_000, 250_000, 500_000)
-# Of this one the same specs are trained too; of the tiny model of the other.
+# Of this budget the specs of some families are trained too; of the tiny model of the other.
 TRAINED = (16_000, 1_000)
+TRAINED_FAMILIES = ("lora", "lotr", "metatt", "one matrix")
 EPOCHS = 3
 # Of training a spec from the start: which is best depends on the structure.
 RATES = (2e-3, 1e-2)
@@ -104,11 +105,15 @@ def lycoris_pairs(delta: Tensor, rank: int) -> Tensor:
 
 
 def extracted(
-    work: Task, rows: Rows, weights: dict[str, Tensor], deltas: dict[str, Tensor], tiny: bool
+    work: Task,
+    rows: Rows,
+    weights: dict[str, Tensor],
+    deltas: dict[str, Tensor],
+    budgets: list[int],
 ) -> Iterator[tuple[int, Any]]:
     """Fit every family at every budget, and yield the candidates."""
     shapes = {name: tuple(own.shape) for name, own in deltas.items()}
-    for budget in BUDGETS[:2] if tiny else BUDGETS:
+    for budget in budgets:
         try:
             found = sl.suggest(shapes, budget=budget, families=FAMILIES)
         except ValueError as error:
@@ -154,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--targets", default="query,value")
+    parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--tiny", action="store_true", help="a model and data made on the spot")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -185,11 +191,15 @@ def main() -> None:
         adapter.scale = 0.0
         rows.add("base with the tuned head", kind="base", accuracy=accuracy(work.model, work.test))
     weights = {name: work.model.get_parameter(f"{name}.weight") for name in deltas}
-    found = list(extracted(work, rows, weights, deltas, options.tiny))
+    found = list(extracted(work, rows, weights, deltas, options.budgets))
 
     for budget, row in found:
         key = f"trained {row.family} {budget}"
-        if budget == TRAINED[options.tiny] and row.family in FAMILIES and key not in rows.rows:
+        if (
+            budget == TRAINED[options.tiny]
+            and row.family in TRAINED_FAMILIES
+            and key not in rows.rows
+        ):
             rows.add(key, family=row.family, budget=budget, **trained(row.spec, targets, options))
 
 

@@ -50,6 +50,16 @@ class FitReport:
         after every sweep. It never rises.
     converged : bool
         Whether every part stopped because a sweep did not lower its error any more.
+
+    Examples
+    --------
+    >>> import numpy as np, superlora as sl
+    >>> plan = sl.Plan(sl.lora(rank=1), {"q": (3, 2)})
+    >>> _, report = plan.fit({"q": np.array([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])})
+    >>> report.errors["q"] == report.error, report.converged
+    (True, True)
+    >>> round(report.error, 6)  # 3 of the singular values 4 and 3 is left, of a norm of 5
+    0.6
     """
 
     error: float
