@@ -33,7 +33,7 @@ from superlora.torch.on_disk.writing import (
     size_of,
     write_checkpoint,
 )
-from superlora.torch.rounding import add_rounded_once, is_finite
+from superlora.torch.rounding import is_finite
 from superlora.torch.site import Site
 from superlora.torch.support import Support
 
@@ -330,7 +330,8 @@ def _weight_of(site: Site, supports: Sequence[Support], out: torch.dtype) -> Row
         step = max(1, _CHUNK // width)
         for start in range(0, height, step):
             bounds = (start, min(start + step, height))
-            delta = own.operands.form(tensors, bounds) * own.scale.value
+            delta = own.operands.form(tensors, bounds)
+            delta = delta if own.scale.value == 1 else delta * own.scale.value
             yield _sum(weight[slice(*bounds)], delta, out, own.name)
 
     return rows
@@ -358,11 +359,11 @@ def _bias_of(site: Site, supports: Sequence[Support], out: torch.dtype) -> Rows:
 
 
 def _sum(own: Tensor, delta: Tensor, out: torch.dtype, name: str) -> Tensor:
-    found = own.detach().to(torch.promote_types(own.dtype, out), copy=True)
-    add_rounded_once(found, delta)
+    """Return a sum in the wider dtype, rounded once; in the memory of `delta` where it can be."""
+    found = delta.to(torch.promote_types(own.dtype, delta.dtype)).add_(own).to(out)
     if not is_finite(found):
         raise ValueError(f"weight + update of {name!r} must be finite to be merged")
-    return found.to(out)
+    return found
 
 
 def _description(base: Checkpoint, attached: Attached, made: Mapping[str, Made]) -> Merge:

@@ -97,7 +97,7 @@ def _module(name: str, held: Mapping[str, Tensor], turned: bool) -> nn.Module:
         if weight.dim() == 2 and turned:
             return Conv1D()
         if weight.dim() == 2 and EMBEDDING.search(name):
-            return nn.Embedding(*weight.shape)
+            return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
         if weight.dim() == 2:
             return nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in held)
         out, in_, *window = weight.shape

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +48,7 @@ class Made(NamedTuple):
 
 
 Layout = dict[str, Stored | Made]
+Part = TypeVar("Part")
 
 
 def planned(source: Checkpoint, made: Mapping[str, Made]) -> dict[Path, Layout]:
@@ -138,28 +141,45 @@ def _write_file(path: Path, metadata: dict[str, str], layout: Layout, advance: P
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, temporary.open("wb", buffering=0) as target:
         _write_all(target, struct.pack("<Q", len(text)) + text)
-        for name, own in layout.items():
-            if isinstance(own, Stored):
-                for chunk in _bytes_of(own):
-                    _write_all(target, chunk)
-                    advance(len(chunk))
-                continue
-            written = 0
-            for part in own.rows():
-                flat = part.detach().contiguous().reshape(-1).view(torch.uint8)
-                _write_all(target, flat.numpy().data)
-                advance(len(flat))
-                written += len(flat)
-            if written != own.nbytes:
-                raise ValueError(f"{name!r} must have {own.nbytes:,} bytes: {written:,} were made")
+        for name, part in _ahead(_parts_of(layout)):
+            try:
+                _write_all(target, part)
+            except OSError as error:
+                raise OSError(f"{path} could not be written at {name!r}: {error}") from error
+            advance(len(part))
+        if target.tell() != 8 + len(text) + end:
+            raise ValueError(f"{path} must have {end:,} bytes of tensors: others were made")
+
+
+def _parts_of(layout: Layout) -> Iterator[tuple[str, memoryview]]:
+    """Yield the bytes of tensors, in parts, with their names."""
+    for name, own in layout.items():
+        if isinstance(own, Stored):
+            for chunk in _bytes_of(own):
+                yield name, chunk
+            continue
+        for part in own.rows():
+            flat = part.detach().contiguous().reshape(-1).view(torch.uint8)
+            yield name, flat.numpy().data
+
+
+def _ahead(parts: Iterator[Part]) -> Iterator[Part]:
+    """Yield what an iterator does, the next made by another thread meanwhile."""
+    with ThreadPoolExecutor(1) as worker:
+        ahead = worker.submit(next, parts, None)
+        while (part := ahead.result()) is not None:
+            ahead = worker.submit(next, parts, None)
+            yield part
 
 
 def _bytes_of(own: Stored) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(_CHUNK, own.nbytes)))
+    # One is written while the other is read.
+    buffers = itertools.cycle([memoryview(bytearray(min(_CHUNK, own.nbytes))) for _ in range(2)])
     with own.file.open("rb", buffering=0) as file:
         file.seek(own.start)
         rest = own.nbytes
         while rest:
+            buffer = next(buffers)
             count = file.readinto(buffer[: min(rest, _CHUNK)])
             if not count:
                 raise ValueError(f"{own.file} must be a whole safetensors file: it became shorter")
