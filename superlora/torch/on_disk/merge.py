@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +46,7 @@ _PEFT_LEAVES = re.compile(r"\.(?:lora_|hada_|lokr_|vera_|base_layer\.|modules_to
 _CHUNK = 1 << 20
 
 
-@dataclass(frozen=True)
-class Merge:
+class Merge(NamedTuple):
     """What a merge is to do, before it does it.
 
     Attributes

@@ -105,7 +105,7 @@ def write_checkpoint(
         check_space(output.resolve().parent, size_of(layout))
         _write_file(output.resolve(), source.files[file], layout, advance)
         return
-    with _unfinished(output, _fingerprint(source, request)) as (folder, journal):
+    with _unfinished(output, fingerprint(source, request)) as (folder, journal):
         done = journal["files"]
         for name, size in list(done.items()):
             part = folder / name
@@ -215,7 +215,7 @@ def _copy_others(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / place)
 
 
-def _fingerprint(source: Checkpoint, request: Mapping[str, Any]) -> str:
+def fingerprint(source: Checkpoint, request: Mapping[str, Any]) -> str:
     """Return a digest of what is asked for, and of the files it is asked of."""
     found = hashlib.sha256(json.dumps(request, sort_keys=True).encode())
     for file in source.files:
