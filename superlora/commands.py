@@ -35,6 +35,10 @@ Targets = Annotated[
         "Default: all-linear."
     ),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Instead of a rank: most parameters, 100k or 1.5M, or bytes, 400kB."),
+]
 Base = Annotated[
     Path | None, typer.Option(help="The adapter's base, where its files alone say too little.")
 ]
@@ -238,7 +242,138 @@ def average(
             typer.echo(f"wrote {output}")
 
 
-COMMANDS = (plan, merge, inspect, diff, average)
+def extract(
+    base: Annotated[Path, typer.Argument(help="A safetensors file, or a folder of a model.")],
+    tuned: Annotated[Path, typer.Argument(help="The same model, fine-tuned.")],
+    output: Output,
+    preset: Preset,
+    rank: Rank = None,
+    budget: Budget = None,
+    targets: Targets = None,
+    fields: Fields = None,
+    also: Annotated[
+        bool, typer.Option("--also", help="Bring all other changed parameters whole.")
+    ] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the adapter that comes nearest to what a fine-tune changed.
+
+    Of weights that share blocks all differences are in memory at a time, else of one.
+    """
+    with command("extract"):
+        from superlora.torch.on_disk.fitting import extract_files
+        from superlora.torch.on_disk.planning import plan_checkpoint
+
+        def plan_of(rank: int) -> Any:
+            spec = make_spec(preset, rank, fields)
+            return plan_checkpoint(base, spec, chosen(targets))[0]
+
+        size = _rank(rank, budget, plan_of)
+        spec = make_spec(preset, size, fields)
+        found = extract_files(base, tuned, output, spec, chosen(targets), also=also, force=force)
+        if as_json:
+            _print_json(
+                {
+                    "output": str(output),
+                    "rank": size,
+                    "parameters": found.plan.num_parameters,
+                    "error": found.report.error,
+                    "errors": _finite(found.report.errors),
+                    "converged": found.report.converged,
+                    "replaced": found.replaced,
+                    "left": found.left,
+                }
+            )
+            return
+        typer.echo(str(found.report))
+        typer.echo(f"wrote {output}: {found.plan!r}")
+        for name in found.replaced:
+            typer.echo(f"brings {name}")
+        for name in found.left:
+            typer.echo(f"changed too, and left out: {name}")
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A file or folder of superlora, PEFT, LyCORIS.")],
+    output: Annotated[Path, typer.Argument(help="The file, or for PEFT the folder, to write.")],
+    to: Annotated[str, typer.Option(help="superlora, peft, lycoris, kohya, comfy or diffusers.")],
+    design: Annotated[
+        str | None, typer.Option("--as", help="Another preset, fitted to the updates.")
+    ] = None,
+    rank: Rank = None,
+    budget: Budget = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Of a LoRA: the share of the squared singular values to keep, below 1."),
+    ] = None,
+    fields: Fields = None,
+    base: Base = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter in the format of another program, and of another design if asked."""
+    with command("convert"):
+        from superlora.torch.on_disk.fitting import convert_files, shapes_of
+
+        spec: Any = design
+        if design == "lora" and budget is None and not fields:
+            if rank is None and energy is None:
+                raise ValueError("--as lora must have a --rank, an --energy or a --budget")
+        elif design is not None:
+            if energy is not None:
+                raise ValueError("--energy must come with --as lora, or without --as")
+            from superlora.plan import Plan
+
+            shapes = shapes_of(source, base)
+            size = _rank(rank, budget, lambda own: Plan(make_spec(design, own, fields), shapes))
+            spec, rank = make_spec(design, size, fields), None
+        elif budget is not None or fields:
+            raise ValueError("--budget and --set must come with --as")
+        errors = convert_files(
+            source, output, to, base=base, spec=spec, rank=rank, energy=energy, force=force
+        )
+        _print_errors(output, errors, as_json)
+
+
+def resize(
+    adapter: Annotated[Path, typer.Argument(help="A file or folder of superlora, PEFT, LyCORIS.")],
+    rank: Annotated[int, typer.Option(min=1, help="The new rank, below the adapter's.")],
+    output: Output,
+    base: Base = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter of the same design and format, and of a smaller rank."""
+    with command("resize"):
+        from superlora.torch.on_disk.fitting import resize_files
+
+        errors = resize_files(adapter, output, rank, base=base, force=force)
+        _print_errors(output, errors, as_json)
+
+
+COMMANDS = (plan, extract, merge, inspect, convert, resize, diff, average)
+
+
+def _rank(rank: int | None, budget: str | None, plan_of: Callable[[int], Any]) -> int | None:
+    """Return the rank that was given, or the largest that a budget allows."""
+    from superlora.torch.on_disk.fitting import largest_rank
+
+    if budget is None:
+        return rank
+    if rank is not None:
+        raise ValueError("--rank and --budget must not both be given")
+    number, unit = parse_budget(budget)
+    return largest_rank(plan_of, number // 4 if unit == "bytes" else number)
+
+
+def _print_errors(output: Path, errors: dict[str, float], as_json: bool) -> None:
+    if as_json:
+        _print_json({"output": str(output), "errors": _finite(dict(errors))})
+        return
+    rows = [[name, "", f"{error:.2e}" if error else "exact"] for name, error in errors.items()]
+    _print_table(("update", "", "relative error"), rows)
+    typer.echo(f"wrote {output}")
 
 
 def make_spec(preset: str, rank: int | None, fields: Sequence[str] | None) -> Any:
@@ -324,7 +459,7 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(title, justify="left" if place < 2 else "right", no_wrap=place != 1)
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=True).print(table, crop=False)
+    Console(width=1000).print(table)  # which a terminal wraps
 
 
 @contextmanager

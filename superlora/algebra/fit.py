@@ -135,8 +135,8 @@ def checked_deltas(layout: Layout, deltas: Mapping[str, Array]) -> None:
             raise ValueError(
                 f"deltas must have the plan's weights: it {which} {some(map(repr, names))}"
             )
-    zero = True
-    for name, delta in deltas.items():
+    zero, first = True, None
+    for name, delta in deltas.items():  # which may be made, or read, one by one
         check_floating(f"deltas[{name!r}]", delta)
         expected, got = layout.axes[name].shape, tuple(delta.shape)
         if got != expected:
@@ -145,7 +145,8 @@ def checked_deltas(layout: Layout, deltas: Mapping[str, Array]) -> None:
         if not numpy.isfinite(values).all():
             raise ValueError(f"deltas[{name!r}] must be finite: it has NaN or inf")
         zero &= not values.any()
-    backend_of(*deltas.values())
+        first = delta if first is None else first
+        backend_of(first, delta)
     if zero:
         raise ValueError("deltas must differ from zero somewhere: all of them are zero")
     unscaled = [name for name in layout.shapes if layout.scaling(name) == 0]

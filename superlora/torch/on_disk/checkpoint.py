@@ -170,6 +170,18 @@ class Checkpoint:
         conv1d = self.config.get("model_type") in _CONV1D_MODELS
         return conv1d and layer.rpartition(".")[2] in _CONV1D_LAYERS
 
+    def turned(self, layers: Iterable[str] | None = None) -> list[str]:
+        """Return layers whose weights are stored (input, output), of some or of all."""
+        ends = (name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight"))
+        names = list(ends if layers is None else layers)
+        unknown = [n for n in names if not self.config and n.rpartition(".")[2] in _CONV1D_LAYERS]
+        if unknown:
+            raise ValueError(
+                f"{self.path} must have a {CONFIG} beside it, which says of {some(unknown)} "
+                "whether weights are stored (output, input) or, as GPT-2's, (input, output)"
+            )
+        return [name for name in names if self.transposed(name)]
+
     def refuse_quantised(self) -> None:
         """Raise where weights are codes, of which no update is a sum."""
         codes = [

@@ -187,14 +187,12 @@ def attach_to(base: Checkpoint, path: Path) -> Attached:
         keys = [key for key in read_header(path / WEIGHTS)[1] if key.startswith(PREFIX)]
         wanted = dict.fromkeys(_PEFT_LEAVES.split(key.removeprefix(PREFIX))[0] for key in keys)
         prefixes = prefix_between(wanted, base.tensors, base.path) if wanted else ("", "")
-        turned = [name for name in wanted if base.transposed(name)]
-        model = skeleton(_named(base, prefixes), turned)
+        model = skeleton(_named(base, prefixes), base.turned(wanted))
         return Attached(from_peft(model, path), prefixes, {})
     file = file_of(path)
     metadata, header = read_header(file)
     if KEY not in metadata:
-        layers = [name.removesuffix(".weight") for name in base.tensors]
-        model = skeleton(_named(base, ("", "")), [each for each in layers if base.transposed(each)])
+        model = skeleton(_named(base, ("", "")), base.turned())
         return Attached(from_lycoris(model, file), ("", ""), {})
     description = description_of(metadata, file, len(base.tensors))
     replaced = [name.removeprefix(MODEL) for name in header if name.startswith(MODEL)]

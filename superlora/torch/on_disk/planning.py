@@ -73,10 +73,4 @@ def shapes_alone(source: Checkpoint) -> nn.Module:
         for name, own in source.tensors.items()
         if own.dtype in DTYPES
     }
-    return skeleton(tensors, turned_layers(source))
-
-
-def turned_layers(source: Checkpoint) -> list[str]:
-    """Return the layers whose weights are stored (input, output), as the config says."""
-    layers = [name.removesuffix(".weight") for name in source.tensors if name.endswith(".weight")]
-    return [layer for layer in layers if source.transposed(layer)]
+    return skeleton(tensors, source.turned())
