@@ -1,10 +1,11 @@
 """What merging an adapter into a checkpoint on a disk costs, beside copying the checkpoint.
 
 A folder of the shapes of Llama 3.2 1B, random bfloat16 weights in shards, is copied by
-`shutil.copytree` and merged by `superlora.torch.on_disk.merge.merge_files`, in turns and from a warm
-cache, with LoRA adapters of rank 8 of the query and value layers and of all linear layers. Both times
-are given as they end, and with all bytes synced to the disk, which a merge always does.
-`anonymous` is the most resident memory that belongs to no file, above that before the merge.
+`shutil.copytree` and merged by `superlora.torch.on_disk.merge_files`, in turns and from a warm
+cache, with LoRA adapters of rank 8 of the query and value layers and of all linear layers. Each
+turn begins with nothing left to write to the disk. Times end as the call does, and with all bytes
+on the disk, which a merge always waits for. `anonymous` is the most resident memory that belongs
+to no file, above that before the merge.
 
 Run: ``python benchmarks/bench_merge_files.py [--layers 16] [--rounds 5]``.
 """
@@ -25,8 +26,9 @@ from safetensors.torch import save_file
 
 import superlora as sl
 import superlora.torch as slt
+from superlora.torch.on_disk import merge_files
 from superlora.torch.on_disk.checkpoint import Checkpoint
-from superlora.torch.on_disk.merge import Merge, merge_files
+from superlora.torch.on_disk.merge import Merge
 from superlora.torch.on_disk.skeleton import skeleton
 
 WIDTH, INNER, KEYS, VOCABULARY = 2048, 8192, 512, 128_256
@@ -115,6 +117,7 @@ def main() -> None:
         most = dict.fromkeys(TARGETS, 0)
         for _ in range(options.rounds):
             for name in ("copy", *TARGETS):
+                os.sync()
                 start, before = time.perf_counter(), anonymous()
                 if name == "copy":
                     shutil.copytree(base, output)

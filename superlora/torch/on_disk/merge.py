@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from superlora.design.supports import OF_BIAS
+from superlora.design.supports import ADD, OF_BIAS
 from superlora.torch.adapter import Adapter
 from superlora.torch.files.folder import file_of
 from superlora.torch.files.load import load
@@ -317,7 +317,7 @@ def _weight_of(site: Site, supports: Sequence[Support], out: torch.dtype) -> Row
     @torch.no_grad()
     def rows() -> Iterator[Tensor]:
         if not _is_product(site, supports):
-            of_weight, _ = changed_by(site.base, supports, Support.delta)
+            of_weight, _ = _changes(site, supports)
             assert of_weight is not None
             yield _sum(site.held.parameter, site.form.stored(of_weight), out, supports[0].name)
             return
@@ -346,7 +346,7 @@ def _is_product(site: Site, supports: Sequence[Support]) -> bool:
 def _bias_of(site: Site, supports: Sequence[Support], out: torch.dtype) -> Rows:
     @torch.no_grad()
     def rows() -> Iterator[Tensor]:
-        _, of_bias = changed_by(site.base, supports, Support.delta)
+        _, of_bias = _changes(site, supports)
         assert of_bias is not None
         if site.bias is None:
             yield of_bias.to(site.held.parameter.dtype).to(out)
@@ -354,6 +354,15 @@ def _bias_of(site: Site, supports: Sequence[Support], out: torch.dtype) -> Rows:
             yield _sum(site.bias, of_bias, out, supports[0].name)
 
     return rows
+
+
+def _changes(site: Site, supports: Sequence[Support]) -> tuple[Tensor | None, Tensor | None]:
+    """Return what is added to weight and bias."""
+    base = site.base
+    if any(own.operation != ADD for own in supports):
+        # The last bit of a product depends on where its operands lie, in a file anywhere.
+        base = base._replace(own_weight=base.own_weight.detach().clone())
+    return changed_by(base, supports, Support.delta)
 
 
 def _sum(own: Tensor, delta: Tensor, out: torch.dtype, name: str) -> Tensor:
@@ -376,9 +385,10 @@ def _description(base: Checkpoint, attached: Attached, made: Mapping[str, Made])
     for site in adapter._own:
         supports = [*site.links[adapter].supports]
         if not _is_product(site, supports):
-            # The update, what it is made from or scaled to, and the sum.
+            # The supports, what one is made from or scaled to, the sum of them, and the weight.
             wide = max(own.blocks.dtype.itemsize for own in supports)
-            peak = max(peak, math.prod(site.held.shape) * (3 * wide + 2 * site.held.dtype.itemsize))
+            each = (2 + len(supports)) * wide + 2 * site.held.dtype.itemsize
+            peak = max(peak, math.prod(site.held.shape) * each)
     return Merge(
         tuple(name for name in base.tensors if name in weights),
         tuple(
