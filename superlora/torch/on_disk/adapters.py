@@ -20,7 +20,7 @@ from superlora.torch.files.state import KEY, MODEL, description_of
 from superlora.torch.interop import from_lycoris as lycoris
 from superlora.torch.interop import from_peft as peft
 from superlora.torch.interop.formats import LYCORIS_FORMS, PEFT_FORMS, Forms, Layer, parts_of
-from superlora.torch.interop.keys import places, split_key
+from superlora.torch.interop.keys import OTHER_NAMES, places, split_key
 from superlora.torch.interop.to_lycoris import ALPHA
 from superlora.torch.interop.to_peft import CONFIG, WEIGHTS
 from superlora.torch.norms import Norms
@@ -39,7 +39,8 @@ def is_adapter(path: Path) -> bool:
     if not path.is_file():
         raise FileNotFoundError(f"no file or folder at {path}")
     metadata, header = read_header(path)
-    return KEY in metadata or all(split_key(key, ())[0] != key.partition(".")[0] for key in header)
+    ends = tuple(f".{leaf}" for leaf in (*lycoris._LEAVES, *OTHER_NAMES))
+    return KEY in metadata or (bool(header) and all(key.endswith(ends) for key in header))
 
 
 def read_adapter(path: str | Path, base: str | Path | None = None) -> tuple[str, Adapter]:

@@ -10,8 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from superlora.design.spec import Spec
 from superlora.torch.adapter import Adapter
 from superlora.torch.combine import combine
+from superlora.torch.files.folder import file_of
+from superlora.torch.files.load import load
 from superlora.torch.files.safetensors_file import DTYPES, other_shapes
 from superlora.torch.on_disk.adapters import is_adapter, read_adapter
 from superlora.torch.on_disk.checkpoint import Checkpoint, check_alike
@@ -217,15 +220,13 @@ def _mean(
 
 def _mean_of_adapters(paths: Sequence[Path], weights: Sequence[float]) -> Adapter:
     """Return the weighted sum of adapters, on modules of the first one's shapes."""
-    from superlora.torch.files.folder import file_of
-    from superlora.torch.files.load import load
-
-    kind, first = read_adapter(paths[0])
-    adapters = [first]
-    for number, path in enumerate(paths[1:]):
-        if kind != "superlora" or read_adapter(path)[0] != kind:
-            raise ValueError(
-                "adapters must be files of superlora to be averaged: convert them first"
-            )
-        adapters.append(load(first.model, file_of(path), name=f"other{number}"))
-    return combine(adapters, weights, name="mean")
+    kinds, alone = zip(*map(read_adapter, paths), strict=True)
+    if set(kinds) != {"superlora"}:
+        raise ValueError("adapters must be files of superlora to be averaged: convert them first")
+    if not all(isinstance(own.plan.spec, Spec) for own in alone):
+        raise ValueError("adapters must only add to weights to be averaged")
+    model = alone[0].model
+    others = [
+        load(model, file_of(path), name=f"other{number}") for number, path in enumerate(paths[1:])
+    ]
+    return combine([alone[0], *others], weights, name="mean")

@@ -57,7 +57,7 @@ def skeleton(
         name if f"{name}.weight" in tensors else name.rpartition(".")[0] for name in transposed
     }
     root = _module("", held[""], "" in turned) if "weight" in held[""] else Skeleton()
-    for path in sorted(held):
+    for path in sorted(held, key=_in_depth):
         parent = root
         *above, last = path.split(".") if path else [""]
         for part in above:
@@ -84,6 +84,11 @@ def skeleton(
                 found = found.get_submodule(part)
             found._parameters[own] = root.get_submodule(path)._parameters[leaf]
     return root
+
+
+def _in_depth(path: str) -> list[tuple[int, str]]:
+    """Return by what names are sorted: layer 2 before layer 10, which files have it after."""
+    return [(int(own) if own.isdecimal() else 0, own) for own in path.split(".")]
 
 
 def _module(name: str, held: Mapping[str, Tensor], turned: bool) -> nn.Module:
