@@ -164,6 +164,15 @@ def test_a_square_weight_that_nothing_says_how_it_is_stored_is_refused(tmp_path)
         merge_files(base, file, tmp_path / "again")
 
 
+def test_a_detached_adapter_says_how_its_weights_are_stored(tmp_path):
+    model = gpt2()
+    file = adapter(model, tmp_path, targets=["attn.c_proj"])
+    own = slt.load(model, file)
+    own.detach()
+    own.save(tmp_path / "detached.safetensors")
+    assert file.read_bytes() == (tmp_path / "detached.safetensors").read_bytes()
+
+
 def saved_merged(model: torch.nn.Module, folder: Path) -> Path:
     model.superlora.detach(keep_merged=True)
     return saved(model, folder)
