@@ -119,7 +119,7 @@ def merge(
             typer.echo(
                 f"{len(found.weights)} weights, {len(found.biases)} biases, {len(found.replaced)} "
                 f"replaced parameters{gained}; {_size(found.nbytes)} to write, at most "
-                f"{_size(found.peak)} of memory beside the adapter's",
+                f"{_size(found.peak)} of memory for tensors",
                 err=True,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from superlora.design.supports import ADD, OF_BIAS
+from superlora.design.supports import OF_BIAS
 from superlora.torch.adapter import Adapter
 from superlora.torch.files.folder import file_of
 from superlora.torch.files.load import load
@@ -42,8 +43,10 @@ Rows = Callable[[], Iterator[Tensor]]
 
 # In a key of PEFT's, after the layer's name.
 _PEFT_LEAVES = re.compile(r"\.(?:lora_|hada_|lokr_|vera_|base_layer\.|modules_to_save\.)")
-# Entries of a weight that are made at a time where its rows can be.
-_CHUNK = 1 << 20
+# Rows that a product computes alike, alone or as a part; a few at the end are computed otherwise.
+_ROWS = 64
+# Entries that are made at a time where a weight's rows can be, in a core's cache, and written.
+_CHUNK, _PART = 1 << 18, 1 << 20
 
 
 class Merge(NamedTuple):
@@ -59,7 +62,7 @@ class Merge(NamedTuple):
     nbytes : int
         Bytes of the output's tensors.
     peak : int
-        Bytes of memory that tensors take at most, beside the adapter and the page cache.
+        Bytes of memory that tensors take at most, beside the page cache.
     """
 
     weights: tuple[str, ...]
@@ -132,7 +135,6 @@ def merge_files(
     request = {
         "adapter": [digest(own) for own in _files_of(path)],
         "dtype": kind,
-        "chunk": _CHUNK,
     }
     said = None if dtype is None else {"dtype": dtype, "torch_dtype": dtype}
     write_checkpoint(source, output, made, request, config=said, advance=advance)
@@ -298,8 +300,8 @@ def _made(base: Checkpoint, attached: Attached, kind: str | None) -> dict[str, M
 def _cast(base: Checkpoint, name: str, dtype: torch.dtype) -> Rows:
     def rows() -> Iterator[Tensor]:
         flat = base.tensor(name).reshape(-1)
-        for start in range(0, len(flat), _CHUNK):
-            yield flat[start : start + _CHUNK].to(dtype)
+        for start in range(0, len(flat), _PART):
+            yield flat[start : start + _PART].to(dtype)
 
     return rows
 
@@ -313,61 +315,75 @@ def _held(value: Tensor, kind: str) -> Rows:
 
 def _weight_of(site: Site, supports: Sequence[Support], out: torch.dtype) -> Rows:
     """Return what makes a weight with its update, as `Site.merge` does."""
+    weight, name = site.held.parameter, supports[0].name
 
     @torch.no_grad()
     def rows() -> Iterator[Tensor]:
-        if not _is_product(site, supports):
-            of_weight, _ = _changes(site, supports)
+        pair = _product(site, supports)
+        if pair is None:
+            of_weight, _ = changed_by(site.base, supports, Support.delta)
             assert of_weight is not None
-            yield _sum(site.held.parameter, site.form.stored(of_weight), out, supports[0].name)
+            yield _finite(_sum(weight, site.form.stored(of_weight)).to(out), name)
             return
-        (own,) = supports
-        weight = site.held.parameter
-        tensors = own.given(own.operands, weight.device)
-        height, width = weight.shape
-        step = max(1, _CHUNK // width)
-        for start in range(0, height, step):
-            bounds = (start, min(start + step, height))
-            delta = own.operands.form(tensors, bounds)
-            delta = delta if own.scale.value == 1 else delta * own.scale.value
-            yield _sum(weight[slice(*bounds)], delta, out, own.name)
+        left, right = pair
+        scale, width = supports[0].scale.value, weight.shape[1]
+        every, most = _cuts(*weight.shape), _PART // _CHUNK
+        for cuts in (every[place : place + most] for place in range(0, len(every), most)):
+            first, last = cuts[0].start, cuts[-1].stop
+            found = torch.empty(last - first, width, dtype=out)
+            for own in cuts:
+                delta = left[own] @ right.t()
+                delta = delta if scale == 1 else delta * scale
+                found[own.start - first : own.stop - first].copy_(_sum(weight[own], delta))
+            yield _finite(found, name)
 
     return rows
 
 
-def _is_product(site: Site, supports: Sequence[Support]) -> bool:
-    """Return whether an update is a product of two blocks, of which some rows can be made alone."""
+def _cuts(height: int, width: int) -> list[slice]:
+    """Return rows to make at a time: whole blocks of a matrix product, whose bits stay the same."""
+    step = max(1, _CHUNK // width // _ROWS) * _ROWS
+    ends = [*range(step, height, step), height]
+    if len(ends) > 1 and ends[-1] - ends[-2] < _ROWS:
+        del ends[-2]
+    return [slice(*own) for own in itertools.pairwise((0, *ends))]
+
+
+def _product(site: Site, supports: Sequence[Support]) -> tuple[Tensor, Tensor] | None:
+    """Return the two blocks whose product an update is, so that some rows can be made alone."""
     own = supports[0]
     term = own.operands.term
-    alone = len(supports) == 1 and own.plain and site.form.plain and not own.operands.shared
-    return alone and term is not None and len(term.operands) == 2
+    alone = len(supports) == 1 and own.plain and site.form.plain and term is not None
+    if not alone or term is None or len(term.operands) != 2:
+        return None
+    one, two = term.operands
+    # Rows and rank, columns and rank: what the contraction multiplies as it is.
+    labels = one.labels[-1:] == two.labels[-1:] and len(one.labels) == len(two.labels) == 2
+    if not (labels and one.whole and two.whole):
+        return None
+    left, right = own.given(own.operands, site.held.parameter.device)
+    return left, right
 
 
 def _bias_of(site: Site, supports: Sequence[Support], out: torch.dtype) -> Rows:
     @torch.no_grad()
     def rows() -> Iterator[Tensor]:
-        _, of_bias = _changes(site, supports)
+        _, of_bias = changed_by(site.base, supports, Support.delta)
         assert of_bias is not None
         if site.bias is None:
             yield of_bias.to(site.held.parameter.dtype).to(out)
         else:
-            yield _sum(site.bias, of_bias, out, supports[0].name)
+            yield _finite(_sum(site.bias, of_bias).to(out), supports[0].name)
 
     return rows
 
 
-def _changes(site: Site, supports: Sequence[Support]) -> tuple[Tensor | None, Tensor | None]:
-    """Return what is added to weight and bias."""
-    base = site.base
-    if any(own.operation != ADD for own in supports):
-        # The last bit of a product depends on where its operands lie, in a file anywhere.
-        base = base._replace(own_weight=base.own_weight.detach().clone())
-    return changed_by(base, supports, Support.delta)
+def _sum(own: Tensor, delta: Tensor) -> Tensor:
+    """Return a sum in the wider dtype; in the memory of `delta` where it can be."""
+    return delta.to(torch.promote_types(own.dtype, delta.dtype)).add_(own.detach())
 
 
-def _sum(own: Tensor, delta: Tensor, out: torch.dtype, name: str) -> Tensor:
-    """Return a sum in the wider dtype, rounded once; in the memory of `delta` where it can be."""
-    found = delta.to(torch.promote_types(own.dtype, delta.dtype)).add_(own).to(out)
+def _finite(found: Tensor, name: str) -> Tensor:
     if not is_finite(found):
         raise ValueError(f"weight + update of {name!r} must be finite to be merged")
     return found
@@ -381,14 +397,17 @@ def _description(base: Checkpoint, attached: Attached, made: Mapping[str, Made])
     replaced = (
         set() if adapter.replaced is None else set(map(attached.name, adapter.replaced.every))
     )
-    peak = 2 * _CHUNK * 8
+    # The adapter, as it is read and attached, and three parts: written, made, and being made.
+    peak = 2 * sum(own.nbytes for own in adapter.state_dict().values())
+    largest = 3 * 8 * _PART
     for site in adapter._own:
         supports = [*site.links[adapter].supports]
-        if not _is_product(site, supports):
-            # The supports, what one is made from or scaled to, the sum of them, and the weight.
+        if _product(site, supports) is None:
+            # The supports, what one is made from or scaled to, the sum of them, and the weight;
+            # that of the next one while one is written.
             wide = max(own.blocks.dtype.itemsize for own in supports)
-            each = (2 + len(supports)) * wide + 2 * site.held.dtype.itemsize
-            peak = max(peak, math.prod(site.held.shape) * each)
+            each = (3 + len(supports)) * wide + 3 * site.held.dtype.itemsize
+            largest = max(largest, math.prod(site.held.shape) * each)
     return Merge(
         tuple(name for name in base.tensors if name in weights),
         tuple(
@@ -401,5 +420,5 @@ def _description(base: Checkpoint, attached: Attached, made: Mapping[str, Made])
         tuple(name for name in base.tensors if name in replaced),
         tuple(name for name in made if name not in base.tensors),
         sum(map(size_of, planned(base, made).values())),
-        peak,
+        peak + largest,
     )
