@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the ``superlora`` command."""
-    require(("typer", "rich"), "demo")
+    require(("typer", "rich"), "cli")
     build()(prog_name="superlora")
 
 
@@ -21,6 +21,7 @@ def build() -> typer.Typer:
     """Return the command line application; typer is imported no sooner."""
     import typer
 
+    from superlora import commands
     from superlora.demo import command
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -38,6 +39,8 @@ def build() -> typer.Typer:
     ) -> None:
         """Low-rank adaptation of many weights at once, as tensors."""
 
+    for own in commands.COMMANDS:
+        app.command()(own)
     app.command()(command.demo)
     app.command()(command.search)
     return app

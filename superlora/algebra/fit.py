@@ -149,7 +149,7 @@ def checked_deltas(layout: Layout, deltas: Mapping[str, Array]) -> None:
             )
     sizes: list[float] = []
     first: Array = None
-    for name, delta in deltas.items():
+    for name, delta in deltas.items():  # which may be made, or read, one by one
         check_floating(f"deltas[{name!r}]", delta)
         expected, got = layout.axes[name].shape, tuple(delta.shape)
         if got != expected:
@@ -158,7 +158,7 @@ def checked_deltas(layout: Layout, deltas: Mapping[str, Array]) -> None:
         if not numpy.isfinite(values).all():
             raise ValueError(f"deltas[{name!r}] must be finite: it has NaN or inf")
         sizes.append(float(numpy.abs(values).max()))
-        first = first if sizes[1:] else delta
+        first = delta if first is None else first
         backend_of(first, delta)
     if not max(sizes):
         raise ValueError("deltas must differ from zero somewhere: all of them are zero")

@@ -184,10 +184,11 @@ def errors(command: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
     from superlora.demo.fetch import FetchError
+    from superlora.errors import AdapterError
 
     try:
         yield
-    except (FetchError, SafetensorError, ValueError, OSError) as error:
+    except (AdapterError, FetchError, SafetensorError, ValueError, OSError) as error:
         typer.echo(f"superlora {command}: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

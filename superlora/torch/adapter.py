@@ -89,6 +89,7 @@ class Adapter(Factors):
         self._sites: dict[str, Site] = {}  # by weight; those of rows of one layer are one
         self._twins: list[Site] = []  # the same parameters in other modules
         self._selection = Selection({})
+        self._stored_as: dict[str, Any] = {}  # the weights, as a file's header says; kept on detach
         self._watch: ChangeWatch | None = None  # while it is attached
         self._bare: list[str] = []  # layers without the bias that an operation would change
         # The model, and its module that registers this one; a tuple is no submodule.
@@ -141,7 +142,7 @@ class Adapter(Factors):
     @property
     def _header(self) -> dict[str, Any]:
         dropout = {"dropout": self.dropout.values} if self.dropout.on else {}
-        return self._beside | self._selection.beside | dropout
+        return self._beside | self._stored_as | dropout
 
     @property
     def attached(self) -> bool:
@@ -236,6 +237,7 @@ class Adapter(Factors):
     def _link(self, model: nn.Module, selection: Selection) -> None:
         """Let the forward of the selected layers add their updates."""
         self._selection, self._twins = selection, []
+        self._stored_as = selection.beside
         first = self.blocks.first
         for name in self.plan.layout.supports:
             weight = selection.weights[name]

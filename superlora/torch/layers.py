@@ -255,6 +255,12 @@ class Weight:
         return axes, order
 
     @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored with the inputs before the outputs."""
+        order = self._axes(self.parameter)[1]
+        return order != tuple(range(len(order)))
+
+    @property
     def shape(self) -> tuple[int, int]:
         """The shape as a matrix."""
         return self.axes.matrix

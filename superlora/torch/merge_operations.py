@@ -218,8 +218,10 @@ def _changes(
     if found.keys() == {ADD}:
         return found[ADD], None
     wide = torch.promote_types(weight.dtype, next(iter(found.values())).dtype)
+    # A copy: the last bit of a product depends on how its operands are aligned, which in a mapped
+    # file is anyhow.
     return operations.changes(
-        weight.to(wide),
+        weight.to(wide, copy=True),
         None if bias is None else bias.to(wide),
         {operation: own.to(wide) for operation, own in found.items()},
     )

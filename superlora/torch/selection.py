@@ -72,9 +72,11 @@ class Selection:
 
     @property
     def beside(self) -> dict[str, Any]:
-        """What a file's header says of weights that are more, or less, than a layer's own."""
+        """What a file's header says of how weights are stored, and which are no layer's own."""
         rows = {name: list(each) for name, each in self.rows.items()}
+        transposed = [name for name, weight in self.weights.items() if weight.transposed]
         return {
+            "transposed": transposed,
             **({"rows": rows} if rows else {}),
             **({"tied": [*self.twins]} if self.twins else {}),
         }

@@ -90,7 +90,7 @@ def test_main_without_typer_names_the_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip().endswith("pip install 'superlora[demo]'")
+    assert done.stderr.strip().endswith("pip install 'superlora[cli]'")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -312,7 +312,7 @@ def test_files_of_frozen_adapters_say_what_they_need(tmp_path):
     adapter.save(tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         header = json.loads(file.metadata()["superlora"])
-    assert list(header) == ["format_version", "spec", "weights", "frozen"]
+    assert list(header) == ["format_version", "spec", "weights", "transposed", "frozen"]
     assert all(-10 < number < 10 for number in header["frozen"].values())
     plan = sl.Plan(sl.Spec.from_dict(header["spec"]), dict(header["weights"]))
     assert plan.frozen_shapes.keys() == header["frozen"].keys()

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -75,7 +75,7 @@ def read_tensors(
     if not path.is_file():
         hint = "; it is a folder, which superlora.torch.from_peft reads" if path.is_dir() else ""
         raise FileNotFoundError(f"no adapter file at {path}{hint}")
-    _check_header(path)
+    _parsed_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -108,8 +108,26 @@ def short(error: object) -> str:
     return text if len(text) <= 1000 else f"{text[:900]} … {text[-90:]}"
 
 
-def _check_header(path: Path) -> None:
-    """Refuse a header that is too long, or says something twice, of which the last would count."""
+def read_header(
+    path: Path,
+) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int, int]]]:
+    """Return a whole file's metadata, and of each tensor dtype, shape, first byte and end."""
+    start, said = _parsed_header(path)
+    try:
+        with safe_open(path, framework="pt"):  # which checks that tensors fill the file
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file: {short(error)}") from None
+    metadata = said.pop("__metadata__", None) or {}
+    found = {
+        name: (own["dtype"], tuple(own["shape"]), *(start + place for place in own["data_offsets"]))
+        for name, own in sorted(said.items(), key=lambda item: item[1]["data_offsets"])
+    }
+    return metadata, found
+
+
+def _parsed_header(path: Path) -> tuple[int, Any]:
+    """Return where the tensors begin, and the header, unless it is too long or repeats a key."""
     with path.open("rb") as file:
         start = file.read(8)
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -120,7 +138,7 @@ def _check_header(path: Path) -> None:
             )
         text = file.read(size)
     try:
-        strict_json.parse(text)
+        return 8 + size, strict_json.parse(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a whole safetensors file: {short(error)}") from None
 

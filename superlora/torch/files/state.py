@@ -59,6 +59,7 @@ FIELDS = (
     "tied",
     "shared",
     "dropout",
+    "transposed",
 )
 # Characters of a header: of any, and for each weight that the model could have adapted.
 _CHARACTERS = (1 << 16, 1 << 12)
@@ -110,7 +111,8 @@ class Description:
 
     `supernet` has what a supernet says of itself; None for another adapter. `rows` are those of
     weights that are some rows of a layer's, `tied` the weights that several layers share; `shared`
-    are other names of parameters of the model that come with it.
+    are other names of parameters of the model that come with it; `transposed` are weights stored
+    with the inputs first, None where an older file does not say it.
     """
 
     spec: Spec | Supports
@@ -124,6 +126,7 @@ class Description:
     tied: list[str]
     shared: dict[str, list[str]]
     dropout: Dropout
+    transposed: list[str] | None
 
 
 def _written(axes: Axes) -> list[int] | dict[str, Any]:
@@ -174,7 +177,7 @@ def description_of(metadata: Mapping[str, str], path: Path, most: int) -> Descri
         _check_patterns(spec, names)
         rows = {plain_name(name): _range(own) for name, own in header.get("rows", {}).items()}
         known = {*names, *(name.rpartition(".")[0] for name in rows)}
-        for key in ("rows", "without_bias"):
+        for key in ("rows", "without_bias", "transposed"):
             strangers = [own for own in header.get(key, ()) if plain_name(own) not in known]
             if strangers:
                 raise ValueError(f"{key} must be of weights: got {some(map(repr, strangers))}")
@@ -199,6 +202,7 @@ def description_of(metadata: Mapping[str, str], path: Path, most: int) -> Descri
             [plain_name(name) for name in header.get("tied", ())],
             {name: [*map(str, own)] for name, own in header.get("shared", {}).items()},
             Dropout(header.get("dropout")),
+            [*map(plain_name, header["transposed"])] if "transposed" in header else None,
         )
 
 

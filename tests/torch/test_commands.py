@@ -1,0 +1,453 @@
+"""The commands for files: what they print, write and refuse, and that the page says it all."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import superlora as sl
+import superlora.torch as slt
+from superlora import commands
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
+from superlora.cli import build
+from tests.torch.on_disk import bert, gpt2, randomise, saved, tensors_in
+
+PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
+
+
+def run(*arguments: Any, code: int = 0) -> Any:
+    """Run a command, and return what it printed."""
+    found = CliRunner().invoke(build(), [*map(str, arguments)])
+    assert found.exit_code == code, found.output
+    assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
+    assert "Traceback" not in found.output
+    return found
+
+
+def said(*arguments: Any, code: int = 0) -> Any:
+    """Run a command with ``--json``, and return what it said."""
+    return json.loads(run(*arguments, "--json", code=code).stdout)
+
+
+def refused(*arguments: Any, code: int = 1) -> str:
+    """Run a command that is refused, and return its one line."""
+    found = run(*arguments, code=code)
+    assert found.stdout == ""
+    assert len(found.stderr.splitlines()) == 1, found.stderr
+    return str(found.stderr)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return saved(bert(), tmp_path / "base", "6KB")
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    return adapter(bert(), tmp_path / "lora.safetensors", sl.lora(rank=3), ["query", "value"])
+
+
+def adapter(model: nn.Module, path: Path, spec: Any, targets: Any, **options: Any) -> Path:
+    randomise(slt.attach(model, spec, targets=targets, **options)).save(path)
+    return path
+
+
+def tuned(base: Path, folder: Path, noise: float = 0.0, rank: int = 2) -> Path:
+    """Save a fine-tune whose query and value weights changed by matrices of a small rank."""
+    generator = torch.Generator().manual_seed(3)
+    model = bert()
+    model.load_state_dict(tensors_in(base))
+    with torch.no_grad():
+        for name, own in model.named_parameters():
+            if name.endswith(("query.weight", "value.weight")):
+                pair = [torch.randn(16, rank, generator=generator) for _ in range(2)]
+                rest = noise * torch.randn(own.shape, generator=generator)
+                own += 0.1 * (pair[0] @ pair[1].T + rest)
+        model.classifier.bias += 1
+    return saved(model, folder)
+
+
+# --- plan
+
+
+def test_a_plan_is_that_of_the_model(base: Path) -> None:
+    for preset, options in (("lora", ["--rank", "2"]), ("loha", ["--set", "rank=2"])):
+        found = said("plan", base, "--preset", preset, *options)
+        model = bert()
+        expected = slt.attach(model, getattr(sl, preset)(rank=2), targets="all-linear").plan
+        assert found["parameters"] == expected.num_parameters
+        shapes = sorted(map(list, expected.factor_shapes.values()))
+        assert sorted(found["factors"].values()) == shapes
+        assert found["weights"] == {n: [*s] for n, s in expected.shapes.items()}
+    assert "classifier" in found["left_out"]
+    shown = run("plan", base, "--preset", "lora", "--targets", "query", "--targets", "value")
+    assert "6 weights" in shown.stdout
+
+
+def test_layers_are_planned_by_their_numbers(tmp_path: Path) -> None:
+    held = {f"layers.{place}.q.weight": torch.ones(4, 4) for place in range(12)}
+    save_file(held, tmp_path / "base.safetensors")
+    found = said("plan", tmp_path / "base.safetensors", "--preset", "lotr", "--rank", 2)
+    assert list(found["weights"]) == [f"layers.{place}.q" for place in range(12)]
+
+
+def test_a_plan_reads_no_tensor(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from superlora.torch.on_disk.checkpoint import Checkpoint
+
+    monkeypatch.delattr(Checkpoint, "_array")
+    run("plan", base, "--preset", "glora", "--targets", "query,value")
+
+
+def test_transposed_weights_are_planned_as_they_are_used(tmp_path: Path) -> None:
+    folder = saved(gpt2(), tmp_path / "base")
+    found = said("plan", folder, "--preset", "lora", "--targets", "c_attn,c_fc")
+    assert set(map(tuple, found["weights"].values())) == {(48, 16), (64, 16)}
+    (folder / "config.json").unlink()
+    assert "must have a config.json" in refused("plan", folder, "--preset", "lora")
+
+
+def test_bad_plans_are_one_line(base: Path) -> None:
+    assert "--preset must be one of" in refused("plan", base, "--preset", "no")
+    assert "matched no layer" in refused("plan", base, "--preset", "lora", "--targets", "qq")
+    assert "--set must be field=value" in refused("plan", base, "--preset", "lora", "--set", "r")
+    assert "--preset lora: " in refused("plan", base, "--preset", "lora", "--set", "no=1")
+    assert "no checkpoint at" in refused("plan", base / "no", "--preset", "lora")
+    run("plan", base, code=2)
+
+
+# --- merge
+
+
+def test_merge_says_what_it_does(base: Path, lora: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    shown = run("merge", base, lora, "-o", output)
+    assert "6 weights, 0 biases, 0 replaced parameters" in shown.stderr
+    assert shown.stdout == f"wrote {output}\n"
+    assert "--force replaces it" in refused("merge", base, lora, "-o", output)
+    found = said("merge", base, lora, "-o", output, "--force", "--dtype", "float16")
+    assert len(found["weights"]) == 6
+    assert {own.dtype for own in tensors_in(output).values()} == {torch.float16}
+    lora.write_bytes(lora.read_bytes()[:-5])
+    assert "whole safetensors file" in refused("merge", base, lora, "-o", tmp_path / "x")
+
+
+def test_files_of_other_libraries_are_merged(base: Path, lora: Path, tmp_path: Path) -> None:
+    run("merge", base, lora, "-o", tmp_path / "expected")
+    for kind in ("peft", "lycoris", "comfy", "diffusers"):
+        run("convert", lora, tmp_path / kind, "--to", kind)
+        run("merge", base, tmp_path / kind, "-o", tmp_path / f"{kind}-merged")
+        found = tensors_in(tmp_path / f"{kind}-merged")
+        for name, own in tensors_in(tmp_path / "expected").items():
+            torch.testing.assert_close(own, found[name], msg=name)
+
+
+# --- inspect
+
+
+def test_inspect_measures_the_updates(lora: Path, tmp_path: Path) -> None:
+    found = said("inspect", lora)
+    model = bert()
+    own = slt.load(model, lora)
+    assert found["format"] == "superlora"
+    assert found["parameters"] == own.num_parameters
+    for name, update in found["updates"].items():
+        numbers = torch.linalg.svdvals(own.delta(name).detach().double())
+        assert update["spectral"] == pytest.approx(float(numbers[0]), rel=1e-5)
+        assert 1 < update["effective_rank"] < 3.001
+    run("convert", lora, tmp_path / "folder", "--to", "peft")
+    run("convert", lora, tmp_path / "flat", "--to", "kohya")
+    for path, kind in ((tmp_path / "folder", "PEFT"), (tmp_path / "flat", "LyCORIS")):
+        other = said("inspect", path)
+        assert other["format"] == kind
+        for one, two in zip(found["updates"].values(), other["updates"].values(), strict=True):
+            assert one["shape"] == two["shape"]
+            assert one["frobenius"] == pytest.approx(two["frobenius"], rel=1e-5)
+
+
+def test_inspect_shows_biases_heads_and_a_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = adapter(
+        bert(), tmp_path / "a.safetensors", sl.lora(rank=1), ["query"], also=["classifier"]
+    )
+    shown = run("inspect", path, "--plot", tmp_path / "norms.png")
+    assert "brings classifier.weight of shape [3, 16]" in shown.stdout
+    assert (tmp_path / "norms.png").read_bytes()[1:4] == b"PNG"
+    linear = nn.ModuleDict({"q": nn.Linear(4, 4, bias=False), "k": nn.Linear(4, 6)})
+    path = adapter(linear, tmp_path / "b.safetensors", sl.glora(rank=1), ["q", "k"])
+    assert said("inspect", path)["gains_bias"] == ["q"]
+
+
+@pytest.mark.parametrize(
+    "spec", [sl.lokr(2), sl.loha(2), sl.vera(3), sl.lotr(2), sl.fourierft(4), sl.dense()]
+)
+def test_inspect_reads_every_structure(spec: sl.Spec, tmp_path: Path) -> None:
+    model = bert()
+    path = adapter(model, tmp_path / "a.safetensors", spec, ["query", "value"])
+    norms = model.superlora.norms()
+    found = said("inspect", path)["updates"]
+    assert found.keys() == norms.keys()
+    for name, own in norms.items():
+        assert found[name]["frobenius"] == pytest.approx(own.frobenius)
+
+
+def test_an_adapter_of_singular_vectors_is_read_with_its_base(base: Path, tmp_path: Path) -> None:
+    path = adapter(bert(), tmp_path / "a.safetensors", sl.lora_xs(rank=2), ["query"])
+    assert "give --base" in refused("inspect", path)
+    assert said("inspect", path, "--base", base)["parameters"] == 12
+
+
+# --- diff and average
+
+
+def test_diff_of_checkpoints(base: Path, lora: Path, tmp_path: Path) -> None:
+    assert said("diff", base, base) == []
+    run("merge", base, lora, "-o", tmp_path / "merged")
+    found = said("diff", base, tmp_path / "merged", code=1)
+    one, two = tensors_in(base), tensors_in(tmp_path / "merged")
+    assert {own["name"] for own in found} == {n for n in one if not torch.equal(one[n], two[n])}
+    norms = [own["norm"] for own in found]
+    assert norms == sorted(norms, reverse=True)
+    name = found[0]["name"]
+    change = two[name].double() - one[name].double()
+    assert norms[0] == pytest.approx(float(change.norm() / one[name].double().norm()))
+    assert found[0]["largest"] == pytest.approx(float(change.abs().max()))
+    held = {**one, "more": torch.ones(2), "ids": torch.arange(3)}
+    held["classifier.bias"] = torch.ones(4)
+    save_file(held, tmp_path / "one.safetensors")
+    save_file({**one, "ids": torch.ones(3, dtype=torch.int64)}, tmp_path / "two.safetensors")
+    shown = run("diff", tmp_path / "one.safetensors", tmp_path / "two.safetensors", code=1).stdout
+    for part in ("only in", "shape [4] and [3]", "values of I64 and I64"):
+        assert part in shown
+    assert "both must be adapters" in refused("diff", base, lora, code=2)
+    assert "no file or folder" in refused("diff", base, tmp_path / "no", code=2)
+
+
+def test_diff_of_adapters_compares_updates(lora: Path, tmp_path: Path) -> None:
+    run("convert", lora, tmp_path / "peft", "--to", "peft")
+    assert said("diff", lora, tmp_path / "peft") == []
+    run("resize", lora, "--rank", 1, "-o", tmp_path / "small.safetensors")
+    found = said("diff", lora, tmp_path / "small.safetensors", code=1)
+    assert len(found) == 6
+    assert all(0 < own["norm"] < 1 for own in found)
+
+
+def test_the_mean_of_checkpoints(base: Path, tmp_path: Path) -> None:
+    other = tuned(base, tmp_path / "tuned")
+    run("average", base, other, "-o", tmp_path / "mean", "--weights", "3,1")
+    one, two, mean = map(tensors_in, (base, other, tmp_path / "mean"))
+    for name, own in mean.items():
+        expected = 0.75 * one[name].double() + 0.25 * two[name].double()
+        assert torch.equal(own, expected.float())
+    refusals = {
+        ("--weights", "1"): "weights must be as many as files",
+        ("--weights", "1,x"): "--weights must be numbers",
+        ("--weights", "1,-1"): "must have a sum to divide by",
+    }
+    for options, message in refusals.items():
+        assert message in refused("average", base, other, "-o", tmp_path / "no", *options)
+    save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors")
+    assert "must have the tensors of" in refused(
+        "average", base, tmp_path / "w.safetensors", "-o", tmp_path / "no"
+    )
+
+
+def test_the_mean_of_adapters(lora: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    adapter(bert(), other, sl.lora(rank=2, alpha=5), ["query", "value"])
+    run("average", lora, other, "-o", tmp_path / "mean.safetensors")
+    model = bert()
+    names = ("one", "two", "mean")
+    files = (lora, other, tmp_path / "mean.safetensors")
+    one, two, mean = (
+        slt.load(model, file, name=name) for name, file in zip(names, files, strict=True)
+    )
+    for name in one.plan.shapes:
+        expected = 0.5 * one.delta(name) + 0.5 * two.delta(name)
+        torch.testing.assert_close(mean.delta(name), expected)
+    adapter(bert(), other, sl.glora(rank=2), ["query", "value"])
+    assert "must only add to weights" in refused("average", lora, other, "-o", tmp_path / "no")
+
+
+# --- extract, convert, resize
+
+
+def test_extract_finds_what_was_planted(base: Path, tmp_path: Path) -> None:
+    other = tuned(base, tmp_path / "tuned")
+    path = tmp_path / "a.safetensors"
+    options = ("--preset", "lora", "--rank", 2, "--targets", "query,value")
+    found = said("extract", base, other, "-o", path, *options, "--also")
+    assert found["error"] < 1e-5
+    assert found["replaced"] == ["classifier.bias"]
+    assert found["left"] == []
+    run("merge", base, path, "-o", tmp_path / "merged")
+    for name, own in tensors_in(tmp_path / "merged").items():
+        torch.testing.assert_close(own, tensors_in(other)[name])
+    slt.load(bert(), path)  # opens on the model
+    shown = run("extract", base, other, "-o", path, *options, "--force")
+    assert "changed too, and left out: classifier.bias" in shown.stdout
+
+
+def test_extract_by_budget(base: Path, tmp_path: Path) -> None:
+    other = tuned(base, tmp_path / "tuned", noise=1.0)
+    path = tmp_path / "a.safetensors"
+    options = ("--preset", "lora", "--targets", "query,value", "--force")
+    for budget in ("500", "2kB", "0.5k"):
+        found = said("extract", base, other, "-o", path, *options, "--budget", budget)
+        assert (found["rank"], found["parameters"]) == (2, 384)
+    errors = [
+        said("extract", base, other, "-o", path, *options, "--rank", rank)["error"]
+        for rank in (1, 4, 16)
+    ]
+    assert 1 > errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-5
+    message = refused("extract", base, other, "-o", path, *options, "--budget", "100")
+    assert "budget must be at least 192 parameters" in message
+    message = refused("extract", base, other, "-o", path, *options, "--budget", "many")
+    assert "--budget must be a number" in message
+
+
+def test_extract_refuses(base: Path, tmp_path: Path) -> None:
+    other = tuned(base, tmp_path / "tuned")
+    path = tmp_path / "a.safetensors"
+    options = ("-o", path, "--preset", "lora", "--rank", 2)
+    assert "all tensors are the same" in refused("extract", base, base, *options)
+    message = refused("extract", base, other, *options, "--targets", "pooler.dense")
+    assert "targets must match weights that differ" in message
+    held = tensors_in(other)
+    single = tmp_path / "single"
+    single.mkdir()
+    held["classifier.bias"][1] = torch.nan
+    save_file(held, single / "model.safetensors")
+    assert "'classifier.bias' has NaN or infinity" in refused("extract", base, single, *options)
+    del held["classifier.bias"]
+    save_file(held, single / "model.safetensors")
+    assert "missing 'classifier.bias'" in refused("extract", base, single, *options)
+    path.write_text("mine")
+    assert "--force replaces it" in refused("extract", base, other, *options)
+    assert path.read_text() == "mine"
+
+
+def test_differences_are_read_a_group_at_a_time(base: Path, tmp_path: Path) -> None:
+    """No more of them are alive than one group of the design has weights."""
+    import gc
+    import weakref
+
+    from superlora.torch.on_disk.fitting import Deltas
+
+    alive: list[Any] = []
+    most = 0
+    generator = torch.Generator().manual_seed(0)
+
+    def make(name: str) -> torch.Tensor:
+        nonlocal most
+        made = torch.randn(6, 5, generator=generator)
+        gc.collect()
+        alive.append(weakref.ref(made))
+        most = max(most, sum(own() is not None for own in alive))
+        return made
+
+    shapes = {f"{place}.q": (6, 5) for place in range(8)}
+    sl.Plan(sl.lora(rank=1), shapes).fit(Deltas(shapes, make))
+    assert most <= 3
+
+
+@pytest.mark.parametrize("to", ["peft", "lycoris", "comfy", "superlora"])
+def test_convert_to_a_lora_of_an_energy(to: str, tmp_path: Path) -> None:
+    source = adapter(bert(), tmp_path / "a.safetensors", sl.lokr(2), ["query", "value"])
+    found = said("convert", source, tmp_path / to, "--to", to, "--as", "lora", "--energy", 0.9)
+    assert all(0 <= error <= (1 - 0.9) ** 0.5 + 1e-6 for error in found["errors"].values())
+    differences = said("diff", source, tmp_path / to, code=1) if to != "lycoris" else []
+    for own in differences:
+        assert own["norm"] == pytest.approx(found["errors"][own["name"]], abs=1e-5)
+
+
+def test_convert_to_another_design(lora: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lotr.safetensors"
+    options = ("--to", "superlora", "--as", "lotr", "--budget", "1k")
+    found = said("convert", lora, path, *options)
+    inspected = said("inspect", path)
+    assert 500 < inspected["parameters"] <= 1000
+    for own in said("diff", lora, path, code=1):
+        assert own["norm"] == pytest.approx(found["errors"][own["name"]], abs=1e-5)
+    assert "--to" in run("convert", lora, path, code=2).stderr
+    assert "to must be one of" in refused("convert", lora, tmp_path / "x", "--to", "no")
+    assert "must have a --rank" in refused(
+        "convert", lora, tmp_path / "x", "--to", "peft", "--as", "lora"
+    )
+    assert "must come with --as" in refused(
+        "convert", lora, tmp_path / "x", "--to", "peft", "--budget", "1k"
+    )
+
+
+def test_heads_are_converted_and_resized_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    adapter(bert(), path, sl.lora(rank=3), ["query"], also=["classifier"])
+    run("resize", path, "--rank", 1, "-o", tmp_path / "b.safetensors")
+    run("convert", tmp_path / "b.safetensors", tmp_path / "peft", "--to", "peft")
+    run("convert", tmp_path / "peft", tmp_path / "c.safetensors", "--to", "superlora")
+    for name in ("model.classifier.weight", "model.classifier.bias"):
+        one, two = (load_file(tmp_path / f"{n}.safetensors")[name] for n in ("a", "c"))
+        assert torch.equal(one, two)
+
+
+def test_resize_keeps_the_largest_singular_values(lora: Path, tmp_path: Path) -> None:
+    found = said("resize", lora, "--rank", 2, "-o", tmp_path / "small.safetensors")
+    own = slt.load(bert(), lora)
+    for name, error in found["errors"].items():
+        numbers = torch.linalg.svdvals(own.delta(name).detach().double())
+        assert error == pytest.approx(float(numbers[2:].norm() / numbers.norm()), rel=1e-4)
+    assert "rank must be below 3" in refused("resize", lora, "--rank", 3, "-o", tmp_path / "x")
+    lotr = adapter(bert(), tmp_path / "lotr.safetensors", sl.lotr(4), ["query", "value"])
+    small = tmp_path / "small-lotr.safetensors"
+    errors = said("resize", lotr, "--rank", 2, "-o", small)["errors"]
+    assert said("inspect", small)["parameters"] < said("inspect", lotr)["parameters"]
+    assert all(0 < error < 1.5 for error in errors.values())
+    assert "rank must be below" in refused("resize", lotr, "--rank", 4, "-o", tmp_path / "x")
+
+
+# --- the page
+
+
+@pytest.mark.parametrize("command", [own.__name__ for own in commands.COMMANDS])
+def test_the_page_has_every_option(command: str) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    part = text.split(f"\n## `superlora {command}", 1)[1].split("\n## ", 1)[0]
+    shown = run(command, "--help").stdout
+    options = set(re.findall(r"--[a-z-]+", shown)) - {"--help"}
+    common = {"--json", "--force", "--output"}
+    assert {own for own in options - common if f"`{own}" not in part} == set()
+    assert set(re.findall(r"`(--[a-z-]+)", part)) <= options
+    for own in common & options:
+        assert f"`{own}`" in text.split("\n## ", 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("100k", (100_000, "parameters")),
+        ("1.5M", (1_500_000, "parameters")),
+        ("400kB", (400_000, "bytes")),
+        ("2GB", (2_000_000_000, "bytes")),
+        ("77", (77, "parameters")),
+    ],
+)
+def test_budgets(text: str, expected: tuple[int, str]) -> None:
+    assert commands.parse_budget(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "k", "B", "-1k", "nan", "infM", "1kk", "0"])
+def test_no_budgets(text: str) -> None:
+    with pytest.raises(ValueError, match="--budget must be a number such as"):
+        commands.parse_budget(text)
