@@ -16,7 +16,6 @@ from superlora.design.spec import Spec
 from superlora.errors import some
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter
-from superlora.torch.attach import attach, frozen_of, placed, register
 from superlora.torch.files.safetensors_file import DTYPES
 from superlora.torch.interop.foreign import attach_foreign, update_of
 from superlora.torch.interop.formats import Export, exact_layer, low_rank_layer
@@ -25,6 +24,7 @@ from superlora.torch.on_disk.checkpoint import Checkpoint, check_alike
 from superlora.torch.on_disk.skeleton import skeleton
 from superlora.torch.on_disk.writing import check_output
 from superlora.torch.replaced import Replaced
+from superlora.torch.start import frozen_of, placed
 
 
 class Deltas(Mapping[str, Tensor]):
