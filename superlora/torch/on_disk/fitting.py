@@ -16,6 +16,7 @@ from superlora.design.spec import Spec
 from superlora.errors import some
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter
+from superlora.torch.attach import attach, register
 from superlora.torch.files.safetensors_file import DTYPES
 from superlora.torch.interop.foreign import attach_foreign, update_of
 from superlora.torch.interop.formats import Export, exact_layer, low_rank_layer
