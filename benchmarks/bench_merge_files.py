@@ -4,8 +4,8 @@ A folder of the shapes of Llama 3.2 1B, random bfloat16 weights in shards, is co
 `shutil.copytree` and merged by `superlora.torch.on_disk.merge_files`, in turns and from a warm
 cache, with LoRA adapters of rank 8 of the query and value layers and of all linear layers. Each
 turn begins with nothing left to write to the disk. Times end as the call does, and with all bytes
-on the disk, which a merge always waits for. `anonymous` is the most resident memory that belongs
-to no file, above that before the merge.
+on the disk, which a merge always waits for; CPU seconds are those of the process. `anonymous` is
+the most resident memory that belongs to no file, above that before the merge.
 
 Run: ``python benchmarks/bench_merge_files.py [--layers 16] [--rounds 5]``.
 """
@@ -112,13 +112,13 @@ def main() -> None:
         write_model(base, options.layers)
         for name, targets in TARGETS.items():
             write_adapter(base, targets, folder / f"{name}.safetensors")
-        times: dict[str, list[tuple[float, float]]] = {}
+        times: dict[str, list[tuple[float, float, float]]] = {}
         merges: dict[str, Merge] = {}
         most = dict.fromkeys(TARGETS, 0)
         for _ in range(options.rounds):
             for name in ("copy", *TARGETS):
                 os.sync()
-                start, before = time.perf_counter(), anonymous()
+                start, used, before = time.perf_counter(), time.process_time(), anonymous()
                 if name == "copy":
                     shutil.copytree(base, output)
                 else:
@@ -130,19 +130,24 @@ def main() -> None:
                     merges[name] = merge_files(base, file, output, advance=watch)
                 done = time.perf_counter() - start
                 synced(output)
-                times.setdefault(name, []).append((done, time.perf_counter() - start))
+                both = done, time.perf_counter() - start
+                times.setdefault(name, []).append((*both, time.process_time() - used))
                 shutil.rmtree(output)
         size = sum(own.nbytes for own in Checkpoint(base).tensors.values())
         print(f"{size / 1e9:.2f} GB in {len(Checkpoint(base).files)} shards")
         copied = times["copy"]
-        print("| | seconds | synced | over copying, synced | anonymous MB | said MB |")
-        print("|---|--:|--:|--:|--:|--:|")
+        print(
+            "| | seconds | synced | over copying, synced | CPU seconds | anonymous MB | said MB |"
+        )
+        print("|---|--:|--:|--:|--:|--:|--:|")
         for name, own in times.items():
             ratio = statistics.median(a[1] / b[1] for a, b in zip(own, copied, strict=True))
-            both = [statistics.median(each[part] for each in own) for part in (0, 1)]
+            one, two, used = (statistics.median(part) for part in zip(*own, strict=True))
             said = f"{merges[name].peak / 1e6:.0f}" if name in merges else ""
             mega = f"{most[name] / 1e6:.0f}" if name in merges else ""
-            print(f"| {name} | {both[0]:.2f} | {both[1]:.2f} | {ratio:.2f} | {mega} | {said} |")
+            print(
+                f"| {name} | {one:.2f} | {two:.2f} | {ratio:.2f} | {used:.2f} | {mega} | {said} |"
+            )
 
 
 if __name__ == "__main__":

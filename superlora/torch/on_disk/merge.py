@@ -46,7 +46,7 @@ _PEFT_LEAVES = re.compile(r"\.(?:lora_|hada_|lokr_|vera_|base_layer\.|modules_to
 # Rows that a product computes alike, alone or as a part; a few at the end are computed otherwise.
 _ROWS = 64
 # Entries that are made at a time where a weight's rows can be, in a core's cache, and written.
-_CHUNK, _PART = 1 << 18, 1 << 20
+_CHUNK, _PART = 1 << 18, 1 << 22
 
 
 class Merge(NamedTuple):
@@ -62,7 +62,8 @@ class Merge(NamedTuple):
     nbytes : int
         Bytes of the output's tensors.
     peak : int
-        Bytes of memory that tensors take at most, beside the page cache.
+        Bytes of memory that the adapter and the tensors take at most, beside the page cache: an
+        estimate.
     """
 
     weights: tuple[str, ...]
@@ -397,9 +398,10 @@ def _description(base: Checkpoint, attached: Attached, made: Mapping[str, Made])
     replaced = (
         set() if adapter.replaced is None else set(map(attached.name, adapter.replaced.every))
     )
-    # The adapter, as it is read and attached, and three parts: written, made, and being made.
+    # The adapter, as it is read and attached, and three parts: written, made, and being made. An
+    # allocator may hold as much again of what was freed.
     peak = 2 * sum(own.nbytes for own in adapter.state_dict().values())
-    largest = 3 * 8 * _PART
+    largest = 3 * 4 * _PART + 4 * 8 * _CHUNK
     for site in adapter._own:
         supports = [*site.links[adapter].supports]
         if _product(site, supports) is None:
@@ -420,5 +422,5 @@ def _description(base: Checkpoint, attached: Attached, made: Mapping[str, Made])
         tuple(name for name in base.tensors if name in replaced),
         tuple(name for name in made if name not in base.tensors),
         sum(map(size_of, planned(base, made).values())),
-        peak + largest,
+        peak + 2 * largest,
     )

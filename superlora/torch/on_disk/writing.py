@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from superlora.torch.files.safetensors_file import replacing, write_text
 from superlora.torch.on_disk.checkpoint import CONFIG, Checkpoint, Stored, entries
 
 # Bytes that are read and written at a time.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 24
 _JOURNAL = "journal.json"
 # Weights in other formats, which would be the old ones.
 _WEIGHTS = (
@@ -139,28 +138,41 @@ def _write_file(path: Path, metadata: dict[str, str], layout: Layout, advance: P
         header[name] = said
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb", buffering=0) as target:
+    with replacing(path) as temporary, temporary.open("rb+", buffering=0) as target:
         _write_all(target, struct.pack("<Q", len(text)) + text)
         for name, part in _ahead(_parts_of(layout)):
             try:
-                _write_all(target, part)
+                if isinstance(part, Stored):
+                    _copy(part, target, advance)
+                else:
+                    _write_all(target, part)
+                    advance(len(part))
             except OSError as error:
                 raise OSError(f"{path} could not be written at {name!r}: {error}") from error
-            advance(len(part))
         if target.tell() != 8 + len(text) + end:
             raise ValueError(f"{path} must have {end:,} bytes of tensors: others were made")
 
 
-def _parts_of(layout: Layout) -> Iterator[tuple[str, memoryview]]:
-    """Yield the bytes of tensors, in parts, with their names."""
+def _parts_of(layout: Layout) -> Iterator[tuple[str, Stored | memoryview]]:
+    """Yield what is to be copied, as much as lies together, and the bytes of what is made."""
+    run: Stored | None = None
     for name, own in layout.items():
         if isinstance(own, Stored):
-            for chunk in _bytes_of(own):
-                yield name, chunk
+            if run is not None and (run.file, run.stop) == (own.file, own.start):
+                run = run._replace(stop=own.stop)
+                continue
+            if run is not None:
+                yield name, run
+            run = own
             continue
+        if run is not None:
+            yield name, run
+        run = None
         for part in own.rows():
             flat = part.detach().contiguous().reshape(-1).view(torch.uint8)
             yield name, flat.numpy().data
+    if run is not None:
+        yield name, run
 
 
 def _ahead(parts: Iterator[Part]) -> Iterator[Part]:
@@ -172,19 +184,26 @@ def _ahead(parts: Iterator[Part]) -> Iterator[Part]:
             yield part
 
 
-def _bytes_of(own: Stored) -> Iterator[memoryview]:
-    # One is written while the other is read.
-    buffers = itertools.cycle([memoryview(bytearray(min(_CHUNK, own.nbytes))) for _ in range(2)])
-    with own.file.open("rb", buffering=0) as file:
-        file.seek(own.start)
-        rest = own.nbytes
-        while rest:
-            buffer = next(buffers)
-            count = file.readinto(buffer[: min(rest, _CHUNK)])
-            if not count:
+def _copy(own: Stored, target: Any, advance: Progress) -> None:
+    """Copy bytes from one file to the end of another, in the kernel where it can."""
+    place, buffer = own.start, memoryview(b"")
+    with own.file.open("rb", buffering=0) as source:
+        while place < own.stop:
+            count = min(_CHUNK, own.stop - place)
+            if not buffer:
+                try:
+                    done = os.sendfile(target.fileno(), source.fileno(), place, count)
+                except (AttributeError, OSError):  # not to files, on some systems
+                    buffer = memoryview(bytearray(_CHUNK))
+                    continue
+            else:
+                source.seek(place)
+                done = source.readinto(buffer[:count])
+                _write_all(target, buffer[:done])
+            if not done:
                 raise ValueError(f"{own.file} must be a whole safetensors file: it became shorter")
-            yield buffer[:count]
-            rest -= count
+            place += done
+            advance(done)
 
 
 def _write_all(target: Any, data: bytes | memoryview) -> None:
