@@ -25,8 +25,8 @@ _Found = TypeVar("_Found")
 # Columns that a randomised decomposition draws beyond the rank, TensorLy's default, and the
 # products with the matrix that it takes: two power iterations and the last one.
 _OVERSAMPLED, _PASSES = 5, 6
-# Sweeps of CP-ALS; the fit goes on from there.
-_SWEEPS = 100
+# Sweeps of CP-ALS, and of HOOI, whose are dear; the fit goes on from there.
+_SWEEPS, _ITERATIONS = 100, 10
 # The filters of warnings belong to the process: one thread at a time changes and restores them.
 _FILTERS = threading.Lock()
 
@@ -187,7 +187,8 @@ def _tucker(tensor: numpy.ndarray, ranks: Sequence[int], modes: Sequence[int], s
         modes=list(modes),
         svd="randomized_svd" if randomised else "truncated_svd",
         random_state=seed,
-        tol=1e-8,
+        n_iter_max=_ITERATIONS,
+        tol=1e-5,
     )
     return core, factors
 
