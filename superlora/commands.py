@@ -276,8 +276,8 @@ def extract(
 
         def started(plan: Any, peak: int) -> None:
             typer.echo(
-                f"{len(plan.shapes)} weights, {plan.num_parameters:,} parameters; about "
-                f"{_size(peak)} of memory for the fit",
+                f"{len(plan.shapes)} weights, {plan.num_parameters:,} parameters; at most "
+                f"{_size(peak)} of memory",
                 err=True,
             )
 

@@ -323,10 +323,14 @@ def test_extract_takes_the_weights_that_differ(base: Path, tmp_path: Path) -> No
     other = tuned(base, tmp_path / "tuned")
     path = tmp_path / "a.safetensors"
     shown = run("extract", base, other, "-o", path, "--preset", "lora", "--rank", 2)
-    assert shown.stderr.startswith("6 weights, 384 parameters; about")
+    assert shown.stderr.startswith("6 weights, 384 parameters; at most")
     assert len(shown.stderr.splitlines()) == 1
     weights = set(said("inspect", path)["updates"])
     assert {name.rpartition(".")[2] for name in weights} == {"query", "value"}
+    # A design of weights of one shape, which all linear weights are not.
+    lotr = said("extract", base, other, "-o", path, "--preset", "lotr", "--rank", 12, "--force")
+    assert set(lotr["errors"]) == weights
+    assert lotr["error"] < 1e-5
     options = ("--preset", "lora", "--budget", 384, "--force", "--json")
     assert json.loads(run("extract", base, other, "-o", path, *options).stdout)["parameters"] == 384
 
@@ -385,8 +389,8 @@ def test_the_memory_of_a_fit_is_that_of_its_largest_part() -> None:
 
     shapes = {f"{place}.q": (64, 64) for place in range(4)}
     lora, lotr = (sl.Plan(own, shapes) for own in (sl.lora(rank=1), sl.lotr(rank=1)))
-    assert fit_memory(lora) == 72 * 64 * 64 + 12 * lora.num_parameters
-    assert fit_memory(lotr) == 72 * 4 * 64 * 64 + 12 * lotr.num_parameters
+    assert fit_memory(lora) == 96 * 64 * 64 + 16 * lora.num_parameters + (32 << 20)
+    assert fit_memory(lotr) == 96 * 4 * 64 * 64 + 16 * lotr.num_parameters + (32 << 20)
 
 
 def test_extract_refuses(base: Path, tmp_path: Path) -> None:

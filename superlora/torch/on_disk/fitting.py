@@ -26,11 +26,12 @@ from superlora.torch.interop.formats import Export, Layer, exact_layer, low_rank
 from superlora.torch.on_disk.adapters import read_adapter
 from superlora.torch.on_disk.checkpoint import Checkpoint, check_alike
 from superlora.torch.on_disk.merge import _kind_of
-from superlora.torch.on_disk.planning import plan_checkpoint
+from superlora.torch.on_disk.planning import plan_checkpoint, shapes_alone
 from superlora.torch.on_disk.skeleton import skeleton
 from superlora.torch.on_disk.writing import check_output
 from superlora.torch.replaced import Replaced, _chosen
 from superlora.torch.start import frozen_of, placed
+from superlora.torch.targets import find_targets
 from superlora.torch.walk import tensors_of
 
 
@@ -119,7 +120,7 @@ def extract_files(
     force : bool
         Replace an output that exists.
     started : callable, optional
-        Called before the fit with the plan and about how many bytes it will take in memory.
+        Called before the fit with the plan and the bytes of memory that it takes at most.
 
     Returns
     -------
@@ -153,7 +154,7 @@ def extract_files(
     if isinstance(spec, Spec) is not (budget is None):
         raise ValueError("spec must be a function of a rank with a budget, and a Spec without one")
     first = spec if isinstance(spec, Spec) else spec(1)
-    plan, selection = plan_checkpoint(one, first, targets)
+    selection = find_targets(shapes_alone(one), targets)
     names = {
         name: f"{selection.module_of(name)}.{weight.key}".lstrip(".")
         for name, weight in selection.weights.items()
@@ -165,8 +166,8 @@ def extract_files(
         )
     if targets == "all-linear":
         names = {name: own for name, own in names.items() if own in changed}
-        targets = "|".join(map(re.escape, names))
-        plan, _ = plan_checkpoint(one, first, targets)
+        targets = "|".join(map(re.escape, names))  # before they are joined with the design
+    plan, _ = plan_checkpoint(one, first, targets)
     if not isinstance(spec, Spec):
         assert budget is not None
         spec = spec_under(budget, spec, plan.layout.layer_axes)
@@ -184,7 +185,9 @@ def extract_files(
     )
     if not isinstance(adapter.plan.spec, Spec):
         raise ValueError("spec must only add to weights to be fitted: got several operations")
-    started(adapter.plan, fit_memory(adapter.plan))
+    largest = max(math.prod(one.tensors[name].shape) for name in changed)
+    held = sum(one.tensors[name].nbytes for name in brought)
+    started(adapter.plan, max(fit_memory(adapter.plan), 16 * largest) + 2 * held)
 
     def difference(name: str) -> Tensor:
         found = _difference(one, two, names[name])
@@ -206,15 +209,16 @@ def extract_files(
 
 
 def fit_memory(plan: Plan) -> int:
-    """Return about how many bytes a fit takes: of the part with most entries, and the factors."""
+    """Return how many bytes a fit takes at most: of the part with most entries, and the factors."""
     members = plan.layout.grouping.members
     entries = max(
         sum(math.prod(plan.shapes[name]) for name in {n for group in part for n in members[group]})
         for part in parts(plan.layout, plan.frozen_shapes)
     )
-    # The update, its vector, what is left of it, and the working copies of decompositions: seven
-    # to nine arrays in double precision were measured. Factors are in double and in single.
-    return 72 * entries + 12 * plan.num_parameters
+    # The update, its vector, what is left of it, and the working copies of decompositions: five to
+    # twelve arrays in double precision were measured. Factors are in double, and twice in single.
+    # The libraries that are loaded for it take the rest.
+    return 96 * entries + 16 * plan.num_parameters + (32 << 20)
 
 
 def _difference(one: Checkpoint, two: Checkpoint, name: str) -> Tensor:
