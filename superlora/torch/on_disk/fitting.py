@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from superlora.algebra.fit import FitReport, parts
 from superlora.choose.budget import allot, largest_rank
@@ -541,11 +542,7 @@ def _ranks(
         every = torch.cat([*squares.values()]).sort(descending=True).values
         bound = every[_least(every, energy) - 1]
         return {name: max(int((own >= bound).sum()), 1) for name, own in squares.items()}
-    width = max(map(len, squares.values()))
-    together = sum(
-        (torch.nn.functional.pad(own, (0, width - len(own))) for own in squares.values()),
-        start=torch.zeros(width, dtype=torch.float64),
-    )
+    together = pad_sequence([*squares.values()]).sum(dim=1)
     return dict.fromkeys(named, _least(together, energy))
 
 
