@@ -252,8 +252,16 @@ def extract(
     targets: Targets = None,
     fields: Fields = None,
     also: Annotated[
-        bool, typer.Option("--also", help="Bring all other changed parameters whole.")
-    ] = False,
+        list[str] | None,
+        typer.Option(
+            help="Bring other changed parameters whole: all, a regular expression for whole names, "
+            "or several ends of names."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of frozen blocks and of random starts.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Of the factors: float32, bfloat16, float16 or float64.")
+    ] = "float32",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -263,35 +271,51 @@ def extract(
     """
     with command("extract"):
         from superlora.torch.on_disk.fitting import extract_files
-        from superlora.torch.on_disk.planning import plan_checkpoint
 
-        def plan_of(rank: int) -> Any:
-            spec = make_spec(preset, rank, fields)
-            return plan_checkpoint(base, spec, chosen(targets))[0]
+        most = _most(rank, budget)
 
-        size = _rank(rank, budget, plan_of)
-        spec = make_spec(preset, size, fields)
-        found = extract_files(base, tuned, output, spec, chosen(targets), also=also, force=force)
+        def started(plan: Any, peak: int) -> None:
+            typer.echo(
+                f"{len(plan.shapes)} weights, {plan.num_parameters:,} parameters; at most "
+                f"{_size(peak)} of memory",
+                err=True,
+            )
+
+        found = extract_files(
+            base,
+            tuned,
+            output,
+            make_spec(preset, rank, fields)
+            if most is None
+            else lambda own: make_spec(preset, own, fields),
+            chosen(targets),
+            budget=most,
+            also="all" if also == ["all"] else chosen(also) if also else None,
+            seed=seed,
+            dtype=dtype,
+            force=force,
+            started=started,
+        )
         if as_json:
             _print_json(
                 {
                     "output": str(output),
-                    "rank": size,
+                    "spec": found.plan.spec.to_dict(),
                     "parameters": found.plan.num_parameters,
                     "error": found.report.error,
                     "errors": _finite(found.report.errors),
                     "converged": found.report.converged,
-                    "replaced": found.replaced,
-                    "left": found.left,
+                    "replaced": _finite(found.replaced),
+                    "left": _finite(found.left),
                 }
             )
             return
         typer.echo(str(found.report))
         typer.echo(f"wrote {output}: {found.plan!r}")
-        for name in found.replaced:
-            typer.echo(f"brings {name}")
-        for name in found.left:
-            typer.echo(f"changed too, and left out: {name}")
+        for name, change in found.replaced.items():
+            typer.echo(f"brings {name}, changed by {change:.2e}")
+        for name, change in found.left.items():
+            typer.echo(f"changed too, and left out: {name}, by {change:.2e}")
 
 
 def convert(
@@ -314,7 +338,7 @@ def convert(
 ) -> None:
     """Write an adapter in the format of another program, and of another design if asked."""
     with command("convert"):
-        from superlora.torch.on_disk.fitting import convert_files, shapes_of
+        from superlora.torch.on_disk.fitting import convert_files, shapes_of, spec_under
 
         spec: Any = design
         if design == "lora" and budget is None and not fields:
@@ -323,11 +347,12 @@ def convert(
         elif design is not None:
             if energy is not None:
                 raise ValueError("--energy must come with --as lora, or without --as")
-            from superlora.plan import Plan
-
-            shapes = shapes_of(source, base)
-            size = _rank(rank, budget, lambda own: Plan(make_spec(design, own, fields), shapes))
-            spec, rank = make_spec(design, size, fields), None
+            most = _most(rank, budget)
+            spec = make_spec(design, rank, fields)
+            if most is not None:
+                shapes = shapes_of(source, base)
+                spec = spec_under(most, lambda own: make_spec(design, own, fields), shapes)
+            rank = None
         elif budget is not None or fields:
             raise ValueError("--budget and --set must come with --as")
         errors = convert_files(
@@ -338,8 +363,19 @@ def convert(
 
 def resize(
     adapter: Annotated[Path, typer.Argument(help="A file or folder of superlora, PEFT, LyCORIS.")],
-    rank: Annotated[int, typer.Option(min=1, help="The new rank, below the adapter's.")],
     output: Output,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="The new rank, below the adapter's.")
+    ] = None,
+    budget: Budget = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Of a LoRA: the share of the squared singular values to keep, below 1."),
+    ] = None,
+    per_layer: Annotated[
+        bool,
+        typer.Option("--per-layer", help="Of a LoRA: a rank for each weight, not one for all."),
+    ] = False,
     base: Base = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -348,23 +384,30 @@ def resize(
     with command("resize"):
         from superlora.torch.on_disk.fitting import resize_files
 
-        errors = resize_files(adapter, output, rank, base=base, force=force)
+        errors = resize_files(
+            adapter,
+            output,
+            rank,
+            budget=_most(rank, budget),
+            energy=energy,
+            per_layer=per_layer,
+            base=base,
+            force=force,
+        )
         _print_errors(output, errors, as_json)
 
 
 COMMANDS = (plan, extract, merge, inspect, convert, resize, diff, average)
 
 
-def _rank(rank: int | None, budget: str | None, plan_of: Callable[[int], Any]) -> int | None:
-    """Return the rank that was given, or the largest that a budget allows."""
-    from superlora.torch.on_disk.fitting import largest_rank
-
+def _most(rank: int | None, budget: str | None) -> int | None:
+    """Return a budget as a number of parameters in single precision, None where there is none."""
     if budget is None:
-        return rank
+        return None
     if rank is not None:
         raise ValueError("--rank and --budget must not both be given")
     number, unit = parse_budget(budget)
-    return largest_rank(plan_of, number // 4 if unit == "bytes" else number)
+    return number // 4 if unit == "bytes" else number
 
 
 def _print_errors(output: Path, errors: dict[str, float], as_json: bool) -> None:

@@ -287,10 +287,11 @@ def test_extract_finds_what_was_planted(base: Path, tmp_path: Path) -> None:
     other = tuned(base, tmp_path / "tuned")
     path = tmp_path / "a.safetensors"
     options = ("--preset", "lora", "--rank", 2, "--targets", "query,value")
-    found = said("extract", base, other, "-o", path, *options, "--also")
+    found = said("extract", base, other, "-o", path, *options, "--also", "all")
     assert found["error"] < 1e-5
-    assert found["replaced"] == ["classifier.bias"]
-    assert found["left"] == []
+    assert not tensors_in(base)["classifier.bias"].any()
+    assert found["replaced"] == {"classifier.bias": None}  # infinitely more than nothing
+    assert found["left"] == {}
     run("merge", base, path, "-o", tmp_path / "merged")
     for name, own in tensors_in(tmp_path / "merged").items():
         torch.testing.assert_close(own, tensors_in(other)[name])
@@ -305,7 +306,7 @@ def test_extract_by_budget(base: Path, tmp_path: Path) -> None:
     options = ("--preset", "lora", "--targets", "query,value", "--force")
     for budget in ("500", "2kB", "0.5k"):
         found = said("extract", base, other, "-o", path, *options, "--budget", budget)
-        assert (found["rank"], found["parameters"]) == (2, 384)
+        assert (found["spec"]["rank"], found["parameters"]) == (2, 384)
     errors = [
         said("extract", base, other, "-o", path, *options, "--rank", rank)["error"]
         for rank in (1, 4, 16)
@@ -316,6 +317,80 @@ def test_extract_by_budget(base: Path, tmp_path: Path) -> None:
     assert "budget must be at least 192 parameters" in message
     message = refused("extract", base, other, "-o", path, *options, "--budget", "many")
     assert "--budget must be a number" in message
+
+
+def test_extract_takes_the_weights_that_differ(base: Path, tmp_path: Path) -> None:
+    other = tuned(base, tmp_path / "tuned")
+    path = tmp_path / "a.safetensors"
+    shown = run("extract", base, other, "-o", path, "--preset", "lora", "--rank", 2)
+    assert shown.stderr.startswith("6 weights, 384 parameters; at most")
+    assert len(shown.stderr.splitlines()) == 1
+    weights = set(said("inspect", path)["updates"])
+    assert {name.rpartition(".")[2] for name in weights} == {"query", "value"}
+    # A design of weights of one shape, which all linear weights are not.
+    lotr = said("extract", base, other, "-o", path, "--preset", "lotr", "--rank", 12, "--force")
+    assert set(lotr["errors"]) == weights
+    assert lotr["error"] < 1e-5
+    options = ("--preset", "lora", "--budget", 384, "--force", "--json")
+    assert json.loads(run("extract", base, other, "-o", path, *options).stdout)["parameters"] == 384
+
+
+def test_extract_brings_what_is_named(base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tuned"
+    other.mkdir()
+    held = tensors_in(tuned(base, tmp_path / "first"))
+    norm = next(name for name in held if name.endswith("LayerNorm.weight"))
+    held[norm] = held[norm] + 1
+    save_file(held, other / "model.safetensors")
+    options = ("-o", tmp_path / "a.safetensors", "--preset", "lora", "--rank", 2)
+    for also, names in (("classifier", {"classifier.bias"}), (r".*\.weight", {norm})):
+        found = said("extract", base, other, *options, "--force", "--also", also)
+        assert set(found["replaced"]) == names
+        assert set(found["left"]) == {norm, "classifier.bias"} - names
+        changes = found["replaced"] | found["left"]
+        one, two = tensors_in(base)[norm].double(), held[norm].double()
+        assert changes[norm] == pytest.approx(float((two - one).norm() / one.norm()))
+        model = bert()
+        model.load_state_dict(tensors_in(base))
+        slt.load(model, tmp_path / "a.safetensors").merge()
+        assert torch.equal(model.state_dict()[(name := names.pop())], held[name])
+    message = refused("extract", base, other, *options, "--force", "--also", "pooler")
+    assert "also must match what changed besides the targets" in message
+    message = refused("extract", base, other, *options, "--force", "--also", "nothing")
+    assert "also must match the model" in message
+
+
+def test_the_error_is_that_of_the_file(base: Path, tmp_path: Path) -> None:
+    other = tuned(base, tmp_path / "tuned")
+    path = tmp_path / "a.safetensors"
+    options = ("--preset", "lora", "--rank", 2, "--dtype", "bfloat16")
+    found = said("extract", base, other, "-o", path, *options)
+    assert 1e-4 < found["error"] < 1e-2
+    run("merge", base, path, "-o", tmp_path / "merged")
+    one, two, three = map(tensors_in, (base, other, tmp_path / "merged"))
+    for name, error in found["errors"].items():
+        key = f"{name}.weight"
+        left = (two[key] - three[key]).norm() / (two[key] - one[key]).norm()
+        assert error == pytest.approx(float(left), rel=0.05)
+    message = refused("extract", base, other, "-o", path, *options[:4], "--dtype", "int8")
+    assert "dtype must be one of" in message
+
+
+def test_frozen_blocks_are_drawn_from_the_seed(base: Path, tmp_path: Path) -> None:
+    other = tuned(base, tmp_path / "tuned")
+    path = tmp_path / "a.safetensors"
+    options = ("-o", path, "--preset", "vera", "--rank", 4, "--force")
+    errors = [said("extract", base, other, *options, "--seed", seed)["error"] for seed in (0, 1, 1)]
+    assert errors[0] != errors[1] == errors[2]
+
+
+def test_the_memory_of_a_fit_is_that_of_its_largest_part() -> None:
+    from superlora.torch.on_disk.fitting import fit_memory
+
+    shapes = {f"{place}.q": (64, 64) for place in range(4)}
+    lora, lotr = (sl.Plan(own, shapes) for own in (sl.lora(rank=1), sl.lotr(rank=1)))
+    assert fit_memory(lora) == 96 * 64 * 64 + 16 * lora.num_parameters + (32 << 20)
+    assert fit_memory(lotr) == 96 * 4 * 64 * 64 + 16 * lotr.num_parameters + (32 << 20)
 
 
 def test_extract_refuses(base: Path, tmp_path: Path) -> None:
@@ -334,6 +409,8 @@ def test_extract_refuses(base: Path, tmp_path: Path) -> None:
     del held["classifier.bias"]
     save_file(held, single / "model.safetensors")
     assert "missing 'classifier.bias'" in refused("extract", base, single, *options)
+    (single / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes()[:-9])
+    assert "whole safetensors file" in refused("extract", base, single, *options)
     path.write_text("mine")
     assert "--force replaces it" in refused("extract", base, other, *options)
     assert path.read_text() == "mine"
@@ -415,6 +492,92 @@ def test_resize_keeps_the_largest_singular_values(lora: Path, tmp_path: Path) ->
     assert said("inspect", small)["parameters"] < said("inspect", lotr)["parameters"]
     assert all(0 < error < 1.5 for error in errors.values())
     assert "rank must be below" in refused("resize", lotr, "--rank", 4, "-o", tmp_path / "x")
+
+
+def planted(path: Path) -> dict[str, torch.Tensor]:
+    """Save a LoRA of rank 4 whose updates' norms differ much; return its singular values."""
+    model = bert()
+    own = slt.attach(model, sl.lora(rank=4), targets=["query", "value"])
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for place, name in enumerate(own.plan.shapes):
+            left, right = (
+                torch.linalg.qr(torch.randn(16, 4, generator=generator)).Q for _ in range(2)
+            )
+            numbers = torch.tensor([8.0, 4.0, 2.0, 1.0]) * 2.0 ** (-place)
+            update = (left * numbers) @ right.T
+            group = own.plan.layout.grouping.pieces[name][0].group
+            factors = own.plan.fit({n: update.clone() for n in own.plan.shapes})[0]
+            for key, values in factors.items():
+                if key.startswith(f"{group}."):
+                    own.blocks[key].copy_(values)
+    own.save(path)
+    return {n: torch.linalg.svdvals(own.delta(n).detach().double()) for n in own.plan.shapes}
+
+
+@pytest.mark.parametrize("kind", ["superlora", "peft"])
+def test_ranks_for_each_layer_keep_the_largest_values(kind: str, tmp_path: Path) -> None:
+    numbers = planted(tmp_path / "a.safetensors")
+    source, path = tmp_path / "source", tmp_path / "small"
+    run("convert", tmp_path / "a.safetensors", source, "--to", kind)
+    squares = torch.cat([own[:4] for own in numbers.values()]).square()
+    total = float(squares.sum())
+    # Eckart and Young: all layers cost the same, so what is left is all but the largest values.
+    budget = 12 * 32
+    one_each = {name: float(own[0] ** 2) for name, own in numbers.items()}
+    rest = torch.cat([own[1:4] for own in numbers.values()]).square().sort(descending=True).values
+    expected = total - sum(one_each.values()) - float(rest[: 12 - len(numbers)].sum())
+    options = ("--budget", budget, "--per-layer")
+    errors = said("resize", source, "-o", path, *options)["errors"]
+    left = sum(errors[name] ** 2 * float(own.square().sum()) for name, own in numbers.items())
+    assert left == pytest.approx(expected, rel=1e-3)
+    found = said("inspect", path)
+    assert found["parameters"] <= budget
+    assert found["format"] == {"peft": "PEFT"}.get(kind, kind)
+    same = said("resize", source, "-o", path, "--budget", budget, "--force")["errors"]
+    more = sum(same[name] ** 2 * float(own.square().sum()) for name, own in numbers.items())
+    assert left < more
+
+
+def test_ranks_of_an_energy(tmp_path: Path) -> None:
+    numbers = planted(tmp_path / "a.safetensors")
+    squares = {name: own.square() for name, own in numbers.items()}
+    total = float(sum(own.sum() for own in squares.values()))
+    counts = []
+    for more in ([], ["--per-layer"]):
+        path = tmp_path / "small.safetensors"
+        options = ("--energy", 0.95, "--force", *more)
+        errors = said("resize", tmp_path / "a.safetensors", "-o", path, *options)["errors"]
+        left = sum(errors[name] ** 2 * float(own.sum()) for name, own in squares.items())
+        assert left <= 0.05 * total * 1.001
+        counts.append(said("inspect", path)["parameters"])
+    together = sum(own[:4] for own in squares.values())
+    rank = int((together.cumsum(0) < 0.95 * together.sum()).sum()) + 1
+    assert counts[0] == rank * 32 * len(numbers)
+    assert counts[1] <= counts[0]
+
+
+def test_bad_sizes_are_one_line(lora: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    refusals = {
+        (): "one of rank, budget and energy must be given",
+        ("--energy", 0.9, "--budget", 100): "one of rank, budget and energy must be given",
+        ("--energy", 1.5): "energy must be above 0 and below 1",
+        ("--energy", "nan"): "energy must be above 0 and below 1",
+        ("--rank", 1, "--per-layer"): "per_layer must come with a budget or an energy",
+        ("--rank", 1, "--budget", 100): "--rank and --budget must not both be given",
+        ("--budget", 100): "budget must be at least 192 parameters",
+        ("--budget", 576): "budget must be below 576, the adapter's",
+    }
+    for options, message in refusals.items():
+        assert message in refused("resize", lora, "-o", path, *options)
+    assert not path.exists()
+    lotr = adapter(bert(), tmp_path / "lotr.safetensors", sl.lotr(4), ["query", "value"])
+    message = refused("resize", lotr, "-o", path, "--energy", 0.9)
+    assert "must be those of a LoRA" in message
+    before = said("inspect", lotr)["parameters"]
+    run("resize", lotr, "-o", path, "--budget", before // 2)
+    assert 0 < said("inspect", path)["parameters"] <= before // 2
 
 
 # --- the page

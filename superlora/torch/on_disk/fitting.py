@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from superlora.algebra.fit import FitReport
+from superlora.algebra.fit import FitReport, parts
+from superlora.choose.budget import allot, largest_rank
 from superlora.design.axes import Axes
 from superlora.design.spec import Spec
 from superlora.errors import some
@@ -19,13 +23,17 @@ from superlora.torch.adapter import Adapter
 from superlora.torch.attach import attach, register
 from superlora.torch.files.safetensors_file import DTYPES
 from superlora.torch.interop.foreign import attach_foreign, update_of
-from superlora.torch.interop.formats import Export, exact_layer, low_rank_layer
+from superlora.torch.interop.formats import Export, Layer, exact_layer, low_rank_layer
 from superlora.torch.on_disk.adapters import read_adapter
 from superlora.torch.on_disk.checkpoint import Checkpoint, check_alike
+from superlora.torch.on_disk.merge import _kind_of
+from superlora.torch.on_disk.planning import plan_checkpoint, shapes_alone
 from superlora.torch.on_disk.skeleton import skeleton
 from superlora.torch.on_disk.writing import check_output
-from superlora.torch.replaced import Replaced
+from superlora.torch.replaced import Replaced, _chosen
 from superlora.torch.start import frozen_of, placed
+from superlora.torch.targets import find_targets
+from superlora.torch.walk import tensors_of
 
 
 class Deltas(Mapping[str, Tensor]):
@@ -61,28 +69,33 @@ class Extraction:
     plan : Plan
         The adapter's.
     report : FitReport
-        How near it comes.
-    replaced : tuple of str
-        Changed parameters that the adapter brings whole.
-    left : tuple of str
-        Changed tensors that it does not have.
+        How near it comes, in the precision that was written.
+    replaced : dict of str to float
+        Changed parameters that the adapter brings whole, and their relative changes: the
+        Frobenius norm of the difference over that of the base.
+    left : dict of str to float
+        Changed tensors that it does not have, and the same; NaN for integers.
     """
 
     plan: Plan
     report: FitReport
-    replaced: tuple[str, ...]
-    left: tuple[str, ...]
+    replaced: dict[str, float]
+    left: dict[str, float]
 
 
 def extract_files(
     base: str | Path,
     tuned: str | Path,
     output: str | Path,
-    spec: Any,
+    spec: Spec | Callable[[int], Spec],
     targets: str | Sequence[str] = "all-linear",
     *,
-    also: bool = False,
+    budget: int | None = None,
+    also: str | Sequence[str] | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
     force: bool = False,
+    started: Callable[[Plan, int], None] = lambda plan, peak: None,
 ) -> Extraction:
     """Write the adapter whose updates come nearest to what a fine-tune changed.
 
@@ -92,14 +105,23 @@ def extract_files(
         Checkpoints, files or folders, of the same tensors.
     output : str or pathlib.Path
         The adapter's file, which `superlora.torch.load` reads.
-    spec : Spec
-        The design.
+    spec : Spec or callable
+        The design; with `budget` a function from a rank to it.
     targets : str or sequence of str
-        As `plan_checkpoint` takes them.
-    also : bool
-        Let the adapter bring all other changed parameters whole.
+        As `plan_checkpoint` takes them; of ``"all-linear"`` only the weights that differ.
+    budget : int, optional
+        Trainable parameters at most: the largest rank that fits is taken.
+    also : str or sequence of str, optional
+        Other changed parameters that the adapter brings whole: as in `superlora.torch.attach`, or
+        ``"all"``.
+    seed : int
+        Of frozen blocks and of the fit's random starts.
+    dtype : {"float32", "bfloat16", "float16", "float64"}
+        Of the factors in the file.
     force : bool
         Replace an output that exists.
+    started : callable, optional
+        Called before the fit with the plan and the bytes of memory that it takes at most.
 
     Returns
     -------
@@ -112,13 +134,15 @@ def extract_files(
         If a file is missing.
     ValueError
         If the checkpoints have other tensors, are quantised, hold NaN or infinity, or do not differ
-        in the targets; or the design does not fit, or the output exists.
+        in the targets; or the design does not fit, the budget is below that of rank 1, `also`
+        matches nothing that changed, `dtype` is none of these, or the output exists.
 
     Notes
     -----
     Differences are read as they are fitted: in memory are those of one group of the design, or of
     groups that share blocks.
     """
+    kind = DTYPES[_kind_of(dtype)]
     output = Path(output)
     check_output(output, [Path(base), Path(tuned)], force)
     one, two = Checkpoint(base), Checkpoint(tuned)
@@ -128,43 +152,103 @@ def extract_files(
     changed = _changed(one, two)
     if not changed:
         raise ValueError(f"{two.path} must differ from {one.path}: all tensors are the same")
-    tensors = {name: one.tensor(name) for name, own in one.tensors.items() if own.dtype in DTYPES}
-    model = skeleton(tensors, one.turned())
-    adapter = attach(model, spec, targets=targets, dtype=torch.float32)
-    if not isinstance(adapter.plan.spec, Spec):
-        raise ValueError("spec must only add to weights to be fitted: got several operations")
+    if isinstance(spec, Spec) is not (budget is None):
+        raise ValueError("spec must be a function of a rank with a budget, and a Spec without one")
+    first = spec if isinstance(spec, Spec) else spec(1)
+    selection = find_targets(shapes_alone(one), targets)
     names = {
-        name: f"{adapter._selection.module_of(name)}.{weight.key}".lstrip(".")
-        for name, weight in adapter.weights().items()
+        name: f"{selection.module_of(name)}.{weight.key}".lstrip(".")
+        for name, weight in selection.weights.items()
     }
-    own = set(names.values())
-    if own.isdisjoint(changed):
+    if set(names.values()).isdisjoint(changed):
         raise ValueError(
             f"targets must match weights that differ: {some(map(repr, names))} are all the same, "
             f"while {some(map(repr, changed))} differ"
         )
-    rest = tuple(name for name in changed if name not in own)
-    brought = tuple(name for name in rest if also and name in tensors)
-    if brought:
-        adapter.detach()
-        adapter = attach(model, spec, targets=targets, dtype=torch.float32, also=list(brought))
+    if targets == "all-linear":
+        names = {name: own for name, own in names.items() if own in changed}
+        targets = "|".join(map(re.escape, names))  # before they are joined with the design
+    plan, _ = plan_checkpoint(one, first, targets)
+    if not isinstance(spec, Spec):
+        assert budget is not None
+        spec = spec_under(budget, spec, plan.layout.layer_axes)
+    tensors = {name: one.tensor(name) for name, own in one.tensors.items() if own.dtype in DTYPES}
+    model = skeleton(tensors, one.turned())
+    rest = [name for name in changed if name not in names.values()]
+    brought = [] if also is None else _brought_by(model, also, [n for n in rest if n in tensors])
+    adapter = attach(
+        model,
+        spec,
+        targets=targets,
+        also=(lambda name, _: name in brought) if brought else None,
+        seed=seed,
+        dtype=kind,
+    )
+    if not isinstance(adapter.plan.spec, Spec):
+        raise ValueError("spec must only add to weights to be fitted: got several operations")
+    largest = max(math.prod(one.tensors[name].shape) for name in changed)
+    held = sum(one.tensors[name].nbytes for name in brought)
+    started(adapter.plan, max(fit_memory(adapter.plan), 16 * largest) + 2 * held)
 
     def difference(name: str) -> Tensor:
-        weight, key = adapter.weights()[name], names[name]
-        parts = [source.tensor(key) for source in (two, one)]
-        wide = torch.promote_types(parts[0].dtype, torch.float32)
-        found = parts[0].to(wide) - parts[1].to(wide)
-        return weight.form().matrix(found).reshape(adapter.plan.shapes[name])
+        found = _difference(one, two, names[name])
+        return adapter.weights()[name].form().matrix(found).reshape(adapter.plan.shapes[name])
 
-    report = _fit(adapter, Deltas(adapter.plan.shapes, difference))
+    report = _fit(adapter, Deltas(adapter.plan.shapes, difference), seed)
     with torch.no_grad():
         for name in brought:
             assert adapter.replaced is not None
             adapter.replaced.tensors()[name].copy_(two.tensor(name))
     adapter.save(output)
+    changes = {name: _relative_change(one, two, name) for name in rest}
     return Extraction(
-        adapter.plan, report, brought, tuple(name for name in rest if name not in brought)
+        adapter.plan,
+        report,
+        {name: changes[name] for name in brought},
+        {name: change for name, change in changes.items() if name not in brought},
     )
+
+
+def fit_memory(plan: Plan) -> int:
+    """Return how many bytes a fit takes at most: of the part with most entries, and the factors."""
+    members = plan.layout.grouping.members
+    entries = max(
+        sum(math.prod(plan.shapes[name]) for name in {n for group in part for n in members[group]})
+        for part in parts(plan.layout, plan.frozen_shapes)
+    )
+    # The update, its vector, what is left of it, and the working copies of decompositions: five to
+    # twelve arrays in double precision were measured. Factors are in double, and twice in single.
+    # The libraries that are loaded for it take the rest.
+    return 96 * entries + 16 * plan.num_parameters + (32 << 20)
+
+
+def _difference(one: Checkpoint, two: Checkpoint, name: str) -> Tensor:
+    """Return what was added to a tensor, in single precision at least."""
+    before, after = one.tensor(name), two.tensor(name)
+    wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+    return after.to(wide) - before.to(wide)
+
+
+def _relative_change(one: Checkpoint, two: Checkpoint, name: str) -> float:
+    if one.tensors[name].dtype not in DTYPES or two.tensors[name].dtype not in DTYPES:
+        return math.nan
+    norms = (_difference(one, two, name), one.tensor(name))
+    change, before = (float(torch.linalg.vector_norm(own, dtype=torch.float64)) for own in norms)
+    return change / before if before else math.inf
+
+
+def _brought_by(model: nn.Module, also: str | Sequence[str], changed: Sequence[str]) -> list[str]:
+    """Return which changed parameters a user names, or raise if there is none."""
+    if also == "all":
+        return list(changed)
+    chosen = _chosen(tensors_of(model), also)
+    found = [name for name in changed if name in chosen]
+    if not found:
+        raise ValueError(
+            f"also must match what changed besides the targets: {also!r} matches none of "
+            f"{some(map(repr, changed))}"
+        )
+    return found
 
 
 def _changed(one: Checkpoint, two: Checkpoint) -> list[str]:
@@ -186,52 +270,39 @@ def _changed(one: Checkpoint, two: Checkpoint) -> list[str]:
 
 
 @torch.no_grad()
-def _fit(adapter: Adapter, deltas: Mapping[str, Tensor]) -> FitReport:
+def _fit(adapter: Adapter, deltas: Mapping[str, Tensor], seed: int = 0) -> FitReport:
     """Give an adapter the factors whose updates come nearest to given ones."""
     held = {name: adapter.blocks[name].detach() for name in adapter.plan.frozen_shapes}
-    factors, report = adapter.plan.fit(deltas, frozen=held)
+    factors, report = adapter.plan.fit(deltas, frozen=held, seed=seed)
     for name, values in factors.items():
         adapter.blocks[name].copy_(values)
-    return report
+    return report if adapter.dtype.itemsize >= 4 else _rounded(adapter, deltas, report)
 
 
-def largest_rank(plan_of: Callable[[int], Plan], budget: int) -> int:
-    """Return the largest rank whose plan has no more parameters than a budget.
+def _rounded(adapter: Adapter, deltas: Mapping[str, Tensor], report: FitReport) -> FitReport:
+    """Return a report with the errors of factors as they are after rounding."""
+    norms = {}
+    for name in deltas:
+        delta = deltas[name].double()
+        left = delta - adapter.delta(name).double()
+        norms[name] = float(left.norm()), float(delta.norm())
+    left_of_all, whole = (math.hypot(*own) for own in zip(*norms.values(), strict=True))
+    errors = {
+        name: left / size if size else math.inf if left else 0.0
+        for name, (left, size) in norms.items()
+    }
+    return dataclasses.replace(report, error=left_of_all / whole, errors=errors)
 
-    Parameters
-    ----------
-    plan_of : callable
-        From a rank to the plan.
-    budget : int
-        Trainable parameters.
 
-    Returns
-    -------
-    int
-        The rank.
-
-    Raises
-    ------
-    ValueError
-        If rank 1 takes more.
-    """
-    least = plan_of(1).num_parameters
-    if least > budget:
+def spec_under(budget: int, spec_of: Callable[[int], Spec], axes: Mapping[str, Axes]) -> Spec:
+    """Return the design of the largest rank that a budget of parameters allows."""
+    rank = largest_rank(lambda own: Plan(spec_of(own), axes), budget)
+    if not rank:
+        needed = Plan(spec_of(1), axes).num_parameters
         raise ValueError(
-            f"budget must be at least {least:,} parameters, what rank 1 takes: got {budget:,}"
+            f"budget must be at least {needed:,} parameters, what rank 1 takes: got {budget:,}"
         )
-    low, high, before = 1, 2, least
-    while True:
-        found = plan_of(high).num_parameters
-        if found > budget:
-            break
-        if found == before:  # capped
-            return low
-        low, high, before = high, 2 * high, found
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if plan_of(middle).num_parameters > budget else (middle, high)
-    return low
+    return spec_of(rank)
 
 
 def refit(adapter: Adapter, spec: Spec) -> tuple[Adapter, FitReport]:
@@ -247,16 +318,18 @@ def refit(adapter: Adapter, spec: Spec) -> tuple[Adapter, FitReport]:
 
 
 def as_lora(
-    adapter: Adapter, rank: int | None, energy: float | None
+    adapter: Adapter, rank: int | Mapping[str, int] | None, energy: float | None
 ) -> tuple[Adapter, dict[str, float]]:
     """Put the nearest LoRA in the place of an adapter, and say what is missing of each update."""
+    # Of one rank, of one for each weight, or of the least of this energy.
     if not isinstance(adapter.plan.spec, Spec):
         raise ValueError("an adapter must only add to weights to be a LoRA: it has more operations")
     if adapter._selection.rows or any(not axes.plain for axes in adapter.plan.layout.axes.values()):
         raise ValueError("layers must be whole matrices to be written as LoRA of other ranks")
     updates, errors = {}, {}
     for name in adapter.plan.shapes:
-        layer, errors[name] = low_rank_layer(adapter.blocks, name, rank, energy)
+        own = rank[name] if isinstance(rank, Mapping) else rank
+        layer, errors[name] = low_rank_layer(adapter.blocks, name, own, energy)
         ((left, right),) = layer.parts
         parts = ((left.to(torch.float32), right.to(torch.float32)),)
         updates[name] = update_of("lora", parts, scale=layer.scale)
@@ -344,8 +417,11 @@ def convert_files(
 def resize_files(
     source: str | Path,
     output: str | Path,
-    rank: int,
+    rank: int | None = None,
     *,
+    budget: int | None = None,
+    energy: float | None = None,
+    per_layer: bool = False,
     base: str | Path | None = None,
     force: bool = False,
 ) -> dict[str, float]:
@@ -355,8 +431,13 @@ def resize_files(
     ----------
     source, output, base, force : as for `convert_files`
         The adapter, and what is written.
-    rank : int
-        The new rank.
+    rank, budget, energy : int, int and float
+        One of them: the new rank; the largest that this number of parameters allows; or, of a
+        LoRA, the least that keeps this part of all squared singular values.
+    per_layer : bool
+        With `budget` or `energy` of a LoRA, give every weight a rank of its own, 1 at least: the
+        singular values of all weights together are kept from the largest down, in a budget by
+        their square for each parameter.
 
     Returns
     -------
@@ -368,35 +449,115 @@ def resize_files(
     FileNotFoundError
         If there is no such adapter.
     ValueError
-        If the rank is not smaller, the design has no rank, or the output exists.
+        If not one of `rank`, `budget` and `energy` is given, the adapter does not become smaller,
+        it is no LoRA where one is needed, the design has no rank, or the output exists.
 
     Notes
     -----
     LoRA is truncated by the singular values of its factors, and no update is formed; other
     designs are fitted.
     """
+    if sum(own is not None for own in (rank, budget, energy)) != 1:
+        raise ValueError("one of rank, budget and energy must be given")
+    if energy is not None and not 0 < energy < 1:
+        raise ValueError(f"energy must be above 0 and below 1: got {energy}")
+    if per_layer and rank is not None:
+        raise ValueError("per_layer must come with a budget or an energy: got a rank")
     source, output = Path(source), Path(output)
     check_output(output, [source], force)
     kind, adapter = read_adapter(source, base)
     spec, before = adapter.plan.spec, adapter.num_parameters
-    layers = {name: exact_layer(adapter.blocks, name) for name in adapter.plan.shapes}
-    if all(layer is not None and layer.method == "lora" for layer in layers.values()):
-        ranks = [layer.rank for layer in layers.values() if layer is not None]
-        if rank >= max(ranks):
-            raise ValueError(f"rank must be below {max(ranks)}, the adapter's: got {rank}")
-        adapter, errors = as_lora(adapter, rank, None)
+    layers = [exact_layer(adapter.blocks, name) for name in adapter.plan.shapes]
+    loras = [layer for layer in layers if layer is not None and layer.method == "lora"]
+    if budget is not None and budget >= before:
+        raise ValueError(f"budget must be below {before:,}, the adapter's: got {budget:,}")
+    if len(loras) == len(layers):
+        most = max(layer.rank for layer in loras)
+        if rank is not None and rank >= most:
+            raise ValueError(f"rank must be below {most}, the adapter's: got {rank}")
+        ranks = rank if rank is not None else _ranks(adapter, loras, budget, energy, per_layer)
+        adapter, errors = as_lora(adapter, ranks, None)
+    elif energy is not None or per_layer:
+        raise ValueError(
+            f"energy and ranks by layer must be those of a LoRA: got {spec!r}; give a rank or a "
+            "budget, or convert it to one"
+        )
     else:
-        if not isinstance(spec, Spec) or _capped(spec.rank, rank) == spec.rank:
+        if budget is not None and isinstance(spec, Spec):
+            own = spec
+            smaller = spec_under(budget, lambda r: _of_rank(own, r), adapter.plan.layout.layer_axes)
+        elif not isinstance(spec, Spec) or rank is None or _capped(spec.rank, rank) == spec.rank:
             raise ValueError(f"rank must be below that of the design: got {rank} for {spec!r}")
-        adapter, report = refit(adapter, _of_rank(spec, rank))
+        else:
+            smaller = _of_rank(spec, rank)
+        adapter, report = refit(adapter, smaller)
         errors = report.errors
     if adapter.num_parameters >= before:
         raise ValueError(
-            f"rank must leave fewer parameters than {before:,}: {rank} takes "
+            f"an adapter must become smaller than {before:,} parameters: it would have "
             f"{adapter.num_parameters:,}"
         )
     _WRITERS["peft" if kind == "PEFT" else kind.lower()](adapter, output, None, None)
     return errors
+
+
+def _ranks(
+    adapter: Adapter,
+    layers: Sequence[Layer],
+    budget: int | None,
+    energy: float | None,
+    per_layer: bool,
+) -> dict[str, int]:
+    """Return ranks of LoRAs of an energy, or in a budget: one for all, or for each its own."""
+    named = dict(zip(adapter.plan.shapes, layers, strict=True))
+    cost = {name: sum(layer.shape) for name, layer in named.items()}
+    if budget is not None and budget < sum(cost.values()):
+        raise ValueError(
+            f"budget must be at least {sum(cost.values()):,} parameters, what rank 1 takes: got "
+            f"{budget:,}"
+        )
+    if budget is not None and not per_layer:
+        tops = {name: layer.rank for name, layer in named.items()}
+        rank = max(
+            own
+            for own in range(1, max(tops.values()) + 1)
+            if sum(cost[name] * min(own, top) for name, top in tops.items()) <= budget
+        )
+        return dict.fromkeys(named, rank)
+    squares = {name: _squares(layer) for name, layer in named.items()}
+    if budget is not None:  # one rank each, and then by gain for each parameter
+        sums = {name: own.cumsum(0).tolist() for name, own in squares.items()}
+        ladders = {
+            name: [(more, more * cost[name]) for more in range(1, len(own))]
+            for name, own in sums.items()
+        }
+        more = allot(
+            ladders,
+            lambda name, rank: sums[name][rank] - sums[name][0],
+            budget - sum(cost.values()),
+        )
+        return {name: 1 + own for name, own in more.items()}
+    assert energy is not None
+    if per_layer:
+        every = torch.cat([*squares.values()]).sort(descending=True).values
+        bound = every[_least(every, energy) - 1]
+        return {name: max(int((own >= bound).sum()), 1) for name, own in squares.items()}
+    together = pad_sequence([*squares.values()]).sum(dim=1)
+    return dict.fromkeys(named, _least(together, energy))
+
+
+def _squares(layer: Layer) -> Tensor:
+    """Return the squared singular values of a LoRA, by its factors' QR decompositions."""
+    ((left, right),) = layer.parts
+    upper, lower = (torch.linalg.qr(own.double()).R for own in (left, right.t()))
+    numbers: Tensor = torch.linalg.svdvals(upper @ lower.t()) * layer.scale
+    return numbers.square()
+
+
+def _least(squares: Tensor, energy: float) -> int:
+    """Return how many of squares, from the first on, have a part of their sum."""
+    sums = squares.cumsum(0)
+    return min(int((sums < energy * sums[-1]).sum()) + 1, len(sums))
 
 
 def _of_rank(spec: Spec, rank: int) -> Spec:
