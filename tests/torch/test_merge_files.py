@@ -240,7 +240,7 @@ def test_an_output_that_is_there_is_replaced_if_asked(tmp_path):
     assert (tmp_path / "merged" / "note").exists()
     merge_files(base, file, tmp_path / "merged", force=True)
     assert not (tmp_path / "merged" / "note").exists()
-    for output in (base, tmp_path):
+    for output in (base, tmp_path, base / "merged", base / "model.safetensors"):
         with pytest.raises(ValueError, match="output must not be an input"):
             merge_files(base, file, output, force=True)
     assert tensors_in(base)
