@@ -75,6 +75,12 @@ def check_output(output: Path, inputs: Iterable[Path], force: bool) -> None:
             raise ValueError(f"output must not be an input, nor around or inside one: got {output}")
     if (output.exists() or output.is_symlink()) and not force:
         raise ValueError(f"output must not exist already: got {output}; --force replaces it")
+    if output.exists() and not (output.is_file() or output.is_dir()):
+        raise ValueError(f"output must be a file or a folder: got {output}, a device or a pipe")
+    if output.is_dir() and any(output.iterdir()) and not any(output.glob("*.safetensors")):
+        raise ValueError(
+            f"output must be a folder with safetensors files, or empty, to be replaced: got {output}"
+        )
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output must lie in an existing folder: got {output}")
 
