@@ -416,6 +416,22 @@ def test_extract_refuses(base: Path, tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
+def test_buffers_of_integers_may_be_in_one_checkpoint_alone(base: Path, tmp_path: Path) -> None:
+    """As releases of transformers differ in: the fine-tune of an old file lacks position_ids."""
+    other = tuned(base, tmp_path / "tuned")
+    old = tmp_path / "old"
+    old.mkdir()
+    ids = {"bert.embeddings.position_ids": torch.arange(4)[None]}
+    save_file({**tensors_in(base), **ids}, old / "model.safetensors")
+    options = ("--preset", "lora", "--rank", 2, "--targets", "query,value")
+    for one, two in ((old, other), (other, old)):
+        found = said("extract", one, two, "-o", tmp_path / "a", *options, "--force")
+        assert found["error"] < 1e-5
+        assert found["left"] == ["classifier.bias"]
+        run("average", one, two, "-o", tmp_path / "mean", "--force")
+        assert tensors_in(tmp_path / "mean").keys() == tensors_in(one).keys()
+
+
 def test_differences_are_read_a_group_at_a_time(base: Path, tmp_path: Path) -> None:
     """No more of them are alive than one group of the design has weights."""
     import gc

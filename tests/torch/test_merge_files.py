@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -237,13 +238,21 @@ def test_an_output_that_is_there_is_replaced_if_asked(tmp_path):
     (tmp_path / "merged" / "note").write_text("mine")
     with pytest.raises(ValueError, match="output must not exist already"):
         merge_files(base, file, tmp_path / "merged")
+    with pytest.raises(ValueError, match="with safetensors files, or empty, to be replaced"):
+        merge_files(base, file, tmp_path / "merged", force=True)
     assert (tmp_path / "merged" / "note").exists()
+    shutil.copy(base / "model.safetensors", tmp_path / "merged")
     merge_files(base, file, tmp_path / "merged", force=True)
     assert not (tmp_path / "merged" / "note").exists()
-    for output in (base, tmp_path):
+    for output in (base, tmp_path, base / "merged", base / "model.safetensors"):
         with pytest.raises(ValueError, match="output must not be an input"):
             merge_files(base, file, output, force=True)
     assert tensors_in(base)
+    os.mkfifo(tmp_path / "pipe")
+    for source in (base, base / "model.safetensors"):
+        with pytest.raises(ValueError, match="must be a file or a folder: got .*a device or a pipe"):
+            merge_files(source, file, tmp_path / "pipe", force=True)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch):

@@ -213,9 +213,16 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 def check_alike(first: Checkpoint, others: Iterable[Checkpoint]) -> None:
     """Raise where checkpoints have other tensors, or of other shapes."""
-    expected = {name: own.shape for name, own in first.tensors.items()}
     for other in others:
-        found = {name: own.shape for name, own in other.tensors.items()}
+        # Buffers of integers, such as position_ids, are saved by some releases of a library alone.
+        expected, found = (
+            {
+                name: own.shape
+                for name, own in one.tensors.items()
+                if own.dtype in DTYPES or name in two.tensors
+            }
+            for one, two in ((first, other), (other, first))
+        )
         problems = other_shapes(expected, found)
         if problems:
             raise ValueError(

@@ -198,7 +198,10 @@ def average_files(
         if stored.dtype in DTYPES:
             rows = _mean(sources, numbers, name, DTYPES[stored.dtype])
             made[name] = Made(stored.dtype, stored.shape, rows)
-        elif any(not torch.equal(sources[0].data(name), each.data(name)) for each in sources[1:]):
+        elif any(
+            name in each.tensors and not torch.equal(sources[0].data(name), each.data(name))
+            for each in sources[1:]
+        ):
             raise ValueError(f"{name!r} of {stored.dtype} must be the same in all: it differs")
     request = {"average": numbers, "sources": [fingerprint(each, {}) for each in sources]}
     write_checkpoint(sources[0], output, made, request, advance=advance)

@@ -255,6 +255,8 @@ def _changed(one: Checkpoint, two: Checkpoint) -> list[str]:
     """Return the tensors that differ, or raise where one holds NaN or infinity."""
     changed = []
     for name, own in one.tensors.items():
+        if name not in two.tensors:  # a buffer of integers
+            continue
         other = two.tensors[name]
         if own.dtype == other.dtype and torch.equal(one.data(name), two.data(name)):
             continue

@@ -68,13 +68,19 @@ def size_of(layout: Layout) -> int:
 
 
 def check_output(output: Path, inputs: Iterable[Path], force: bool) -> None:
-    """Refuse an output that is there already, or is one of the inputs or around them."""
+    """Refuse an output that is there already, or is one of the inputs, around them or in them."""
     for own in inputs:
         one, two = output.resolve(), own.resolve()
-        if one == two or one in two.parents:
-            raise ValueError(f"output must not be an input, or a folder around one: got {output}")
+        if one == two or one in two.parents or two in one.parents:
+            raise ValueError(f"output must not be an input, nor around or inside one: got {output}")
     if (output.exists() or output.is_symlink()) and not force:
         raise ValueError(f"output must not exist already: got {output}; --force replaces it")
+    if output.exists() and not (output.is_file() or output.is_dir()):
+        raise ValueError(f"output must be a file or a folder: got {output}, a device or a pipe")
+    if output.is_dir() and any(output.iterdir()) and not any(output.glob("*.safetensors")):
+        raise ValueError(
+            f"output must be a folder with safetensors files, or empty, to be replaced: got {output}"
+        )
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output must lie in an existing folder: got {output}")
 
