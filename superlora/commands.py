@@ -329,7 +329,9 @@ def convert(
     budget: Budget = None,
     energy: Annotated[
         float | None,
-        typer.Option(help="Of a LoRA: the share of the squared singular values to keep, below 1."),
+        typer.Option(
+            help="Of a LoRA: the share of the squared singular values to keep, at most 1."
+        ),
     ] = None,
     fields: Fields = None,
     base: Base = None,

@@ -596,6 +596,15 @@ def test_bad_sizes_are_one_line(lora: Path, tmp_path: Path) -> None:
     assert 0 < said("inspect", path)["parameters"] <= before // 2
 
 
+def test_what_would_be_ignored_or_mean_nothing_is_refused(lora: Path, tmp_path: Path) -> None:
+    options = ("convert", lora, tmp_path / "x", "--to", "superlora")
+    for energy in (0, -1, 1.5, "nan"):
+        message = refused(*options, "--as", "lora", "--energy", energy)
+        assert "energy must be in (0, 1]" in message
+    for option in (("--energy", 0.5), ("--rank", 1)):
+        assert "rank and energy must come with a spec" in refused(*options, *option)
+
+
 # --- the page
 
 

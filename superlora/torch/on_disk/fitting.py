@@ -23,7 +23,13 @@ from superlora.torch.adapter import Adapter
 from superlora.torch.attach import attach, register
 from superlora.torch.files.safetensors_file import DTYPES
 from superlora.torch.interop.foreign import attach_foreign, update_of
-from superlora.torch.interop.formats import Export, Layer, exact_layer, low_rank_layer
+from superlora.torch.interop.formats import (
+    Export,
+    Layer,
+    check_export,
+    exact_layer,
+    low_rank_layer,
+)
 from superlora.torch.on_disk.adapters import read_adapter
 from superlora.torch.on_disk.checkpoint import Checkpoint, check_alike
 from superlora.torch.on_disk.merge import _kind_of
@@ -401,11 +407,14 @@ def convert_files(
     """
     if to not in _WRITERS:
         raise ValueError(f"to must be one of {', '.join(_WRITERS)}: got {to!r}")
+    if to == "superlora" and spec is None and (rank is not None or energy is not None):
+        raise ValueError("rank and energy must come with a spec: superlora keeps the design")
     source, output = Path(source), Path(output)
     check_output(output, [source], force)
     _, adapter = read_adapter(source, base)
     errors = dict.fromkeys(adapter.plan.shapes, 0.0)
     if spec == "lora":
+        check_export(adapter.blocks, rank, energy)
         adapter, errors = as_lora(adapter, rank, energy)
     elif isinstance(spec, Spec):
         adapter, report = refit(adapter, spec)
