@@ -329,9 +329,7 @@ def convert(
     budget: Budget = None,
     energy: Annotated[
         float | None,
-        typer.Option(
-            help="Of a LoRA: the share of the squared singular values to keep, at most 1."
-        ),
+        typer.Option(help="Of a LoRA: the share of the squared singular values to keep."),
     ] = None,
     fields: Fields = None,
     base: Base = None,

@@ -605,6 +605,13 @@ def test_what_would_be_ignored_or_mean_nothing_is_refused(lora: Path, tmp_path: 
         assert "rank and energy must come with a spec" in refused(*options, *option)
 
 
+@pytest.mark.parametrize("to", ["lycoris", "kohya", "comfy", "diffusers"])
+def test_resize_keeps_the_names_of_a_file(to: str, lora: Path, tmp_path: Path) -> None:
+    run("convert", lora, tmp_path / "a", "--to", to)
+    run("resize", tmp_path / "a", "--rank", 1, "-o", tmp_path / "b")
+    assert load_file(tmp_path / "a").keys() == load_file(tmp_path / "b").keys()
+
+
 # --- the page
 
 

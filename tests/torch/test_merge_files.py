@@ -250,9 +250,7 @@ def test_an_output_that_is_there_is_replaced_if_asked(tmp_path):
     assert tensors_in(base)
     os.mkfifo(tmp_path / "pipe")
     for source in (base, base / "model.safetensors"):
-        with pytest.raises(
-            ValueError, match="must be a file or a folder: got .*a device or a pipe"
-        ):
+        with pytest.raises(ValueError, match="must be a file or a folder: got"):
             merge_files(source, file, tmp_path / "pipe", force=True)
     assert (tmp_path / "pipe").is_fifo()
 

@@ -73,6 +73,16 @@ def places(prefix: str | None) -> list[tuple[str, str]]:
     return [(each, row.joint) for row in KEYS.values() for each in row.prefixes]
 
 
+def keys_of(names: Iterable[str]) -> tuple[str, str]:
+    """Return the row of the table that a file's keys are of, and their prefix."""
+    names = list(names)
+    for keys, row in KEYS.items():
+        for prefix in row.prefixes:
+            if all(name.startswith(f"{prefix}{row.joint}") for name in names):
+                return keys, prefix
+    return "comfy", ""
+
+
 def is_of_other_part(key: str, joint: str, prefix: str) -> bool:
     """Return whether a key is of another part of a pipeline than that of `prefix`."""
     known = [each for each, own in places(None) if own == joint and each != prefix]

@@ -21,7 +21,7 @@ from superlora.errors import some
 from superlora.plan import Plan
 from superlora.torch.adapter import Adapter
 from superlora.torch.attach import attach, register
-from superlora.torch.files.safetensors_file import DTYPES
+from superlora.torch.files.safetensors_file import DTYPES, read_header
 from superlora.torch.interop.foreign import attach_foreign, update_of
 from superlora.torch.interop.formats import (
     Export,
@@ -30,6 +30,7 @@ from superlora.torch.interop.formats import (
     exact_layer,
     low_rank_layer,
 )
+from superlora.torch.interop.keys import keys_of
 from superlora.torch.on_disk.adapters import read_adapter
 from superlora.torch.on_disk.checkpoint import Checkpoint, check_alike
 from superlora.torch.on_disk.merge import _kind_of
@@ -508,7 +509,11 @@ def resize_files(
             f"an adapter must become smaller than {before:,} parameters: it would have "
             f"{adapter.num_parameters:,}"
         )
-    _WRITERS["peft" if kind == "PEFT" else kind.lower()](adapter, output, None, None)
+    if kind == "LyCORIS":
+        keys, prefix = keys_of(read_header(source)[1])
+        adapter.to_lycoris(output, keys=keys, prefix=prefix)
+    else:
+        _WRITERS[kind.lower()](adapter, output, None, None)
     return errors
 
 

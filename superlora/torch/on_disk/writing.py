@@ -79,7 +79,8 @@ def check_output(output: Path, inputs: Iterable[Path], force: bool) -> None:
         raise ValueError(f"output must be a file or a folder: got {output}, a device or a pipe")
     if output.is_dir() and any(output.iterdir()) and not any(output.glob("*.safetensors")):
         raise ValueError(
-            f"output must be a folder with safetensors files, or empty, to be replaced: got {output}"
+            "output must be a folder with safetensors files, or empty, to be replaced: got "
+            f"{output}"
         )
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output must lie in an existing folder: got {output}")
