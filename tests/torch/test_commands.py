@@ -612,6 +612,23 @@ def test_resize_keeps_the_names_of_a_file(to: str, lora: Path, tmp_path: Path) -
     assert load_file(tmp_path / "a").keys() == load_file(tmp_path / "b").keys()
 
 
+def test_nan_is_no_small_difference_and_has_no_mean(base: Path, tmp_path: Path) -> None:
+    held = tensors_in(base)
+    for place, value in (((0, 0), torch.nan), ((2, 15), torch.inf)):
+        wrong = {**held, "classifier.weight": held["classifier.weight"].clone()}
+        wrong["classifier.weight"][place] = value
+        (tmp_path / "wrong").mkdir(exist_ok=True)
+        save_file(wrong, tmp_path / "wrong" / "model.safetensors")
+        for pair in ((base, tmp_path / "wrong"), (tmp_path / "wrong", base)):
+            (found,) = said("diff", *pair, code=1)
+            assert found["largest"] is None
+            message = refused("average", *pair, "-o", tmp_path / "mean")
+            assert "the mean of 'classifier.weight' must be finite" in message
+            assert not (tmp_path / "mean").exists()
+    message = refused("average", base, base, "-o", tmp_path / "mean", "--weights", "1e308,1e308")
+    assert "must have a sum to divide by" in message
+
+
 # --- the page
 
 

@@ -25,6 +25,7 @@ from superlora.torch.on_disk.writing import (
     fingerprint,
     write_checkpoint,
 )
+from superlora.torch.rounding import is_finite
 
 _CHUNK = 1 << 20  # entries
 
@@ -101,16 +102,16 @@ def _of_checkpoints(*paths: Path) -> Iterator[Difference]:
 
 def _difference(name: str, one: Tensor, two: Tensor) -> Difference:
     """Return how tensors differ, in double precision and in parts."""
-    squares, of_first, largest = 0.0, 0.0, 0.0
+    squares, of_first, largest = 0.0, 0.0, torch.zeros((), dtype=torch.float64)
     flat, other = one.reshape(-1), two.reshape(-1)
     for start in range(0, len(flat), _CHUNK):
         own = flat[start : start + _CHUNK].double()
         change = other[start : start + _CHUNK].double() - own
         squares += float(change.square().sum())
         of_first += float(own.square().sum())
-        largest = max(largest, float(change.abs().max()))
+        largest = torch.maximum(largest, change.abs().max())  # which hands NaN on
     norm = math.sqrt(squares / of_first) if of_first else math.inf if squares else 0.0
-    return Difference(name, "values", norm, largest)
+    return Difference(name, "values", norm, float(largest))
 
 
 @torch.no_grad()
@@ -165,7 +166,8 @@ def average_files(
     OSError
         If the disk is too small.
     ValueError
-        If tensors, layers or shapes differ, adapters have no exact mean, or the weights do not fit.
+        If tensors, layers or shapes differ, a mean is not finite, adapters have no exact mean, or
+        the weights do not fit.
 
     Notes
     -----
@@ -178,7 +180,7 @@ def average_files(
     numbers = [1.0] * len(own) if weights is None else list(weights)
     if len(numbers) != len(own):
         raise ValueError(f"weights must be as many as files, {len(own)}: got {len(numbers)}")
-    total = math.fsum(numbers)
+    total = sum(numbers)
     if not math.isfinite(total) or not total:
         raise ValueError(f"weights must have a sum to divide by: got {numbers}")
     numbers = [number / total for number in numbers]
@@ -216,7 +218,10 @@ def _mean(
             total = torch.zeros(len(flat[0][start : start + _CHUNK]), dtype=torch.float64)
             for weight, own in zip(weights, flat, strict=True):
                 total.add_(own[start : start + _CHUNK].double(), alpha=weight)
-            yield total.to(dtype)
+            found = total.to(dtype)
+            if not is_finite(found):
+                raise ValueError(f"the mean of {name!r} must be finite: got NaN or infinity")
+            yield found
 
     return rows
 
