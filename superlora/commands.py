@@ -149,12 +149,16 @@ def inspect(
     adapter: Annotated[Path, typer.Argument(help="A file or folder of superlora, PEFT, LyCORIS.")],
     plot: Annotated[Path | None, typer.Option(help="Draw norms and ranks to a PNG file.")] = None,
     base: Base = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Show an adapter's design, parameters, and the norms and effective ranks of its updates."""
     with command("inspect", *(["matplotlib"] if plot else [])):
         from superlora.torch.on_disk.adapters import inspect_adapter
+        from superlora.torch.on_disk.writing import check_output
 
+        if plot is not None:
+            check_output(plot, [own for own in (adapter, base) if own is not None], force)
         found = inspect_adapter(adapter, base)
         own = found.adapter
         if plot is not None:

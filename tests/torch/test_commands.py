@@ -629,6 +629,15 @@ def test_nan_is_no_small_difference_and_has_no_mean(base: Path, tmp_path: Path) 
     assert "must have a sum to divide by" in message
 
 
+def test_a_plot_replaces_no_adapter(lora: Path, tmp_path: Path) -> None:
+    before = lora.read_bytes()
+    assert "must not be an input" in refused("inspect", lora, "--plot", lora, "--force")
+    (tmp_path / "norms.png").write_text("mine")
+    assert "--force replaces it" in refused("inspect", lora, "--plot", tmp_path / "norms.png")
+    assert (tmp_path / "norms.png").read_text() == "mine"
+    assert lora.read_bytes() == before
+
+
 # --- the page
 
 
