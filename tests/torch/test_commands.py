@@ -638,6 +638,16 @@ def test_a_plot_replaces_no_adapter(lora: Path, tmp_path: Path) -> None:
     assert lora.read_bytes() == before
 
 
+def test_a_checkpoint_is_no_adapter_and_the_other_way_round(
+    base: Path, lora: Path, tmp_path: Path
+) -> None:
+    run("convert", lora, tmp_path / "peft", "--to", "peft")
+    message = refused("plan", tmp_path / "peft", "--preset", "lora")
+    assert "must be a checkpoint: it is an adapter of PEFT" in message
+    for other in (base, tmp_path / "nothing"):
+        assert "no adapter at" in refused("merge", base, other, "-o", tmp_path / "x")
+
+
 # --- the page
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from superlora.errors import some
 from superlora.torch.files import strict_json
 from superlora.torch.files.safetensors_file import DTYPES, other_shapes, read_header, short
+from superlora.torch.interop.to_peft import CONFIG as PEFT_CONFIG
 
 INDEX = ".safetensors.index.json"
 CONFIG = "config.json"
@@ -93,6 +94,8 @@ class Checkpoint:
             raise FileNotFoundError(f"no checkpoint at {path}: a safetensors file, or a folder")
         if not path.is_dir():
             return [path]
+        if (path / PEFT_CONFIG).is_file() and not (path / CONFIG).is_file():
+            raise ValueError(f"{path} must be a checkpoint: it is an adapter of PEFT")
         if (path / CONFIG).is_file():
             self.config = _parsed(path / CONFIG)
         if (path / "model.safetensors").is_file():

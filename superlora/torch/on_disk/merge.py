@@ -193,6 +193,8 @@ def attach_to(base: Checkpoint, path: Path) -> Attached:
         model = skeleton(_named(base, prefixes), base.turned(wanted))
         return Attached(from_peft(model, path), prefixes, {})
     file = file_of(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no adapter at {path}: a file, or a folder of one")
     metadata, header = read_header(file)
     if KEY not in metadata:
         model = skeleton(_named(base, ("", "")), base.turned())
