@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -435,9 +436,14 @@ def make_spec(preset: str, rank: int | None, fields: Sequence[str] | None) -> An
         if not equals or not key.isidentifier():
             raise ValueError(f"--set must be field=value: got {field!r}")
         try:
-            values[key] = json.loads(text)
+            value = json.loads(text)
         except ValueError:
-            values[key] = text
+            value = text
+        if key in values:
+            raise ValueError(
+                f"--set must give a field once, which no other option gives: got {field!r}"
+            )
+        values[key] = value
     try:
         return getattr(presets, preset)(**values)
     except TypeError as error:  # an unknown field, or one of another type
@@ -449,7 +455,7 @@ def chosen(targets: Sequence[str] | None) -> str | list[str]:
     if not targets:
         return "all-linear"
     names = [name for own in targets for name in own.split(",")]
-    if len(targets) == 1 and len(names) == 1 and not names[0].replace(".", "").isidentifier():
+    if len(targets) == 1 and len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0]):
         return names[0]
     return names
 

@@ -648,6 +648,16 @@ def test_a_checkpoint_is_no_adapter_and_the_other_way_round(
         assert "no adapter at" in refused("merge", base, other, "-o", tmp_path / "x")
 
 
+def test_a_field_is_set_once_and_a_name_may_have_numbers(base: Path) -> None:
+    options = ("plan", base, "--preset", "lora")
+    for more in (("--rank", 2), ("--set", "rank=2")):
+        assert "must give a field once" in refused(*options, "--set", "rank=3", *more)
+    found = said(*options, "--targets", "0.attention.self.query")
+    assert list(found["weights"]) == ["bert.encoder.layer.0.attention.self.query"]
+    found = said(*options, "--targets", r".*[02].*query")
+    assert len(found["weights"]) == 2
+
+
 # --- the page
 
 
