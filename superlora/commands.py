@@ -202,6 +202,7 @@ def inspect(
 def diff(
     first: Annotated[Path, typer.Argument(help="A checkpoint, or an adapter.")],
     second: Annotated[Path, typer.Argument(help="Another one.")],
+    base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """List which tensors of two checkpoints differ, or updates of two adapters, and by how much.
@@ -212,7 +213,7 @@ def diff(
         with command("diff"):
             from superlora.torch.on_disk.compare import diff_files
 
-            found = diff_files(first, second)
+            found = diff_files(first, second, base)
             if as_json:
                 _print_json([_finite(own._asdict()) for own in found])
             elif found:
@@ -222,7 +223,7 @@ def diff(
                 )
     except typer.Exit as ended:
         raise typer.Exit(2 if ended.exit_code == 1 else ended.exit_code) from None
-    raise typer.Exit(bool(found))
+    raise typer.Exit(int(bool(found)))
 
 
 def average(

@@ -658,6 +658,15 @@ def test_a_field_is_set_once_and_a_name_may_have_numbers(base: Path) -> None:
     assert len(found["weights"]) == 2
 
 
+def test_diff_of_adapters_on_their_base(base: Path, lora: Path, tmp_path: Path) -> None:
+    run("convert", lora, tmp_path / "flat", "--to", "kohya")
+    assert len(said("diff", lora, tmp_path / "flat", code=1)) == 12  # names with underscores
+    assert said("diff", lora, tmp_path / "flat", "--base", base) == []
+    path = adapter(bert(), tmp_path / "a.safetensors", sl.lora_xs(rank=2), ["query"])
+    assert "give --base" in refused("diff", path, path, code=2)
+    assert said("diff", path, path, "--base", base) == []
+
+
 # --- the page
 
 

@@ -51,13 +51,17 @@ class Difference(NamedTuple):
     largest: float = math.nan
 
 
-def diff_files(first: str | Path, second: str | Path) -> list[Difference]:
+def diff_files(
+    first: str | Path, second: str | Path, base: str | Path | None = None
+) -> list[Difference]:
     """Compare two checkpoints by their tensors, or two adapters by their updates.
 
     Parameters
     ----------
     first, second : str or pathlib.Path
         Two checkpoints, files or folders, or two adapters of any format.
+    base : str or pathlib.Path, optional
+        The adapters' base, where their files alone say too little.
 
     Returns
     -------
@@ -78,7 +82,7 @@ def diff_files(first: str | Path, second: str | Path) -> list[Difference]:
             f"both must be adapters, or both checkpoints: {paths[kinds.index(True)]} alone is an "
             "adapter"
         )
-    found = list(_of_adapters(*paths) if kinds[0] else _of_checkpoints(*paths))
+    found = list(_of_adapters(*paths, base=base) if kinds[0] else _of_checkpoints(*paths))
     return sorted(found, key=lambda own: (not math.isnan(own.norm), -own.norm))
 
 
@@ -115,8 +119,8 @@ def _difference(name: str, one: Tensor, two: Tensor) -> Difference:
 
 
 @torch.no_grad()
-def _of_adapters(*paths: Path) -> Iterator[Difference]:
-    adapters = [read_adapter(path)[1] for path in paths]
+def _of_adapters(*paths: Path, base: str | Path | None) -> Iterator[Difference]:
+    adapters = [read_adapter(path, base)[1] for path in paths]
     shapes = [own.plan.shapes for own in adapters]
     held = [dict(own.replaced.tensors()) if own.replaced else {} for own in adapters]
     shapes = [
