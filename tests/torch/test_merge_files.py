@@ -242,8 +242,11 @@ def test_an_output_that_is_there_is_replaced_if_asked(tmp_path):
         merge_files(base, file, tmp_path / "merged", force=True)
     assert (tmp_path / "merged" / "note").exists()
     shutil.copy(base / "model.safetensors", tmp_path / "merged")
+    (tmp_path / ".merged.before").mkdir()
+    (tmp_path / ".merged.before" / "left").write_text("of a killed run")
     merge_files(base, file, tmp_path / "merged", force=True)
     assert not (tmp_path / "merged" / "note").exists()
+    assert not (tmp_path / ".merged.before").exists()
     for output in (base, tmp_path, base / "merged", base / "model.safetensors"):
         with pytest.raises(ValueError, match="output must not be an input"):
             merge_files(base, file, output, force=True)

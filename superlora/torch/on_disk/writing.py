@@ -301,6 +301,7 @@ def _take_place(folder: Path, output: Path) -> None:
     (folder / ".lock").unlink(missing_ok=True)
     before = folder.with_suffix(".before")
     if output.is_dir() and not output.is_symlink():
+        shutil.rmtree(before, ignore_errors=True)  # of a run that was killed while it did so
         os.replace(output, before)
     elif output.exists():
         output.unlink()
