@@ -127,7 +127,9 @@ def eye(size: int, like: Array) -> Array:
 
 
 def check_floating(name: str, array: Array) -> None:
-    """Refuse an array of integers, booleans or complex numbers."""
+    """Refuse what is no array, and an array of integers, booleans or complex numbers."""
+    if not hasattr(array, "dtype"):
+        raise TypeError(f"{name} must be an array: got {array!r:.100}")
     backend_of(array)
     dtype = str(getattr(array.dtype, "name", array.dtype)).rpartition(".")[2]
     if "float" not in dtype:

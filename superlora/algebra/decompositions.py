@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import operator
-import threading
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -27,8 +25,6 @@ _Found = TypeVar("_Found")
 _OVERSAMPLED, _PASSES = 5, 6
 # Sweeps of CP-ALS, and of HOOI, whose are dear; the fit goes on from there.
 _SWEEPS, _ITERATIONS = 100, 10
-# The filters of warnings belong to the process: one thread at a time changes and restores them.
-_FILTERS = threading.Lock()
 
 
 def on_numpy(function: Callable[[], _Found]) -> _Found:
@@ -37,10 +33,7 @@ def on_numpy(function: Callable[[], _Found]) -> _Found:
     # A backend that is set for one thread ends with the thread.
     def call() -> _Found:
         tensorly.set_backend("numpy", local_threadsafe=True)
-        with _FILTERS, warnings.catch_warnings():
-            # TensorLy draws what a rank above a mode's size lacks, and says so.
-            warnings.simplefilter("ignore")
-            return function()
+        return function()
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(call).result()
@@ -177,20 +170,29 @@ def _thin(matrix: numpy.ndarray, rank: int, seed: int) -> list[numpy.ndarray]:
 
 def _tucker(tensor: numpy.ndarray, ranks: Sequence[int], modes: Sequence[int], seed: int) -> Any:
     """Return core and factors of a Tucker tensor: HOSVD, then HOOI (De Lathauwer et al. 2000)."""
-    rest = tensor.size
+    # No mode has a rank above the product of the others'. The columns beyond it are drawn, and
+    # meet zeros in the core, which can be trained.
+    needed = [*ranks]
+    for mode in modes:
+        needed[mode] = min(needed[mode], math.prod(needed) // needed[mode])
+    rest = [tensor.size // tensor.shape[mode] for mode in modes]
     randomised = all(
-        is_randomised((tensor.shape[m], rest // tensor.shape[m]), ranks[m]) for m in modes
+        is_randomised((tensor.shape[mode], columns), needed[mode])
+        for mode, columns in zip(modes, rest, strict=True)
     )
     (core, factors), _ = partial_tucker(
         tensor,
-        [ranks[mode] for mode in modes],
+        [needed[mode] for mode in modes],
         modes=list(modes),
         svd="randomized_svd" if randomised else "truncated_svd",
         random_state=seed,
         n_iter_max=_ITERATIONS,
         tol=1e-5,
     )
-    return core, factors
+    more = [rank - own for rank, own in zip(ranks, needed, strict=True)]
+    drawn = [random_factors([tensor.shape[mode]], more[mode], seed)[0] for mode in modes]
+    factors = [numpy.hstack(both) for both in zip(factors, drawn, strict=True)]
+    return numpy.pad(core, [(0, own) for own in more]), factors
 
 
 def formed(split: Split, blocks: Blocks) -> numpy.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-import scipy
+from scipy.sparse.linalg import LinearOperator, eigsh, lsqr
 
 from superlora._backend import Array, backend_of, check_floating, from_numpy, widened
 from superlora.algebra.decompositions import is_randomised, start_group
@@ -21,8 +21,8 @@ from superlora.errors import some
 from superlora.maps import Map
 from superlora.random import normal
 
-# How good a start is: one of several, one that has no better, or what is sought.
-_KINDS = ("", "settled", "optimal")
+# How good a start is: another one may end better, none does, or it is what is sought.
+_UNSURE, _ALONE, _OPTIMAL = range(3)
 # Sweeps after which the best of several starts is chosen.
 _TRIED = 20
 # Of the largest entry of updates, whose squares are summed.
@@ -135,8 +135,35 @@ def as_numpy(array: Array) -> numpy.ndarray:
     return numpy.asarray(backend_of(wide).to_numpy(wide), dtype=numpy.float64)
 
 
+def check_updates(
+    deltas: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
+    """Refuse updates of other shapes, that are no numbers of one library, or all zero."""
+    largest = 0.0
+    first: Array = None
+    for name, delta in deltas.items():  # which may be made, or read, one by one
+        check_floating(f"deltas[{name!r}]", delta)
+        got = tuple(delta.shape)
+        if shapes is not None and got != shapes[name]:
+            raise ValueError(f"deltas[{name!r}] must have shape {shapes[name]}: got {got}")
+        first = delta if first is None else first
+        backend_of(first, delta)
+        values = as_numpy(delta)
+        bad = ~numpy.isfinite(values)
+        if bad.any():
+            place = numpy.unravel_index(int(bad.argmax()), values.shape)
+            raise ValueError(
+                f"deltas[{name!r}] must be finite: got {values[place]} at {tuple(map(int, place))}"
+            )
+        largest = max(largest, float(numpy.abs(values).max()))
+    if not largest:
+        raise ValueError("deltas must differ from zero somewhere: all of them are zero")
+    if not _SMALLEST < largest < 1 / _SMALLEST:
+        raise ValueError(f"deltas must have squares that are numbers: got entries of {largest}")
+
+
 def checked_deltas(layout: Layout, deltas: Mapping[str, Array]) -> None:
-    """Refuse updates that are not those of a plan, not numbers, or all zero."""
+    """Refuse updates that are not those of a plan, or that it cannot have."""
     if not isinstance(deltas, Mapping):
         raise TypeError(f"deltas must map names to arrays: got {type(deltas).__name__}")
     for which, names in (
@@ -147,23 +174,7 @@ def checked_deltas(layout: Layout, deltas: Mapping[str, Array]) -> None:
             raise ValueError(
                 f"deltas must have the plan's weights: it {which} {some(map(repr, names))}"
             )
-    sizes: list[float] = []
-    first: Array = None
-    for name, delta in deltas.items():  # which may be made, or read, one by one
-        check_floating(f"deltas[{name!r}]", delta)
-        expected, got = layout.axes[name].shape, tuple(delta.shape)
-        if got != expected:
-            raise ValueError(f"deltas[{name!r}] must have shape {expected}: got {got}")
-        values = as_numpy(delta)
-        if not numpy.isfinite(values).all():
-            raise ValueError(f"deltas[{name!r}] must be finite: it has NaN or inf")
-        sizes.append(float(numpy.abs(values).max()))
-        first = delta if first is None else first
-        backend_of(first, delta)
-    if not max(sizes):
-        raise ValueError("deltas must differ from zero somewhere: all of them are zero")
-    if not _SMALLEST < max(sizes) < 1 / _SMALLEST:
-        raise ValueError(f"deltas must have squares that are numbers: got entries of {max(sizes)}")
+    check_updates(deltas, {name: axes.shape for name, axes in layout.axes.items()})
     unscaled = [name for name in layout.shapes if layout.scaling(name) == 0]
     if unscaled:
         raise ValueError(
@@ -277,15 +288,10 @@ def _plain(
     layout: Layout, group: int, vector: numpy.ndarray, seen: numpy.ndarray, weight: float
 ) -> Target:
     """Return the target of a group whose tensor is compared itself; what a cover crops is free."""
-    more = math.prod(group_shape(layout, group)) - len(vector)
+    more = math.prod(layout.groups[group].fold) - len(vector)
     if more:
         vector, seen = numpy.pad(vector, (0, more)), numpy.pad(seen, (0, more))
     return Target([group], None, vector, None if seen.all() else seen, weight)
-
-
-def group_shape(layout: Layout, group: int) -> tuple[int, ...]:
-    """Return the shape of a group's tensor."""
-    return layout.groups[group].fold
 
 
 def _entries(
@@ -311,8 +317,8 @@ def _isometry(fixed: Map, before: int, size: int) -> float:
     return gain if same else 0.0
 
 
-def _operator(fixed: Map, before: int, size: int) -> scipy.sparse.linalg.LinearOperator:
-    return scipy.sparse.linalg.LinearOperator(
+def _operator(fixed: Map, before: int, size: int) -> LinearOperator:
+    return LinearOperator(
         (size, before),
         matvec=lambda x: fixed.apply(x.reshape(-1), size),
         rmatvec=lambda y: fixed.adjoint(y.reshape(-1), before),
@@ -326,9 +332,7 @@ def _largest(fixed: Map, before: int, size: int) -> float:
         return float(fixed.apply(numpy.ones(1), size) @ fixed.apply(numpy.ones(1), size))
     operator = _operator(fixed, before, size)
     probe = normal(_PROBE, 0, (before,))
-    found = scipy.sparse.linalg.eigsh(
-        operator.H @ operator, k=1, v0=probe, tol=1e-3, return_eigenvectors=False
-    )
+    found = eigsh(operator.H @ operator, k=1, v0=probe, tol=1e-3, return_eigenvectors=False)
     return 1.01 * float(found[0])
 
 
@@ -340,21 +344,20 @@ def _fitted(problem: Problem, size: float, settings: Settings) -> tuple[list[flo
     best: tuple[list[float], Blocks] | None = None
     for number in range(settings.restarts):
         problem.damping = {}
-        certain = _start(problem, number, settings.seed)
+        good = _start(problem, number, settings.seed)
         errors = [problem.error() / size]
-        if certain:
-            best = errors, problem.values
-            break
-        _improve(problem, size, errors, _TRIED, settings.tolerance)
+        if good == _OPTIMAL:
+            _balance(problem)
+            return errors, True
+        if good == _UNSURE:
+            _improve(problem, size, errors, _TRIED, settings.tolerance)
         if best is None or errors[-1] < best[0][-1]:
             best = errors, dict(problem.values)
-        if errors[-1] < _NOTHING:
+        if good == _ALONE or errors[-1] < _NOTHING:
             break
     assert best is not None
     errors, problem.values = best
-    ended = certain == "optimal"
-    if not ended:
-        ended = _improve(problem, size, errors, settings.iterations, settings.tolerance)
+    ended = _improve(problem, size, errors, settings.iterations, settings.tolerance)
     _balance(problem)
     return errors, ended
 
@@ -378,10 +381,10 @@ def _improve(
     return False
 
 
-def _start(problem: Problem, number: int, seed: int) -> str:
-    """Give a part its first values; return how good they are, one of `_KINDS`."""
+def _start(problem: Problem, number: int, seed: int) -> int:
+    """Give a part its first values; return how good a start they are."""
     layout, values = problem.layout, problem.values
-    certain = "optimal" if len(problem.networks) == 1 else "settled"
+    good = _OPTIMAL if len(problem.networks) == 1 else _ALONE
     # What one vector makes is not linear in it: a start far off would take many steps.
     count = sum(len(target.wanted) for target in problem.targets)
     unit = (problem.size() / count**0.5) ** 0.5 if layout.inner else 1.0
@@ -389,11 +392,11 @@ def _start(problem: Problem, number: int, seed: int) -> str:
         drawn = normal(seed, _STARTS + (number << 32) + index, layout.input_shapes[name])
         values[name] = drawn * unit
     if not problem.trained:
-        return "optimal"
+        return _OPTIMAL
     if len(problem.trained) == 1 and not layout.inner:
-        return "settled"  # a linear problem
-    if number:  # there is another start only where the first was not certain
-        return ""
+        return _ALONE  # a linear problem
+    if number:  # there is another start only where the first was unsure
+        return _UNSURE
     free = {*problem.trained}
     short = seed % 2**32  # more bits TensorLy does not take
     for target in problem.targets:
@@ -404,48 +407,49 @@ def _start(problem: Problem, number: int, seed: int) -> str:
             blocks = [block for term in layout.term_blocks(group) for block in term]
             own = all(len({use.group for use in problem.uses[block]}) == 1 for block in blocks)
             if not own or not free.issuperset(blocks):
-                certain = ""
+                good = _UNSURE
                 continue
             # What is not compared starts at zero, near which there may be a bad place.
-            most = "" if target.seen is not None else "optimal" if target.map is None else "settled"
-            certain = min(certain, most, _kind(layout, group), key=_KINDS.index)
+            if target.seen is not None:
+                good = _UNSURE
+            good = min(good, _quality(layout, group), _OPTIMAL if target.map is None else _ALONE)
             item, count = layout.groups[group], layout.specs[group].splits
             found = start_group(
                 item.splits, count, layout.specs[group].combine, tensor, short, _pull(layout, group)
             )
             for index, parts_ in enumerate(found):
                 values |= {layout.block(group, index, leaf): own for leaf, own in parts_.items()}
-    return certain
+    return good
 
 
-def _kind(layout: Layout, group: int) -> str:
+def _quality(layout: Layout, group: int) -> int:
     """Return how good the decompositions of a group's tensor are."""
     item, own = layout.groups[group], layout.specs[group]
     splits = item.splits
     dense = [split.core == "full" and not any(split.factored) for split in splits]
     if layout.maps[group].mapped(len(item.fold)):
-        return "settled" if len(splits) == 1 and splits[0].core != "identity" else ""
+        return _ALONE if len(splits) == 1 and splits[0].core != "identity" else _UNSURE
     if own.splits == 2 and own.combine == "kronecker" and all(dense):
         sizes = [math.prod(split.shape) for split in splits[:2]]
-        return "settled" if is_randomised(sizes, own.terms) else "optimal"
+        return _ALONE if is_randomised(sizes, own.terms) else _OPTIMAL
     if own.terms > 1 or own.combine == "hadamard" or own.splits > 2:
-        return ""
+        return _UNSURE
     if own.splits > 1:
-        return "settled"
+        return _ALONE
     (split,) = splits
     if all(dense):
-        return "optimal"
+        return _OPTIMAL
     if split.core == "full" or (split.core != "train" and len(split.sizes) == 2):
         # A stationary point of the fit, if all singular vectors are made.
         several = len(split.sizes) > 2
-        return "settled" if several or is_randomised(split.sizes, split.ranks[0]) else "optimal"
-    return "settled" if split.core == "train" else ""
+        return _ALONE if several or is_randomised(split.sizes, split.ranks[0]) else _OPTIMAL
+    return _ALONE if split.core == "train" else _UNSURE
 
 
 def _least_squares(fixed: Map, wanted: numpy.ndarray, before: int) -> numpy.ndarray:
     """Return the entries that a map takes nearest to a vector."""
     operator = _operator(fixed, before, len(wanted))
-    found: numpy.ndarray = scipy.sparse.linalg.lsqr(operator, wanted)[0]
+    found: numpy.ndarray = lsqr(operator, wanted)[0]
     return found
 
 
@@ -455,14 +459,11 @@ def _tensors(
     """Yield the folded tensors that some entries are, of all groups of a target."""
     start = 0
     for group in target.groups:
-        shape = group_shape(layout, group)
-        count = len(entries) if len(target.groups) == 1 else layout.groups[group].size
+        item = layout.groups[group]
+        count = len(entries) if len(target.groups) == 1 else item.size
         part = entries[start : start + count]
         start += count
-        if len(part) == math.prod(shape):
-            yield group, part.reshape(shape)
-        else:
-            yield group, numpy.pad(part, (0, math.prod(shape) - len(part))).reshape(shape)
+        yield group, numpy.pad(part, (0, math.prod(item.fold) - count)).reshape(item.fold)
 
 
 def _pull(layout: Layout, group: int) -> Any:

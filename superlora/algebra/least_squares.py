@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy
-import scipy
+from scipy.sparse.linalg import LinearOperator, lsqr
 
 from superlora._backend import backend_of
 from superlora.algebra.contract import run
-from superlora.algebra.form import form, source_array, source_arrays, take, with_blocks
+from superlora.algebra.form import form, run_term, source_array, source_arrays, take, with_blocks
 from superlora.design.contraction import Labels, contract
 from superlora.design.layout import Layout
 from superlora.design.network import Network, Source, Term, group_network
@@ -197,16 +197,10 @@ class Problem:
         if name in self._mapped or name not in self.uses:
             return False
         entries = sum(math.prod(self.networks[use.group].shape) for use in self.uses[name])
-        kept, summed = self._axes(name)
         shape = self.values[name].shape
-        # Modes that other operands have too, as in Hadamard products, have equations each.
-        own = [
-            axis
-            for axis in kept
-            if any({*self._labels(use)[axis]} & self._others(use) for use in self.uses[name])
-        ]
-        formed = math.prod(shape[axis] for axis in own)
-        return bool(formed * math.prod(shape[axis] for axis in summed) ** 2 <= entries)
+        _, summed, apart = self._axes(name)
+        equations = math.prod(shape[axis] for axis in apart)
+        return bool(equations * math.prod(shape[axis] for axis in summed) ** 2 <= entries)
 
     def _others(self, use: Use) -> set[int]:
         """Return the labels of a term's other operands."""
@@ -222,18 +216,28 @@ class Problem:
             if any(self.source(use).modes for use in uses)
         }
 
-    def _axes(self, name: str) -> tuple[list[int], list[int]]:
-        """Return the axes of a block that are modes of the tensor, and those that are summed."""
-        kept: list[int] = []
-        summed: list[int] = []
-        for axis in range(len(self.values[name].shape)):
-            own = [self._labels(use)[axis] for use in self.uses[name]]
-            outputs = [
-                self.terms(use.group)[use.term].contraction.output for use in self.uses[name]
-            ]
-            sums = any(set(labels) - set(out) for labels, out in zip(own, outputs, strict=True))
-            (summed if sums else kept).append(axis)
-        return kept, summed
+    def _axes(self, name: str) -> tuple[list[int], list[int], list[int]]:
+        """Return a block's axes that are modes, those that are summed, and modes that count."""
+        # Equations differ along the last: other operands have them too, as in Hadamard products,
+        # or some group uses a part.
+        shape = self.values[name].shape
+        uses = self.uses[name]
+        labels = [self._labels(use) for use in uses]
+        outputs = [{*self.terms(use.group)[use.term].contraction.output} for use in uses]
+        others = [self._others(use) for use in uses]
+        summed = [
+            a
+            for a in range(len(shape))
+            if any({*own[a]} - out for own, out in zip(labels, outputs, strict=True))
+        ]
+        kept = [a for a in range(len(shape)) if a not in summed]
+        apart = [
+            a
+            for a in kept
+            if any({*own[a]} & rest for own, rest in zip(labels, others, strict=True))
+            or any(self.source(use).shape[a] < shape[a] for use in uses)
+        ]
+        return kept, summed, apart
 
     def _labels(self, use: Use) -> list[Labels]:
         """Return the labels of every axis of a block, those of size 1 left out."""
@@ -259,49 +263,33 @@ class Problem:
     def _solved(self, name: str, wanted: Mapping[int, numpy.ndarray]) -> numpy.ndarray:
         """Return a block that solves its normal equations."""
         shape = self.values[name].shape
-        kept, summed = self._axes(name)
-        right = numpy.zeros([shape[axis] for axis in (*kept, *summed)])
-        whole = all(self.source(use).shape == shape for use in self.uses[name])
-        gram: numpy.ndarray | None = None
-        count = len(kept)
+        kept, summed, apart = self._axes(name)
+        sums = [shape[axis] for axis in summed]
+        right = numpy.zeros([*(shape[axis] for axis in kept), *sums])
+        gram = numpy.zeros([*(shape[axis] if axis in apart else 1 for axis in kept), *sums, *sums])
         for use in self.uses[name]:
-            term, target = self.terms(use.group)[use.term], self.targets[use.target]
-            weight = target.weight * target.gain
-            contraction = term.contraction
+            sizes = self.terms(use.group)[use.term].contraction.sizes
+            output = self.terms(use.group)[use.term].contraction.output
+            weight = self.targets[use.target].weight * self.targets[use.target].gain
             arrays = self.arrays(use.group, self.values)
             others = list(self._without(use, arrays))
             labels = self._labels(use)
-            own = [labels[axis] for axis in kept], [labels[axis] for axis in summed]
-            part = tuple(slice(self.source(use).shape[axis]) for axis in (*kept, *summed))
-            tensor = wanted[use.group].reshape(
-                [contraction.sizes[own] for own in contraction.output]
-            )
-            for number, other in enumerate(self.terms(use.group)):
+            modes, ranks = [labels[axis] for axis in kept], [labels[axis] for axis in summed]
+            tensor = wanted[use.group].reshape([sizes[label] for label in output])
+            for number, term in enumerate(self.terms(use.group)):
                 if number != use.term:
-                    values = [take(_NUMPY, arrays[each.source], each) for each in other.operands]
-                    tensor = tensor - run(other.contraction, values, _NUMPY)
-            found = _contracted(
-                [(contraction.output, tensor), *others],
-                itertools.chain(*own[0], *own[1]),
-                contraction.sizes,
-            )
+                    tensor = tensor - run_term(term, arrays)
+            found = _contracted([(output, tensor), *others], itertools.chain(*modes, *ranks), sizes)
+            # A group may use the leading slices of a block that it shares.
+            used = self.source(use).shape
+            part = tuple(slice(used[axis]) for axis in (*kept, *summed))
             right[part] += weight * found.reshape(right[part].shape)
-            made = _gram(others, own, contraction.output, contraction.sizes)
-            if gram is None:
-                ones = [
-                    shape[axis] if len(self.uses[name]) > 1 and not whole else 1 for axis in kept
-                ]
-                sums = [shape[axis] for axis in summed]
-                gram = numpy.zeros([*ones, *sums, *sums])
-            if made.shape[:count] != gram.shape[:count] and whole:
-                both = numpy.broadcast_shapes(made.shape[:count], gram.shape[:count])
-                gram = numpy.broadcast_to(gram, (*both, *gram.shape[count:])).copy()
-            into = (*part[:count], *part[count:], *part[count:])
-            gram[into if not whole else ...] += weight * made
-        assert gram is not None
-        solution = _normal_solution(gram, right, count)
-        back = numpy.argsort([*kept, *summed])
-        return solution.transpose(back)
+            rows = [slice(used[axis] if axis in apart else None) for axis in kept]
+            part = (*rows, *(slice(used[axis]) for axis in (*summed, *summed)))
+            gram[part] += weight * _gram(others, (modes, ranks), output, sizes)
+        order = [*kept, *summed]
+        old = self.values[name].transpose(order)
+        return _normal_solution(gram, right, old, len(kept)).transpose(numpy.argsort(order))
 
     # --- through maps, and where normal equations are large
 
@@ -316,7 +304,7 @@ class Problem:
         now = old.reshape(-1)
         size = float(numpy.linalg.norm(derivative @ now) / (numpy.linalg.norm(now) or 1.0)) or 1.0
         for _ in range(_DAMPINGS if nonlinear else 1):  # Levenberg and Marquardt
-            change, *_, left = scipy.sparse.linalg.lsqr(
+            change, *_, left = lsqr(
                 derivative, residual, damp * size, iter_lim=_STEPS, atol=1e-12, btol=1e-12
             )[:4]
             self.values[name] = old + change.reshape(old.shape)
@@ -336,7 +324,7 @@ class Problem:
         terms = [(use.group, use.term) for block in blocks for use in self.uses[block]]
         return len(set(terms)) < len(terms)
 
-    def _derivative(self, name: str) -> scipy.sparse.linalg.LinearOperator:
+    def _derivative(self, name: str) -> LinearOperator:
         """Return the derivative of all residuals, but for their sign, for one name."""
         arrays = {group: self.arrays(group, self.values) for group in self.networks}
         rows = [len(target.wanted) for target in self.targets]
@@ -385,9 +373,7 @@ class Problem:
             return found.reshape(-1)
 
         width = math.prod(shape)
-        return scipy.sparse.linalg.LinearOperator(
-            (sum(rows), width), matvec=forward, rmatvec=backward, dtype=float
-        )
+        return LinearOperator((sum(rows), width), matvec=forward, rmatvec=backward, dtype=float)
 
     def pulled(self, target: Target, left: numpy.ndarray) -> Tensors:
         """Return the adjoint of `compared`."""
@@ -476,22 +462,26 @@ def _contracted(
     return found
 
 
-def _normal_solution(gram: numpy.ndarray, right: numpy.ndarray, kept: int) -> numpy.ndarray:
-    """Solve normal equations, of every entry of the first `kept` axes, with the least norm."""
-    modes = right.shape[:kept]
+def _normal_solution(
+    gram: numpy.ndarray, right: numpy.ndarray, old: numpy.ndarray, kept: int
+) -> numpy.ndarray:
+    """Solve normal equations, of every entry of the first `kept` axes, by the least change."""
+    # What the equations do not see stays: columns beyond the rank can then be trained.
     width = math.prod(right.shape[kept:])
-    matrices = gram.reshape(-1, width, width)
+    modes, shared = right.shape[:kept], gram.shape[:kept]
+    matrices = gram.reshape(*shared, width, width)
     numbers, vectors = numpy.linalg.eigh(matrices)
-    cutoff = numbers[:, -1:] * width * numpy.finfo(float).eps
+    cutoff = numbers[..., -1:] * width * numpy.finfo(float).eps
     inverse = numpy.divide(1.0, numbers, out=numpy.zeros_like(numbers), where=numbers > cutoff)
-    columns = right.reshape(-1, width)
-    if len(matrices) == 1:
-        solved = ((columns @ vectors[0]) * inverse[0]) @ vectors[0].T
+    if math.prod(shared) == 1:  # one product of matrices for all rows
+        matrices, vectors, inverse = (
+            own.reshape(own.shape[kept:]) for own in (matrices, vectors, inverse)
+        )
+        rows = (-1, width)
     else:
-        axes = gram.shape[:kept]
-        vectors = numpy.broadcast_to(vectors.reshape(*axes, width, width), (*modes, width, width))
-        inverse = numpy.broadcast_to(inverse.reshape(*axes, width), (*modes, width))
-        turned = numpy.matmul(columns.reshape(*modes, 1, width), vectors)[..., 0, :] * inverse
-        solved = numpy.matmul(vectors, turned[..., None])[..., 0]
-    found: numpy.ndarray = solved.reshape(right.shape)
+        rows = (*modes, 1, width)
+        inverse = inverse[..., None, :]
+    left = right.reshape(rows) - old.reshape(rows) @ matrices
+    change = ((left @ vectors) * inverse) @ numpy.swapaxes(vectors, -1, -2)
+    found: numpy.ndarray = old + change.reshape(right.shape)
     return found

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from superlora._backend import Array
+from superlora.algebra.fit import check_updates
 from superlora.choose.candidates import Candidates, candidate, width_of
-from superlora.choose.deltas import axes_of, check_values
+from superlora.choose.deltas import axes_of
 from superlora.design.axes import Axes
 from superlora.design.spec import Spec
 from superlora.plan import Plan
@@ -63,7 +64,7 @@ def compare(
     if not isinstance(specs, Mapping) or not specs:
         raise TypeError(f"specs must map names to specs: got {specs!r}")
     axes = axes_of(deltas, shapes)
-    check_values(deltas)
+    check_updates(deltas)
     plans: list[tuple[str, Plan]] = []
     for name, own in specs.items():
         several = [own] if isinstance(own, Spec) else own

@@ -32,22 +32,6 @@ def axes_of(
     return {name: axes[name] for name in own}
 
 
-def check_values(deltas: Mapping[str, Array]) -> None:
-    """Refuse updates that are not finite, or of which none is any."""
-    zero = True
-    for name, delta in deltas.items():
-        values = as_numpy(delta)
-        bad = ~numpy.isfinite(values)
-        if bad.any():
-            place = numpy.unravel_index(int(bad.argmax()), values.shape)
-            raise ValueError(
-                f"deltas[{name!r}] must be finite: got {values[place]} at {tuple(map(int, place))}"
-            )
-        zero &= not values.any()
-    if zero:
-        raise ValueError("deltas must differ from zero somewhere: all of them are zero")
-
-
 def singular_values(delta: Array, axes: Axes) -> numpy.ndarray[Any, Any]:
     """Return a weight's singular values, descending: (matrices of its stack, least width)."""
     matrices = as_numpy(delta).reshape(axes.matrices, axes.out, axes.matrix[1])

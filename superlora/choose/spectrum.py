@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from superlora._backend import Array
-from superlora.algebra.fit import as_numpy
+from superlora.algebra.fit import as_numpy, check_updates
 from superlora.algebra.folding import fold_group
 from superlora.choose.candidates import table
-from superlora.choose.deltas import axes_of, check_values, singular_values
+from superlora.choose.deltas import axes_of, singular_values
 from superlora.design.axes import Axes
 from superlora.design.layout import Layout
 from superlora.design.spec import Spec
@@ -196,7 +196,7 @@ def spectrum(
     {'q': 1, 'v': 1, 'group 0, mode 0': 2, 'group 0, mode 1': 2, 'group 0, mode 2': 2}
     """
     axes = axes_of(deltas, shapes)
-    check_values(deltas)
+    check_updates(deltas)
     values = {
         name: -numpy.sort(-singular_values(delta, axes[name]), axis=None)
         for name, delta in deltas.items()

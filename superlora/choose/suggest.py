@@ -13,10 +13,11 @@ from scipy.special import digamma
 
 from superlora import presets
 from superlora._backend import Array
+from superlora.algebra.fit import check_updates
 from superlora.checks import check_count
 from superlora.choose.budget import Captured, allot, ladder, largest_rank, with_ranks
 from superlora.choose.candidates import Candidate, Candidates, candidate, width_of
-from superlora.choose.deltas import axes_of, check_values, singular_values
+from superlora.choose.deltas import axes_of, singular_values
 from superlora.design.axes import Axes
 from superlora.design.grouping import check_shapes
 from superlora.design.spec import Spec
@@ -137,7 +138,7 @@ def suggest(
         raise TypeError("sensitivity must come with shapes: got updates, whose values say more")
     axes = axes_of(weights, shapes) if given else check_shapes(weights)
     if given:
-        check_values(weights)
+        check_updates(weights)
     deltas = weights if given else None
     scores = None if sensitivity is None else _score(sensitivity, axes)
     plans: list[tuple[str, Plan]] = []

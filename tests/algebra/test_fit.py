@@ -282,11 +282,22 @@ def test_surplus_terms_can_be_trained():
     assert all(max(pair) > 0.01 for pair in norms)
 
 
+@pytest.mark.parametrize("ranks", [(3, 2, 8), (1, 2, 5), (2, 3, 7)])
+def test_surplus_ranks_of_a_core_warn_of_nothing_and_can_be_trained(ranks):
+    spec = sl.Spec(rank=ranks, order=3, groups=1, fold=(3, 4, 8), core="full")
+    plan = sl.Plan(spec, {"q": (8, 12)})
+    factors, report = plan.fit({"q": normal(0, 0, (8, 12))})  # warnings are errors here
+    assert report.error < 1
+    for mode, rank in enumerate(ranks):
+        columns = numpy.linalg.norm(factors[f"0.0.factor{mode}"], axis=0)
+        assert columns.shape == (rank,)
+        assert (columns > 0.01).all()
+
+
 def test_held_factors_of_another_library_are_refused(xp):
-    if xp.name == "numpy":
-        pytest.skip("the other library is numpy")
     plan, deltas = planted(sl.lora(2), ONE)
-    held = {"0.0.factor0": numpy.ones((24, 2))}
+    other = numpy.asarray if xp.name != "numpy" else pytest.importorskip("torch").tensor
+    held = {"0.0.factor0": other(numpy.ones((24, 2)))}
     with pytest.raises(TypeError, match="one library"):
         plan.fit(xp.arrays(deltas), frozen=held)
 

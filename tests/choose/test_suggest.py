@@ -175,7 +175,7 @@ def with_value(value):
         (with_value(-np.inf), {"budget": 99}, ValueError, r"deltas\['0.v'\].*-inf at \(3, 2\)"),
         ({"q": np.zeros((3, 2))}, {"budget": 99}, ValueError, "all of them are zero"),
         ({"q": np.ones((3, 2), int)}, {"budget": 99}, TypeError, "floating-point"),
-        ({"q": np.ones((3, 2)), "v": (3, 2)}, {"budget": 99}, TypeError, "arrays must be of"),
+        ({"q": np.ones((3, 2)), "v": (3, 2)}, {"budget": 99}, TypeError, r"\['v'\] must be an arr"),
         (DELTAS, {"budget": 400, "iterationz": 3}, TypeError, "iterationz"),
     ],
 )  # fmt: skip
