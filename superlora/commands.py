@@ -5,6 +5,8 @@ The docstrings of the commands are what ``--help`` shows.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect as inspect_module
 import json
 import math
 import re
@@ -39,6 +41,10 @@ Targets = Annotated[
 Budget = Annotated[
     str | None,
     typer.Option(help="Instead of a rank: most parameters, 100k or 1.5M, or bytes, 400kB."),
+]
+Energy = Annotated[
+    float | None,
+    typer.Option(help="Of a LoRA: the share of the squared singular values to keep."),
 ]
 Base = Annotated[
     Path | None, typer.Option(help="The adapter's base, where its files alone say too little.")
@@ -265,9 +271,6 @@ def extract(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of frozen blocks and of random starts.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="Of the factors: float32, bfloat16, float16 or float64.")
-    ] = "float32",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -298,7 +301,6 @@ def extract(
             budget=most,
             also="all" if also == ["all"] else chosen(also) if also else None,
             seed=seed,
-            dtype=dtype,
             force=force,
             started=started,
         )
@@ -333,10 +335,7 @@ def convert(
     ] = None,
     rank: Rank = None,
     budget: Budget = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(help="Of a LoRA: the share of the squared singular values to keep."),
-    ] = None,
+    energy: Energy = None,
     fields: Fields = None,
     base: Base = None,
     force: Force = False,
@@ -364,7 +363,7 @@ def convert(
         errors = convert_files(
             source, output, to, base=base, spec=spec, rank=rank, energy=energy, force=force
         )
-        _print_errors(output, errors, as_json)
+        _print_errors(source, output, errors, as_json)
 
 
 def resize(
@@ -373,15 +372,7 @@ def resize(
     rank: Annotated[
         int | None, typer.Option(min=1, help="The new rank, below the adapter's.")
     ] = None,
-    budget: Budget = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(help="Of a LoRA: the share of the squared singular values to keep, below 1."),
-    ] = None,
-    per_layer: Annotated[
-        bool,
-        typer.Option("--per-layer", help="Of a LoRA: a rank for each weight, not one for all."),
-    ] = False,
+    energy: Energy = None,
     base: Base = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -390,17 +381,8 @@ def resize(
     with command("resize"):
         from superlora.torch.on_disk.fitting import resize_files
 
-        errors = resize_files(
-            adapter,
-            output,
-            rank,
-            budget=_most(rank, budget),
-            energy=energy,
-            per_layer=per_layer,
-            base=base,
-            force=force,
-        )
-        _print_errors(output, errors, as_json)
+        errors = resize_files(adapter, output, rank, energy=energy, base=base, force=force)
+        _print_errors(adapter, output, errors, as_json)
 
 
 COMMANDS = (plan, extract, merge, inspect, convert, resize, diff, average)
@@ -416,18 +398,28 @@ def _most(rank: int | None, budget: str | None) -> int | None:
     return number // 4 if unit == "bytes" else number
 
 
-def _print_errors(output: Path, errors: dict[str, float], as_json: bool) -> None:
+def _print_errors(source: Path, output: Path, errors: dict[str, float], as_json: bool) -> None:
+    before, after = (_tensor_bytes(path) for path in (source, output))
     if as_json:
-        _print_json({"output": str(output), "errors": _finite(dict(errors))})
+        found = {"output": str(output), "bytes": after, "errors": _finite(dict(errors))}
+        _print_json(found)
         return
     rows = [[name, "", f"{error:.2e}" if error else "exact"] for name, error in errors.items()]
     _print_table(("update", "", "relative error"), rows)
-    typer.echo(f"wrote {output}")
+    typer.echo(f"wrote {output}: {after:,} bytes of tensors, where {source} has {before:,}")
+
+
+def _tensor_bytes(path: Path) -> int:
+    """Return the bytes of all tensors of an adapter's files."""
+    from superlora.torch.files.safetensors_file import read_header
+
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return sum(stop - start for own in files for *_, start, stop in read_header(own)[1].values())
 
 
 def make_spec(preset: str, rank: int | None, fields: Sequence[str] | None) -> Any:
     """Return what a preset makes of a rank and of fields."""
-    from superlora import presets
+    from superlora import Spec, presets
 
     if preset not in presets.__all__:
         raise ValueError(f"--preset must be one of {', '.join(presets.__all__)}: got {preset!r}")
@@ -445,8 +437,14 @@ def make_spec(preset: str, rank: int | None, fields: Sequence[str] | None) -> An
                 f"--set must give a field once, which no other option gives: got {field!r}"
             )
         values[key] = value
+    make = getattr(presets, preset)
+    known = [own for own in inspect_module.signature(make).parameters if own != "changes"]
+    known += [own.name for own in dataclasses.fields(Spec) if own.name not in known]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"--set must name one of {', '.join(known)}: got {key!r}")
     try:
-        return getattr(presets, preset)(**values)
+        return make(**values)
     except TypeError as error:  # an unknown field, or one of another type
         raise ValueError(f"--preset {preset}: {error}") from None
 
@@ -534,19 +532,18 @@ def _progress() -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]
 
 def _plot_norms(norms: dict[str, Any], path: Path) -> None:
     """Draw the norms and the effective ranks of updates, one below the other."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from superlora.plot import new_figure
 
-    figure = Figure(figsize=(7.2, 1.5 + 0.22 * len(norms)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, (left, right) = new_figure(2, 3.6, 1.5 + 0.22 * len(norms))
     names = list(norms)
-    left, right = figure.subplots(1, 2, sharey=True)
     left.barh(names, [own.frobenius for own in norms.values()], label="Frobenius norm")
     left.barh(names, [own.spectral for own in norms.values()], height=0.4, label="spectral norm")
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     left.invert_yaxis()
     left.tick_params(axis="y", labelsize=7)
     right.barh(names, [own.effective_rank for own in norms.values()], color="C2")
+    right.invert_yaxis()
+    right.set_yticks([])
     right.set_xlabel("effective rank")
     left.set_xlabel("norm of the update")
     figure.savefig(path, format="png", dpi=150)

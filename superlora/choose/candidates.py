@@ -91,11 +91,6 @@ class Candidates(tuple[Candidate, ...]):
         found.left_out = dict(left_out or {})
         return found
 
-    @property
-    def rows(self) -> tuple[Candidate, ...]:
-        """The candidates as a plain tuple."""
-        return tuple(self)
-
     def __repr__(self) -> str:
         cells = [("family", "rank", "parameters", "bytes", "error", "seconds")]
         for row in self:

@@ -24,7 +24,7 @@ from superlora.torch.dropout import Dropout
 from superlora.torch.replaced import Replaced
 
 # What may differ between the specs of adapters that are combined.
-_FREE = {"rank", "terms", "alpha", "rslora", "scale", "overrides"}
+_FREE = {"rank", "terms", "alpha", "rslora", "scale", "overrides", "dense_from"}
 
 
 def combine(
@@ -166,8 +166,9 @@ def _sum_of(
             return form(adapters, weights)
         except _NoFormError as error:
             problems.append(str(error))
+    reasons = "; ".join(dict.fromkeys(problems))
     raise ValueError(
-        f"adapters must have a sum of their own form to be combined: {'; '.join(problems)}; merge "
+        f"adapters must have a sum of their own form to be combined: {reasons}; merge "
         "them one after the other instead"
     )
 
@@ -202,6 +203,9 @@ def _plan(
             "alpha": None,
             "rslora": False,
             "scale": 1.0,
+            # Rules from which rank a matrix is dense differ where files come from elsewhere. What
+            # is factored stays so; whether all of them are, the forms check.
+            "dense_from": one.dense_from if len({s.dense_from for s in specs}) == 1 else "never",
         }
         if frozen:  # another term draws others
             kept = {block: own if own == "ones" else "stored" for block, own in one.frozen}

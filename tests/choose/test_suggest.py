@@ -201,7 +201,7 @@ def test_scores_that_are_refused(scores, message):
 def test_a_comparison():
     specs = {"lora": [sl.lora(rank) for rank in (1, 4, 12)], "lotr": sl.lotr(3)}
     found = sl.compare(specs, DELTAS, dtype="float16", seed=3)
-    assert [row.family for row in found.rows] == ["lora", "lora", "lora", "lotr"]
+    assert [row.family for row in found] == ["lora", "lora", "lora", "lotr"]
     assert [row.spec for row in found] == [*specs["lora"], specs["lotr"]]
     errors = [row.error for row in found]
     assert errors[0] > errors[1] > errors[2] < 1e-12
@@ -246,7 +246,7 @@ def test_comparisons_that_are_refused(specs, error, message):
 def test_candidates_are_a_tuple_that_survives_copies():
     found = sl.suggest(SHAPES, budget=100, families=["lorta", "lotr", "loha"])
     again = pickle.loads(pickle.dumps(found))
-    assert again == found == found.rows
+    assert again == found == tuple(found)
     assert again.left_out == found.left_out == {"loha": "takes 224 parameters at rank 1"}
     assert str(again) == str(found)
     assert found[:1] == (found[0],)

@@ -195,9 +195,12 @@ def _saved_whole(
     """Return parameters of the model that go with the adapter, and what the config says of them."""
     own = {name: read(*place).detach() for name, place in tensors_of(model).items()}
     biases = [name for name in own if name.rpartition(".")[2] == "bias"]
-    kind = "all" if set(biases) <= set(values) else "lora_only"
+    of_layers = [name for name in biases if name.rpartition(".")[0] in layers]
+    # "all" says something of every bias of the model, which files alone may not know.
+    others = {*biases} - {*of_layers}
+    kind = "all" if others & values.keys() and {*biases} <= values.keys() else "lora_only"
     if kind == "lora_only":
-        biases = [name for name in biases if name.rpartition(".")[0] in layers]
+        biases = of_layers
     owners = {name.rpartition(".")[0] for name in values if name not in biases}
     outermost = sorted(o for o in owners if not any(o.startswith(f"{p}.") for p in owners))
     below = tuple(f"{owner}." for owner in outermost)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from superlora.design.spec import Spec
+from superlora.errors import some
 from superlora.torch.adapter import Adapter
 from superlora.torch.combine import combine
 from superlora.torch.files.folder import file_of
@@ -237,6 +238,12 @@ def _mean_of_adapters(paths: Sequence[Path], weights: Sequence[float]) -> Adapte
         raise ValueError("adapters must be files of superlora to be averaged: convert them first")
     if not all(isinstance(own.plan.spec, Spec) for own in alone):
         raise ValueError("adapters must only add to weights to be averaged")
+    for path, own in zip(paths, alone, strict=True):
+        if own.replaced is not None:
+            raise ValueError(
+                f"adapters must bring no parameters of the model to be averaged: {path} brings "
+                f"{some(map(repr, own.replaced.tensors()))}"
+            )
     model = alone[0].model
     others = [
         load(model, file_of(path), name=f"other{number}") for number, path in enumerate(paths[1:])

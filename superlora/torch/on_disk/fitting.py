@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from superlora.algebra.fit import FitReport, parts
-from superlora.choose.budget import allot, largest_rank
+from superlora.choose.budget import largest_rank
 from superlora.design.axes import Axes
 from superlora.design.spec import Spec
 from superlora.errors import some
@@ -25,7 +24,6 @@ from superlora.torch.files.safetensors_file import DTYPES, read_header
 from superlora.torch.interop.foreign import attach_foreign, update_of
 from superlora.torch.interop.formats import (
     Export,
-    Layer,
     check_export,
     exact_layer,
     low_rank_layer,
@@ -33,7 +31,6 @@ from superlora.torch.interop.formats import (
 from superlora.torch.interop.keys import keys_of
 from superlora.torch.on_disk.adapters import read_adapter
 from superlora.torch.on_disk.checkpoint import Checkpoint, check_alike
-from superlora.torch.on_disk.merge import _kind_of
 from superlora.torch.on_disk.planning import plan_checkpoint, shapes_alone
 from superlora.torch.on_disk.skeleton import skeleton
 from superlora.torch.on_disk.writing import check_output
@@ -76,7 +73,7 @@ class Extraction:
     plan : Plan
         The adapter's.
     report : FitReport
-        How near it comes, in the precision that was written.
+        How near it comes.
     replaced : dict of str to float
         Changed parameters that the adapter brings whole, and their relative changes: the
         Frobenius norm of the difference over that of the base.
@@ -100,7 +97,6 @@ def extract_files(
     budget: int | None = None,
     also: str | Sequence[str] | None = None,
     seed: int = 0,
-    dtype: str = "float32",
     force: bool = False,
     started: Callable[[Plan, int], None] = lambda plan, peak: None,
 ) -> Extraction:
@@ -123,8 +119,6 @@ def extract_files(
         ``"all"``.
     seed : int
         Of frozen blocks and of the fit's random starts.
-    dtype : {"float32", "bfloat16", "float16", "float64"}
-        Of the factors in the file.
     force : bool
         Replace an output that exists.
     started : callable, optional
@@ -142,14 +136,13 @@ def extract_files(
     ValueError
         If the checkpoints have other tensors, are quantised, hold NaN or infinity, or do not differ
         in the targets; or the design does not fit, the budget is below that of rank 1, `also`
-        matches nothing that changed, `dtype` is none of these, or the output exists.
+        matches nothing that changed, or the output exists.
 
     Notes
     -----
     Differences are read as they are fitted: in memory are those of one group of the design, or of
     groups that share blocks.
     """
-    kind = DTYPES[_kind_of(dtype)]
     output = Path(output)
     check_output(output, [Path(base), Path(tuned)], force)
     one, two = Checkpoint(base), Checkpoint(tuned)
@@ -189,7 +182,7 @@ def extract_files(
         targets=targets,
         also=(lambda name, _: name in brought) if brought else None,
         seed=seed,
-        dtype=kind,
+        dtype=torch.float32,
     )
     if not isinstance(adapter.plan.spec, Spec):
         raise ValueError("spec must only add to weights to be fitted: got several operations")
@@ -285,22 +278,7 @@ def _fit(adapter: Adapter, deltas: Mapping[str, Tensor], seed: int = 0) -> FitRe
     factors, report = adapter.plan.fit(deltas, frozen=held, seed=seed)
     for name, values in factors.items():
         adapter.blocks[name].copy_(values)
-    return report if adapter.dtype.itemsize >= 4 else _rounded(adapter, deltas, report)
-
-
-def _rounded(adapter: Adapter, deltas: Mapping[str, Tensor], report: FitReport) -> FitReport:
-    """Return a report with the errors of factors as they are after rounding."""
-    norms = {}
-    for name in deltas:
-        delta = deltas[name].double()
-        left = delta - adapter.delta(name).double()
-        norms[name] = float(left.norm()), float(delta.norm())
-    left_of_all, whole = (math.hypot(*own) for own in zip(*norms.values(), strict=True))
-    errors = {
-        name: left / size if size else math.inf if left else 0.0
-        for name, (left, size) in norms.items()
-    }
-    return dataclasses.replace(report, error=left_of_all / whole, errors=errors)
+    return report
 
 
 def spec_under(budget: int, spec_of: Callable[[int], Spec], axes: Mapping[str, Axes]) -> Spec:
@@ -327,18 +305,16 @@ def refit(adapter: Adapter, spec: Spec) -> tuple[Adapter, FitReport]:
 
 
 def as_lora(
-    adapter: Adapter, rank: int | Mapping[str, int] | None, energy: float | None
+    adapter: Adapter, rank: int | None, energy: float | None
 ) -> tuple[Adapter, dict[str, float]]:
     """Put the nearest LoRA in the place of an adapter, and say what is missing of each update."""
-    # Of one rank, of one for each weight, or of the least of this energy.
     if not isinstance(adapter.plan.spec, Spec):
         raise ValueError("an adapter must only add to weights to be a LoRA: it has more operations")
     if adapter._selection.rows or any(not axes.plain for axes in adapter.plan.layout.axes.values()):
         raise ValueError("layers must be whole matrices to be written as LoRA of other ranks")
     updates, errors = {}, {}
     for name in adapter.plan.shapes:
-        own = rank[name] if isinstance(rank, Mapping) else rank
-        layer, errors[name] = low_rank_layer(adapter.blocks, name, own, energy)
+        layer, errors[name] = low_rank_layer(adapter.blocks, name, rank, energy)
         ((left, right),) = layer.parts
         parts = ((left.to(torch.float32), right.to(torch.float32)),)
         updates[name] = update_of("lora", parts, scale=layer.scale)
@@ -413,6 +389,8 @@ def convert_files(
     source, output = Path(source), Path(output)
     check_output(output, [source], force)
     _, adapter = read_adapter(source, base)
+    if to == "peft" and base is None:
+        _check_whole(adapter)
     errors = dict.fromkeys(adapter.plan.shapes, 0.0)
     if spec == "lora":
         check_export(adapter.blocks, rank, energy)
@@ -426,14 +404,25 @@ def convert_files(
     return errors if export is None or spec is not None else export.errors
 
 
+def _check_whole(adapter: Adapter) -> None:
+    """Refuse biases of modules of which an adapter's files do not know the rest."""
+    brought = _brought(adapter)
+    layers = {adapter._selection.module_of(name) for name in adapter._sites}
+    owners = {name.rpartition(".")[0] for name in brought if name.rpartition(".")[2] == "bias"}
+    parts = [own for own in owners - layers if f"{own}.weight" not in brought]
+    if parts:
+        raise ValueError(
+            f"base must be given for PEFT, which saves modules whole: the adapter brings the "
+            f"biases alone of {some(map(repr, sorted(parts)))}"
+        )
+
+
 def resize_files(
     source: str | Path,
     output: str | Path,
     rank: int | None = None,
     *,
-    budget: int | None = None,
     energy: float | None = None,
-    per_layer: bool = False,
     base: str | Path | None = None,
     force: bool = False,
 ) -> dict[str, float]:
@@ -443,13 +432,9 @@ def resize_files(
     ----------
     source, output, base, force : as for `convert_files`
         The adapter, and what is written.
-    rank, budget, energy : int, int and float
-        One of them: the new rank; the largest that this number of parameters allows; or, of a
-        LoRA, the least that keeps this part of all squared singular values.
-    per_layer : bool
-        With `budget` or `energy` of a LoRA, give every weight a rank of its own, 1 at least: the
-        singular values of all weights together are kept from the largest down, in a budget by
-        their square for each parameter.
+    rank, energy : int and float
+        One of them: the new rank; or, of a LoRA, for each weight the least that keeps this part
+        of its squared singular values.
 
     Returns
     -------
@@ -461,48 +446,36 @@ def resize_files(
     FileNotFoundError
         If there is no such adapter.
     ValueError
-        If not one of `rank`, `budget` and `energy` is given, the adapter does not become smaller,
-        it is no LoRA where one is needed, the design has no rank, or the output exists.
+        If not one of `rank` and `energy` is given, the adapter does not become smaller, it is no
+        LoRA where one is needed, the design has no rank, or the output exists.
 
     Notes
     -----
     LoRA is truncated by the singular values of its factors, and no update is formed; other
     designs are fitted.
     """
-    if sum(own is not None for own in (rank, budget, energy)) != 1:
-        raise ValueError("one of rank, budget and energy must be given")
-    if energy is not None and not 0 < energy < 1:
-        raise ValueError(f"energy must be above 0 and below 1: got {energy}")
-    if per_layer and rank is not None:
-        raise ValueError("per_layer must come with a budget or an energy: got a rank")
+    if (rank is None) == (energy is None):
+        raise ValueError("one of rank and energy must be given")
     source, output = Path(source), Path(output)
     check_output(output, [source], force)
     kind, adapter = read_adapter(source, base)
+    check_export(adapter.blocks, rank, energy)
     spec, before = adapter.plan.spec, adapter.num_parameters
+    assert isinstance(spec, Spec)
     layers = [exact_layer(adapter.blocks, name) for name in adapter.plan.shapes]
-    loras = [layer for layer in layers if layer is not None and layer.method == "lora"]
-    if budget is not None and budget >= before:
-        raise ValueError(f"budget must be below {before:,}, the adapter's: got {budget:,}")
-    if len(loras) == len(layers):
-        most = max(layer.rank for layer in loras)
-        if rank is not None and rank >= most:
-            raise ValueError(f"rank must be below {most}, the adapter's: got {rank}")
-        ranks = rank if rank is not None else _ranks(adapter, loras, budget, energy, per_layer)
-        adapter, errors = as_lora(adapter, ranks, None)
-    elif energy is not None or per_layer:
+    ranks = [layer.rank for layer in layers if layer is not None and layer.method == "lora"]
+    if len(ranks) == len(layers):
+        if rank is not None and rank >= max(ranks):
+            raise ValueError(f"rank must be below {max(ranks)}, the adapter's: got {rank}")
+        adapter, errors = as_lora(adapter, rank, energy)
+    elif rank is None:
         raise ValueError(
-            f"energy and ranks by layer must be those of a LoRA: got {spec!r}; give a rank or a "
-            "budget, or convert it to one"
+            f"energy must be that of a LoRA: got {spec!r}; give a rank, or convert it to one"
         )
+    elif _capped(spec.rank, rank) == spec.rank:
+        raise ValueError(f"rank must be below that of the design: got {rank} for {spec!r}")
     else:
-        if budget is not None and isinstance(spec, Spec):
-            own = spec
-            smaller = spec_under(budget, lambda r: _of_rank(own, r), adapter.plan.layout.layer_axes)
-        elif not isinstance(spec, Spec) or rank is None or _capped(spec.rank, rank) == spec.rank:
-            raise ValueError(f"rank must be below that of the design: got {rank} for {spec!r}")
-        else:
-            smaller = _of_rank(spec, rank)
-        adapter, report = refit(adapter, smaller)
+        adapter, report = refit(adapter, _of_rank(spec, rank))
         errors = report.errors
     if adapter.num_parameters >= before:
         raise ValueError(
@@ -515,65 +488,6 @@ def resize_files(
     else:
         _WRITERS[kind.lower()](adapter, output, None, None)
     return errors
-
-
-def _ranks(
-    adapter: Adapter,
-    layers: Sequence[Layer],
-    budget: int | None,
-    energy: float | None,
-    per_layer: bool,
-) -> dict[str, int]:
-    """Return ranks of LoRAs of an energy, or in a budget: one for all, or for each its own."""
-    named = dict(zip(adapter.plan.shapes, layers, strict=True))
-    cost = {name: sum(layer.shape) for name, layer in named.items()}
-    if budget is not None and budget < sum(cost.values()):
-        raise ValueError(
-            f"budget must be at least {sum(cost.values()):,} parameters, what rank 1 takes: got "
-            f"{budget:,}"
-        )
-    if budget is not None and not per_layer:
-        tops = {name: layer.rank for name, layer in named.items()}
-        rank = max(
-            own
-            for own in range(1, max(tops.values()) + 1)
-            if sum(cost[name] * min(own, top) for name, top in tops.items()) <= budget
-        )
-        return dict.fromkeys(named, rank)
-    squares = {name: _squares(layer) for name, layer in named.items()}
-    if budget is not None:  # one rank each, and then by gain for each parameter
-        sums = {name: own.cumsum(0).tolist() for name, own in squares.items()}
-        ladders = {
-            name: [(more, more * cost[name]) for more in range(1, len(own))]
-            for name, own in sums.items()
-        }
-        more = allot(
-            ladders,
-            lambda name, rank: sums[name][rank] - sums[name][0],
-            budget - sum(cost.values()),
-        )
-        return {name: 1 + own for name, own in more.items()}
-    assert energy is not None
-    if per_layer:
-        every = torch.cat([*squares.values()]).sort(descending=True).values
-        bound = every[_least(every, energy) - 1]
-        return {name: max(int((own >= bound).sum()), 1) for name, own in squares.items()}
-    together = pad_sequence([*squares.values()]).sum(dim=1)
-    return dict.fromkeys(named, _least(together, energy))
-
-
-def _squares(layer: Layer) -> Tensor:
-    """Return the squared singular values of a LoRA, by its factors' QR decompositions."""
-    ((left, right),) = layer.parts
-    upper, lower = (torch.linalg.qr(own.double()).R for own in (left, right.t()))
-    numbers: Tensor = torch.linalg.svdvals(upper @ lower.t()) * layer.scale
-    return numbers.square()
-
-
-def _least(squares: Tensor, energy: float) -> int:
-    """Return how many of squares, from the first on, have a part of their sum."""
-    sums = squares.cumsum(0)
-    return min(int((sums < energy * sums[-1]).sum()) + 1, len(sums))
 
 
 def _of_rank(spec: Spec, rank: int) -> Spec:
