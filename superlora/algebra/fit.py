@@ -104,7 +104,7 @@ def fit(
         names = _inputs(layout, groups)
         free = [name for name in names if name not in held]
         values = {name: held[name] for name in names if name in held}
-        targets, floor = _targets(layout, groups, _members(layout, groups, deltas))
+        targets, floor = _targets(layout, groups, deltas)
         problem = Problem(layout, targets, free, values, floor)
         size = problem.size()
         if size == 0:  # what is drawn makes no update, and can be trained
@@ -242,16 +242,8 @@ def _inputs(layout: Layout, groups: Sequence[int]) -> list[str]:
     return list(dict.fromkeys(inner[own].name if own in inner else own for own in blocks))
 
 
-def _members(
-    layout: Layout, groups: Sequence[int], deltas: Mapping[str, Array]
-) -> dict[str, numpy.ndarray]:
-    """Return the updates that have entries in some groups."""
-    names = dict.fromkeys(name for group in groups for name in layout.grouping.members[group])
-    return {name: as_numpy(deltas[name]) for name in names}
-
-
 def _targets(
-    layout: Layout, groups: Sequence[int], deltas: Mapping[str, numpy.ndarray]
+    layout: Layout, groups: Sequence[int], deltas: Mapping[str, Array]
 ) -> tuple[list[Target], float]:
     """Return what groups should be, and the squared error that no tensor avoids."""
     targets: list[Target] = []
@@ -259,7 +251,7 @@ def _targets(
     for first in dict.fromkeys(layout.joint(group).start for group in groups):
         joint, scale = layout.joint(first), layout.specs[first].scaling
         vectors, masks = zip(
-            *(_entries(layout, group, deltas, scale) for group in joint), strict=True
+            *(group_entries(layout, group, deltas, scale) for group in joint), strict=True
         )
         if layout.in_place(first):
             ((vector, seen),) = zip(vectors, masks, strict=True)
@@ -294,14 +286,14 @@ def _plain(
     return Target([group], None, vector, None if seen.all() else seen, weight)
 
 
-def _entries(
-    layout: Layout, group: int, deltas: Mapping[str, numpy.ndarray], scale: float
+def group_entries(
+    layout: Layout, group: int, deltas: Mapping[str, Array], scale: float = 1.0
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Return a group's vector, without the scale, and which of its entries some weight has."""
     vector = numpy.zeros(layout.groups[group].size)
     seen = numpy.zeros(len(vector), bool)
     for name, start, piece in layout.grouping.contents[group]:
-        entries = deltas[name].reshape(-1)[start : start + piece.stop - piece.start]
+        entries = as_numpy(deltas[name]).reshape(-1)[start : start + piece.stop - piece.start]
         vector[piece.start : piece.stop] = entries / scale
         seen[piece.start : piece.stop] = True
     return vector, seen

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from superlora._backend import Array
-from superlora.algebra.fit import as_numpy, check_updates
+from superlora.algebra.fit import check_updates, group_entries
 from superlora.algebra.folding import fold_group
 from superlora.choose.candidates import table
 from superlora.choose.deltas import axes_of, singular_values
@@ -219,10 +219,7 @@ def _unfoldings(layout: Layout, group: int, deltas: Mapping[str, Array]) -> dict
             f"spec must leave entries in place to have unfoldings: {type(own.map).__name__} moves "
             f"those of group {group}"
         )
-    vector = numpy.zeros(item.size)
-    for name, start, piece in layout.grouping.contents[group]:
-        stop = start + piece.stop - piece.start
-        vector[piece.start : piece.stop] = as_numpy(deltas[name]).reshape(-1)[start:stop]
+    vector, _ = group_entries(layout, group, deltas)
     digits, order = fold_group(vector, item.fold), len(item.fold)
     label = f"group {group}"
     if own.combine == "kronecker" and own.splits > 1:

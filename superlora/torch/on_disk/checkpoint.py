@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import warnings
 from collections.abc import Iterable
@@ -231,8 +230,3 @@ def check_alike(first: Checkpoint, others: Iterable[Checkpoint]) -> None:
             raise ValueError(
                 f"{other.path} must have the tensors of {first.path}: {some(problems, 20)}"
             )
-
-
-def entries(shape: Iterable[int]) -> int:
-    """Return how many entries a shape has."""
-    return math.prod(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from superlora.torch.files import strict_json
 from superlora.torch.files.safetensors_file import replacing, write_text
-from superlora.torch.on_disk.checkpoint import CONFIG, Checkpoint, Stored, entries
+from superlora.torch.on_disk.checkpoint import CONFIG, Checkpoint, Stored
 
 # Bytes that are read and written at a time.
 _CHUNK = 1 << 24
@@ -43,7 +44,7 @@ class Made(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return entries(self.shape) * (int("".join(filter(str.isdigit, self.dtype))) // 8)
+        return math.prod(self.shape) * (int("".join(filter(str.isdigit, self.dtype))) // 8)
 
 
 Layout = dict[str, Stored | Made]
