@@ -128,9 +128,10 @@ def eye(size: int, like: Array) -> Array:
 
 def check_floating(name: str, array: Array) -> None:
     """Refuse what is no array, and an array of integers, booleans or complex numbers."""
-    if not hasattr(array, "dtype"):
-        raise TypeError(f"{name} must be an array: got {array!r:.100}")
-    backend_of(array)
+    try:
+        backend_of(array)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an array; {error}") from None
     dtype = str(getattr(array.dtype, "name", array.dtype)).rpartition(".")[2]
     if "float" not in dtype:
         raise TypeError(f"{name} must have a floating-point dtype: got {dtype}")
