@@ -520,9 +520,11 @@ def _progress() -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
+    if not sys.stderr.isatty():  # some releases end a hidden bar with an empty line
+        yield (lambda total: None, lambda count: None)
+        return
     columns = BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    hidden = not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bars:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("", total=None)
         yield (
             lambda total: bars.update(bar, total=total),
