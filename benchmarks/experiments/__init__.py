@@ -1,0 +1,1 @@
+"""The papers' claims on real models: one runner, a configuration for each experiment."""

@@ -1,0 +1,80 @@
+"""An experiment as data: the task, the methods, the search that every method gets, the seeds."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Design = Any
+"""A `superlora.Spec`, a `superlora.Supports`, or None for the head alone."""
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A point of the comparison: the same family at other sizes is a curve."""
+
+    family: str
+    size: str  # what tells it from the others of its family, as "r4"; may be empty
+    design: Design
+
+    @property
+    def name(self) -> str:
+        return f"{self.family} {self.size}".strip()
+
+
+def family(
+    name: str, size: str, make: Callable[..., Design], /, **values: Iterable[Any]
+) -> list[Method]:
+    """Return a method for each combination of values, which the size is formatted with."""
+    found = []
+    for own in itertools.product(*values.values()):
+        chosen = dict(zip(values, own, strict=True))
+        found.append(Method(name, size.format(**chosen), make(**chosen)))
+    return found
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared, on which task, with which search.
+
+    A method's learning rate is searched on the validation part of the first seed: `even` trials lie
+    evenly over the logarithm of the range, the others where a Gaussian process expects the most.
+    The best rate is then measured with every seed.
+    """
+
+    title: str
+    task: str  # a module of tasks/
+    settings: Mapping[str, Any]  # keyword arguments of its `load`
+    methods: Sequence[Method]
+    rates: tuple[float, float]  # the range that is searched
+    scales: tuple[float, float] | None = None  # of the update, searched too where given
+    trials: int = 6
+    even: int = 5
+    seeds: tuple[int, ...] = (0, 1, 2)
+    metric: str = "test accuracy"
+    reference: str = "LoRA"  # the family that the others are compared with
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [method.name for method in self.methods]
+        if len(set(names)) != len(names):
+            raise ValueError(f"methods must have different names: got {names}")
+
+
+def names() -> list[str]:
+    """Return the names of all experiments."""
+    return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+
+
+def experiment(name: str) -> Experiment:
+    """Return an experiment by its name."""
+    if name not in names():
+        raise ValueError(f"experiment must be one of {names()}: got {name!r}")
+    found: Experiment = importlib.import_module(f"experiments.configs.{name}").EXPERIMENT
+    return found
