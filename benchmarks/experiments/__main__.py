@@ -39,6 +39,15 @@ def run(
     results.write(output, name, experiment(name), rows, whole=not only)
 
 
+@app.command()
+def report() -> None:
+    """Draw every figure and write every table of the docs and the README from the results."""
+    from experiments.report import write
+
+    for file in write():
+        typer.echo(file)
+
+
 @app.command("list")
 def list_them() -> None:
     """List the experiments."""

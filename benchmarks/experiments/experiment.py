@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     metric: str = "test accuracy"
     reference: str = "LoRA"  # the family that the others are compared with
-    notes: Mapping[str, str] = field(default_factory=dict)
+    shown: tuple[str, ...] = ("LoRA",)  # families with a colour of their own
 
     def __post_init__(self) -> None:
         names = [method.name for method in self.methods]

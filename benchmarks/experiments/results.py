@@ -32,12 +32,17 @@ def write(folder: Path, name: str, own: Experiment, rows: list[Row], *, whole: b
     about = {
         **{"title": own.title, "task": own.task, "settings": dict(own.settings)},
         **{"rates": own.rates, "scales": own.scales, "trials": own.trials, "seeds": own.seeds},
-        **{"metric": own.metric, "reference": own.reference},
+        **{"metric": own.metric, "reference": own.reference, "shown": own.shown},
         "designs": {method.name: repr(method.design) for method in own.methods},
         "source": source_digest(own.task),
         "environment": measuring.facts(),
     }
     (folder / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+
+
+def names() -> list[str]:
+    """Return the experiments that have results."""
+    return sorted(path.stem for path in FOLDER.glob("*.csv"))
 
 
 def read(folder: Path, name: str) -> tuple[dict[str, Any], list[Row]]:

@@ -78,4 +78,8 @@ EXPERIMENT = Experiment(
     },
     methods=METHODS,
     rates=(2e-4, 0.2),
+    shown=(
+        *("LoRA", "SuperLoRA 2-D", "LoRTA 3-D", "2-D r8, fastfood", "2-D r8, one-hot"),
+        *("LoKr", "LoTR", "Uni-LoRA", "VeRA", "LoRA-XS"),
+    ),
 )

@@ -1,0 +1,145 @@
+"""What the runs say: means with intervals, the Pareto front, parameters at equal accuracy.
+
+The seeds decide the data of a run besides its start, for all methods alike. The runs of the chosen
+rates are a two-way layout without repetition, y = method + seed + rest, and the standard error of
+a method's mean comes from the rest alone, pooled over the methods.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from scipy import stats
+from scipy.optimize import isotonic_regression
+
+CONFIDENCE = 0.95
+DRAWS = 4000
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method's mean over the seeds; `error` is its standard error, `half` half its interval."""
+
+    method: str
+    family: str
+    parameters: int
+    rate: float
+    mean: float
+    error: float
+    half: float
+    seeds: int
+    seconds: float
+
+
+def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
+    """Return a point for each method, from the runs of its chosen rate."""
+    chosen = [row for row in rows if row["chosen"]]
+    methods = list(dict.fromkeys(row["method"] for row in chosen))
+    seeds = sorted({row["seed"] for row in chosen})
+    found = {(row["method"], row["seed"]): row for row in chosen}
+    missing = [(m, s) for m in methods for s in seeds if (m, s) not in found]
+    if missing:
+        raise ValueError(f"every method must have a run of every seed: {missing} have none")
+    values = numpy.array([[found[m, s]["test"] for s in seeds] for m in methods])
+    freedom = (len(methods) - 1) * (len(seeds) - 1)
+    rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    error = half = math.nan
+    if freedom:
+        error = math.sqrt(float((rest**2).sum()) / freedom / len(seeds))
+        half = error * float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
+    made = []
+    for method, own in zip(methods, values, strict=True):
+        first = found[method, seeds[0]]
+        seconds = sum(found[method, seed]["seconds"] for seed in seeds) / len(seeds)
+        made.append(
+            Point(
+                method,
+                first["family"],
+                int(first["parameters"]),
+                float(first["rate"]),
+                float(own.mean()),
+                error,
+                half,
+                len(seeds),
+                seconds,
+            )
+        )
+    return made
+
+
+def front(found: Iterable[Point]) -> list[Point]:
+    """Return the points that no other one beats with as few parameters, by parameters."""
+    kept: list[Point] = []
+    for point in sorted(found, key=lambda own: (own.parameters, -own.mean)):
+        if not kept or point.mean > kept[-1].mean:
+            kept.append(point)
+    return kept
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How many times fewer parameters a family needs for a reference method's accuracy.
+
+    `low` is 0 where the family may not reach it at all; `beyond` says that even the smallest
+    method of the family reaches it, so that the number is a lower bound.
+    """
+
+    family: str
+    reference: str
+    times: float
+    low: float
+    high: float
+    beyond: bool
+
+
+def savings(found: Sequence[Point], reference: str) -> list[Saving]:
+    """Compare each family of two or more sizes with each method of the reference's.
+
+    The accuracy of a family is an isotonic regression over its sizes, interpolated in the
+    logarithm of the parameters. The interval is that of draws of all means by their errors.
+    """
+    families: dict[str, list[Point]] = {}
+    for point in sorted(found, key=lambda own: own.parameters):
+        families.setdefault(point.family, []).append(point)
+    if reference not in families:
+        raise ValueError(f"reference must be one of {list(families)}: got {reference!r}")
+    generator = numpy.random.default_rng(0)
+    noise = {
+        point.method: numpy.append(0.0, generator.standard_normal(DRAWS)) * point.error
+        for point in found
+    }
+
+    def curves(own: Sequence[Point]) -> Any:
+        drawn = numpy.stack([point.mean + noise[point.method] for point in own], axis=1)
+        return numpy.stack([isotonic_regression(line).x for line in drawn])
+
+    goals = curves(families[reference])
+    made = []
+    for name, own in families.items():
+        if name == reference or len(own) < 2:
+            continue
+        sizes = numpy.log([point.parameters for point in own])
+        lines = curves(own)
+        for place, goal in enumerate(families[reference]):
+            needed = [_needed(sizes, line, goals[draw, place]) for draw, line in enumerate(lines)]
+            times = goal.parameters / numpy.exp(needed)
+            low, high = numpy.quantile(times[1:], [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+            beyond = bool(times[0] > 0 and needed[0] <= sizes[0])
+            made.append(Saving(name, goal.method, float(times[0]), float(low), float(high), beyond))
+    return made
+
+
+def _needed(sizes: Any, line: Any, goal: float) -> float:
+    """Return the logarithm of the parameters from which on a curve reaches a goal, or infinity."""
+    place = int(numpy.searchsorted(line, goal))
+    if place == len(line):
+        return math.inf
+    if place == 0:
+        return float(sizes[0])
+    below, above = line[place - 1], line[place]
+    share = (goal - below) / (above - below)
+    return float(sizes[place - 1] + share * (sizes[place] - sizes[place - 1]))

@@ -1,0 +1,104 @@
+"""Tasks of classification: a frozen transformer, an adapter and a linear head."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+import superlora.torch as slt
+from superlora.demo.data import Splits
+from superlora.demo.train import Classifier, fit
+
+SOURCES = ("demo/data.py", "demo/train.py", "demo/vit.py")
+
+
+class Diverged(Exception):
+    """The loss is about that of guessing: the training is stopped, and counts as it then is."""
+
+
+def check_loss(classes: int) -> Callable[[int, float], None]:
+    """Return what ends a training whose second epoch, or a later one, has not learned anything.
+
+    Its mean loss is then above nine tenths of the loss of guessing, or no number.
+    """
+
+    def check(epoch: int, loss: float) -> None:
+        if epoch >= 2 and not loss <= 0.9 * math.log(classes):
+            raise Diverged
+
+    return check
+
+
+@contextmanager
+def attached(
+    model: nn.Module, design: Any, targets: Sequence[str], scale: float, seed: int
+) -> Iterator[Any]:
+    """Attach a design for as long as the context lasts; None attaches nothing."""
+    if design is None:
+        yield None
+        return
+    with warnings.catch_warnings():
+        # A rank above what a weight's own size needs: the comparison shows that it is idle.
+        warnings.simplefilter("ignore")
+        adapter = slt.attach(model, design, targets=list(targets), seed=seed)
+    try:
+        adapter.scale = scale * adapter.scale
+        yield adapter
+    finally:
+        adapter.detach()
+
+
+@dataclass
+class Classification:
+    """A classifier, and the parts of each seed."""
+
+    classifier: Callable[[int], Classifier]  # of so many classes, around the one base model
+    parts: Callable[[int], Splits]
+    targets: Sequence[str]
+    epochs: int
+    batch_size: int
+    head_rate: float  # beside an adapter; before it, where the head is frozen
+    head_epochs: int = 60  # of the head alone, on features that are computed once
+    frozen_head: bool = False
+
+    def measure(self, design: Any, *, rate: float, scale: float, seed: int) -> dict[str, Any]:
+        parts = self.parts(seed)
+        classifier = self.classifier(parts.classes)
+        head = classifier.head
+        start = time.perf_counter()
+        shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": seed}
+        if design is None or self.frozen_head:
+            features = classifier.features_of(parts.train)
+            head_rate = rate if design is None else self.head_rate
+            fit(head, head, {}, features, self.head_epochs, head_rate, **shared)
+        losses: list[float] = []
+        diverged = False
+        with attached(classifier.model, design, self.targets, scale, seed) as adapter:
+            if design is not None:
+                head.requires_grad_(not self.frozen_head)
+                head_rate = 0.0 if self.frozen_head else self.head_rate
+                factors = {rate: list(adapter.parameters())}
+                try:
+                    losses = fit(
+                        *(classifier, head, factors, parts.train, self.epochs, head_rate),
+                        **shared,
+                        after_epoch=check_loss(parts.classes),
+                    )
+                except Diverged:
+                    diverged = True
+            seconds = time.perf_counter() - start
+            return {
+                "parameters": 0 if design is None else adapter.num_parameters,
+                "validation": classifier.accuracy(parts.validation),
+                "test": classifier.accuracy(parts.test),
+                "seconds": seconds,
+                "loss": losses[-1] if losses else None,
+                "diverged": diverged,
+            }

@@ -1,0 +1,178 @@
+"""Every figure and table of the experiments, from the files of their results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import results
+from experiments.analysis import Point, Saving, front, points, savings
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+FIGURES = DOCS / "_static" / "experiments"
+sys.path.append(str(DOCS))
+from tables import replaced  # noqa: E402  (lies beside the docs)
+
+MARKERS = "osv^D<>pPX*h"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def table(found: Sequence[Point]) -> str:
+    """Return the Markdown table of all methods."""
+    lines = [
+        "| method | parameters | test accuracy, % | rate | training, s |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    best = {point.method for point in front(found)}
+    for point in found:
+        name = f"**{point.method}**" if point.method in best else point.method
+        lines.append(
+            f"| {name} | {point.parameters:,} | {percent(point.mean)} ± {percent(point.half)} "
+            f"| {point.rate:.2g} | {point.seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def times(own: Saving) -> str:
+    """Say how many times fewer parameters, with the interval."""
+    if own.times == 0:
+        return "not reached" if own.high == 0 else f"not reached (up to {own.high:.1f})"
+    least = "≥ " if own.beyond else ""
+    low = f"{own.low:.1f}" if own.low else "not reached"
+    return f"{least}{own.times:.1f} ({low} to {own.high:.1f})"
+
+
+def savings_table(found: Sequence[Saving]) -> str:
+    """Return the Markdown table of the parameters at equal accuracy."""
+    references = list(dict.fromkeys(own.reference for own in found))
+    lines = [
+        f"| family | {' | '.join(references)} |",
+        f"|---|{'--:|' * len(references)}",
+    ]
+    for family in dict.fromkeys(own.family for own in found):
+        cells = [times(own) for own in found if own.family == family]
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:
+    """Draw accuracy against parameters, a curve a family, with intervals and the Pareto front."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot(xscale="log")
+    sized = [point for point in found if point.parameters]
+    best = front(sized)
+    axes.plot(
+        [point.parameters for point in best],
+        [100 * point.mean for point in best],
+        **{"color": "#cccccc", "linewidth": 5, "zorder": 0, "label": "Pareto front"},
+    )
+    shown = about["shown"]
+    families = dict.fromkeys(point.family for point in sized)
+    for family in [*shown, *(name for name in families if name not in shown)]:
+        own = sorted(
+            (point for point in sized if point.family == family), key=lambda p: p.parameters
+        )
+        named = family in shown
+        place = shown.index(family) if named else 0
+        axes.errorbar(
+            [point.parameters for point in own],
+            [100 * point.mean for point in own],
+            yerr=[100 * point.half for point in own] if named else None,
+            color=f"C{place % 10}" if named else "#999999",
+            marker=MARKERS[place % len(MARKERS)] if named else ".",
+            label=family if named else None,
+            linewidth=1.2 if named else 0,
+            zorder=2 if named else 1,
+            elinewidth=0.8,
+            markersize=5,
+        )
+    axes.plot([], [], ".", color="#999999", label="others")
+    for point in found:
+        if not point.parameters:
+            label = f"{point.method}, {percent(point.mean)} %"
+            axes.axhline(100 * point.mean, color="#999999", linestyle=":", label=label)
+    axes.set_xlabel("trained parameters of the adapter")
+    axes.set_ylabel(f"{about['metric']}, %")
+    figure.suptitle(about["title"], fontsize=11)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without a date and with fixed identifiers, so that the same results are the same file.
+    with matplotlib.rc_context({"svg.hashsalt": about["title"]}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def texts(name: str) -> dict[str, str]:
+    """Return what stands between the markers of one experiment's page."""
+    about, rows = results.read(results.FOLDER, name)
+    found = points(rows)
+    return {
+        f"{name}-table": table(found),
+        f"{name}-savings": savings_table(savings(found, about["reference"])),
+        f"{name}-environment": environment(about, rows),
+    }
+
+
+def environment(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """Return a line about what was measured with."""
+    own = about["environment"]
+    count = len({(row["method"], row["rate"], row["scale"], row["seed"]) for row in rows})
+    return (
+        f"{count} runs, one thread each, on {own['cores']} cores of a {own['processor']}; torch "
+        f"{own['torch']}, Python {own['python']}."
+    )
+
+
+def comparison() -> dict[str, Any]:
+    """Return all experiments' points, for the interactive page."""
+    made: dict[str, Any] = {}
+    for name in results.names():
+        about, rows = results.read(results.FOLDER, name)
+        made[name] = {
+            "title": about["title"],
+            "metric": about["metric"],
+            "points": [
+                {
+                    "method": point.method,
+                    "family": point.family,
+                    "parameters": point.parameters,
+                    "mean": round(point.mean, 5),
+                    "low": round(point.mean - point.half, 5),
+                    "high": round(point.mean + point.half, 5),
+                    "seeds": point.seeds,
+                }
+                for point in points(rows)
+            ],
+        }
+    return made
+
+
+def write() -> list[Path]:
+    """Write every figure, every table and the interactive page's numbers, and return the files."""
+    written = []
+    for name in results.names():
+        about, rows = results.read(results.FOLDER, name)
+        draw(points(rows), about, FIGURES / f"{name}.svg")
+        written.append(FIGURES / f"{name}.svg")
+    for page in (DOCS / "experiments.md", ROOT / "README.md"):
+        text = page.read_text("utf-8")
+        for name in results.names():
+            for marker, content in texts(name).items():
+                if f"<!-- {marker} -->" in text:
+                    text = replaced(text, marker, content)
+        page.write_text(text, "utf-8")
+        written.append(page)
+    file = FIGURES / "results.json"
+    file.write_text(json.dumps(comparison(), indent=1) + "\n", "utf-8")
+    return [*written, file]

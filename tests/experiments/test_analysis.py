@@ -1,0 +1,93 @@
+"""Intervals, fronts and savings against values made by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy
+import pytest
+
+pytest.importorskip("torch")
+
+from experiments.analysis import Point, front, points, savings
+
+
+def row(method: str, seed: int, test: float, parameters: int = 10, **other: Any) -> dict[str, Any]:
+    found = {"method": method, "family": method.split()[0], "seed": seed, "test": test}
+    return {**found, "parameters": parameters, "rate": 0.1, "seconds": 1.0, "chosen": True, **other}
+
+
+def point(family: str, parameters: int, mean: float, error: float = 1e-6) -> Point:
+    name = f"{family} {parameters}"
+    return Point(name, family, parameters, 0.1, mean, error, 2 * error, 3, 1.0)
+
+
+def test_an_effect_of_the_seeds_is_no_part_of_the_error() -> None:
+    seeds = (0.0, 0.05, -0.02)  # moves all methods alike
+    rows = [row(m, s, base + seeds[s]) for m, base in (("a", 0.5), ("b", 0.7)) for s in range(3)]
+    found = points(rows)
+    assert [own.mean for own in found] == pytest.approx([0.51, 0.71])
+    assert all(own.half < 1e-12 for own in found)
+
+
+def test_the_interval_is_that_of_a_two_way_layout() -> None:
+    values = numpy.array([[0.5, 0.6, 0.55], [0.7, 0.74, 0.78]])
+    rows = [row("ab"[m], s, values[m, s]) for m in range(2) for s in range(3)]
+    # With two methods the rest is half the difference of the differences.
+    gaps = values[1] - values[0]
+    variance = 2 * sum(((gap - gaps.mean()) / 2) ** 2 for gap in gaps) / 2
+    student = 4.302652729911275  # of two degrees of freedom
+    expected = student * math.sqrt(variance / 3)
+    assert points(rows)[0].half == pytest.approx(expected)
+
+
+def test_trials_that_were_not_chosen_do_not_count() -> None:
+    rows = [row("a", 0, 0.5), row("b", 0, 0.6), row("b", 0, 0.9, chosen=False)]
+    assert [own.mean for own in points(rows)] == [0.5, 0.6]
+
+
+def test_a_missing_seed_is_an_error() -> None:
+    with pytest.raises(ValueError, match="every seed"):
+        points([row("a", 0, 0.5), row("b", 0, 0.6), row("b", 1, 0.6)])
+
+
+def test_the_front_has_no_point_that_another_beats() -> None:
+    found = [point("a", 10, 0.5), point("a", 20, 0.7), point("b", 10, 0.6), point("b", 30, 0.65)]
+    assert [own.method for own in front(found)] == ["b 10", "a 20"]
+
+
+def test_savings_are_read_off_the_curves() -> None:
+    lora = [point("LoRA", 1000, 0.8), point("LoRA", 4000, 0.9)]
+    other = [point("F", 100, 0.7), point("F", 10_000, 0.9)]
+    low, high = savings([*lora, *other], "LoRA")
+    # .8 is half way from .7 to .9, in the logarithm half way from 100 to 10,000.
+    assert low.times == pytest.approx(1.0, rel=1e-3)
+    assert high.times == pytest.approx(0.4, rel=1e-3)
+    assert low.low == pytest.approx(low.high, rel=1e-3)
+    assert not low.beyond
+
+
+def test_what_is_not_reached_has_no_number_and_what_is_beyond_says_so() -> None:
+    lora = [point("LoRA", 1000, 0.8), point("LoRA", 4000, 0.95)]
+    other = [point("F", 100, 0.85), point("F", 10_000, 0.9)]
+    low, high = savings([*lora, *other], "LoRA")
+    assert low.beyond
+    assert low.times == pytest.approx(10.0)
+    assert (high.times, high.low, high.high) == (0.0, 0.0, 0.0)
+
+
+def test_an_uncertain_curve_has_a_wide_interval() -> None:
+    lora = [point("LoRA", 1000, 0.8, 0.02), point("LoRA", 4000, 0.9, 0.02)]
+    other = [point("F", 100, 0.7, 0.02), point("F", 10_000, 0.9, 0.02)]
+    low, high = savings([*lora, *other], "LoRA")
+    assert low.low < 0.7 * low.times < 1.4 * low.times < low.high
+    assert high.low == 0.0  # half of the draws do not reach it
+
+
+def test_a_curve_that_falls_by_chance_is_evened_out() -> None:
+    lora = [point("LoRA", 1000, 0.75), point("LoRA", 2000, 0.8)]
+    other = [point("F", 100, 0.7), point("F", 1000, 0.8), point("F", 10_000, 0.7)]
+    found = savings([*lora, *other], "LoRA")
+    assert found[0].times == pytest.approx(1.0, rel=1e-2)  # .7 and then .75 twice
+    assert found[1].times == 0.0
