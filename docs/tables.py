@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import superlora as sl
@@ -58,21 +56,6 @@ def preset_table() -> str:
     return "\n".join(lines)
 
 
-def demo_table(results: Path) -> str:
-    """Return the demo's table from the ``results.json`` that it wrote."""
-    found = json.loads(results.read_text("utf-8"))
-    lines = [
-        "| method | adapter parameters | test accuracy | training, s | file, bytes |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for row in found["results"]:
-        lines.append(
-            f"| {row['method']} | {row['parameters']:,} | {row['test_accuracy']:.3f} | "
-            f"{row['seconds']:.0f} | {row['file_bytes']:,} |"
-        )
-    return "\n".join(lines)
-
-
 def between(text: str, name: str) -> str:
     """Return what stands between the markers of a table."""
     return text.split(f"<!-- {name} -->\n", 1)[1].split(f"\n<!-- /{name} -->", 1)[0]
@@ -87,10 +70,8 @@ def replaced(text: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the presets' table, and the demo's if its results.json is named."""
+    """Rewrite the presets' table."""
     text = replaced(README.read_text("utf-8"), "presets", preset_table())
-    if len(sys.argv) > 1:
-        text = replaced(text, "demo", demo_table(Path(sys.argv[1])))
     README.write_text(text, "utf-8")
 
 

@@ -28,9 +28,6 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: 
 
 
 def demo(
-    full: Annotated[
-        bool, typer.Option("--full", help="More images, pixels and methods: about half an hour.")
-    ] = False,
     output_dir: Annotated[
         Path, typer.Option(help="Folder for the table, the plot and the best small adapter.")
     ] = Path("superlora-demo"),
@@ -50,7 +47,7 @@ def demo(
         from superlora.demo.run import run
 
         cache = cache_folder(cache_dir)
-        run(full=full, seed=seed, cache=cache, output=output_dir, threads=threads, only=only)
+        run(seed=seed, cache=cache, output=output_dir, threads=threads, only=only)
 
 
 def search(

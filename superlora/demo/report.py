@@ -15,7 +15,7 @@ from rich.table import Table
 
 from superlora.demo.methods import HEAD, LORA, Result, Settings
 
-MARKERS = "sovPX^D"  # of the families in the plot
+MARKERS = "so^"  # of the families in the plot
 
 
 def pareto_front(results: Sequence[Result]) -> list[Result]:
@@ -32,32 +32,6 @@ def best_small(results: Sequence[Result]) -> Result | None:
     limit = min((item.parameters for item in results if item.family == LORA), default=0)
     small = [item for item in results if 0 < item.parameters < limit]
     return min(small, key=lambda item: (-item.validation_accuracy, item.parameters), default=None)
-
-
-def comparisons(results: Sequence[Result]) -> list[str]:
-    """Say of each one-group family the smallest adapter that is as accurate as each LoRA."""
-    sentences = []
-    families = dict.fromkeys(item.family for item in results if item.rank)
-    for family in [name for name in families if name != LORA]:
-        for lora in (item for item in results if item.family == LORA):
-            goal = f"{lora.method}'s {lora.test_accuracy:.2%} ({lora.parameters:,} parameters)"
-            good = [
-                item
-                for item in results
-                if item.family == family and item.test_accuracy >= lora.test_accuracy
-            ]
-            if not good:
-                sentences.append(f"{family}: {goal} not reached")
-                continue
-            best = min(good, key=lambda item: item.parameters)
-            share = f"{lora.parameters / best.parameters:.1f} times fewer"
-            if best.parameters >= lora.parameters:
-                share = f"{best.parameters / lora.parameters:.1f} times as many"
-            sentences.append(
-                f"{family}: reaches {goal} with {best.parameters:,} (rank {best.rank}, "
-                f"{best.test_accuracy:.2%}), {share}"
-            )
-    return sentences
 
 
 def new_table(title: str, caption: str) -> Table:

@@ -17,7 +17,7 @@ import superlora.torch as slt
 from superlora.demo import report
 from superlora.demo.data import Splits, read_digits, split
 from superlora.demo.fetch import MNIST, VIT, fetch
-from superlora.demo.methods import FULL, QUICK, Method, Result, Settings, methods
+from superlora.demo.methods import Method, Result, Settings, methods
 from superlora.demo.train import (
     ADAPTER_FILE,
     HEAD_FILE,
@@ -31,16 +31,14 @@ from superlora.demo.vit import VisionTransformer, load_onnx
 TARGETS = ("query", "value")
 
 
-def run(
-    *, full: bool, seed: int, cache: Path, output: Path, threads: int | None, only: str
-) -> list[Result]:
+def run(*, seed: int, cache: Path, output: Path, threads: int | None, only: str) -> list[Result]:
     """Run the demo, and return what was measured of each method."""
     console = Console(highlight=False)
-    names = [method.name for method in methods(full=full)]
-    chosen = [method for method in methods(full=full) if only.lower() in method.name.lower()]
+    names = [method.name for method in methods()]
+    chosen = [method for method in methods() if only.lower() in method.name.lower()]
     if not chosen:
         raise ValueError(f"only must be a part of one of {names}: got {only!r}")
-    settings = dataclasses.replace(FULL if full else QUICK, seed=seed)
+    settings = Settings(seed=seed)
     if threads is not None:
         torch.set_num_threads(threads)
     base = load_onnx(fetch(VIT, cache))
@@ -60,8 +58,6 @@ def run(
             for name in (ADAPTER_FILE, HEAD_FILE):
                 shutil.copyfile(Path(scratch) / best.method / name, output / name)
     console.print(report.table(results, settings, best))
-    for sentence in report.comparisons(results):
-        console.print(sentence, soft_wrap=True)
     about = {
         "settings": dataclasses.asdict(settings),
         "versions": {"superlora": superlora.__version__, "torch": torch.__version__},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import subprocess
@@ -42,7 +43,6 @@ def test_help_and_version() -> None:
     shown = runner.invoke(build(), ["demo", "--help"])
     assert shown.exit_code == 0
     for option in (
-        "--full",
         "--output-dir",
         "--cache-dir",
         "--seed",
@@ -122,8 +122,8 @@ def test_a_run_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from superlora.demo.methods import Settings
     from tests.demo.search_cases import make_bars, make_base
 
-    small = Settings(60, 20, 40, resolution=28, epochs=1, head_only_epochs=1)
-    monkeypatch.setattr("superlora.demo.run.QUICK", small)
+    small = functools.partial(Settings, 60, 20, 40, resolution=28, epochs=1, head_only_epochs=1)
+    monkeypatch.setattr("superlora.demo.run.Settings", small)
     monkeypatch.setattr("superlora.demo.run.fetch", lambda wheel, cache: b"")
     monkeypatch.setattr("superlora.demo.run.load_onnx", lambda data: make_base())
     monkeypatch.setattr("superlora.demo.run.read_digits", lambda data: make_bars())

@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 
 from superlora.demo import report
-from superlora.demo.methods import HEAD, LORA, QUICK, Result, methods
+from superlora.demo.methods import HEAD, LORA, Result, Settings, methods
 
 PLANAR, LORTA = "SuperLoRA 2-D, one group", "LoRTA 3-D, one group"
 
@@ -66,16 +66,6 @@ def test_none_is_small(make_result: Callable[..., Any]) -> None:
     )
 
 
-def test_the_comparison_with_lora_says_whatever_came_out(results: list[Result]) -> None:
-    assert report.comparisons(results) == [
-        f"{PLANAR}: reaches LoRA r1's 94.00% (1,000 parameters) with 800 (rank 4, 95.00%), "
-        "1.2 times fewer",
-        f"{PLANAR}: LoRA r4's 96.00% (4,000 parameters) not reached",
-        f"{LORTA}: LoRA r1's 94.00% (1,000 parameters) not reached",
-        f"{LORTA}: LoRA r4's 96.00% (4,000 parameters) not reached",
-    ]
-
-
 def test_rows_and_plot_are_written(results: list[Result], tmp_path: Path) -> None:
     report.write(results, {"best_small": None}, tmp_path)
     with (tmp_path / "results.csv").open(newline="") as file:
@@ -85,18 +75,18 @@ def test_rows_and_plot_are_written(results: list[Result], tmp_path: Path) -> Non
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["best_small"] is None
     assert content["results"][1]["test_accuracy"] == 0.94
-    report.plot(results, QUICK, tmp_path / "accuracy.png")
+    report.plot(results, Settings(), tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def test_the_plot_has_a_marker_for_every_family() -> None:
-    families = {method.family for method in methods(full=True)} - {HEAD}
+    families = {method.family for method in methods()} - {HEAD}
     assert len(families) == len(report.MARKERS)
 
 
 def test_the_table_has_a_row_each_and_says_one_seed(results: list[Result]) -> None:
     console = Console(width=120, file=io.StringIO())
-    console.print(report.table(results, QUICK, report.best_small(results)))
+    console.print(report.table(results, Settings(), report.best_small(results)))
     text = console.file.getvalue()
     assert "One seed (0)" in text
     assert f"> {PLANAR} r1" in text

@@ -15,14 +15,14 @@ pytest.importorskip("safetensors")
 import superlora as sl  # noqa: E402
 import superlora.torch as slt  # noqa: E402
 from superlora.demo.data import Splits  # noqa: E402
-from superlora.demo.methods import HEAD, QUICK, Method, Result, Settings  # noqa: E402
+from superlora.demo.methods import HEAD, Method, Result, Settings  # noqa: E402
 from superlora.demo.run import measure  # noqa: E402
 from superlora.demo.supernet import fuse  # noqa: E402
 from superlora.demo.train import Classifier, check_saved, fit, rate_share  # noqa: E402
 from superlora.search import Supernet  # noqa: E402
 from tests.demo.search_cases import make_base, make_images  # noqa: E402
 
-SETTINGS = dataclasses.replace(QUICK, resolution=28, epochs=3, head_only_epochs=3)
+SETTINGS = Settings(resolution=28, epochs=3, head_only_epochs=3)
 METHODS = [
     Method(HEAD, None, None, 0.0),
     Method("LoRA", 2, sl.presets.lora(rank=2), 1e-2),
