@@ -1,37 +1,18 @@
 """SuperLoRA's Figure 4 in small: a vision transformer on few digits, every method's rate searched.
 
-The paper adapts a ViT-B to CIFAR-100; `cifar100` is that, ready for a machine with a GPU.
+The paper adapts a ViT-B to CIFAR-100: `cifar100`, ready for a machine with a GPU.
 """
 
 import superlora as sl
+from experiments.configs.families import SHOWN, main, planar, projected
 from experiments.experiment import Experiment, Method, family
 from superlora import maps
 
-
-def planar(rank: int, **changes: object) -> sl.Spec:
-    """All weights in one group, which is folded to a nearly square matrix."""
-    return sl.Spec(rank=rank, groups=1, fold="balanced", **changes)  # type: ignore[arg-type]
-
-
-MAPS = {"fastfood": maps.Fastfood(), "one-hot": maps.OneHot(), "separable": maps.Separable()}
-RATIOS = (0.5, 0.25, 0.1, 0.02, 0.01)
-
 METHODS = [
-    Method("head only", "", None),
-    *family("LoRA", "r{rank}", sl.lora, rank=(1, 2, 4, 8)),
-    *family("SuperLoRA 2-D", "r{rank}", planar, rank=(1, 2, 4, 8, 16)),
-    *family("LoRTA 3-D", "r{rank}", lambda rank: sl.lorta(rank=rank, groups=1), rank=(5, 8, 16)),
-    Method("dense", "", sl.dense()),
-    *[
-        made
-        for name, own in MAPS.items()
-        for made in family(
-            f"2-D r8, {name}",
-            "ρ {ratio}",
-            lambda ratio, own=own: planar(8, map=own, ratio=ratio),
-            ratio=RATIOS,
-        )
-    ],
+    *main(square=(1, 2, 4, 8, 16)),
+    *projected("fastfood", maps.Fastfood()),
+    *projected("one-hot", maps.OneHot()),
+    *projected("separable", maps.Separable()),
     *family(
         "SuperLoRA 2-D by groups",
         "G {groups}",
@@ -78,8 +59,5 @@ EXPERIMENT = Experiment(
     },
     methods=METHODS,
     rates=(2e-4, 0.2),
-    shown=(
-        *("LoRA", "SuperLoRA 2-D", "LoRTA 3-D", "2-D r8, fastfood", "2-D r8, one-hot"),
-        *("LoKr", "LoTR", "Uni-LoRA", "VeRA", "LoRA-XS"),
-    ),
+    shown=SHOWN,
 )

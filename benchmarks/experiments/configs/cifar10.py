@@ -1,0 +1,18 @@
+"""SuperLoRA's setting: ViT-B/16 on CIFAR-10, 5,000 steps of SGD. Not run: it needs a GPU."""
+
+from experiments.configs.families import SHOWN, main, projected
+from experiments.experiment import Experiment
+from superlora import maps
+
+EXPERIMENT = Experiment(
+    title="ViT-B/16 on CIFAR-10, query and value weights",
+    task="cifar",
+    settings={"data": "cifar10", "steps": 5000, "batch_size": 128},
+    methods=[
+        *main(square=(1, 2, 4, 8, 16)),
+        *projected("fastfood", maps.Fastfood()),
+        *projected("one-hot", maps.OneHot()),
+    ],
+    rates=(5e-3, 5.0),  # around the paper's .05, for updates of any scale
+    shown=SHOWN,
+)

@@ -1,0 +1,59 @@
+"""Methods that several experiments compare, on square weights or on any."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import superlora as sl
+from experiments.experiment import Method, family
+from superlora import maps
+
+RATIOS = (0.5, 0.25, 0.1, 0.02, 0.01)
+
+
+def planar(rank: int, **changes: Any) -> sl.Spec:
+    """Return the design with all weights in one group, folded to a nearly square matrix."""
+    return sl.Spec(rank=rank, groups=1, fold="balanced", **changes)
+
+
+def projected(name: str, own: maps.Map, ratios: Iterable[float] = RATIOS) -> list[Method]:
+    """Return the square fold of rank 8 behind a map, from several shares of the entries."""
+    return family(
+        f"2-D r8, {name}", "ρ {ratio}", lambda ratio: planar(8, map=own, ratio=ratio), ratio=ratios
+    )
+
+
+def cubic(rank: int) -> sl.Spec:
+    """Return the design with all weights in one group, folded to a nearly cubic tensor."""
+    return sl.lorta(rank=rank, groups=1)
+
+
+def main(*, square: Iterable[int] = (1, 2, 4, 8)) -> list[Method]:
+    """Return the head alone, LoRA, the square and the cubic fold, and dense."""
+    return [
+        Method("head only", "", None),
+        *family("LoRA", "r{rank}", sl.lora, rank=(1, 2, 4, 8)),
+        *family("SuperLoRA 2-D", "r{rank}", planar, rank=square),
+        *family("LoRTA 3-D", "r{rank}", cubic, rank=(5, 8, 16)),
+        Method("dense", "", sl.dense()),
+    ]
+
+
+def few() -> list[Method]:
+    """Return what text experiments compare."""
+    return [
+        *main(),
+        *projected("fastfood", maps.Fastfood(), (0.1, 0.02)),
+        *projected("one-hot", maps.OneHot(), (0.1, 0.02)),
+        *family("LoKr", "r{rank}", sl.lokr, rank=(2, 8)),
+        *family("LoTR", "r{rank}", sl.lotr, rank=(8, 16)),
+        *family("LoRA-XS", "r{rank}", sl.lora_xs, rank=(8, 16)),
+        *family("VeRA", "r{rank}", sl.vera, rank=(64, 256)),
+        *family("Uni-LoRA", "{size}", sl.unilora, size=(256, 1024)),
+    ]
+
+
+SHOWN = (
+    *("LoRA", "SuperLoRA 2-D", "LoRTA 3-D", "2-D r8, fastfood", "2-D r8, one-hot"),
+    *("LoKr", "LoTR", "Uni-LoRA", "VeRA", "LoRA-XS"),
+)
+"""Families with a colour of their own in the figures."""

@@ -1,0 +1,16 @@
+"""Text classification with few examples, every method's rate searched."""
+
+from experiments.configs.families import SHOWN, few
+from experiments.experiment import Experiment
+
+EXPERIMENT = Experiment(
+    title="MiniLM on 500 tweets of two authors, query and value weights",
+    task="texts",
+    settings={
+        **{"data": "tweets", "train": 500, "validation": 300, "test": 1000, "tokens": 32},
+        **{"epochs": 4, "batch_size": 20, "head_rate": 2e-3},
+    },
+    methods=few(),
+    rates=(2e-4, 0.2),
+    shown=SHOWN,
+)
