@@ -40,6 +40,17 @@ def run(
 
 
 @app.command()
+def geometry(
+    name: Annotated[str, typer.Argument(help="An experiment that has results.")] = "digits",
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = results.FOLDER,
+) -> None:
+    """Train some methods at their chosen rates again, and compare the updates themselves."""
+    from experiments import geometry as own
+
+    own.write(own.measure(name, output), output)
+
+
+@app.command()
 def report() -> None:
     """Draw every figure and write every table of the docs and the README from the results."""
     from experiments.report import write

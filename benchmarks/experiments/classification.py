@@ -55,6 +55,17 @@ def attached(
         adapter.detach()
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A classifier that was trained, with its adapter; None is the head alone."""
+
+    classifier: Classifier
+    adapter: Any
+    losses: list[float]  # of the adapter's steps
+    seconds: float
+    diverged: bool
+
+
 @dataclass
 class Classification:
     """A classifier, and the parts of each seed."""
@@ -69,6 +80,21 @@ class Classification:
     frozen_head: bool = False
 
     def measure(self, design: Any, *, rate: float, scale: float, seed: int) -> dict[str, Any]:
+        """Train a design, and return its size and its accuracies."""
+        with self.trained(design, rate=rate, scale=scale, seed=seed) as own:
+            parts = self.parts(seed)
+            return {
+                "parameters": 0 if own.adapter is None else own.adapter.num_parameters,
+                "validation": own.classifier.accuracy(parts.validation),
+                "test": own.classifier.accuracy(parts.test),
+                "seconds": own.seconds,
+                "loss": own.losses[-1] if own.losses else None,
+                "diverged": own.diverged,
+            }
+
+    @contextmanager
+    def trained(self, design: Any, *, rate: float, scale: float, seed: int) -> Iterator[Trained]:
+        """Train a design, which stays attached for as long as the context lasts."""
         parts = self.parts(seed)
         classifier = self.classifier(parts.classes)
         head = classifier.head
@@ -94,11 +120,4 @@ class Classification:
                 except Diverged:
                     diverged = True
             seconds = time.perf_counter() - start
-            return {
-                "parameters": 0 if design is None else adapter.num_parameters,
-                "validation": classifier.accuracy(parts.validation),
-                "test": classifier.accuracy(parts.test),
-                "seconds": seconds,
-                "loss": losses[-1] if losses else None,
-                "diverged": diverged,
-            }
+            yield Trained(classifier, adapter, losses, seconds, diverged)

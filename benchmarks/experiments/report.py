@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import results
+from experiments import geometry, results
 from experiments.analysis import Point, Saving, front, points, savings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 FIGURES = DOCS / "_static" / "experiments"
+GEOMETRY = results.FOLDER / "geometry.json"
+PAGES = (DOCS / "experiments.md", ROOT / "README.md")
 sys.path.append(str(DOCS))
 from tables import replaced  # noqa: E402  (lies beside the docs)
 
@@ -113,15 +115,18 @@ def draw(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def texts(name: str) -> dict[str, str]:
-    """Return what stands between the markers of one experiment's page."""
-    about, rows = results.read(results.FOLDER, name)
-    found = points(rows)
-    return {
-        f"{name}-table": table(found),
-        f"{name}-savings": savings_table(savings(found, about["reference"])),
-        f"{name}-environment": environment(about, rows),
-    }
+def texts() -> dict[str, str]:
+    """Return what stands between the markers of the docs and the README."""
+    made = {}
+    for name in results.names():
+        about, rows = results.read(results.FOLDER, name)
+        found = points(rows)
+        made[f"{name}-table"] = table(found)
+        made[f"{name}-savings"] = savings_table(savings(found, about["reference"]))
+        made[f"{name}-environment"] = environment(about, rows)
+    if GEOMETRY.exists():
+        made["geometry-table"] = geometry.table(geometry.read())
+    return made
 
 
 def environment(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -165,12 +170,14 @@ def write() -> list[Path]:
         about, rows = results.read(results.FOLDER, name)
         draw(points(rows), about, FIGURES / f"{name}.svg")
         written.append(FIGURES / f"{name}.svg")
-    for page in (DOCS / "experiments.md", ROOT / "README.md"):
+    if GEOMETRY.exists():
+        geometry.draw(geometry.read(), FIGURES / "geometry.svg")
+        written.append(FIGURES / "geometry.svg")
+    for page in PAGES:
         text = page.read_text("utf-8")
-        for name in results.names():
-            for marker, content in texts(name).items():
-                if f"<!-- {marker} -->" in text:
-                    text = replaced(text, marker, content)
+        for marker, content in texts().items():
+            if f"<!-- {marker} -->" in text:
+                text = replaced(text, marker, content)
         page.write_text(text, "utf-8")
         written.append(page)
     file = FIGURES / "results.json"

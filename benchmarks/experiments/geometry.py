@@ -1,0 +1,180 @@
+"""What trained updates look like: spectra, subspaces of seeds and families, what groups share.
+
+SuperLoRA's appendix A.6 draws the updates of a group. Here the methods of an experiment are trained
+at their chosen rates, and the updates of each weight are compared by their singular vectors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments import results, tasks
+from experiments.experiment import experiment
+
+METHODS = ("LoRA r8", "SuperLoRA 2-D r8", "LoRTA 3-D r16", "LoTR r16", "dense")
+LEADING = 4  # singular vectors that make a subspace
+
+Updates = dict[str, Tensor]
+
+
+def spectrum(updates: Updates, count: int = 32) -> list[float]:
+    """Return the singular values over the norm, in squares, averaged over the weights."""
+    values = torch.stack([torch.linalg.svdvals(own)[:count] for own in updates.values()])
+    norms = torch.stack([torch.linalg.matrix_norm(own) for own in updates.values()])
+    found: list[float] = ((values / norms.unsqueeze(1)) ** 2).mean(0).tolist()
+    return found
+
+
+def stable_rank(updates: Updates) -> float:
+    """Return ‖ΔW‖² over the square of the largest singular value, averaged over the weights."""
+    ranks = [
+        (torch.linalg.matrix_norm(own) / torch.linalg.matrix_norm(own, 2)) ** 2
+        for own in updates.values()
+    ]
+    return float(torch.stack(ranks).mean())
+
+
+def bases(updates: Updates, side: int, count: int = LEADING) -> Updates:
+    """Return the leading singular vectors of every weight: 0 of the output, 1 of the input."""
+    found = {}
+    for name, own in updates.items():
+        left, _, right = torch.linalg.svd(own, full_matrices=False)
+        found[name] = (left if side == 0 else right.mT)[:, :count]
+    return found
+
+
+def overlap(one: Tensor, other: Tensor) -> float:
+    """Return ‖UᵀV‖² / k of two orthonormal bases: 1 for one subspace, k / n by chance."""
+    return float((one.mT @ other).square().sum()) / one.shape[1]
+
+
+def mean_overlap(one: Updates, other: Updates) -> float:
+    """Return the overlap of two updates' subspaces, averaged over weights and sides."""
+    found = []
+    for side in (0, 1):
+        first, second = bases(one, side), bases(other, side)
+        found += [overlap(first[name], second[name]) for name in first]
+    return sum(found) / len(found)
+
+
+def across_layers(updates: Updates, side: int) -> float:
+    """Return the overlap of the subspaces of different layers' weights of one kind."""
+    kinds: dict[str, list[Tensor]] = {}
+    for name, own in bases(updates, side).items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(own)
+    found = [
+        overlap(one, other)
+        for own in kinds.values()
+        for one, other in itertools.combinations(own, 2)
+    ]
+    return sum(found) / len(found)
+
+
+def compared(found: Mapping[tuple[str, int], Updates]) -> dict[str, Any]:
+    """Return spectra and overlaps of updates by method and seed."""
+    methods = list(dict.fromkeys(method for method, _ in found))
+    seeds = sorted({seed for _, seed in found})
+    width = next(iter(next(iter(found.values())).values())).shape[1]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    def pair(one: str, other: str) -> float:
+        """Average over pairs of different seeds within a method, of equal ones between two."""
+        if one == other:
+            own = [(a, b) for a, b in itertools.combinations(seeds, 2)]
+        else:
+            own = [(seed, seed) for seed in seeds]
+        return mean([mean_overlap(found[one, a], found[other, b]) for a, b in own])
+
+    spectra = {
+        method: torch.tensor([spectrum(found[method, seed]) for seed in seeds]).mean(0).tolist()
+        for method in methods
+    }
+    return {
+        "methods": methods,
+        "leading": LEADING,
+        "by_chance": LEADING / width,
+        "spectra": spectra,
+        "stable_rank": {m: mean([stable_rank(found[m, s]) for s in seeds]) for m in methods},
+        "overlap": {one: {other: pair(one, other) for other in methods} for one in methods},
+        "layers": {
+            method: [
+                mean([across_layers(found[method, s], side) for s in seeds]) for side in (0, 1)
+            ]
+            for method in methods
+        },
+    }
+
+
+def measure(name: str, folder: Path = results.FOLDER) -> dict[str, Any]:
+    """Train the methods of an experiment at their chosen rates, and compare the updates."""
+    own = experiment(name)
+    _, rows = results.read(folder, name)
+    designs = {method.name: method.design for method in own.methods}
+    task: Any = tasks.load(own.task, own.settings)
+    found: dict[tuple[str, int], Updates] = {}
+    for row in rows:
+        if row["chosen"] and row["method"] in METHODS:
+            settings = {key: row[key] for key in ("rate", "scale", "seed")}
+            with task.trained(designs[row["method"]], **settings) as trained:
+                deltas = trained.adapter.deltas()
+                found[row["method"], row["seed"]] = {
+                    key: delta.detach().double() for key, delta in deltas.items()
+                }
+    ordered = {(m, s): found[m, s] for m in METHODS for s in own.seeds}
+    return {"experiment": name, "title": own.title, **compared(ordered)}
+
+
+def write(made: dict[str, Any], folder: Path = results.FOLDER) -> None:
+    """Write the comparison as JSON."""
+    text = json.dumps(made, indent=1, default=float)
+    (folder / "geometry.json").write_text(text + "\n", "utf-8")
+
+
+def read(folder: Path = results.FOLDER) -> dict[str, Any]:
+    """Return what was written."""
+    found: dict[str, Any] = json.loads((folder / "geometry.json").read_text("utf-8"))
+    return found
+
+
+def table(made: dict[str, Any]) -> str:
+    """Return the overlaps as a Markdown table."""
+    methods = made["methods"]
+    lines = [
+        f"| overlap with | {' | '.join(methods)} | stable rank | layers, output | layers, input |",
+        f"|---|{'--:|' * (len(methods) + 3)}",
+    ]
+    for one in methods:
+        cells = [f"{made['overlap'][one][other]:.2f}" for other in methods]
+        sides = [f"{value:.2f}" for value in made["layers"][one]]
+        rank = f"{made['stable_rank'][one]:.1f}"
+        lines.append(f"| {one} | {' | '.join([*cells, rank, *sides])} |")
+    return "\n".join(lines)
+
+
+def draw(made: dict[str, Any], path: Path) -> None:
+    """Draw the mean spectra."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot(yscale="log")
+    for place, method in enumerate(made["methods"]):
+        values = [value for value in made["spectra"][method] if value > 1e-12]
+        axes.plot(range(1, len(values) + 1), values, f"C{place}.-", label=method)
+    axes.set_xlabel("singular value")
+    axes.set_ylabel("share of the update's energy")
+    axes.set_ylim(bottom=1e-5)
+    axes.legend(frameon=False, fontsize=8)
+    with matplotlib.rc_context({"svg.hashsalt": "geometry"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
