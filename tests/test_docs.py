@@ -87,6 +87,18 @@ def test_pages_of_the_gallery_draw_a_figure(path):
     assert all(drawn)
 
 
+@pytest.mark.parametrize("stage", [page.stem for page in (ROOT / "docs/equation").glob("*.md")])
+def test_each_stage_has_a_figure_with_data(stage):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
+    page = (ROOT / "docs/equation" / f"{stage}.md").read_text("utf-8")
+    (name,) = re.findall(r"^\.\. plot:: equation_figures\.py (\w+)$", page, re.MULTILINE)
+    runpy.run_path(str(ROOT / "docs/equation_figures.py"))[name]()
+    drawn = [axes.has_data() for axes in pyplot.gcf().axes]
+    pyplot.close("all")
+    assert any(drawn)
+
+
 def test_blocks_of_failing_page_fail():
     """The extraction finds blocks, and keeps their line numbers."""
     text = "# Page\n\n```python\n>>> 1 + 1\n3\n```\n\n```shell\nls\n```\n"
