@@ -14,7 +14,11 @@ ROOT = Path(__file__).parent.parent
 BUILT = ("_build", "auto_gallery", "generated")  # what sphinx-build leaves in docs
 PAGES = [
     *sorted(ROOT.glob("*.md")),
-    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if not set(BUILT) & {*page.parts}),
+    *(
+        page
+        for page in sorted((ROOT / "docs").rglob("*.md"))
+        if not set(BUILT) & {*page.relative_to(ROOT).parts}
+    ),
 ]
 PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
