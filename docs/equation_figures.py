@@ -176,22 +176,23 @@ def scatter() -> None:
     folded = sl.tucker(None, [factors["0.0.factor0"], factors["0.0.factor1"]])
     largest = float(numpy.abs(folded).max())
     figure = pyplot.figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.5])
-    whole = left.subplots()
+    parts = figure.add_gridspec(2, 3, width_ratios=[1.6, 1, 1])
+    whole = figure.add_subplot(parts[:, 0])
     _show(whole, folded, "the folded tensor of one group: 12 × 12", largest)
     for name in SHAPES:
         for place in plan.where(name):
             for (top, bottom), (first, last) in place.boxes:
-                corner = first - 0.5, top - 0.5
-                edge = COLOURS[name]
-                outline = Rectangle(corner, last - first, bottom - top, fill=False, ec=edge, lw=4)
+                corner = first - 0.4, top - 0.4  # inside of its entries
+                sides = last - first - 0.2, bottom - top - 0.2
+                outline = Rectangle(corner, *sides, fill=False, ec=COLOURS[name], lw=3)
                 whole.add_patch(outline)
     updates = plan.deltas(factors)
-    for axes, (name, update) in zip(right.subplots(2, 2).flat, updates.items(), strict=True):
+    for index, (name, update) in enumerate(updates.items()):
+        axes = figure.add_subplot(parts[index // 2, 1 + index % 2])
         rows, columns = update.shape
         _show(axes, update, f"{name}: {rows} × {columns}", largest)
         for spine in axes.spines.values():
-            spine.set(color=COLOURS[name], linewidth=4)
+            spine.set(color=COLOURS[name], linewidth=3)
 
 
 def merge() -> None:
