@@ -12,9 +12,9 @@ import plots
 
 DOCS = Path(__file__).parent.parent / "docs"
 sys.path.append(str(DOCS))
-from tables import between, replaced  # noqa: E402  (lies beside the docs)
+from tables import replaced  # noqa: E402  (lies beside the docs)
 
-PAGE = DOCS / "performance.md"
+PAGE = DOCS / "performance.md"  # and the pages in the folder beside it
 Row = dict[str, Any]
 PEERS = ("PEFT", "LyCORIS", "LyCORIS bypass")
 WORDS = {True: "met", False: "not met", None: ""}
@@ -87,7 +87,8 @@ def step_times(rows: list[Row]) -> str:
         if "over_limit" in row
     ]
     name = limit["setting"]
-    figure = f"![Steps over the frozen trunk's, by method and library](_static/step-{name}.svg)"
+    alt = "Steps over the frozen trunk's, by method and library"
+    figure = f"![{alt}](../_static/step-{name}.svg)"
     return f"{found}\n\n{' '.join(notes)}{_failures(rows)}\n\n{figure}"
 
 
@@ -117,6 +118,49 @@ def step_memory(rows: list[Row]) -> str:
     if not lines:
         return "Not measured."
     return table(["method", "ours", "over its measure", "target", "", *PEERS], lines)
+
+
+# The rows of the first table: the methods that the peers have, and each kind of the others.
+SUMMARY = (
+    "dense",
+    "LoRA r8",
+    "LoKr r8",
+    "LoHa r8",
+    "VeRA r8",
+    "FourierFT n1000",
+    "GLoRA r8",
+    "2-D aligned r8",
+    "LoRTA 3-D aligned r8",
+    "2-D balanced r8",
+    "2-D + separable",
+    "2-D + one-hot",
+    "2-D + fastfood, stacked",
+)
+
+
+def step_summary(vit: list[Row], llama: list[Row]) -> str:
+    """Return the medians of some rows on both models, with the Llama's resident memory."""
+    models = [_by_method(vit), _by_method(llama)]
+
+    def cell(model: int, method: str, library: str, measure: str, digits: int) -> str:
+        row = models[model].get(method, {}).get(library, {})
+        return number(row.get(measure), digits)
+
+    lines = []
+    for method in SUMMARY:
+        columns = [(0, "over_limit", 2), (1, "over_limit", 2), (1, "resident_MB", 0)]
+        lines.append(
+            [
+                method,
+                *(
+                    cell(model, method, library, measure, digits)
+                    for model, measure, digits in columns
+                    for library in ("ours", "PEFT")
+                ),
+            ]
+        )
+    heads = ["", "ViT-B/16, step", "PEFT", "Llama, step", "PEFT", "Llama, memory in MB", "PEFT"]
+    return table(heads, lines)
 
 
 def compiled(rows: list[Row]) -> str:
@@ -215,8 +259,8 @@ def scaling(rows: list[Row]) -> str:
             cells = [number(own[size].get(measure), digits) for size in sizes]
             lines.append([f"{method}, {name}", *cells])
     found = table(["", *(f"{size / 1e6:,.0f} M" for size in sizes)], lines)
-    figure = "![Time and memory of a step against the model's parameters](_static/scale-step.svg)"
-    return f"{found}\n\n{figure}"
+    alt = "Time and memory of a step against the model's parameters"
+    return f"{found}\n\n![{alt}](../_static/scale-step.svg)"
 
 
 def lines_of(about: Row) -> str:
@@ -289,8 +333,14 @@ TABLES: dict[str, dict[str, Make]] = {
 
 
 def rewrite(results: Path, page: Path = PAGE, figures: Path = DOCS / "_static") -> list[str]:
-    """Put what lies in the folder into the page; return what was not there."""
-    text, missing = page.read_text("utf-8"), []
+    """Put what lies in the folder into the page and those beside it; return what was not there."""
+    pages = {path: path.read_text("utf-8") for path in pages_of(page)}
+    missing, steps = [], {}
+
+    def put(marker: str, text: str) -> None:
+        own = next(path for path, content in pages.items() if f"<!-- {marker} -->\n" in content)
+        pages[own] = replaced(pages[own], marker, text)
+
     for name, tables in TABLES.items():
         file = results / f"{name}.json"
         if not file.exists():
@@ -298,13 +348,21 @@ def rewrite(results: Path, page: Path = PAGE, figures: Path = DOCS / "_static") 
             continue
         found = json.loads(file.read_text("utf-8"))
         for marker, make in tables.items():
-            between(text, marker)  # raises where the page lacks the marker
-            text = replaced(text, marker, make(found))
+            put(marker, make(found))
         if name == "step-llama":
-            text = replaced(text, "machine", machine(found["about"]))
+            put("machine", machine(found["about"]))
         if name.startswith("step-") and not name.endswith("-compiled"):
+            steps[name] = found["rows"]
             plots.steps(found["rows"], found["about"]["setting"], figures / f"{name}.svg")
         if name == "scale-step":
             plots.scaling(found["rows"], figures / f"{name}.svg")
-    page.write_text(text, "utf-8")
+    if {"step-vit", "step-llama"} <= steps.keys():
+        put("step-summary", step_summary(steps["step-vit"], steps["step-llama"]))
+    for path, text in pages.items():
+        path.write_text(text, "utf-8")
     return missing
+
+
+def pages_of(page: Path = PAGE) -> list[Path]:
+    """Return the page and those of the folder of its name, on one of which each marker lies."""
+    return [page, *sorted(page.with_suffix("").glob("*.md"))]

@@ -10,6 +10,7 @@ version = release = superlora.__version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "matplotlib.sphinxext.plot_directive",
     "numpydoc",
     "myst_parser",
     "sphinx_gallery.gen_gallery",
@@ -28,6 +29,12 @@ autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 numpydoc_xref_param_type = False
+
+# Figures that a page's own functions draw while the page is built.
+plot_formats = ["svg"]
+plot_html_show_formats = False
+plot_html_show_source_link = False
+plot_include_source = False
 
 sphinx_gallery_conf = {
     "examples_dirs": "gallery",

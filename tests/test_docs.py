@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+BUILT = ("_build", "auto_gallery", "generated")  # what sphinx-build leaves in docs
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *(
+        page
+        for page in sorted((ROOT / "docs").rglob("*.md"))
+        if not set(BUILT) & {*page.relative_to(ROOT).parts}
+    ),
+]
 PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -81,6 +89,18 @@ def test_pages_of_the_gallery_draw_a_figure(path):
     pyplot.close("all")
     assert drawn
     assert all(drawn)
+
+
+@pytest.mark.parametrize("stage", [page.stem for page in (ROOT / "docs/equation").glob("*.md")])
+def test_each_stage_has_a_figure_with_data(stage):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
+    page = (ROOT / "docs/equation" / f"{stage}.md").read_text("utf-8")
+    (name,) = re.findall(r"^\.\. plot:: equation_figures\.py (\w+)$", page, re.MULTILINE)
+    runpy.run_path(str(ROOT / "docs/equation_figures.py"))[name]()
+    drawn = [axes.has_data() for axes in pyplot.gcf().axes]
+    pyplot.close("all")
+    assert any(drawn)
 
 
 def test_blocks_of_failing_page_fail():

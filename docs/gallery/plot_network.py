@@ -61,4 +61,4 @@ print(f"{network.cost.multiplications:,} multiplications; ΔW has {64 * 64:,} en
 # %%
 # Every step meets one more factor, and the result of the full size comes last.
 # ``Plan.network`` is what NumPy, PyTorch and JAX run; with inputs they are one more operand, and
-# another order is best (:doc:`/equation`).
+# another order is best (:doc:`/equation/scatter`).

@@ -18,17 +18,38 @@ from tests.pairs import pairwise
 from tests.strategies import Mixing, Permuting
 from tests.test_docs import read_blocks
 
-PAGE = Path(__file__).parents[2] / "docs" / "maps.md"
+PAGE = Path(__file__).parents[2] / "docs" / "own-maps.md"
 
 
 @pytest.fixture(scope="module")
-def symmetric():
-    """The class of the page."""
-    (block,) = [b for b in read_blocks(PAGE.read_text("utf-8")) if "class Symmetric(Map)" in b]
+def own():
+    """The names that the page's blocks define."""
     names: dict = {"__name__": "__main__"}
-    exec(compile(block, str(PAGE), "exec"), names)
-    yield names["Symmetric"]
-    maps.Map._known.pop("Symmetric", None)
+    for block in read_blocks(PAGE.read_text("utf-8")):
+        if ">>>" not in block:
+            exec(compile(block, str(PAGE), "exec"), names)
+    yield names
+    for name in ("Symmetric", "RepeatedSigns"):
+        maps.Map._known.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def symmetric(own):
+    return own["Symmetric"]
+
+
+def test_the_recipe_with_a_seed_is_a_map_on_every_library(xp, own):
+    fixed = own["RepeatedSigns"](seed=1)
+    for size in (36, 144, 150):
+        maps.check(fixed, 36, size, like=xp.like)
+        maps.check(fixed, 36, size, like=as_dtype(xp, numpy.zeros(1), "float32"))
+    x = draw(36)
+    assert_allclose(
+        xp.to_numpy(fixed.apply(xp.array(x), 144)), numpy.tile(x, 4) * fixed.signs(144) / 2
+    )
+    assert_allclose(fixed.gain(36, 144), numpy.mean(fixed.apply(x, 144) ** 2) / numpy.mean(x**2))
+    with pytest.raises(ValueError, match="size must be at least 36"):
+        fixed.check(36, 35)
 
 
 def test_the_recipe_is_a_map_on_every_library(xp, symmetric):
