@@ -1,7 +1,7 @@
 """SuperLoRA's setting: ViT-B/16 on CIFAR-10, 5,000 steps of SGD. Not run: it needs a GPU."""
 
-from experiments.configs.families import SHOWN, main, projected
 from experiments.experiment import Experiment
+from experiments.families import SHOWN, main, projected
 from superlora import maps
 
 EXPERIMENT = Experiment(

@@ -4,8 +4,8 @@ The paper adapts a ViT-B to CIFAR-100: `cifar100`, ready for a machine with a GP
 """
 
 import superlora as sl
-from experiments.configs.families import SHOWN, main, planar, projected
 from experiments.experiment import Experiment, Method, family
+from experiments.families import SHOWN, main, planar, projected
 from superlora import maps
 
 METHODS = [

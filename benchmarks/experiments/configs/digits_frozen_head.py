@@ -3,7 +3,7 @@
 import dataclasses
 
 from experiments.configs import digits
-from experiments.configs.families import main, projected
+from experiments.families import main, projected
 from superlora import maps
 
 EXPERIMENT = dataclasses.replace(

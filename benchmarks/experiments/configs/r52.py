@@ -1,7 +1,7 @@
 """Text classification with few examples, every method's rate searched."""
 
-from experiments.configs.families import SHOWN, few
 from experiments.experiment import Experiment
+from experiments.families import SHOWN, few
 
 EXPERIMENT = Experiment(
     title="MiniLM on 500 Reuters news of 52 topics, query and value weights",
