@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 FIGURES = DOCS / "_static" / "experiments"
 GEOMETRY = results.FOLDER / "geometry.json"
-PAGES = (DOCS / "experiments.md", ROOT / "README.md")
+PAGES = (ROOT / "README.md", *DOCS.glob("*.md"), *(DOCS / "experiments").glob("*.md"))
 sys.path.append(str(DOCS))
 from tables import replaced  # noqa: E402  (lies beside the docs)
 
@@ -115,14 +116,18 @@ def draw(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
+@functools.cache
 def texts() -> dict[str, str]:
     """Return what stands between the markers of the docs and the README."""
     made = {}
     for name in results.names():
         about, rows = results.read(results.FOLDER, name)
         found = points(rows)
+        saved = savings(found, about["reference"])
+        main = [own for own in saved if own.family in about["shown"]]
         made[f"{name}-table"] = table(found)
-        made[f"{name}-savings"] = savings_table(savings(found, about["reference"]))
+        made[f"{name}-savings"] = savings_table(main)
+        made[f"{name}-all-savings"] = savings_table(saved)
         made[f"{name}-environment"] = environment(about, rows)
     if GEOMETRY.exists():
         made["geometry-table"] = geometry.table(geometry.read())
@@ -147,6 +152,7 @@ def comparison() -> dict[str, Any]:
         made[name] = {
             "title": about["title"],
             "metric": about["metric"],
+            "interval": "mean over the seeds; 95 % interval, to compare methods",
             "points": [
                 {
                     "method": point.method,
@@ -173,13 +179,15 @@ def write() -> list[Path]:
     if GEOMETRY.exists():
         geometry.draw(geometry.read(), FIGURES / "geometry.svg")
         written.append(FIGURES / "geometry.svg")
+    made = texts()
     for page in PAGES:
-        text = page.read_text("utf-8")
-        for marker, content in texts().items():
+        before = text = page.read_text("utf-8")
+        for marker, content in made.items():
             if f"<!-- {marker} -->" in text:
                 text = replaced(text, marker, content)
-        page.write_text(text, "utf-8")
-        written.append(page)
+        if text != before:
+            page.write_text(text, "utf-8")
+            written.append(page)
     file = FIGURES / "results.json"
     file.write_text(json.dumps(comparison(), indent=1) + "\n", "utf-8")
     return [*written, file]

@@ -1,0 +1,95 @@
+"""The docs and the README say what the files of the results say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from experiments import report, results
+from experiments.analysis import Point, Saving, points
+
+ROOT = Path(__file__).parents[2]
+if not (ROOT / "docs").is_dir():
+    pytest.skip("the documentation is not part of an installed package", allow_module_level=True)
+
+
+def made(family: str, parameters: int, mean: float) -> Point:
+    return Point(f"{family} {parameters}", family, parameters, 0.01, mean, 0.004, 0.008, 3, 9.6)
+
+
+POINTS = [made("head only", 0, 0.7), made("LoRA", 1000, 0.9), made("F", 100, 0.91)]
+
+
+def test_every_table_is_on_a_page_and_says_what_the_results_say() -> None:
+    from tables import between  # lies beside the docs, which the report knows
+
+    pages = {page: page.read_text("utf-8") for page in report.PAGES}
+    for marker, content in report.texts().items():
+        found = [page for page, text in pages.items() if f"<!-- {marker} -->" in text]
+        assert found, f"no page has the marker {marker}"
+        for page in found:
+            assert between(pages[page], marker) == content, (page, marker)
+
+
+def test_no_page_waits_for_results_that_are_not_there() -> None:
+    known = set(report.texts())
+    for page in report.PAGES:
+        if page.parent.name == "experiments" or page.name in ("experiments.md", "README.md"):
+            used = set(re.findall(r"<!-- ([\w-]+) -->", page.read_text("utf-8")))
+            assert used <= known, page
+
+
+def test_the_interactive_page_has_the_results() -> None:
+    assert json.loads((report.FIGURES / "results.json").read_text("utf-8")) == json.loads(
+        json.dumps(report.comparison())
+    )
+
+
+@pytest.mark.parametrize("name", results.names())
+def test_results_are_whole(name: str) -> None:
+    about, rows = results.read(results.FOLDER, name)
+    found = points(rows)
+    assert [point.method for point in found] == list(about["designs"])
+    for point in found:
+        trials = [row for row in rows if row["method"] == point.method and not row["chosen"]]
+        assert len(trials) == about["trials"]
+        best = max(row["validation"] for row in trials)
+        assert any(row["validation"] == best and row["rate"] == point.rate for row in trials)
+        assert point.seeds == len(about["seeds"])
+    assert (report.FIGURES / f"{name}.svg").exists()
+
+
+def test_the_table_has_the_front_in_bold() -> None:
+    lines = report.table(POINTS).splitlines()
+    assert lines[2] == "| **head only 0** | 0 | 70.0 ± 0.8 | 0.01 | 10 |"
+    assert lines[3] == "| LoRA 1000 | 1,000 | 90.0 ± 0.8 | 0.01 | 10 |"
+    assert lines[4] == "| **F 100** | 100 | 91.0 ± 0.8 | 0.01 | 10 |"
+
+
+@pytest.mark.parametrize(
+    ("saving", "said"),
+    [
+        (Saving("F", "LoRA r1", 2.04, 1.5, 3.26, False), "2.0 (1.5 to 3.3)"),
+        (Saving("F", "LoRA r1", 2.04, 1.5, 3.26, True), "≥ 2.0 (1.5 to 3.3)"),
+        (Saving("F", "LoRA r1", 2.04, 0.0, 3.26, False), "2.0 (not reached to 3.3)"),
+        (Saving("F", "LoRA r1", 0.0, 0.0, 1.2, False), "not reached (up to 1.2)"),
+        (Saving("F", "LoRA r1", 0.0, 0.0, 0.0, False), "not reached"),
+    ],
+)
+def test_a_saving_is_said_with_its_interval(saving: Saving, said: str) -> None:
+    assert report.times(saving) == said
+
+
+def test_equal_results_are_equal_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    about = {"title": "own", "metric": "test accuracy", "shown": ["LoRA"]}
+    for name in ("a", "b"):
+        report.draw(POINTS, about, tmp_path / f"{name}.svg")
+    text = (tmp_path / "a.svg").read_text("utf-8")
+    assert text == (tmp_path / "b.svg").read_text("utf-8")
+    assert "<svg" in text
