@@ -19,6 +19,7 @@ extensions = [
 exclude_patterns = ["_build", "gallery"]
 templates_path = ["_templates"]
 nitpicky = False
+default_role = "py:obj"  # `name` in a docstring links to its page where it has one
 
 # Markdown with $...$ for mathematics; headings are link targets.
 myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "deflist", "dollarmath"]
