@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +109,7 @@ ADDED = (
     Method(
         "sl.lora(rank=r, alpha=a)",
         "LoRA, Hu et al. 2021; `rslora=True`: Kalajdzievski 2023",
-        "s A₁A₂ᵀ",
+        r"$s A_1 A_2^{\mathsf T}$",
         "L*r*(do + di)",
         "PEFT LoRA, LyCORIS LoCon",
         "equal",
@@ -116,7 +117,7 @@ ADDED = (
     Method(
         "sl.lora_fa(rank=r, alpha=a)",
         "LoRA-FA, Zhang et al. 2023",
-        "s A₁A₂ᵀ, A₂ frozen",
+        r"$s A_1 A_2^{\mathsf T}$, $A_2$ frozen",
         "L*r*do",
         "PEFT LoRA with a frozen A",
         "equal",
@@ -124,7 +125,7 @@ ADDED = (
     Method(
         "sl.lokr(rank=r)",
         "LoKr, Yeh et al. 2024",
-        "s X₁ ⊗ A₁A₂ᵀ",
+        r"$s X_1 \otimes A_1 A_2^{\mathsf T}$",
         "L*(o1*i1 + r*(o2 + i2))",
         "PEFT LoKr, LyCORIS LoKr",
         "equal",
@@ -132,7 +133,7 @@ ADDED = (
     Method(
         "sl.lokr(rank=1, decompose_both=True)",
         "LoKr, both factors of low rank",
-        "s A₁A₂ᵀ ⊗ A₃A₄ᵀ",
+        r"$s A_1 A_2^{\mathsf T} \otimes A_3 A_4^{\mathsf T}$",
         "L*(o1 + i1 + o2 + i2)",
         "PEFT LoKr, LyCORIS LoKr",
         "equal",
@@ -140,7 +141,7 @@ ADDED = (
     Method(
         "sl.lokr(rank=r, factor=2)",
         "LoKr, first factor of bounded size",
-        "s X₁ ⊗ A₁A₂ᵀ",
+        r"$s X_1 \otimes A_1 A_2^{\mathsf T}$",
         "L*(o1*i1 + r*(o2 + i2))",
         "PEFT LoKr, LyCORIS LoKr",
         "equal; where the bound exceeds the root of a width, PEFT's first factor is the "
@@ -149,7 +150,7 @@ ADDED = (
     Method(
         "sl.krona()",
         "KronA, Edalati et al. 2022",
-        "s X₁ ⊗ X₂",
+        r"$s X_1 \otimes X_2$",
         "L*(o1*i1 + o2*i2)",
         "LyCORIS LoKr, full matrix",
         "equal",
@@ -157,15 +158,15 @@ ADDED = (
     Method(
         "sl.loha(rank=r, alpha=a)",
         "LoHa, Hyeon-Woo et al. 2022",
-        "s A₁A₂ᵀ ∘ A₃A₄ᵀ",
-        "L*2*r*(do + di)",
+        r"$s A_1 A_2^{\mathsf T} \circ A_3 A_4^{\mathsf T}$",
+        "2*L*r*(do + di)",
         "PEFT LoHa, LyCORIS LoHa",
         "equal",
     ),
     Method(
         "sl.lonkr(rank=1, splits=K)",
         "LoNKr, SuperLoRA",
-        "s ⊗ₖ Aₖ₁Aₖ₂ᵀ",
+        r"$s \bigotimes_k A_{k1} A_{k2}^{\mathsf T}$",
         "L*(o1 + i1 + o2 + i2 + o3 + i3)",
         "none: chain of `numpy.kron`",
         "equal",
@@ -173,7 +174,7 @@ ADDED = (
     Method(
         "sl.lotr(rank=r)",
         "LoTR, Bershatsky et al. 2024",
-        "s A₂C_lA₃ᵀ",
+        r"$s A_2 C_l A_3^{\mathsf T}$",
         "L*r**2 + r*(do + di)",
         "published formula",
         "equal",
@@ -181,7 +182,7 @@ ADDED = (
     Method(
         "sl.fact_tt(rank=r)",
         "FacT-TT, Jie and Deng 2023",
-        "s A₂C_lA₃ᵀ",
+        r"$s A_2 C_l A_3^{\mathsf T}$",
         "L*r**2 + r*(do + di)",
         "published formula",
         "equal for weights of one shape; the MLP's blocks of columns are not contiguous here",
@@ -189,10 +190,10 @@ ADDED = (
     Method(
         "sl.fact_tk(rank=r)",
         "FacT-TK, Jie and Deng 2023",
-        "Tucker of (L, do, di)",
+        r"Tucker of $(L, d_o, d_i)$",
         "r**3 + r*(L + do + di)",
         "published formula",
-        "equal for attention; the code's MLP is another model for r = 3, 4, 8",
+        r"equal for attention; the code's MLP is another model for $r$ = 3, 4, 8",
     ),
     Method(
         "sl.lorta(rank=r)",
@@ -205,7 +206,7 @@ ADDED = (
     Method(
         "sl.lorta_cp(rank=r, fold=(2, L // 2, H, do // H, di))",
         "LoRTA, Hounie et al. 2024",
-        "CP of (layers, matrices, heads, head, di)",
+        r"CP of (layers, matrices, heads, head, $d_i$)",
         "r*(D1 + D2 + D3 + D4 + D5)",
         "published formula",
         "equal for this order of axes",
@@ -213,7 +214,7 @@ ADDED = (
     Method(
         "sl.tenslora(rank=(2, 2, r, r), fold=(2, L // 2, do, di))",
         "TensLoRA, Marmoret et al. 2025",
-        "Tucker of (layers, matrices, do, di)",
+        r"Tucker of (layers, matrices, $d_o$, $d_i$)",
         "4*r**2 + 2*(D1 + D2) + r*(D3 + D4)",
         "published formula",
         "equal for this order of axes",
@@ -221,7 +222,7 @@ ADDED = (
     Method(
         "sl.metatt(rank=r)",
         "after MetaTT, Lopez-Piqueres et al. 2025",
-        "s Σₐ G₀[l, a] G₁[a] G₂, a train of (L, do, di)",
+        r"$s \sum_a (G_0)_{la} (G_1)_a G_2$, a train of $(L, d_o, d_i)$",
         "r*L + r**2*do + r*di",
         "NumPy",
         "another family than the paper's, whose train has the layers between inputs and outputs; "
@@ -230,7 +231,7 @@ ADDED = (
     Method(
         "sl.metatt(rank=(2, r, r), fold=(2, L // 2, do, di))",
         "the same by layers and matrices",
-        "a train of (layers, matrices, do, di)",
+        r"a train of (layers, matrices, $d_o$, $d_i$)",
         "2*D1 + 2*r*D2 + r**2*D3 + r*D4",
         "NumPy",
         "another family, likewise",
@@ -246,7 +247,7 @@ ADDED = (
     Method(
         "sl.share_lora(rank=r)",
         'ShareLoRA, Song et al. 2024; `which="B"`, `which="AB"`',
-        "s A₁A₂ᵀ, one A₂ for all l",
+        r"$s A_1 A_2^{\mathsf T}$, one $A_2$ for all $l$",
         "r*(L*do + di)",
         "published formula",
         "equal",
@@ -254,55 +255,55 @@ ADDED = (
     Method(
         "sl.tied_lora(rank=r)",
         "Tied-LoRA, Renduchintala et al. 2024",
-        "s diag(v) B diag(u) A, one B and one A for all l",
+        r"$s \operatorname{diag}(v) B \operatorname{diag}(u) A$, one $B$ and one $A$ for all $l$",
         "r*(do + di) + L*(do + r)",
         "published formula",
-        "equal; here v starts at zero",
+        "equal; here $v$ starts at zero",
     ),
     Method(
         "sl.gralora(rank=2*r, blocks=k, alpha=a)",
         "GraLoRA, Jung et al. 2025",
-        "k × k blocks, each s B_jnA_jn of rank 2r/k",
-        "L*2*r*(do + di)",
+        r"$k \times k$ blocks, each $s B_{jn} A_{jn}$ of rank $2r/k$",
+        "2*L*r*(do + di)",
         "PEFT GraLoRA",
-        "equal, without the LoRA that `hybrid_r` adds; up to rank 16 k",
+        "equal, without the LoRA that `hybrid_r` adds; up to rank 16 $k$",
     ),
     Method(
         "sl.monarch(blocks=k)",
         "Monarch, Dao et al. 2022; `terms=c`: MoRe, Tan et al. 2024",
-        "s P₁L P₂R, L and R of k blocks",
+        r"$s P_1 L P_2 R$, $L$ and $R$ of $k$ blocks",
         "L*k*(do + di)",
         "published formula",
-        "equal where the blocks' inner width is a multiple of k",
+        "equal where the blocks' inner width is a multiple of $k$",
     ),
     Method(
         "sl.miss(rank=r)",
         "MiSS, Kang and Yin 2024; `mini=m`: its mini form",
-        "1ᵀ ⊗ D",
+        r"$1^{\mathsf T} \otimes D$",
         "L*r*do",
         "PEFT MiSS",
-        "equal where r divides the inputs; the form `bat` multiplies W₀",
+        "equal where $r$ divides the inputs; the form `bat` multiplies $W_0$",
     ),
     Method(
         "sl.cdka(rows=2, columns=k, terms=3)",
         "CDKA, 2026",
-        "s Σₜ Bₜ ⊗ Aₜ",
-        "L*3*(do*k//2 + 2*di//k)",
+        r"$s \sum_t B_t \otimes A_t$",
+        "3*L*(do*k//2 + 2*di//k)",
         "published formula",
         "equal",
     ),
     Method(
         "sl.vera(rank=r)",
         "VeRA, Kopiczko et al. 2024",
-        "s diag(b) B diag(d) A, B and A frozen",
+        r"$s \operatorname{diag}(b) B \operatorname{diag}(d) A$, $B$ and $A$ frozen",
         "L*(do + r)",
         "PEFT VeRA",
-        "equal with PEFT's B and A; our own draws differ",
+        "equal with PEFT's $B$ and $A$; our own draws differ",
     ),
     Method(
         "sl.lora_xs(rank=r)",
         "LoRA-XS, Bałazy et al. 2024",
-        "s U_rΣ_r C V_rᵀ, C trained",
+        r"$s U_r \Sigma_r C V_r^{\mathsf T}$, $C$ trained",
         "L*r**2",
         "none: NumPy's singular values",
         "equal",
@@ -310,15 +311,15 @@ ADDED = (
     Method(
         "sl.tinylora(rank=r, projections=u)",
         "TinyLoRA, 2026",
-        "s U_r√Σ_r (Σᵢ vᵢPᵢ) √Σ_rV_rᵀ, v trained",
+        r"$s U_r \Sigma_r^{1/2} \sum_i v_i P_i\, \Sigma_r^{1/2} V_r^{\mathsf T}$, $v$ trained",
         "L*u",
         "PEFT TinyLoRA",
-        "equal with PEFT's P; our own draws differ",
+        "equal with PEFT's $P$; our own draws differ",
     ),
     Method(
         "sl.fourierft(size=n)",
         "FourierFT, Gao et al. 2024",
-        "s Re ifft2(S), n entries of S trained",
+        r"$s \operatorname{Re} \operatorname{ifft2}(S)$, $n$ entries of $S$ trained",
         "L*n",
         "PEFT FourierFT",
         "equal with PEFT's frequencies, in single precision, which PEFT transforms in; our own "
@@ -327,7 +328,7 @@ ADDED = (
     Method(
         "sl.waveft(size=n)",
         "WaveFT, Bilican et al. 2025",
-        "s idwt2(S), n entries of S trained",
+        r"$s \operatorname{idwt2}(S)$, $n$ entries of $S$ trained",
         "L*n",
         "PEFT WaveFT",
         "equal with PEFT's positions and its default wavelet, odd widths too; our own draws differ",
@@ -335,7 +336,7 @@ ADDED = (
     Method(
         "sl.c3a(block=b)",
         "C3A, Chen et al. 2024",
-        "s/di of circulant blocks",
+        r"$s / d_i$ times circulant blocks",
         "L*do*di//b",
         "PEFT C3A",
         "equal, in single precision, which PEFT transforms in; PEFT starts at random, ours at zero",
@@ -343,32 +344,32 @@ ADDED = (
     Method(
         "sl.did(size=n)",
         "DID, Li et al. 2018, Aghajanyan et al. 2021",
-        "s F_lθ, one θ for all l",
+        r"$s F_l \theta$, one $\theta$ for all $l$",
         "n",
         "published formula",
-        "equal with explicit matrices F_l, which are isometric in the mean; the released code "
-        "divides by the norm of each G it drew",
+        "equal with explicit matrices $F_l$, which are isometric in the mean; the released code "
+        "divides by the norm of each diagonal $G$ that it drew",
     ),
     Method(
         "sl.said(size=n)",
         "SAID, Aghajanyan et al. 2021",
-        "s λ_lF_lθ, one θ for all l",
+        r"$s \lambda_l F_l \theta$, one $\theta$ for all $l$",
         "n + L",
         "published formula",
-        "equal, with the F_l of DID; here λ starts at zero and θ at random",
+        r"equal, with the $F_l$ of DID; here $\lambda$ starts at zero and $\theta$ at random",
     ),
     Method(
         "sl.unilora(size=n, rank=r)",
         "Uni-LoRA, Li et al. 2025",
-        "s A₁A₂ᵀ, all A one-hot maps of one θ",
+        r"$s A_1 A_2^{\mathsf T}$, all $A$ one-hot maps of one $\theta$",
         "n",
         "PEFT Uni-LoRA",
-        "equal with PEFT's indices and s = 1; our own draws differ",
+        "equal with PEFT's indices and $s$ = 1; our own draws differ",
     ),
     Method(
         "sl.nola(size=n, rank=r)",
         "NOLA, Koohpayegani et al. 2024",
-        "s A₁A₂ᵀ, each A a sum of n random matrices",
+        r"$s A_1 A_2^{\mathsf T}$, each $A$ a sum of $n$ random matrices",
         "2*L*n",
         "published formula",
         "equal with explicit matrices, which are our own draws; with one vector a factor",
@@ -380,17 +381,17 @@ MERGED = (
     Method(
         "sl.glora(rank=r)",
         "GLoRA, Chavan et al. 2023",
-        "W₀ + W₀ ∘ A + B, b₀ + b₀ ∘ D + E + W₀C",
+        r"$W_0 + W_0 \circ A + B$, $b_0 + b_0 \circ D + E + W_0 C$",
         "L*(2*r*(do + di) + r*(di + 1) + 2*do)",
         "PEFT GLoRA",
-        "equal for every option that PEFT has, on layers with a bias; in PEFT A and B share an "
-        "option, and so do D and E",
+        "equal for every option that PEFT has, on layers with a bias; in PEFT $A$ and $B$ share "
+        "an option, and so do $D$ and $E$",
     ),
     Method(
         'sl.glora(rank=r, product="matrix", weight_to_bias="none", scale_bias="none", '
         'add_bias="none")',
         "GLoRA of LyCORIS",
-        "W₀ + W₀A + B",
+        r"$W_0 + W_0 A + B$",
         "L*r*(do + 3*di)",
         "LyCORIS GLoRA",
         "equal",
@@ -398,7 +399,7 @@ MERGED = (
     Method(
         "sl.bitfit()",
         "BitFit, Ben Zaken et al. 2022",
-        "b₀ + e",
+        r"$b_0 + e$",
         "L*do",
         "published formula",
         "equal for the biases of the adapted layers",
@@ -406,15 +407,15 @@ MERGED = (
     Method(
         "sl.ssf()",
         "SSF, Lian et al. 2022",
-        "W₀ ∘ γ1ᵀ, b₀ ∘ γ + β",
-        "L*2*do",
+        r"$W_0 \circ \gamma 1^{\mathsf T}$, $b_0 \circ \gamma + \beta$",
+        "2*L*do",
         "published formula",
         "equal after a linear layer",
     ),
     Method(
         "sl.ia3()",
         "IA³, Liu et al. 2022",
-        "W₀ ∘ l1ᵀ, b₀ ∘ l",
+        r"$W_0 \circ \ell 1^{\mathsf T}$, $b_0 \circ \ell$",
         "L*do",
         "PEFT IA³",
         "equal",
@@ -422,7 +423,7 @@ MERGED = (
     Method(
         'sl.ia3(inputs=["1.weight"])',
         "IA³, with layers whose inputs are scaled",
-        "W₀ ∘ 1lᵀ there",
+        r"$W_0 \circ 1 \ell^{\mathsf T}$ there",
         "(L - 1)*do + di",
         "PEFT IA³",
         "equal",
@@ -430,58 +431,75 @@ MERGED = (
     Method(
         "sl.repadapter(rank=r)",
         "RepAdapter, Luo et al. 2023",
-        "W₀ + W₀UV, b₀ + W₀p",
+        r"$W_0 + W_0 U V$, $b_0 + W_0 p$",
         "L*(2*r*di + di)",
         "published formula",
-        "equal without groups, with p in the place of Uc + d",
+        "equal without groups, with $p$ in the place of $Uc + d$",
     ),
     Method(
         "sl.prompt_add()",
         "a prompt added to every token",
-        "b₀ + W₀p",
+        r"$b_0 + W_0 p$",
         "L*di",
         "published formula",
         "equal; prompts that are appended, as in VPT, are something else",
     ),
 )
 METHODS = (*ADDED, *MERGED)
+# What gives the cells of a row.
+Cells = Callable[[Method], tuple[str, ...]]
 
 
-def rows(methods: Sequence[Method], update: str, settings: str) -> str:
-    """Return a table of methods, with titles for their update and their settings."""
-    lines = [
-        f"| preset | method | {update} | {settings} | parameters | here | compared with | result |",
-        "|---|---|---|---|---|--:|---|---|",
-    ]
-    for method in methods:
-        cells = (
-            f"`{method.code}`",
-            method.source,
-            method.update,
-            f"`{method.settings()}`" if "=" in method.settings() else method.settings(),
-            f"`{method.count}`",
-            f"{method.plan().num_parameters:,}",
-            method.peer,
-            method.verdict,
-        )
-        lines.append("| " + " | ".join(cells) + " |")
+def preset_text(method: Method) -> str:
+    """Return the preset's call, as a link to its page."""
+    return f"{{py:func}}`{method.code.removeprefix('sl.')} <superlora.{method.preset}>`"
+
+
+def in_tex(count: str) -> str:
+    """Return a count as mathematics: `2*L*r*(do + di)` is 2 L r (d_o + d_i)."""
+    text = re.sub(r"\b([A-Za-z])(\w)\b", r"\1_\2", count)
+    text = re.sub(r"\*\*(\d)", r"^\1", text)
+    return f"${text.replace('//', ' / ').replace('*', ' ')}$"
+
+
+def table(methods: Sequence[Method], titles: Sequence[str], cells: Cells) -> str:
+    """Return a table with a row for each method, whose cells stand below each other on phones."""
+    lines = ["{.stacked}", f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    lines += [f"| {' | '.join(cells(method))} |" for method in methods]
     return "\n".join(lines)
 
 
-def table() -> str:
-    """Return the table of the methods that add to weights."""
-    return rows(ADDED, "ΔW of a weight", "fields of `Spec`")
+def update_cells(method: Method) -> tuple[str, ...]:
+    """Return a preset with its source, what it computes, and how many parameters it trains."""
+    return f"{preset_text(method)}<br>{method.source}", method.update, in_tex(method.count)
 
 
-def operations_table() -> str:
-    """Return the table of the methods of several merge operations."""
-    return rows(MERGED, "weight, bias", "specs by operation")
+def comparison_cells(method: Method) -> tuple[str, ...]:
+    """Return what a method is compared with, and the result."""
+    return preset_text(method), method.peer, method.verdict
+
+
+def settings_cells(method: Method) -> tuple[str, ...]:
+    """Return the fields that a preset sets in the example, and its parameters there."""
+    settings = method.settings()
+    shown = f"`{settings}`" if "=" in settings else settings
+    return preset_text(method), shown, f"{method.plan().num_parameters:,}"
+
+
+def tables() -> dict[str, str]:
+    """Return the tables of the page by the names of their markers."""
+    return {
+        "methods": table(ADDED, ("preset", "ΔW of a weight", "parameters"), update_cells),
+        "operations": table(MERGED, ("preset", "weight, bias", "parameters"), update_cells),
+        "comparisons": table(METHODS, ("preset", "compared with", "result"), comparison_cells),
+        "settings": table(METHODS, ("preset", "fields", "parameters"), settings_cells),
+    }
 
 
 def main() -> None:
     """Rewrite the page's tables."""
     text = PAGE.read_text("utf-8")
-    for name, found in (("methods", table()), ("operations", operations_table())):
+    for name, found in tables().items():
         text = replaced(text, name, found)
     PAGE.write_text(text, "utf-8")
 

@@ -24,11 +24,10 @@ methods = load()
 rows = pytest.mark.parametrize("method", methods.METHODS, ids=lambda method: method.code)
 
 
-@pytest.mark.parametrize("name", ["methods", "operations"])
-def test_the_page_is_up_to_date(name):
+@pytest.mark.parametrize(("name", "table"), methods.tables().items(), ids=methods.tables())
+def test_the_page_is_up_to_date(name, table):
     page = (DOCS / "methods.md").read_text("utf-8")
-    found = {"methods": methods.table, "operations": methods.operations_table}[name]()
-    assert methods.between(page, name) == found, "run `python docs/methods.py`"
+    assert methods.between(page, name) == table, "run `python docs/methods.py`"
 
 
 def test_every_preset_has_a_row():

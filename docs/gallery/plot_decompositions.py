@@ -7,9 +7,9 @@ its three decompositions is nearest for as many parameters?
 
 .. math::
 
-   \text{CP:}\; \sum_a A_{i a} B_{j a} C_{k a} \qquad
-   \text{Tucker:}\; \sum_{a b c} G_{a b c} A_{i a} B_{j b} C_{k c} \qquad
-   \text{train:}\; \sum_{a b} G^1_{i a} G^2_{a j b} G^3_{b k}
+   \text{CP:}\; & \textstyle \sum_a A_{i a} B_{j a} C_{k a} \\
+   \text{Tucker:}\; & \textstyle \sum_{a b c} G_{a b c} A_{i a} B_{j b} C_{k c} \\
+   \text{train:}\; & \textstyle \sum_{a b} G^1_{i a} G^2_{a j b} G^3_{b k}
 
 Of rank :math:`r` they have :math:`r \sum d`, :math:`r \sum d + r^3`, and
 :math:`r (d_1 + d_3) + r^2 d_2` parameters. Each is tried on a tensor of its own kind, and on the

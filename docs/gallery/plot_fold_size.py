@@ -10,7 +10,8 @@ least sum (the inequality of arithmetic and geometric means):
 
 .. math::
 
-   r (d_1 + \dots + d_M) \ge r M N^{1/M} , \qquad d_1 \cdots d_M = N .
+   r (d_1 + \dots + d_M) \ge r M N^{1/M} \\
+   \text{where } d_1 \cdots d_M = N .
 
 For :math:`L` weights of :math:`d \times d` this gives :math:`2 L d r` for a LoRA each,
 :math:`(L + 1) d r` for one of all weights stacked, :math:`2 \sqrt L d r` for a square, and

@@ -77,7 +77,15 @@ class Operand:
 
 @dataclass(frozen=True)
 class Term:
-    """One product of a sum: its operands and their contraction."""
+    """One product of a sum.
+
+    Attributes
+    ----------
+    operands : tuple of Operand
+        The slices of the blocks that are multiplied.
+    contraction : Contraction
+        The order in which they are.
+    """
 
     operands: tuple[Operand, ...]
     contraction: Contraction

@@ -61,6 +61,8 @@ class Map(abc.ABC):
     in_place : bool
         Of the class: whether the entries of the folded tensor stay where they are, or are mapped
         mode by mode, so that one weight is made without the others.
+    is_identity : bool
+        Of the class: whether the entries are taken as they are, as by `Identity`.
 
     Notes
     -----
