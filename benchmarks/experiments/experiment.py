@@ -57,7 +57,8 @@ class Experiment:
     trials: int = 6
     even: int = 5
     seeds: tuple[int, ...] = (0, 1, 2)
-    metric: str = "test accuracy"
+    metric: str = "test accuracy"  # of which more is better
+    percent: bool = True  # how it is shown
     reference: str = "LoRA"  # the family that the others are compared with
     shown: tuple[str, ...] = ("LoRA",)  # families with a colour of their own
 

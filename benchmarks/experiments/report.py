@@ -23,21 +23,27 @@ from tables import replaced  # noqa: E402  (lies beside the docs)
 MARKERS = "osv^D<>pPX*h"
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+def shown(value: float, about: dict[str, Any]) -> str:
+    """Return a value of the metric as it is printed."""
+    return f"{100 * value:.1f}" if about["percent"] else f"{value:.3f}"
 
 
-def table(found: Sequence[Point]) -> str:
+def metric(about: dict[str, Any]) -> str:
+    """Return the metric with its unit."""
+    return f"{about['metric']}, %" if about["percent"] else str(about["metric"])
+
+
+def table(found: Sequence[Point], about: dict[str, Any]) -> str:
     """Return the Markdown table of all methods."""
     lines = [
-        "| method | parameters | test accuracy, % | rate | training, s |",
+        f"| method | parameters | {metric(about)} | rate | training, s |",
         "|---|--:|--:|--:|--:|",
     ]
     best = {point.method for point in front(found)}
     for point in found:
         name = f"**{point.method}**" if point.method in best else point.method
         lines.append(
-            f"| {name} | {point.parameters:,} | {percent(point.mean)} ± {percent(point.half)} "
+            f"| {name} | {point.parameters:,} | {shown(point.mean, about)} ± {shown(point.half, about)} "
             f"| {point.rate:.2g} | {point.seconds:.0f} |"
         )
     return "\n".join(lines)
@@ -75,24 +81,25 @@ def draw(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:
     FigureCanvasSVG(figure)
     axes = figure.add_subplot(xscale="log")
     sized = [point for point in found if point.parameters]
+    unit = 100 if about["percent"] else 1
     best = front(sized)
     axes.plot(
         [point.parameters for point in best],
-        [100 * point.mean for point in best],
+        [unit * point.mean for point in best],
         **{"color": "#cccccc", "linewidth": 5, "zorder": 0, "label": "Pareto front"},
     )
-    shown = about["shown"]
+    coloured = about["shown"]
     families = dict.fromkeys(point.family for point in sized)
-    for family in [*shown, *(name for name in families if name not in shown)]:
+    for family in [*coloured, *(name for name in families if name not in coloured)]:
         own = sorted(
             (point for point in sized if point.family == family), key=lambda p: p.parameters
         )
-        named = family in shown
-        place = shown.index(family) if named else 0
+        named = family in coloured
+        place = coloured.index(family) if named else 0
         axes.errorbar(
             [point.parameters for point in own],
-            [100 * point.mean for point in own],
-            yerr=[100 * point.half for point in own] if named else None,
+            [unit * point.mean for point in own],
+            yerr=[unit * point.half for point in own] if named else None,
             color=f"C{place % 10}" if named else "#999999",
             marker=MARKERS[place % len(MARKERS)] if named else ".",
             label=family if named else None,
@@ -104,10 +111,10 @@ def draw(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:
     axes.plot([], [], ".", color="#999999", label="others")
     for point in found:
         if not point.parameters:
-            label = f"{point.method}, {percent(point.mean)} %"
-            axes.axhline(100 * point.mean, color="#999999", linestyle=":", label=label)
+            label = f"{point.method}, {shown(point.mean, about)}"
+            axes.axhline(unit * point.mean, color="#999999", linestyle=":", label=label)
     axes.set_xlabel("trained parameters of the adapter")
-    axes.set_ylabel(f"{about['metric']}, %")
+    axes.set_ylabel(metric(about))
     figure.suptitle(about["title"], fontsize=11)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +132,7 @@ def texts() -> dict[str, str]:
         found = points(rows)
         saved = savings(found, about["reference"])
         main = [own for own in saved if own.family in about["shown"]]
-        made[f"{name}-table"] = table(found)
+        made[f"{name}-table"] = table(found, about)
         made[f"{name}-savings"] = savings_table(main)
         made[f"{name}-all-savings"] = savings_table(saved)
         made[f"{name}-environment"] = environment(about, rows)

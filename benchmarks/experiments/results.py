@@ -32,7 +32,12 @@ def write(folder: Path, name: str, own: Experiment, rows: list[Row], *, whole: b
     about = {
         **{"title": own.title, "task": own.task, "settings": dict(own.settings)},
         **{"rates": own.rates, "scales": own.scales, "trials": own.trials, "seeds": own.seeds},
-        **{"metric": own.metric, "reference": own.reference, "shown": own.shown},
+        **{
+            "metric": own.metric,
+            "percent": own.percent,
+            "reference": own.reference,
+            "shown": own.shown,
+        },
         "designs": {method.name: repr(method.design) for method in own.methods},
         "source": source_digest(own.task),
         "environment": measuring.facts(),

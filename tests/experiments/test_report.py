@@ -22,6 +22,7 @@ def made(family: str, parameters: int, mean: float) -> Point:
     return Point(f"{family} {parameters}", family, parameters, 0.01, mean, 0.004, 0.008, 3, 9.6)
 
 
+ABOUT = {"title": "own", "metric": "test accuracy", "percent": True, "shown": ["LoRA"]}
 POINTS = [made("head only", 0, 0.7), made("LoRA", 1000, 0.9), made("F", 100, 0.91)]
 
 
@@ -65,10 +66,17 @@ def test_results_are_whole(name: str) -> None:
 
 
 def test_the_table_has_the_front_in_bold() -> None:
-    lines = report.table(POINTS).splitlines()
+    lines = report.table(POINTS, ABOUT).splitlines()
     assert lines[2] == "| **head only 0** | 0 | 70.0 ± 0.8 | 0.01 | 10 |"
     assert lines[3] == "| LoRA 1000 | 1,000 | 90.0 ± 0.8 | 0.01 | 10 |"
     assert lines[4] == "| **F 100** | 100 | 91.0 ± 0.8 | 0.01 | 10 |"
+
+
+def test_a_metric_that_is_no_share_is_shown_as_it_is() -> None:
+    about = {**ABOUT, "metric": "log likelihood", "percent": False}
+    lines = report.table([made("LoRA", 1000, -3.25)], about).splitlines()
+    assert lines[0] == "| method | parameters | log likelihood | rate | training, s |"
+    assert lines[2] == "| **LoRA 1000** | 1,000 | -3.250 ± 0.008 | 0.01 | 10 |"
 
 
 @pytest.mark.parametrize(
@@ -87,9 +95,8 @@ def test_a_saving_is_said_with_its_interval(saving: Saving, said: str) -> None:
 
 def test_equal_results_are_equal_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    about = {"title": "own", "metric": "test accuracy", "shown": ["LoRA"]}
     for name in ("a", "b"):
-        report.draw(POINTS, about, tmp_path / f"{name}.svg")
+        report.draw(POINTS, ABOUT, tmp_path / f"{name}.svg")
     text = (tmp_path / "a.svg").read_text("utf-8")
     assert text == (tmp_path / "b.svg").read_text("utf-8")
     assert "<svg" in text
