@@ -114,7 +114,7 @@ def unpack(file: Path, folder: Path) -> None:
 
 
 def _data(file: Path) -> bytes:
-    """Return the archive of a package's files: the member of an `ar` archive, each after a header."""
+    """Return the archive of a package's files, which is a member of an `ar` archive."""
     content = file.read_bytes()
     start = 8
     while start < len(content):
