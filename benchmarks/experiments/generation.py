@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 import superlora.torch as slt
 
+SOURCES = (
+    "../benchmarks/experiments/generation.py",
+    "../benchmarks/experiments/text_metrics.py",
+)
 EVALUATION_BATCH = 32  # texts
 LARGEST_GRADIENT = 1.0  # Euclidean norm over the factors
 

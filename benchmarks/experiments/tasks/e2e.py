@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from smollm import cache_folder
 
-from experiments.generation import Entry, Generation, Parts, encoded, scorer
+from experiments.generation import SOURCES, Entry, Generation, Parts, encoded, scorer
 
-SOURCES = ()
+__all__ = ["SOURCES", "load"]
+
 FILES = ("trainset.csv", "devset.csv", "testset_w_refs.csv")
 COLUMNS = ("mr", "ref")
 

@@ -14,9 +14,9 @@ import torch
 from smollm import smollm, smollm_tokenizer
 from wordnet import wordnet_folder
 
-from experiments.generation import Entry, Generation, Parts, encoded, scorer
+from experiments.generation import SOURCES, Entry, Generation, Parts, encoded, scorer
 
-SOURCES = ()
+__all__ = ["SOURCES", "load"]
 
 
 @dataclass(frozen=True)

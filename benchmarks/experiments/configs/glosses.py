@@ -1,0 +1,34 @@
+"""The SuperLoRA poster's table of data to text in small: glosses of nouns from name and type.
+
+The poster adapts GPT-2 medium to the E2E NLG challenge; `e2e` is that, ready for a GPU.
+"""
+
+import superlora as sl
+from experiments.experiment import Experiment, Method, family
+
+
+def planar(rank: int) -> sl.Spec:
+    """All weights in one group, which is folded to a nearly square matrix."""
+    return sl.Spec(rank=rank, groups=1, fold="balanced")
+
+
+METHODS = [
+    Method("not adapted", "", None),
+    Method("dense", "", sl.dense()),
+    *family("LoRA", "r{rank}", sl.lora, rank=(1, 2, 4)),
+    # From an eighth of the smallest LoRA's parameters to about a third of each LoRA's.
+    *family("SuperLoRA 2-D", "r{rank}", planar, rank=(1, 3, 5, 10)),
+    *family("LoRTA 3-D", "r{rank}", sl.lorta, rank=(8, 16)),
+]
+
+EXPERIMENT = Experiment(
+    title="SmolLM2-135M on 288 WordNet glosses, query and value weights",
+    task="glosses",
+    settings={
+        **{"train": 288, "validation": 96, "test": 160, "tokens": 32},
+        **{"epochs": 1, "batch_size": 4, "generate": 50},
+    },
+    methods=METHODS,
+    rates=(1e-4, 0.1),
+    metric="test log likelihood per token",
+)
