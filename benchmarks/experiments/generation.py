@@ -15,56 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import superlora.torch as slt
+from experiments.entries import Entry, Pair, Parts, batched, encoded
 
 SOURCES = (
+    "../benchmarks/experiments/entries.py",
     "../benchmarks/experiments/generation.py",
     "../benchmarks/experiments/text_metrics.py",
 )
 EVALUATION_BATCH = 32  # texts
 LARGEST_GRADIENT = 1.0  # Euclidean norm over the factors
-
-Pair = tuple[list[int], list[int]]
-"""Tokens of a meaning representation, and those of its text with the token of the end."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A meaning representation and the texts that say it."""
-
-    meaning: str
-    texts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What is trained on, what the rate is chosen on, and what is reported."""
-
-    train: Sequence[Entry]
-    validation: Sequence[Entry]
-    test: Sequence[Entry]
-
-
-def encoded(tokenizer: Any, entries: Sequence[Entry]) -> list[Pair]:
-    """Return the tokens of each text, with those of the meaning representation it follows."""
-    pairs = [(entry.meaning, text) for entry in entries for text in entry.texts]
-    plain = {"add_special_tokens": False, "return_attention_mask": False}
-    meanings = tokenizer([f"{meaning} ->" for meaning, _ in pairs], **plain)["input_ids"]
-    texts = tokenizer([f" {text}" for _, text in pairs], **plain)["input_ids"]
-    end = [tokenizer.eos_token_id]
-    return [(meaning, text + end) for meaning, text in zip(meanings, texts, strict=True)]
-
-
-def batched(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens (n, longest), and where they count at all and where as a text's."""
-    longest = max(len(meaning) + len(text) for meaning, text in pairs)
-    tokens = torch.zeros(len(pairs), longest, dtype=torch.long)
-    used, wanted = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
-    for row, (meaning, text) in enumerate(pairs):
-        length = len(meaning) + len(text)
-        tokens[row, :length] = torch.tensor(meaning + text)
-        used[row, :length] = 1
-        wanted[row, len(meaning) : length] = True
-    return tokens, used, wanted
 
 
 @dataclass
@@ -224,8 +183,12 @@ def scorer(generate: int, meteor: bool) -> Callable[..., dict[str, float]] | Non
     """Return what scores generated texts, where any are; its packages are asked for only then."""
     if not generate:
         return None
-    from experiments import text_metrics
-
+    try:
+        from experiments import text_metrics
+    except ImportError as error:
+        raise ImportError(
+            f"generate must be 0 without the extra `experiments`: got {generate}; {error}"
+        ) from error
     if not meteor:
         return text_metrics.scores
     from wordnet import wordnet_folder

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import gzip
-import io
 import math
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +17,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import torch
-import wordnet
-from experiments import generation, tasks
+from experiments import tasks
+from experiments.entries import Entry, encoded
 from experiments.experiment import experiment
-from experiments.generation import Entry, Generation
+from experiments.generation import Generation
 from experiments.tasks import e2e, glosses
 
 import superlora as sl
-from superlora.demo.fetch import FetchError
 
 LICENCE = "  1 This software and database is being provided to you.  \n"
 ROAD, LANE, HESSE = (
@@ -191,7 +187,7 @@ def test_all_names_of_a_synset_count() -> None:
 
 def test_the_loss_is_on_the_tokens_of_the_text_alone(data: Path, language_model: Path) -> None:
     own = task(data, language_model)
-    pairs = generation.encoded(own.tokenizer, own.parts(0).train)
+    pairs = encoded(own.tokenizer, own.parts(0).train)
     expected = []
     for meaning, text in pairs:
         assert own.tokenizer.decode(meaning).endswith("] ->")
@@ -283,6 +279,33 @@ def test_texts_of_a_batch_are_those_of_each_greedily(data: Path, language_model:
     assert any(expected)
 
 
+def test_generated_texts_are_scored_with_the_references_of_their_meaning(
+    data: Path, language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("nltk", "pycocoevalcap", "sacrebleu"):
+        pytest.importorskip(package)
+    own = task(data, language_model, generate=2, meteor=False, decoding={"num_beams": 2})
+    entries = own.parts(0).test
+    texts = own.texts([entry.meaning for entry in entries], 8)
+    assert [type(text) for text in texts] == [str, str]
+    right = {entry.meaning: entry.texts[-1] for entry in entries}
+    monkeypatch.setattr(own, "texts", lambda meanings, longest: [right[own] for own in meanings])
+    found = own.measure(None, rate=0.0, scale=1.0, seed=0)
+    assert (found["bleu"], found["rouge_l"]) == pytest.approx((100, 100))
+    assert {"nist", "cider"} < set(found)
+    assert "meteor" not in found
+
+
+def test_texts_are_not_generated_without_the_packages_that_score_them(
+    data: Path, language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "experiments.text_metrics", raising=False)
+    monkeypatch.delattr(sys.modules["experiments"], "text_metrics", raising=False)
+    monkeypatch.setitem(sys.modules, "nltk", None)
+    with pytest.raises(ImportError, match=r"generate must be 0 without the extra .*: got 1; "):
+        task(data, language_model, generate=1)
+
+
 def test_glosses_from_end_to_end(
     language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,62 +348,3 @@ def test_the_sizes_of_the_methods(name: str, shapes: dict[str, tuple[int, int]])
     for mine, rank in ((3, 1), (5, 2), (10, 4)):
         share = sizes[f"SuperLoRA 2-D r{mine}"] / sizes[f"LoRA r{rank}"]
         assert 0.3 < share < 0.4
-
-
-# WordNet's package
-
-
-def package(folder: Path) -> Path:
-    """Write a Debian package of two files, as `dpkg-deb` lays one out."""
-    content = io.BytesIO()
-    page = gzip.compress(b".TH LEXNAMES\n00\tadj.all\tall adjective\n01\tnoun.act\tacts\n")
-    with tarfile.open(fileobj=content, mode="w:xz") as archive:
-        for name, own in (
-            (f"./{wordnet.DATA}data.noun", b"nouns"),
-            (f"./{wordnet.LEXNAMES}", page),
-        ):
-            member = tarfile.TarInfo(name)
-            member.size = len(own)
-            archive.addfile(member, io.BytesIO(own))
-    file = folder / "wordnet-base_1%3a0_all.deb"
-    parts = (
-        ("debian-binary", b"2.0\n"),
-        ("control.tar.xz", b"odd"),
-        ("data.tar.xz", content.getvalue()),
-    )
-    with file.open("wb") as out:
-        out.write(b"!<arch>\n")
-        for name, own in parts:
-            out.write(f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(own):<10}`\n".encode())
-            out.write(own + b"\n" * (len(own) % 2))
-    return file
-
-
-def test_the_package_is_read_from_the_cache_and_unpacked_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import hashlib
-
-    monkeypatch.setenv("SUPERLORA_CACHE", str(tmp_path))
-    digest = hashlib.sha256(package(tmp_path).read_bytes()).hexdigest()
-    own = wordnet.Package("wordnet-base", "1:0", digest)
-    folder = wordnet.wordnet_folder(own)
-    assert (folder / "data.noun").read_bytes() == b"nouns"
-    assert (folder / "lexnames").read_text() == "00\tadj.all\t3\n01\tnoun.act\t1\n"
-    package(tmp_path).unlink()
-    assert wordnet.wordnet_folder(own) == folder
-
-
-def test_a_package_that_cannot_be_had_is_one_line_that_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = wordnet.Package("wordnet-base", "1:0", "0" * 64)
-    monkeypatch.setattr(wordnet.shutil, "which", lambda name: None)
-    with pytest.raises(FetchError, match=r"can't fetch wordnet-base 1:0: .* no apt-get") as raised:
-        wordnet.fetched(own, tmp_path)
-    assert "\n" not in str(raised.value)
-
-    monkeypatch.setattr(wordnet, "_download", lambda own, file: package(file.parent))
-    with pytest.raises(FetchError, match=r"wordnet-base 1:0: sha256 must be 0000.*, got "):
-        wordnet.fetched(own, tmp_path)
-    assert not list(tmp_path.iterdir())

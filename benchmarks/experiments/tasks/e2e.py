@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from smollm import cache_folder
 
-from experiments.generation import SOURCES, Entry, Generation, Parts, encoded, scorer
+from experiments.entries import Entry, Parts, encoded
+from experiments.generation import SOURCES, Generation, scorer
 
 __all__ = ["SOURCES", "load"]
 

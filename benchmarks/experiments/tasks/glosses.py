@@ -14,7 +14,8 @@ import torch
 from smollm import smollm, smollm_tokenizer
 from wordnet import wordnet_folder
 
-from experiments.generation import SOURCES, Entry, Generation, Parts, encoded, scorer
+from experiments.entries import Entry, Parts, encoded
+from experiments.generation import SOURCES, Generation, scorer
 
 __all__ = ["SOURCES", "load"]
 
