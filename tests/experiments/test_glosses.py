@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-pytest.importorskip("experiments")  # no part of an installed package
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -88,7 +86,10 @@ SETTINGS: dict[str, Any] = {"tokens": 96, "epochs": 6, "batch_size": 2}
 
 
 def task(data: Path, model: Path, **changes: Any) -> Generation:
-    return e2e.load(data=str(data), model=str(model), **{**SETTINGS, **changes})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUPERLORA_E2E", str(data))
+        patch.setenv("SUPERLORA_LM", str(model))
+        return e2e.load(**{**SETTINGS, **changes})
 
 
 # Readers
@@ -140,10 +141,12 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path, text: str, message:
 def test_folders_counts_and_lengths_that_do_not_fit_are_refused(
     data: Path, language_model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"data must be a folder of the E2E .* got no trainset.c"):
+    with pytest.raises(ValueError, match=r"SUPERLORA_E2E must .* of the E2E .* got no trainset.c"):
         task(tmp_path, language_model)
-    with pytest.raises(ValueError, match=r"model must be a folder of a causal .* no config.json"):
+    with pytest.raises(ValueError, match=r"SUPERLORA_LM must .* of a causal .* no config.json"):
         task(data, tmp_path)
+    with pytest.raises(ValueError, match=r"SUPERLORA_E2E must name a folder of .*: got none"):
+        task("", language_model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"tokens must be at least \d+ for trainset.csv: got 9"):
         task(data, language_model, tokens=9)
     with pytest.raises(ValueError, match=r"test must be in \[1, 2\], or None: got 3"):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-pytest.importorskip("experiments")  # no part of an installed package
 pytest.importorskip("nltk")
 pytest.importorskip("pycocoevalcap")
 pytest.importorskip("sacrebleu")

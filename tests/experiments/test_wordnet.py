@@ -5,14 +5,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-pytest.importorskip("experiments")  # no part of an installed package
 pytest.importorskip("torch")
 
 import wordnet

@@ -4,13 +4,8 @@ The poster adapts GPT-2 medium to the E2E NLG challenge; `e2e` is that, ready fo
 """
 
 import superlora as sl
+from experiments.configs.families import cubic, planar
 from experiments.experiment import Experiment, Method, family
-
-
-def planar(rank: int) -> sl.Spec:
-    """All weights in one group, which is folded to a nearly square matrix."""
-    return sl.Spec(rank=rank, groups=1, fold="balanced")
-
 
 METHODS = [
     Method("not adapted", "", None),
@@ -18,7 +13,7 @@ METHODS = [
     *family("LoRA", "r{rank}", sl.lora, rank=(1, 2, 4)),
     # From an eighth of the smallest LoRA's parameters to about a third of each LoRA's.
     *family("SuperLoRA 2-D", "r{rank}", planar, rank=(1, 3, 5, 10)),
-    *family("LoRTA 3-D", "r{rank}", sl.lorta, rank=(8, 16)),
+    *family("LoRTA 3-D", "r{rank}", cubic, rank=(8, 16)),
 ]
 
 EXPERIMENT = Experiment(
@@ -31,4 +26,5 @@ EXPERIMENT = Experiment(
     methods=METHODS,
     rates=(1e-4, 0.1),
     metric="test log likelihood per token",
+    shown=("LoRA", "SuperLoRA 2-D", "LoRTA 3-D"),
 )

@@ -1,18 +1,20 @@
-"""The E2E NLG dataset in its own files, with any causal language model in a folder.
+"""The E2E NLG dataset with any causal language model of transformers: for a machine with a GPU.
 
-Both folders are the user's, named by their place in the cache folder or by a whole path.
+The data are the dataset's own CSV files in a folder, the model a folder as transformers writes it,
+such as GPT-2 medium with its tokenizer. Nothing of them is downloaded: `SUPERLORA_E2E` and
+`SUPERLORA_LM` name the two folders.
 """
 
 from __future__ import annotations
 
 import csv
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from smollm import cache_folder
 
 from experiments.entries import Entry, Parts, encoded
 from experiments.generation import SOURCES, Generation, scorer
@@ -49,13 +51,15 @@ def read(path: Path) -> list[Entry]:
     return [Entry(meaning, tuple(own)) for meaning, own in texts.items()]
 
 
-def folder_with(name: str, argument: str, files: Sequence[str], what: str) -> Path:
-    """Return a folder, by its place in the cache folder, that must hold some files."""
-    folder = cache_folder() / name
+def folder_of(variable: str, files: Sequence[str], what: str) -> Path:
+    """Return the folder that a variable of the environment names, which must hold some files."""
+    if not os.environ.get(variable):
+        raise ValueError(f"{variable} must name a folder of {what}: got none")
+    folder = Path(os.environ[variable])
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise ValueError(
-            f"{argument} must be a folder of {what}: expected {', '.join(files)}, "
+            f"{variable} must name a folder of {what}: expected {', '.join(files)}, "
             f"got no {', '.join(missing)} in {folder}"
         )
     return folder
@@ -81,29 +85,28 @@ def query_and_value(model: Any) -> Any:
 
 def load(
     *,
-    data: str,
-    model: str,
     tokens: int,
     train: int | None = None,
     validation: int | None = None,
     test: int | None = None,
     targets: Sequence[str] | None = None,
-    device: str = "cpu",
     generate: int = 0,
     meteor: bool = True,
     **training: Any,
 ) -> Generation:
-    """Return the task. Counts are of meaning representations; a text has all its references.
+    """Return the task, on a GPU where there is one.
 
-    `tokens` bounds the length of a meaning representation with a text; all must fit.
+    The counts are of meaning representations, each with all its references; None is all. `tokens`
+    bounds the length of a meaning representation with a text; all must fit.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = folder_with(data, "data", FILES, "the E2E NLG dataset")
-    base = folder_with(model, "model", ["config.json"], "a causal language model of transformers")
+    place = folder_of("SUPERLORA_E2E", FILES, "the E2E NLG dataset")
+    base = folder_of("SUPERLORA_LM", ["config.json"], "a causal language model")
     scores = scorer(generate, meteor)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    own = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
     files = [read(place / name) for name in FILES]
     for name, entries in zip(FILES, files, strict=True):
         longest = max(len(first) + len(text) for first, text in encoded(tokenizer, entries))
@@ -121,7 +124,7 @@ def load(
         )
 
     return Generation(
-        *(own, tokenizer, parts, query_and_value(own) if targets is None else list(targets)),
+        *(model, tokenizer, parts, query_and_value(model) if targets is None else list(targets)),
         **{"generate": generate, "scores": scores},
         **training,
     )
