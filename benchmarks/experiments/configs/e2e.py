@@ -6,8 +6,8 @@ clipped here.
 """
 
 import superlora as sl
-from experiments.configs.families import cubic, planar
 from experiments.experiment import Experiment, Method, family
+from experiments.families import cubic, planar
 
 METHODS = [
     Method("dense", "", sl.dense()),
@@ -29,5 +29,6 @@ EXPERIMENT = Experiment(
     methods=METHODS,
     rates=(2e-5, 2e-2),
     metric="test log likelihood per token",
+    percent=False,
     shown=("LoRA", "SuperLoRA 2-D", "LoRTA 3-D"),
 )

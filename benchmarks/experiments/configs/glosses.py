@@ -4,8 +4,8 @@ The poster adapts GPT-2 medium to the E2E NLG challenge; `e2e` is that, ready fo
 """
 
 import superlora as sl
-from experiments.configs.families import cubic, planar
 from experiments.experiment import Experiment, Method, family
+from experiments.families import cubic, planar
 
 METHODS = [
     Method("not adapted", "", None),
@@ -26,5 +26,6 @@ EXPERIMENT = Experiment(
     methods=METHODS,
     rates=(1e-4, 0.1),
     metric="test log likelihood per token",
+    percent=False,
     shown=("LoRA", "SuperLoRA 2-D", "LoRTA 3-D"),
 )
