@@ -2,7 +2,8 @@
 
 The seeds decide the data of a run besides its start, for all methods alike. The runs of the chosen
 rates are a two-way layout without repetition, y = method + seed + rest, and the standard error of
-a method's mean comes from the rest alone, pooled over the methods.
+a method's mean comes from the rest alone, pooled over the methods. A method that spreads far more
+than the others, as one does whose training fails for a seed, is not pooled: its error is its own.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from scipy import stats
 from scipy.optimize import isotonic_regression
 
 CONFIDENCE = 0.95
+ALONE = 1e-4  # the chance at which a method's variance is no longer taken for that of the others
 DRAWS = 4000
 
 
 @dataclass(frozen=True)
 class Point:
-    """A method's mean over the seeds; `error` is its standard error, `half` half its interval."""
+    """A method's mean over the seeds; `error` is its standard error, `half` half its interval.
+
+    `pooled` says whether they are those of all methods, or the method's own.
+    """
 
     method: str
     family: str
@@ -33,6 +38,7 @@ class Point:
     half: float
     seeds: int
     seconds: float
+    pooled: bool = True
 
 
 def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
@@ -45,14 +51,11 @@ def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
     if missing:
         raise ValueError(f"every method must have a run of every seed: {missing} have none")
     values = numpy.array([[found[m, s]["test"] for s in seeds] for m in methods])
-    freedom = (len(methods) - 1) * (len(seeds) - 1)
-    rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
-    error = half = math.nan
-    if freedom:
-        error = math.sqrt(float((rest**2).sum()) / freedom / len(seeds))
-        half = error * float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
+    errors, freedoms = _errors(values)
     made = []
-    for method, own in zip(methods, values, strict=True):
+    for place, (method, own) in enumerate(zip(methods, values, strict=True)):
+        freedom = freedoms[place]
+        quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) if freedom else math.nan
         first = found[method, seeds[0]]
         seconds = sum(found[method, seed]["seconds"] for seed in seeds) / len(seeds)
         made.append(
@@ -62,13 +65,41 @@ def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
                 int(first["parameters"]),
                 float(first["rate"]),
                 float(own.mean()),
-                error,
-                half,
+                errors[place],
+                errors[place] * quantile,
                 len(seeds),
                 seconds,
+                pooled=freedom == max(freedoms),
             )
         )
     return made
+
+
+def _errors(values: Any) -> tuple[list[float], list[int]]:
+    """Return the standard errors of the methods' means, and their degrees of freedom."""
+    count, seeds = values.shape
+    errors, freedoms = [math.nan] * count, [0] * count
+    together = list(range(count))
+    while len(together) > 1 and seeds > 1:
+        own = values[together]
+        rest = own - own.mean(1, keepdims=True) - own.mean(0) + own.mean()
+        squares = (rest**2).sum(1)
+        worst = int(squares.argmax())
+        others = (len(together) - 2) * (seeds - 1)
+        ratio = others * squares[worst] / (squares.sum() - squares[worst]) if others else 0.0
+        ratio /= seeds - 1
+        # Of so many methods one is the worst: the chance is shared among them.
+        if others and stats.f.sf(ratio, seeds - 1, others) < ALONE / len(together):
+            alone = together.pop(worst)
+            errors[alone] = float(values[alone].std(ddof=1)) / math.sqrt(seeds)
+            freedoms[alone] = seeds - 1
+            continue
+        freedom = (len(together) - 1) * (seeds - 1)
+        for place in together:
+            errors[place] = math.sqrt(float(squares.sum()) / freedom / seeds)
+            freedoms[place] = freedom
+        break
+    return errors, freedoms
 
 
 def front(found: Iterable[Point]) -> list[Point]:

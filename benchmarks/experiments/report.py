@@ -42,7 +42,9 @@ def table(found: Sequence[Point], about: dict[str, Any]) -> str:
     best = {point.method for point in front(found)}
     for point in found:
         name = f"**{point.method}**" if point.method in best else point.method
-        value = f"{shown(point.mean, about)} ± {shown(point.half, about)}"
+        value = (
+            f"{shown(point.mean, about)} ± {shown(point.half, about)}{'' if point.pooled else '†'}"
+        )
         lines.append(
             f"| {name} | {point.parameters:,} | {value} | {point.rate:.2g} | {point.seconds:.0f} |"
         )

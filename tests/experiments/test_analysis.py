@@ -42,6 +42,21 @@ def test_the_interval_is_that_of_a_two_way_layout() -> None:
     assert points(rows)[0].half == pytest.approx(expected)
 
 
+def test_a_method_that_fails_for_a_seed_does_not_widen_the_others_intervals() -> None:
+    generator = numpy.random.default_rng(0)
+    values = 0.8 + 0.01 * generator.standard_normal((10, 3))
+    rows = [row(f"m{m}", s, values[m, s]) for m in range(10) for s in range(3)]
+    whole = points(rows)
+    assert all(own.pooled for own in whole)
+    failed = [row("f", s, value) for s, value in enumerate((0.8, 0.1, 0.79))]
+    found = points([*rows, *failed])
+    assert [own.half for own in found[:10]] == pytest.approx([own.half for own in whole])
+    own = numpy.array([0.8, 0.1, 0.79])
+    assert not found[10].pooled
+    assert found[10].error == pytest.approx(own.std(ddof=1) / math.sqrt(3))
+    assert found[10].half == pytest.approx(4.302652729911275 * found[10].error)
+
+
 def test_trials_that_were_not_chosen_do_not_count() -> None:
     rows = [row("a", 0, 0.5), row("b", 0, 0.6), row("b", 0, 0.9, chosen=False)]
     assert [own.mean for own in points(rows)] == [0.5, 0.6]
