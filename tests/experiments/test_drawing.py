@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy
 import pytest
-import torch
 
-import superlora as sl
-from superlora.demo.data import Images
+torch = pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
 
-REPOSITORY = Path(__file__).parent.parent.parent
+import superlora as sl  # noqa: E402
+from superlora.demo.data import Images  # noqa: E402
+
+REPOSITORY = Path(__file__).parents[2]
 SIDE = 8
 SETTINGS: dict[str, Any] = {
     **{"judged": 100, "train": 100, "validation": 50, "test": 100},
