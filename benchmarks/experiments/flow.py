@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 from superlora.demo.data import Images
 from superlora.demo.train import LARGEST_GRADIENT, rate_share
@@ -21,6 +22,7 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 SAMPLING_BATCH = 100  # images
+MEMORY = 0.995  # of the running mean of weights, about 200 steps
 
 
 def scaled(pixels: Tensor) -> Tensor:
@@ -107,17 +109,14 @@ def sample(model: Velocity, labels: Tensor, *, side: int, steps: int, seed: int)
     return ((images.squeeze(1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def pretrain(model: nn.Module, digits: Images, course: Course, **options: Any) -> None:
-    """Train a model, and leave it with the running mean of its weights, frozen."""
-    mean = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
-    )
-    seen = options.pop("after_step", lambda step, loss: None)
+def pretrain(model: nn.Module, digits: Images, course: Course, *, seed: int) -> None:
+    """Train a model, and leave it with the running mean of its weights."""
+    mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(MEMORY))
+    with tqdm(total=course.steps, desc="pre-training", disable=None) as bar:
 
-    def after(step: int, loss: float) -> None:
-        mean.update_parameters(model)
-        seen(step, loss)
+        def after(step: int, loss: float) -> None:
+            mean.update_parameters(model)
+            bar.update()
 
-    train(model, list(model.parameters()), digits, course, after_step=after, **options)
+        train(model, list(model.parameters()), digits, course, seed=seed, after_step=after)
     model.load_state_dict(mean.module.state_dict())
-    model.requires_grad_(False).eval()

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
 
-import superlora as sl  # noqa: E402
-from superlora.demo.data import Images  # noqa: E402
+import torch
+from experiments import drawing_figure, flow
+from experiments.judge import frechet_distance, recognised
+from experiments.tasks import drawing
 
-REPOSITORY = Path(__file__).parents[2]
+import superlora as sl
+from superlora.demo.data import Images
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 8
 SETTINGS: dict[str, Any] = {
     **{"judged": 100, "train": 100, "validation": 50, "test": 100},
@@ -26,24 +30,6 @@ SETTINGS: dict[str, Any] = {
     **{"steps": 20, "batch_size": 16, "drawn": 8, "sampler_steps": 3},
 }
 RUN: dict[str, Any] = {"rate": 1e-2, "scale": 1.0, "seed": 0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Any]:
-    """Return a function that imports a module of the experiments; the cache is empty."""
-    if not (REPOSITORY / "benchmarks").is_dir():
-        pytest.skip("the benchmarks are not part of an installed package")
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    monkeypatch.setenv("SUPERLORA_CACHE", str(tmp_path))
-    return lambda name: importlib.import_module(f"experiments.{name}")
 
 
 def made_digits() -> Images:
@@ -58,11 +44,12 @@ def made_digits() -> Images:
 
 
 @pytest.fixture
-def task(module: Callable[[str], Any]) -> Any:
-    return module("tasks.drawing").load(**SETTINGS, digits=made_digits())
+def task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> drawing.Drawing:
+    monkeypatch.setenv("SUPERLORA_CACHE", str(tmp_path))
+    return drawing.load(**SETTINGS, digits=made_digits())
 
 
-def test_measure_trains_every_design_and_leaves_the_model_as_it_was(task: Any) -> None:
+def test_measure_trains_every_design_and_leaves_the_model_as_it_was(task: drawing.Drawing) -> None:
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     rows = {
         name: task.measure(design, **RUN)
@@ -90,17 +77,17 @@ def test_measure_trains_every_design_and_leaves_the_model_as_it_was(task: Any) -
     assert task.measure(sl.lora(rank=2), **RUN) | {"seconds": 0} == rows["lora"] | {"seconds": 0}
 
 
-def test_a_training_that_diverges_counts_as_guessing(
-    task: Any, module: Callable[[str], Any]
-) -> None:
+def test_a_training_that_diverges_counts_as_guessing(task: drawing.Drawing) -> None:
     row = task.measure(sl.dense(), rate=1e6, scale=1.0, seed=0)
     assert row["diverged"]
-    guess = module("tasks.drawing").guess_loss(task.parts(0).validation)
+    guess = drawing.guess_loss(task.parts(0).validation)
     assert row["validation"] == -guess
     assert numpy.isfinite(row["test"])
 
 
-def test_new_digits_have_the_old_labels_and_no_part_has_another_s_images(task: Any) -> None:
+def test_new_digits_have_the_old_labels_and_no_part_has_another_s_images(
+    task: drawing.Drawing,
+) -> None:
     parts = task.parts(0)
     seen: list[bytes] = []
     for part, size in ((parts.train, 50), (parts.validation, 25), (parts.test, 50)):
@@ -114,10 +101,7 @@ def test_new_digits_have_the_old_labels_and_no_part_has_another_s_images(task: A
     assert len(set(seen)) == len(seen)
 
 
-def test_weights_are_trained_once(
-    task: Any, module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawing = module("tasks.drawing")
+def test_weights_are_trained_once(task: drawing.Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
     monkeypatch.setattr(drawing, "pretrain", lambda *args, **options: trained.append("unet"))
     monkeypatch.setattr(drawing, "train_judge", lambda *args, **options: trained.append("judge"))
@@ -131,14 +115,13 @@ def test_weights_are_trained_once(
     assert trained == ["unet"]
 
 
-def test_the_judge_knows_what_it_learned(task: Any, module: Callable[[str], Any]) -> None:
+def test_the_judge_knows_what_it_learned(task: drawing.Drawing) -> None:
     test = task.parts(0).test
     real = Images(test.pixels, test.labels + 5)
-    assert module("judge").recognised(task.judge, real) > 0.9
+    assert recognised(task.judge, real) > 0.9
 
 
-def test_exact_velocities_give_no_loss_and_lead_to_the_image(module: Callable[[str], Any]) -> None:
-    flow = module("flow")
+def test_exact_velocities_give_no_loss_and_lead_to_the_image() -> None:
     pixels = made_digits().pixels[:3]
     image, labels = flow.scaled(pixels), torch.arange(3)
 
@@ -153,14 +136,14 @@ def test_exact_velocities_give_no_loss_and_lead_to_the_image(module: Callable[[s
     assert torch.equal(flow.sample(exact, labels, side=SIDE, steps=4, seed=0), pixels)
 
 
-def test_drawings_depend_on_the_seed_alone(task: Any, module: Callable[[str], Any]) -> None:
+def test_drawings_depend_on_the_seed_alone(task: drawing.Drawing) -> None:
     options: dict[str, Any] = {"side": SIDE, "steps": 3}
     labels = torch.arange(5)
     torch.manual_seed(1)
-    first = module("flow").sample(task.model, labels, **options, seed=0)
+    first = flow.sample(task.model, labels, **options, seed=0)
     torch.manual_seed(2)
-    assert torch.equal(first, module("flow").sample(task.model, labels, **options, seed=0))
-    assert not torch.equal(first, module("flow").sample(task.model, labels, **options, seed=1))
+    assert torch.equal(first, flow.sample(task.model, labels, **options, seed=0))
+    assert not torch.equal(first, flow.sample(task.model, labels, **options, seed=1))
 
 
 def sample_of(mean: list[float], covariance: list[list[float]], seed: int) -> numpy.ndarray:
@@ -172,27 +155,23 @@ def sample_of(mean: list[float], covariance: list[list[float]], seed: int) -> nu
     return white @ numpy.linalg.cholesky(numpy.array(covariance)).T + mean
 
 
-def test_frechet_distance_of_known_gaussians(module: Callable[[str], Any]) -> None:
-    distance = module("judge").frechet_distance
+def test_frechet_distance_of_known_gaussians() -> None:
     first = sample_of([0, 0], [[1, 0], [0, 4]], seed=0)
     # 3² + 4² between the means, (1 - 3)² + (2 - 1)² between the standard deviations.
-    assert distance(first, sample_of([3, 4], [[9, 0], [0, 1]], seed=1)) == pytest.approx(30)
-    assert distance(first, first) == pytest.approx(0, abs=1e-8)
+    assert frechet_distance(first, sample_of([3, 4], [[9, 0], [0, 1]], seed=1)) == pytest.approx(30)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-8)
     # C₁ C₂ = [[2, 4], [1, 8]], whose root's trace is √(trace + 2 √determinant) = √(10 + 2 √12).
     first = sample_of([1, 0], [[2, 1], [1, 2]], seed=2)
     other = sample_of([1, 0], [[1, 0], [0, 4]], seed=3)
-    assert distance(first, other) == pytest.approx(9 - 2 * (10 + 2 * 12**0.5) ** 0.5)
+    assert frechet_distance(first, other) == pytest.approx(9 - 2 * (10 + 2 * 12**0.5) ** 0.5)
 
 
-def test_the_picture_has_a_panel_for_each_design(
-    task: Any, module: Callable[[str], Any], tmp_path: Path
-) -> None:
-    made = module("drawing_figure")
+def test_the_picture_has_a_panel_for_each_design(task: drawing.Drawing, tmp_path: Path) -> None:
     tiles = torch.arange(6).view(6, 1, 1).expand(6, 2, 2)
-    assert made.mosaic(tiles, 3)[::2, ::2].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert drawing_figure.mosaic(tiles, 3)[::2, ::2].tolist() == [[0, 1, 2], [3, 4, 5]]
     panels = [("not adapted", None, 0.0), ("LoRA", sl.lora(rank=1), 1e-2)]
-    figure = made.drawings(task, panels, seed=0, each=2)
+    figure = drawing_figure.drawings(task, panels, seed=0, each=2)
     assert [axes.get_title() for axes in figure.axes] == ["real", "not adapted", "LoRA"]
     assert figure.axes[0].images[0].get_array().shape == (5 * SIDE, 2 * SIDE)
-    made.save(figure, tmp_path / "drawings.png")
+    drawing_figure.save(figure, tmp_path / "drawings.png")
     assert (tmp_path / "drawings.png").stat().st_size > 0

@@ -42,6 +42,6 @@ EXPERIMENT = Experiment(
         **{"steps": 300, "batch_size": 32, "drawn": 100, "sampler_steps": 15},
     },
     methods=METHODS,
-    rates=(5e-4, 0.2),
+    rates=(2e-4, 0.2),
     metric="minus the Fréchet distance",
 )

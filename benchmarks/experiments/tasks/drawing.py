@@ -16,17 +16,20 @@ from typing import Any
 import torch
 from smollm import cache_folder
 
+from experiments.classification import Diverged, attached
 from experiments.flow import Course, held_out_loss, pretrain, sample, scaled, train
 from experiments.judge import Judge, features_of, frechet_distance, recognised, train_judge
 from experiments.trained import trained
-from experiments.training import Diverged, attached
 from experiments.unet import ADAPTED, UNet
 from superlora.demo.data import Images, Labelled, read_digits, split
 from superlora.demo.fetch import MNIST, fetch
 
 UNET_SOURCES = ("unet.py", "flow.py", "demo/train.py")
 JUDGE_SOURCES = ("judge.py", "flow.py", "demo/train.py")
-SOURCES = (*UNET_SOURCES, *JUDGE_SOURCES, "trained.py", "demo/data.py")
+SOURCES = (
+    *("unet.py", "judge.py", "flow.py", "trained.py", "classification.py"),
+    *("demo/data.py", "demo/train.py"),
+)
 OLD = 5  # digits that the U-Net is pre-trained on; as many are new
 DRAWING_SEED = 1000  # of the noise that is drawn from, plus the seed
 
