@@ -37,7 +37,7 @@ EXPERIMENT = Experiment(
     settings={
         # In images of ten digits, half of which are new.
         **{"judged": 2000, "train": 1000, "validation": 500, "test": 1480},
-        "pretraining": {"steps": 4000, "batch_size": 64, "rate": 2e-3},
+        "pretraining": {"steps": 2500, "batch_size": 64, "rate": 2e-3},
         "judging": {"steps": 600, "batch_size": 64, "rate": 3e-3},
         **{"steps": 300, "batch_size": 32, "drawn": 100, "sampler_steps": 15},
     },
