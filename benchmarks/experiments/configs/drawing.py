@@ -2,33 +2,18 @@
 
 import superlora as sl
 from experiments.experiment import Experiment, Method, family
+from experiments.families import cubic, planar, projected
 from superlora import maps
-
-
-def planar(rank: int, **changes: object) -> sl.Spec:
-    """All weights in one group, which is folded to a nearly square matrix."""
-    return sl.Spec(rank=rank, groups=1, fold="balanced", **changes)  # type: ignore[arg-type]
-
-
-MAPS = {"fastfood": maps.Fastfood(), "one-hot": maps.OneHot()}
 
 METHODS = [
     Method("not adapted", "", None),
-    Method("dense", "", sl.dense()),
     *family("LoRA", "r{rank}", sl.lora, rank=(1, 2, 4, 8)),
     *family("SuperLoRA 2-D", "r{rank}", planar, rank=(1, 4, 8, 16, 32)),
-    *family("LoRTA 3-D", "r{rank}", lambda rank: sl.lorta(rank=rank, groups=1), rank=(8, 16, 32)),
+    *family("LoRTA 3-D", "r{rank}", cubic, rank=(8, 16, 32)),
+    *projected("fastfood", maps.Fastfood(), (0.5, 0.1, 0.02)),
+    *projected("one-hot", maps.OneHot(), (0.5, 0.1, 0.02)),
     *family("LoKr", "r{rank}", sl.lokr, rank=(2, 8)),
-    *[
-        made
-        for name, own in MAPS.items()
-        for made in family(
-            f"2-D r32, {name}",
-            "ρ {ratio}",
-            lambda ratio, own=own: planar(32, map=own, ratio=ratio),
-            ratio=(0.5, 0.25, 0.1),
-        )
-    ],
+    Method("dense", "", sl.dense()),
 ]
 
 EXPERIMENT = Experiment(
@@ -44,4 +29,6 @@ EXPERIMENT = Experiment(
     methods=METHODS,
     rates=(2e-4, 0.2),
     metric="minus the Fréchet distance",
+    percent=False,
+    shown=("LoRA", "SuperLoRA 2-D", "LoRTA 3-D", "2-D r8, fastfood", "2-D r8, one-hot", "LoKr"),
 )
