@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import concurrent.futures
 import hashlib
 import json
@@ -17,6 +16,7 @@ from typing import Any
 
 import superlora
 from experiments import tasks
+from experiments.digest import code_digest
 from experiments.experiment import Experiment, Method, experiment
 
 Row = dict[str, Any]
@@ -32,19 +32,12 @@ def source_digest(task: str) -> str:
     package = Path(superlora.__file__).parent
     files = [HERE / "tasks" / f"{task}.py", HERE / "classification.py"]
     for name in (*SOURCES, *tasks.module(task).SOURCES):
-        own = package / name
+        own = HERE / name if (HERE / name).exists() else package / name
         found = [own] if own.is_file() else own.rglob("*.py")
         files += [
-            file for file in sorted(found) if not set(UNUSED) & set(file.relative_to(package).parts)
+            file for file in sorted(found) if not set(UNUSED) & set(file.relative_to(own).parts)
         ]
-    digest = hashlib.sha256()
-    for file in files:
-        tree = ast.parse(file.read_text("utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value.value = None  # a docstring
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:16]
+    return code_digest(files)
 
 
 @dataclass

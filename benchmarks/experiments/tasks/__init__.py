@@ -1,6 +1,7 @@
 """Models and data: each module has `load(**settings)`, which returns a `Task`.
 
-`SOURCES` of a module names the files of superlora that its runs depend on besides.
+`SOURCES` of a module names the files that its runs depend on besides, of this package's folder or
+of superlora.
 """
 
 from __future__ import annotations

@@ -1,0 +1,62 @@
+"""Drawings of several designs side by side, beside real digits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from experiments.tasks.drawing import Drawing
+from superlora.demo.data import Images
+
+Panel = tuple[str, Any, float]
+"""A title, a design or None, and its learning rate."""
+
+
+def drawings(task: Drawing, panels: Sequence[Panel], *, seed: int, each: int) -> Figure:
+    """Return real digits and each design's drawings from one noise, a row for each digit."""
+    found = {"real": first_of_each(task.parts(seed).test, each)}
+    for title, design, rate in panels:
+        drawn = task.draw(design, rate=rate, scale=1.0, seed=seed, each=each)
+        found[title] = mosaic(drawn.pixels, each)
+    return figure(found)
+
+
+def first_of_each(images: Images, each: int) -> Tensor:
+    """Return so many images of each label as a mosaic."""
+    rows = [images.pixels[images.labels == label][:each] for label in images.labels.unique()]
+    return mosaic(torch.cat(rows), each)
+
+
+def mosaic(pixels: Tensor, columns: int) -> Tensor:
+    """Return images (rows · columns, side, side) as one image, row by row."""
+    tiles = pixels.unflatten(0, (-1, columns)).transpose(1, 2)
+    whole: Tensor = tiles.flatten(2).flatten(0, 1)
+    return whole
+
+
+def figure(mosaics: Mapping[str, Tensor]) -> Figure:
+    """Return titled mosaics from left to right."""
+    drawn, axes = pyplot.subplots(
+        1, len(mosaics), figsize=(2.2 * len(mosaics), 2.2), squeeze=False, layout="constrained"
+    )
+    for place, (title, own) in zip(axes[0], mosaics.items(), strict=True):
+        place.imshow(own.numpy(), cmap="gray_r", vmin=0, vmax=255, interpolation="nearest")
+        place.set_title(title, fontsize=9)
+        place.set_axis_off()
+    return drawn
+
+
+def save(drawn: Figure, path: Path) -> None:
+    """Write a figure as PNG or SVG, by the path's ending."""
+    # No date, so that the same drawings make the same file.
+    drawn.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
+    pyplot.close(drawn)
