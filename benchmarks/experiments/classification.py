@@ -16,7 +16,7 @@ import superlora.torch as slt
 from superlora.demo.data import Splits
 from superlora.demo.train import Classifier, fit
 
-SOURCES = ("demo/data.py", "demo/train.py", "demo/vit.py")
+SOURCES = ("classification.py", "demo/data.py", "demo/train.py", "demo/vit.py")
 
 
 class Diverged(Exception):

@@ -17,11 +17,7 @@ from torch import Tensor, nn
 import superlora.torch as slt
 from experiments.entries import Entry, Pair, Parts, batched, encoded
 
-SOURCES = (
-    "../benchmarks/experiments/entries.py",
-    "../benchmarks/experiments/generation.py",
-    "../benchmarks/experiments/text_metrics.py",
-)
+SOURCES = (*("entries.py", "generation.py", "text_metrics.py"),)
 EVALUATION_BATCH = 32  # texts
 LARGEST_GRADIENT = 1.0  # Euclidean norm over the factors
 

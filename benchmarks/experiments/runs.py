@@ -30,7 +30,7 @@ UNUSED = ("on_disk", "files", "interop")
 def source_digest(task: str) -> str:
     """Return a digest of the code that a run depends on, without its comments and docstrings."""
     package = Path(superlora.__file__).parent
-    files = [HERE / "tasks" / f"{task}.py", HERE / "classification.py"]
+    files = [HERE / "tasks" / f"{task}.py"]
     for name in (*SOURCES, *tasks.module(task).SOURCES):
         own = HERE / name if (HERE / name).exists() else package / name
         found = [own] if own.is_file() else own.rglob("*.py")

@@ -124,7 +124,6 @@ def test_the_digest_follows_the_code_and_not_its_comments(
     from experiments import runs, tasks
 
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "classification.py").touch()
     file = tmp_path / "tasks" / "own.py"
     monkeypatch.setattr(runs, "HERE", tmp_path)
     monkeypatch.setattr(tasks, "module", lambda name: type("own", (), {"SOURCES": ()}))

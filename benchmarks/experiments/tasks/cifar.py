@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from experiments.classification import attached
 from superlora.demo.data import Images
 
-SOURCES = ("demo/data.py",)
+SOURCES = ("classification.py", "demo/data.py")
 # The classes, the files, and the bytes of labels before an image: of two, the last is the finer.
 FORMATS = {
     "cifar10": (10, tuple(f"data_batch_{part}.bin" for part in range(1, 6)), "test_batch.bin", 1),
