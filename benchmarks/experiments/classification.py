@@ -7,30 +7,27 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import superlora.torch as slt
 from superlora.demo.data import Splits
 from superlora.demo.train import Classifier, fit
 
-SOURCES = ("classification.py", "demo/data.py", "demo/train.py", "demo/vit.py")
+SOURCES = ("classification.py", "demo/data.py", "demo/fetch.py", "demo/train.py", "demo/vit.py")
 
 
 class Diverged(Exception):
-    """The loss is about that of guessing: the training is stopped, and counts as it then is."""
+    """The loss is above that of guessing: the training is stopped, and counts as it then is."""
 
 
 def check_loss(classes: int) -> Callable[[int, float], None]:
-    """Return what ends a training whose second epoch, or a later one, has not learned anything.
-
-    Its mean loss is then above nine tenths of the loss of guessing, or no number.
-    """
+    """Return what ends a training after an epoch whose mean loss is above that of guessing."""
 
     def check(epoch: int, loss: float) -> None:
-        if epoch >= 2 and not loss <= 0.9 * math.log(classes):
+        if not loss <= math.log(classes):
             raise Diverged
 
     return check
@@ -61,34 +58,39 @@ class Trained:
 
     classifier: Classifier
     adapter: Any
-    losses: list[float]  # of the adapter's steps
     seconds: float
     diverged: bool
 
 
 @dataclass
 class Classification:
-    """A classifier, and the parts of each seed."""
+    """A classifier, and the parts of each seed.
+
+    Every design starts from the head that was trained alone, on features that are computed once.
+    """
 
     classifier: Callable[[int], Classifier]  # of so many classes, around the one base model
     parts: Callable[[int], Splits]
     targets: Sequence[str]
     epochs: int
     batch_size: int
-    head_rate: float  # beside an adapter; before it, where the head is frozen
-    head_epochs: int = 60  # of the head alone, on features that are computed once
-    frozen_head: bool = False
+    head_rate: float  # beside a design
+    head_alone: float  # the rate before it
+    head_epochs: int = 60  # before it
+    frozen_head: bool = False  # beside it
+    heads: dict[tuple[int, float], dict[str, Tensor]] = field(default_factory=dict)
 
-    def measure(self, design: Any, *, rate: float, scale: float, seed: int) -> dict[str, Any]:
+    def measure(
+        self, design: Any, *, rate: float, scale: float, seed: int, test: bool
+    ) -> dict[str, Any]:
         """Train a design, and return its size and its accuracies."""
         with self.trained(design, rate=rate, scale=scale, seed=seed) as own:
             parts = self.parts(seed)
             return {
                 "parameters": 0 if own.adapter is None else own.adapter.num_parameters,
                 "validation": own.classifier.accuracy(parts.validation),
-                "test": own.classifier.accuracy(parts.test),
+                **({"test": own.classifier.accuracy(parts.test)} if test else {}),
                 "seconds": own.seconds,
-                "loss": own.losses[-1] if own.losses else None,
                 "diverged": own.diverged,
             }
 
@@ -99,12 +101,7 @@ class Classification:
         classifier = self.classifier(parts.classes)
         head = classifier.head
         start = time.perf_counter()
-        shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": seed}
-        if design is None or self.frozen_head:
-            features = classifier.features_of(parts.train)
-            head_rate = rate if design is None else self.head_rate
-            fit(head, head, {}, features, self.head_epochs, head_rate, **shared)
-        losses: list[float] = []
+        head.load_state_dict(self.head(seed, rate if design is None else self.head_alone))
         diverged = False
         with attached(classifier.model, design, self.targets, scale, seed) as adapter:
             if design is not None:
@@ -112,12 +109,24 @@ class Classification:
                 head_rate = 0.0 if self.frozen_head else self.head_rate
                 factors = {rate: list(adapter.parameters())}
                 try:
-                    losses = fit(
+                    fit(
                         *(classifier, head, factors, parts.train, self.epochs, head_rate),
-                        **shared,
+                        batch_size=self.batch_size,
+                        seed=seed,
                         after_epoch=check_loss(parts.classes),
                     )
                 except Diverged:
                     diverged = True
-            seconds = time.perf_counter() - start
-            yield Trained(classifier, adapter, losses, seconds, diverged)
+            yield Trained(classifier, adapter, time.perf_counter() - start, diverged)
+
+    def head(self, seed: int, rate: float) -> dict[str, Tensor]:
+        """Return the head that was trained alone with a rate, once for all designs."""
+        if (seed, rate) not in self.heads:
+            parts = self.parts(seed)
+            classifier = self.classifier(parts.classes)
+            features = classifier.features_of(parts.train)
+            options = {"batch_size": self.batch_size, "seed": seed}
+            head = classifier.head
+            fit(head, head, {}, features, self.head_epochs, rate, **options)
+            self.heads[seed, rate] = dict(head.state_dict())
+        return self.heads[seed, rate]

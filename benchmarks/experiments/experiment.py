@@ -12,6 +12,9 @@ from typing import Any
 Design = Any
 """A `superlora.Spec`, a `superlora.Supports`, or None for the head alone."""
 
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+"""Learning rates half a decade apart, from that of dense updates to that of the smallest."""
+
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -43,19 +46,17 @@ def family(
 class Experiment:
     """What is compared, on which task, with which search.
 
-    A method's learning rate is searched on the validation part of the first seed: `even` trials lie
-    evenly over the logarithm of the range, the others where a Gaussian process expects the most.
-    The best rate is then measured with every seed.
+    Every method is trained with every rate and scale, and the seed of the choice. Those that are
+    best on the validation part are then measured with the seeds.
     """
 
     title: str
     task: str  # a module of tasks/
     settings: Mapping[str, Any]  # keyword arguments of its `load`
     methods: Sequence[Method]
-    rates: tuple[float, float]  # the range that is searched
-    scales: tuple[float, float] | None = None  # of the update, searched too where given
-    trials: int = 6
-    even: int = 5
+    rates: tuple[float, ...] = RATES
+    scales: tuple[float, ...] = (1.0,)  # of the update
+    choice: int = 100  # the seed of the choice, which is none of the seeds
     seeds: tuple[int, ...] = (0, 1, 2)
     metric: str = "test accuracy"  # of which more is better
     percent: bool = True  # how it is shown
@@ -66,6 +67,13 @@ class Experiment:
         names = [method.name for method in self.methods]
         if len(set(names)) != len(names):
             raise ValueError(f"methods must have different names: got {names}")
+        if self.choice in self.seeds:
+            raise ValueError(f"choice must be none of the seeds {self.seeds}: got {self.choice}")
+
+    @property
+    def trials(self) -> int:
+        """How many runs a method's choice has."""
+        return len(self.rates) * len(self.scales)
 
 
 def names() -> list[str]:

@@ -39,7 +39,7 @@ class Generation:
     generate: int = 0  # meaning representations of the test part
     decoding: Mapping[str, Any] = field(default_factory=dict)  # of `generate`; greedy where empty
     scores: Callable[[list[str], list[Sequence[str]]], dict[str, float]] | None = None
-    untrained: dict[int, dict[str, Any]] = field(default_factory=dict)
+    untrained: dict[tuple[int, bool], dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(False)
@@ -65,9 +65,11 @@ class Generation:
         logits = self.logits(tokens, used, before).float()
         return F.cross_entropy(logits, tokens[wanted], reduction="none", label_smoothing=smoothing)
 
-    def measure(self, design: Any, *, rate: float, scale: float, seed: int) -> dict[str, Any]:
-        if design is None and seed in self.untrained:
-            return self.untrained[seed]
+    def measure(
+        self, design: Any, *, rate: float, scale: float, seed: int, test: bool
+    ) -> dict[str, Any]:
+        if design is None and (seed, test) in self.untrained:
+            return self.untrained[seed, test]
         parts = self.parts(seed)
         start = time.perf_counter()
         with self.attached(design, scale, seed) as adapter:
@@ -77,12 +79,11 @@ class Generation:
             found = {
                 "parameters": 0 if design is None else adapter.num_parameters,
                 "validation": -self.loss(parts.validation),
-                "test": -self.loss(parts.test),
+                **({"test": -self.loss(parts.test)} if test else {}),
                 "seconds": seconds,
-                "loss": loss,
                 "diverged": loss is not None and not math.isfinite(loss),
             }
-            if self.generate and self.scores is not None:
+            if test and self.generate and self.scores is not None:
                 asked = parts.test[: self.generate]
                 longest = max(len(text) for _, text in train)
                 found |= self.scores(
@@ -90,7 +91,7 @@ class Generation:
                     [entry.texts for entry in asked],
                 )
         if design is None:
-            self.untrained[seed] = found
+            self.untrained[seed, test] = found
         return found
 
     @contextmanager

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import functools
 import hashlib
 import json
-import math
 import multiprocessing
 import os
-import warnings
-from collections.abc import Callable, Iterator
+import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ Row = dict[str, Any]
 
 HERE = Path(__file__).parent
 # What a run's outcome depends on; the readers and writers of files are not part of it.
-SOURCES = ("algebra", "design", "maps", "presets", "torch", "operations.py", "plan.py", "random.py")
+SOURCES = (
+    *("algebra", "design", "maps", "presets", "torch"),
+    *("_backend.py", "operations.py", "plan.py", "random.py"),
+)
 UNUSED = ("on_disk", "files", "interop")
 
 
@@ -33,10 +36,8 @@ def source_digest(task: str) -> str:
     files = [HERE / "tasks" / f"{task}.py"]
     for name in (*SOURCES, *tasks.module(task).SOURCES):
         own = HERE / name if (HERE / name).exists() else package / name
-        found = [own] if own.is_file() else own.rglob("*.py")
-        files += [
-            file for file in sorted(found) if not set(UNUSED) & set(file.relative_to(own).parts)
-        ]
+        found = sorted(own.rglob("*.py")) if own.is_dir() else [own]
+        files += [file for file in found if not set(UNUSED) & set(file.relative_to(own).parts)]
     return code_digest(files)
 
 
@@ -47,104 +48,80 @@ class Lab:
     experiment: Experiment
     folder: Path
     source: str
-    _task: tasks.Task | None = None
 
-    def run(self, method: Method, *, rate: float, scale: float, seed: int) -> Row:
-        """Train a method once, or find it trained."""
+    def run(self, method: Method, *, rate: float, scale: float, seed: int, test: bool) -> Row:
+        """Train a method once, or find it trained; the test part is read where it is asked for."""
         own = self.experiment
         design = method.design
         content = {
-            "source": self.source,
-            "task": own.task,
-            "settings": dict(own.settings),
+            **{"source": self.source, "releases": releases()},
+            **{"task": own.task, "settings": dict(own.settings)},
             "design": None if design is None else design.to_dict(),
-            "rate": rate,
-            "scale": scale,
-            "seed": seed,
+            **{"rate": rate, "scale": scale, "seed": seed, "test": test},
         }
         text = json.dumps(content, sort_keys=True)
         file = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
         if not file.exists():
-            if self._task is None:
-                self._task = tasks.load(own.task, own.settings)
-            found = self._task.measure(design, rate=rate, scale=scale, seed=seed)
+            found = self.task.measure(design, rate=rate, scale=scale, seed=seed, test=test)
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{os.getpid()}.partial")
             partial.write_text(json.dumps({**content, "found": found}, indent=1) + "\n", "utf-8")
             os.replace(partial, file)
         return {
-            "method": method.name,
-            "family": method.family,
-            "rate": rate,
-            "scale": scale,
-            "seed": seed,
-            "source": self.source,
+            **{"method": method.name, "family": method.family},
+            **{"rate": rate, "scale": scale, "seed": seed, "chosen": test, "source": self.source},
             **json.loads(file.read_text("utf-8"))["found"],
         }
 
+    @functools.cached_property
+    def task(self) -> tasks.Task:
+        """The model and the data, which are not loaded where all runs are known."""
+        return tasks.load(self.experiment.task, self.experiment.settings, self.folder)
 
-def searched(lab: Lab, method: Method) -> Iterator[Row]:
-    """Search a method's rate with the first seed, and measure the best with all seeds.
 
-    The study needs no storage: its sampler is seeded and its trials' runs are kept, so that it
-    comes to the same trials when it is made again.
+def releases() -> dict[str, str]:
+    """Return what a run depends on besides the code here, and the folders that a task reads."""
+    found = {name: metadata.version(name) for name in ("torch", "numpy")}
+    folders = {name: own for name, own in os.environ.items() if name in tasks.FOLDERS}
+    return {**found, "python": platform.python_version(), **folders}
+
+
+def searched(lab: Lab, method: Method) -> list[Row]:
+    """Choose a method's rate and scale by the validation part, then measure it with all seeds.
+
+    The study needs no storage: its trials' runs are kept, and it comes to them again.
     """
     import optuna
 
     own = lab.experiment
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.GPSampler(
-            seed=0, n_startup_trials=0, deterministic_objective=True
-        )
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    for trial in first_trials(own):
-        study.enqueue_trial(trial)
-    best: Row | None = None
-    for _ in range(own.trials):
-        trial = study.ask()
-        rate = trial.suggest_float("rate", *own.rates, log=True)
-        scale = trial.suggest_float("scale", *own.scales, log=True) if own.scales else 1.0
-        row = lab.run(method, rate=rate, scale=scale, seed=own.seeds[0])
-        study.tell(trial, row["validation"])
-        yield {**row, "chosen": False}
-        # Of equal ones the least rate, which moves least from what was pre-trained.
-        if best is None or (row["validation"], -row["rate"]) > (best["validation"], -best["rate"]):
-            best = row
-    assert best is not None
-    for seed in own.seeds:
-        row = lab.run(method, rate=best["rate"], scale=best["scale"], seed=seed)
-        yield {**row, "chosen": True}
+    space = {"rate": list(own.rates), "scale": list(own.scales)}
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.GridSampler(space, seed=0)
+    )
+    rows: list[Row] = []
+
+    def validation(trial: Any) -> float:
+        chosen = {key: trial.suggest_categorical(key, values) for key, values in space.items()}
+        rows.append(lab.run(method, **chosen, seed=own.choice, test=False))
+        return float(rows[-1]["validation"])
+
+    study.optimize(validation, n_trials=own.trials)
+    # Of equal ones the least rate, which moves least from what was pre-trained.
+    best = max(rows, key=lambda row: (row["validation"], -row["rate"], -row["scale"]))
+    chosen = {key: best[key] for key in space}
+    return [*rows, *(lab.run(method, **chosen, seed=seed, test=True) for seed in own.seeds)]
 
 
-def first_trials(own: Experiment) -> list[dict[str, float]]:
-    """Return the trials that are spread evenly over the logarithms of the ranges."""
-    found = []
-    for place in range(own.even):
-        trial = {"rate": _between(own.rates, (place + 0.5) / own.even)}
-        if own.scales:
-            # The second coordinate of a Kronecker lattice: no two trials share a scale.
-            golden = (math.sqrt(5) - 1) / 2
-            trial["scale"] = _between(own.scales, (0.5 + place * golden) % 1)
-        found.append(trial)
-    return found
-
-
-def _between(limits: tuple[float, float], share: float) -> float:
-    """Return the point at a share of a range, in logarithms."""
-    low, high = (math.log(limit) for limit in limits)
-    return math.exp(low + share * (high - low))
-
-
-def _study(name: str, method: Method, folder: Path, source: str) -> list[Row]:
+def _study(job: tuple[str, Method, Path, str]) -> list[Row]:
     """Measure one method in a process of its own, which keeps the task for its next one."""
     import torch
 
+    name, method, folder, source = job
     torch.set_num_threads(1)
     if name not in _LABS:
         _LABS[name] = Lab(experiment(name), folder, source)
-    return list(searched(_LABS[name], method))
+    return searched(_LABS[name], method)
 
 
 _LABS: dict[str, Lab] = {}
@@ -166,21 +143,16 @@ def measure(
         known = [method.name for method in own.methods]
         raise ValueError(f"only must be a part of one of {known}: got {only!r}")
     found: dict[str, list[Row]] = {}
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-        waiting = {pool.submit(_study, name, method, folder, source): method for method in methods}
-        try:
-            for done in concurrent.futures.as_completed(waiting):
-                method = waiting[done]
-                found[method.name] = rows = done.result()
-                last = [row for row in rows if row["chosen"]]
-                mean = sum(row["test"] for row in last) / len(last)
-                say(
-                    f"[{len(found)}/{len(methods)}] {method.name}: "
-                    f"{last[0]['parameters']:,} parameters, rate {last[0]['rate']:.2g}, "
-                    f"{own.metric} {mean:.4f}"
-                )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    jobs = [(name, method, folder, source) for method in methods]
+    # Leaving the context ends the workers, whatever they do: a run that is kept is whole.
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for rows in pool.imap_unordered(_study, jobs):
+            found[rows[0]["method"]] = rows
+            last = [row for row in rows if row["chosen"]]
+            mean = sum(row["test"] for row in last) / len(last)
+            say(
+                f"[{len(found)}/{len(methods)}] {last[0]['method']}: "
+                f"{last[0]['parameters']:,} parameters, rate {last[0]['rate']:.2g}, "
+                f"{own.metric} {mean:.4f}"
+            )
     return [row for method in methods for row in found[method.name]]

@@ -13,6 +13,6 @@ EXPERIMENT = Experiment(
         *projected("fastfood", maps.Fastfood()),
         *projected("one-hot", maps.OneHot()),
     ],
-    rates=(5e-3, 5.0),  # around the paper's .05, for updates of any scale
+    rates=(5e-3, 1.6e-2, 5e-2, 0.16, 0.5, 1.6),  # around the paper's .05
     shown=SHOWN[:5],
 )

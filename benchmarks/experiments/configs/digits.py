@@ -55,9 +55,8 @@ EXPERIMENT = Experiment(
     task="digits",
     settings={
         **{"train": 500, "validation": 300, "test": 1000, "resolution": 28},
-        **{"epochs": 4, "batch_size": 20, "head_rate": 2e-3},
+        **{"epochs": 3, "batch_size": 20, "head_rate": 2e-3, "head_alone": 6e-3},
     },
     methods=METHODS,
-    rates=(2e-4, 0.2),
     shown=SHOWN,
 )

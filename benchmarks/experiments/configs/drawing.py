@@ -27,7 +27,6 @@ EXPERIMENT = Experiment(
         **{"steps": 300, "batch_size": 32, "drawn": 100, "sampler_steps": 15},
     },
     methods=METHODS,
-    rates=(2e-4, 0.2),
     metric="minus the Fréchet distance",
     percent=False,
     shown=("LoRA", "SuperLoRA 2-D", "LoRTA 3-D", "2-D r8, fastfood", "2-D r8, one-hot", "LoKr"),

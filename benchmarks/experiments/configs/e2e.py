@@ -27,7 +27,7 @@ EXPERIMENT = Experiment(
         "decoding": {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4},
     },
     methods=METHODS,
-    rates=(2e-5, 2e-2),
+    rates=(2e-5, 6e-5, 2e-4, 6e-4, 2e-3, 6e-3),
     metric="test log likelihood per token",
     percent=False,
     shown=("LoRA", "SuperLoRA 2-D", "LoRTA 3-D"),

@@ -39,9 +39,8 @@ EXPERIMENT = Experiment(
     task="glora",
     settings={
         **{"train": 400, "validation": 200, "test": 1000, "resolution": 28},
-        **{"epochs": 8, "batch_size": 25, "head_rate": 5e-3, "trials": 150},
+        **{"epochs": 8, "batch_size": 25, "head_rate": 5e-3, "head_alone": 6e-3, "trials": 150},
     },
     methods=METHODS,
-    rates=(2e-4, 0.2),
     shown=("LoRA", "RepAdapter", "FacT-TT", "GLoRA everywhere, no search"),
 )

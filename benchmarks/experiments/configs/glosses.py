@@ -24,7 +24,6 @@ EXPERIMENT = Experiment(
         **{"epochs": 1, "batch_size": 4, "generate": 50},
     },
     methods=METHODS,
-    rates=(1e-4, 0.1),
     metric="test log likelihood per token",
     percent=False,
     shown=("LoRA", "SuperLoRA 2-D", "LoRTA 3-D"),

@@ -8,9 +8,8 @@ EXPERIMENT = Experiment(
     task="texts",
     settings={
         **{"data": "20newsgroups", "train": 500, "validation": 300, "test": 1000, "tokens": 32},
-        **{"epochs": 4, "batch_size": 20, "head_rate": 2e-3},
+        **{"epochs": 3, "batch_size": 20, "head_rate": 2e-3, "head_alone": 6e-3},
     },
     methods=few(),
-    rates=(2e-4, 0.2),
     shown=SHOWN,
 )

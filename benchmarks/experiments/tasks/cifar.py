@@ -75,7 +75,9 @@ class Cifar:
     validation: int  # of the training images, the last of a seed's order
     device: str
 
-    def measure(self, design: Any, *, rate: float, scale: float, seed: int) -> dict[str, Any]:
+    def measure(
+        self, design: Any, *, rate: float, scale: float, seed: int, test: bool
+    ) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.train), generator=generator)
         kept, own = order[-self.validation :], order[: -self.validation]
@@ -102,7 +104,7 @@ class Cifar:
             return {
                 "parameters": 0 if design is None else adapter.num_parameters,
                 "validation": self.accuracy(head, self.train[kept]),
-                "test": self.accuracy(head, self.test),
+                **({"test": self.accuracy(head, self.test)} if test else {}),
                 "seconds": seconds,
                 "loss": float(loss.detach()),
             }

@@ -57,25 +57,32 @@ class Drawing:
     sampler_steps: int
     times: int = 4  # at which each image of the validation part is tried
 
-    def measure(self, design: Any, *, rate: float, scale: float, seed: int) -> dict[str, Any]:
+    def measure(
+        self, design: Any, *, rate: float, scale: float, seed: int, test: bool
+    ) -> dict[str, Any]:
         parts = self.parts(seed)
         start = time.perf_counter()
         with attached(self.model, design, self.targets, scale, seed) as adapter:
-            losses, diverged = self._train(adapter, rate, seed)
+            diverged = self._train(adapter, rate, seed)
             seconds = time.perf_counter() - start
             loss = held_out_loss(self.model, parts.validation, times=self.times, seed=seed)
-            drawn = self._draw(self.drawn, seed)
-        guess = guess_loss(parts.validation)
+            guess = guess_loss(parts.validation)
+            return {
+                "parameters": 0 if design is None else adapter.num_parameters,
+                "validation": -min(loss, guess) if math.isfinite(loss) else -guess,
+                **(self._judged(parts, seed) if test else {}),
+                "seconds": seconds,
+                "diverged": diverged,
+            }
+
+    def _judged(self, parts: Parts, seed: int) -> dict[str, float]:
+        """Draw with what is trained, and compare with real digits."""
+        drawn = self._draw(self.drawn, seed)
         real, own = (features_of(self.judge, each.pixels) for each in (parts.test, drawn))
         wanted = Images(drawn.pixels, drawn.labels + OLD)
         return {
-            "parameters": 0 if design is None else adapter.num_parameters,
-            "validation": -min(loss, guess) if math.isfinite(loss) else -guess,
             "test": -frechet_distance(real, own),
             "accuracy": recognised(self.judge, wanted),
-            "seconds": seconds,
-            "loss": losses[-1] if losses else None,
-            "diverged": diverged,
         }
 
     def draw(self, design: Any, *, rate: float, scale: float, seed: int, each: int) -> Images:
@@ -84,16 +91,14 @@ class Drawing:
             self._train(adapter, rate, seed)
             return self._draw(each, seed)
 
-    def _train(self, adapter: Any, rate: float, seed: int) -> tuple[list[float], bool]:
-        """Train an adapter; above the loss of guessing it has diverged, and is left as it is."""
+    def _train(self, adapter: Any, rate: float, seed: int) -> bool:
+        """Train an adapter, and say whether it diverged: its loss is then above a guess."""
         if adapter is None:
-            return [], False
+            return False
         digits = self.parts(seed).train
         guess = guess_loss(digits)
-        losses: list[float] = []
 
         def check(step: int, loss: float) -> None:
-            losses.append(loss)
             if not loss <= guess:
                 raise Diverged
 
@@ -103,8 +108,8 @@ class Drawing:
                 self.model, list(adapter.parameters()), digits, course, seed=seed, after_step=check
             )
         except Diverged:
-            return losses, True
-        return losses, False
+            return True
+        return False
 
     def _draw(self, each: int, seed: int) -> Images:
         labels = torch.arange(OLD).repeat_interleave(each)

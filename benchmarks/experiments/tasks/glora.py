@@ -24,9 +24,12 @@ import torch.nn.functional as F
 from smollm import cache_folder
 from torch import Tensor
 
+import superlora
 from experiments.classification import SOURCES as CLASSIFICATION
 from experiments.classification import Classification
-from superlora.demo.data import Images, Labelled, Splits, read_digits, split
+from experiments.digest import code_digest
+from experiments.tasks.digits import drawn
+from superlora.demo.data import Images, Labelled, Splits, read_digits
 from superlora.demo.fetch import MNIST, VIT, fetch
 from superlora.demo.search import find
 from superlora.demo.supernet import SUPERNET_FILE, TARGETS, Settings, Trained, fuse, train_supernet
@@ -34,7 +37,7 @@ from superlora.demo.train import Classifier
 from superlora.demo.vit import VisionTransformer, load_onnx
 from superlora.search import Evolution, Supernet
 
-SOURCES = (*CLASSIFICATION, "demo/search.py", "demo/supernet.py", "search")
+SOURCES = (*CLASSIFICATION, "tasks/digits.py", "demo/search.py", "demo/supernet.py", "search")
 
 TURN = 30.0  # degrees
 NOISE = 64.0  # the standard deviation, of 255
@@ -99,20 +102,22 @@ class Digits(Classification):
     trials: int = field(kw_only=True)
     folder: Path = field(kw_only=True)  # of the supernets that are trained
 
-    def measure(self, design: Any, *, rate: float, scale: float, seed: int) -> dict[str, Any]:
+    def measure(
+        self, design: Any, *, rate: float, scale: float, seed: int, test: bool
+    ) -> dict[str, Any]:
         if isinstance(design, Searched):
-            return self.searched(design, rate, seed)
+            return self.searched(design, rate, seed, test)
         with self.trained(design, rate=rate, scale=scale, seed=seed) as own:
             parts = self.parts(seed)
             return {
                 "parameters": 0 if own.adapter is None else own.adapter.num_parameters,
                 "validation": own.classifier.accuracy(parts.validation),
-                **tested(own.classifier, parts.test),
+                **(tested(own.classifier, parts.test) if test else {}),
                 "seconds": own.seconds,
                 "diverged": own.diverged,
             }
 
-    def searched(self, design: Searched, rate: float, seed: int) -> dict[str, Any]:
+    def searched(self, design: Searched, rate: float, seed: int, test: bool) -> dict[str, Any]:
         """Train a supernet, or find it trained, and search it under the limit."""
         parts = self.parts(seed)
         shares = SHARES if design.every_option else RESTRICTED
@@ -139,9 +144,10 @@ class Digits(Classification):
             named = sorted(outcome.first.values(), key=lambda own: (-own.value, own.num_parameters))
             found: dict[str, Any] = {}
             for name, own in zip(("", "candidate_"), [outcome.best, *named[:1]], strict=False):
-                with self.extracted(trained, own.configuration, parts.classes) as classifier:
-                    scores = tested(classifier, parts.test)
-                found |= {f"{name}{key}": value for key, value in scores.items()}
+                if test:
+                    with self.extracted(trained, own.configuration, parts.classes) as classifier:
+                        scores = tested(classifier, parts.test)
+                    found |= {f"{name}{key}": value for key, value in scores.items()}
                 found |= {f"{name}parameters": own.num_parameters, f"{name}validation": own.value}
                 found |= {f"{name}label": own.label}
         first = [trial.value for trial in outcome.generations[0]]
@@ -203,6 +209,7 @@ def load(
     test: int,
     resolution: int,
     trials: int,
+    folder: Path,
     **training: Any,
 ) -> Digits:
     """Return the task; the model and the digits are fetched once."""
@@ -213,7 +220,7 @@ def load(
 
     @functools.cache
     def parts(seed: int) -> Splits:
-        return split(digits, train=train, validation=validation, test=test, seed=seed)
+        return drawn(digits, (train, validation, test), seed)
 
     return Digits(
         *(lambda classes: Classifier(fused, classes, resolution), parts, TARGETS),
@@ -221,5 +228,5 @@ def load(
         base=base,
         resolution=resolution,
         trials=trials,
-        folder=cache / "experiments" / "supernets",
+        folder=folder / "supernets" / code_digest(Path(superlora.__file__).parent.rglob("*.py")),
     )

@@ -103,20 +103,26 @@ def load(
 def drawn(
     pools: Sequence[Images], sizes: tuple[int, int, int], classes: int, name: str, seed: int
 ) -> Splits:
-    """Draw disjoint parts of a seed; the test part is of the last pool, the others of the first."""
+    """Draw the parts of a seed: those to test of a pool of their own, and of no other seed's.
+
+    Of one pool, three parts in five are there to test with.
+    """
+    fixed = torch.Generator().manual_seed(0)
+    pools = [pool[torch.randperm(len(pool), generator=fixed)] for pool in pools]
+    if len(pools) == 1:
+        count = len(pools[0]) * 2 // 5
+        whole = torch.arange(len(pools[0]))
+        pools = [pools[0][whole[:count]], pools[0][whole[count:]]]
     train, validation, test = sizes
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(len(pool), generator=generator) for pool in pools]
-    needed = train + validation + (test if len(pools) == 1 else 0)
-    if needed > len(pools[0]) or test > len(pools[-1]):
-        sizes_had = [len(pool) for pool in pools]
-        raise ValueError(f"train, validation, test must fit {sizes_had} texts: got {sizes}")
-    first, last = orders[0], orders[-1]
-    start = train + validation if len(pools) == 1 else 0
+    if train + validation > len(pools[0]) or test > len(pools[1]):
+        had = [len(pool) for pool in pools]
+        raise ValueError(f"train, validation, test must fit pools of {had} texts: got {sizes}")
+    order = torch.randperm(len(pools[0]), generator=torch.Generator().manual_seed(seed))
+    place = seed % (len(pools[1]) // test)
     return Splits(
-        pools[0][first[:train]],
-        pools[0][first[train : train + validation]],
-        pools[-1][last[start : start + test]],
+        pools[0][order[:train]],
+        pools[0][order[train : train + validation]],
+        pools[1][torch.arange(place * test, (place + 1) * test)],
         classes,
         name,
     )
