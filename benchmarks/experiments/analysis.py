@@ -19,14 +19,14 @@ from scipy.optimize import isotonic_regression
 
 CONFIDENCE = 0.95
 ALONE = 1e-4  # the chance at which a method's variance is no longer taken for that of the others
-DRAWS = 4000
+DRAWS = 2000
 
 
 @dataclass(frozen=True)
 class Point:
     """A method's mean over the seeds; `error` is its standard error, `half` half its interval.
 
-    `pooled` says whether they are those of all methods, or the method's own.
+    Both are from all methods together, or, where `alone`, from the method's own runs.
     """
 
     method: str
@@ -38,7 +38,12 @@ class Point:
     half: float
     seeds: int
     seconds: float
-    pooled: bool = True
+    freedom: int  # degrees of freedom of the error
+    failed: int = 0  # seeds whose training diverged
+
+    @property
+    def alone(self) -> bool:
+        return self.freedom < self.seeds
 
 
 def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
@@ -62,14 +67,16 @@ def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
             Point(
                 method,
                 first["family"],
-                int(first["parameters"]),
+                # A search takes another size for each seed.
+                round(sum(found[method, seed]["parameters"] for seed in seeds) / len(seeds)),
                 float(first["rate"]),
                 float(own.mean()),
                 errors[place],
                 errors[place] * quantile,
                 len(seeds),
                 seconds,
-                pooled=freedom == max(freedoms),
+                freedom,
+                sum(bool(found[method, seed].get("diverged")) for seed in seeds),
             )
         )
     return made
@@ -113,10 +120,11 @@ def front(found: Iterable[Point]) -> list[Point]:
 
 @dataclass(frozen=True)
 class Saving:
-    """How many times fewer parameters a family needs for a reference method's accuracy.
+    """How many times fewer parameters a family needs than a reference family, for an accuracy.
 
-    `low` is 0 where the family may not reach it at all; `beyond` says that even the smallest
-    method of the family reaches it, so that the number is a lower bound.
+    The accuracy is that of the `reference` method. `times` is 0 where the family does not reach it.
+    Where `beyond`, even its smallest method does, so that the number is a lower bound; so it is of
+    `high`, where that is infinite. `low` is 0 where the family may not reach the accuracy.
     """
 
     family: str
@@ -128,39 +136,58 @@ class Saving:
 
 
 def savings(found: Sequence[Point], reference: str) -> list[Saving]:
-    """Compare each family of two or more sizes with each method of the reference's.
+    """Compare each family of two or more sizes with the reference's at each accuracy of it.
 
     The accuracy of a family is an isotonic regression over its sizes, interpolated in the
-    logarithm of the parameters. The interval is that of draws of all means by their errors.
+    logarithm of the parameters, the reference's too. The interval is that of draws of all means
+    by their errors.
+
+    Raises
+    ------
+    ValueError
+        If there is no such family, or a mean or an error is not known, as of one seed alone.
     """
     families: dict[str, list[Point]] = {}
     for point in sorted(found, key=lambda own: own.parameters):
         families.setdefault(point.family, []).append(point)
+        if not math.isfinite(point.mean) or not math.isfinite(point.error):
+            raise ValueError(f"{point.method} must have a mean with an error: got {point}")
     if reference not in families:
         raise ValueError(f"reference must be one of {list(families)}: got {reference!r}")
     generator = numpy.random.default_rng(0)
     noise = {
-        point.method: numpy.append(0.0, generator.standard_normal(DRAWS)) * point.error
+        point.method: numpy.append(0.0, generator.standard_t(point.freedom, DRAWS)) * point.error
         for point in found
     }
 
     def curves(own: Sequence[Point]) -> Any:
         drawn = numpy.stack([point.mean + noise[point.method] for point in own], axis=1)
-        return numpy.stack([isotonic_regression(line).x for line in drawn])
+        weights = [1 / max(point.error, 1e-12) ** 2 for point in own]
+        return numpy.stack([isotonic_regression(line, weights=weights).x for line in drawn])
+
+    def sizes(own: Sequence[Point]) -> Any:
+        return numpy.log([point.parameters for point in own])
 
     goals = curves(families[reference])
     made = []
     for name, own in families.items():
         if name == reference or len(own) < 2:
             continue
-        sizes = numpy.log([point.parameters for point in own])
         lines = curves(own)
         for place, goal in enumerate(families[reference]):
-            needed = [_needed(sizes, line, goals[draw, place]) for draw, line in enumerate(lines)]
-            times = goal.parameters / numpy.exp(needed)
-            low, high = numpy.quantile(times[1:], [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
-            beyond = bool(times[0] > 0 and needed[0] <= sizes[0])
-            made.append(Saving(name, goal.method, float(times[0]), float(low), float(high), beyond))
+            times, most = [], []
+            for theirs, line in zip(goals, lines, strict=True):
+                # The reference's own size too is the least that has this accuracy.
+                needed = _needed(sizes(families[reference]), theirs, theirs[place])
+                least = _needed(sizes(own), line, theirs[place])
+                times.append(math.exp(needed - least))
+                most.append(math.inf if theirs[place] <= line[0] else times[-1])
+            tails = 0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2
+            low = numpy.quantile(times[1:], tails[0], method="inverted_cdf")
+            high = numpy.quantile(most[1:], tails[1], method="inverted_cdf")
+            made.append(
+                Saving(name, goal.method, times[0], float(low), float(high), math.isinf(most[0]))
+            )
     return made
 
 

@@ -119,7 +119,8 @@ def measure(name: str, folder: Path = results.FOLDER) -> dict[str, Any]:
     own = experiment(name)
     _, rows = results.read(folder, name)
     designs = {method.name: method.design for method in own.methods}
-    task: Any = tasks.load(own.task, own.settings)
+    torch.set_num_threads(1)  # as the runs had
+    task: Any = tasks.load(own.task, own.settings, folder)
     found: dict[tuple[str, int], Updates] = {}
     for row in rows:
         if row["chosen"] and row["method"] in METHODS:
@@ -129,7 +130,7 @@ def measure(name: str, folder: Path = results.FOLDER) -> dict[str, Any]:
                 found[row["method"], row["seed"]] = {
                     key: delta.detach().double() for key, delta in deltas.items()
                 }
-    ordered = {(m, s): found[m, s] for m in METHODS for s in own.seeds}
+    ordered = {(m, s): found[m, s] for m in METHODS for s in own.seeds if (m, s) in found}
     return {"experiment": name, "title": own.title, **compared(ordered)}
 
 

@@ -42,8 +42,10 @@ def table(found: Sequence[Point], about: dict[str, Any]) -> str:
     best = {point.method for point in front(found)}
     for point in found:
         name = f"**{point.method}**" if point.method in best else point.method
+        if point.failed:
+            name += f" ({point.failed} of {point.seeds} failed)"
         value = (
-            f"{shown(point.mean, about)} ± {shown(point.half, about)}{'' if point.pooled else '†'}"
+            f"{shown(point.mean, about)} ± {shown(point.half, about)}{'†' if point.alone else ''}"
         )
         lines.append(
             f"| {name} | {point.parameters:,} | {value} | {point.rate:.2g} | {point.seconds:.0f} |"
@@ -53,11 +55,17 @@ def table(found: Sequence[Point], about: dict[str, Any]) -> str:
 
 def times(own: Saving) -> str:
     """Say how many times fewer parameters, with the interval."""
-    if own.times == 0:
-        return "not reached" if own.high == 0 else f"not reached (up to {own.high:.1f})"
+
+    def said(value: float) -> str:
+        if not value:
+            return "not reached"
+        return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+    if own.times == own.high == 0:
+        return "not reached"
     least = "≥ " if own.beyond else ""
-    low = f"{own.low:.1f}" if own.low else "not reached"
-    return f"{least}{own.times:.1f} ({low} to {own.high:.1f})"
+    high = "or more" if own.high == float("inf") else f"to {said(own.high)}"
+    return f"{least}{said(own.times)} ({said(own.low)} {high})"
 
 
 def savings_table(found: Sequence[Saving]) -> str:
@@ -198,5 +206,5 @@ def write() -> list[Path]:
             page.write_text(text, "utf-8")
             written.append(page)
     file = FIGURES / "results.json"
-    file.write_text(json.dumps(comparison(), indent=1) + "\n", "utf-8")
+    file.write_text(json.dumps(comparison(), indent=1, allow_nan=False) + "\n", "utf-8")
     return [*written, file]

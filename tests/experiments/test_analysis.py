@@ -20,7 +20,7 @@ def row(method: str, seed: int, test: float, parameters: int = 10, **other: Any)
 
 def point(family: str, parameters: int, mean: float, error: float = 1e-6) -> Point:
     name = f"{family} {parameters}"
-    return Point(name, family, parameters, 0.1, mean, error, 2 * error, 3, 1.0)
+    return Point(name, family, parameters, 0.1, mean, error, 2 * error, 3, 1.0, freedom=100)
 
 
 def test_an_effect_of_the_seeds_is_no_part_of_the_error() -> None:
@@ -47,12 +47,12 @@ def test_a_method_that_fails_for_a_seed_does_not_widen_the_others_intervals() ->
     values = 0.8 + 0.01 * generator.standard_normal((10, 3))
     rows = [row(f"m{m}", s, values[m, s]) for m in range(10) for s in range(3)]
     whole = points(rows)
-    assert all(own.pooled for own in whole)
+    assert not any(own.alone for own in whole)
     failed = [row("f", s, value) for s, value in enumerate((0.8, 0.1, 0.79))]
     found = points([*rows, *failed])
     assert [own.half for own in found[:10]] == pytest.approx([own.half for own in whole])
     own = numpy.array([0.8, 0.1, 0.79])
-    assert not found[10].pooled
+    assert found[10].alone
     assert found[10].error == pytest.approx(own.std(ddof=1) / math.sqrt(3))
     assert found[10].half == pytest.approx(4.302652729911275 * found[10].error)
 
@@ -88,8 +88,10 @@ def test_what_is_not_reached_has_no_number_and_what_is_beyond_says_so() -> None:
     other = [point("F", 100, 0.85), point("F", 10_000, 0.9)]
     low, high = savings([*lora, *other], "LoRA")
     assert low.beyond
-    assert low.times == pytest.approx(10.0)
+    assert low.times == low.low == pytest.approx(10.0)
+    assert low.high == math.inf
     assert (high.times, high.low, high.high) == (0.0, 0.0, 0.0)
+    assert not high.beyond
 
 
 def test_an_uncertain_curve_has_a_wide_interval() -> None:
@@ -98,6 +100,33 @@ def test_an_uncertain_curve_has_a_wide_interval() -> None:
     low, high = savings([*lora, *other], "LoRA")
     assert low.low < 0.7 * low.times < 1.4 * low.times < low.high
     assert high.low == 0.0  # half of the draws do not reach it
+
+
+def test_a_copy_of_the_reference_saves_nothing_though_its_curve_falls() -> None:
+    means = (0.90, 0.92, 0.921, 0.919)
+    lora = [point("LoRA", 1000 * 2**place, mean) for place, mean in enumerate(means)]
+    copy = [point("F", 1000 * 2**place, mean) for place, mean in enumerate(means)]
+    found = savings([*lora, *copy], "LoRA")
+    assert [own.times for own in found] == pytest.approx([1.0] * 4)
+
+
+def test_an_uncertain_point_counts_little_in_its_curve() -> None:
+    lora = [point("LoRA", 1000, 0.75), point("LoRA", 2000, 0.8)]
+    certain = [point("F", 100, 0.7), point("F", 10_000, 0.9)]
+    other = [*certain, point("F", 1000, 0.2, error=0.3)]
+    assert savings([*lora, *other], "LoRA")[1].times > 0.5
+
+
+def test_errors_that_are_not_known_are_refused() -> None:
+    found = points([row("LoRA", 0, 0.8), row("LoRA 2", 0, 0.9, 20)])
+    with pytest.raises(ValueError, match="must have a mean with an error"):
+        savings(found, "LoRA")
+
+
+def test_a_search_of_several_sizes_has_their_mean_and_failures_are_counted() -> None:
+    rows = [row("a", s, 0.5, 100 + s, diverged=s == 1) for s in range(3)]
+    (found,) = points(rows)
+    assert (found.parameters, found.failed) == (101, 1)
 
 
 def test_a_curve_that_falls_by_chance_is_evened_out() -> None:

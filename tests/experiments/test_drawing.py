@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
     "model": {"widths": (8, 16), "heads": 2, "condition": 16},
     **{"steps": 20, "batch_size": 16, "drawn": 8, "sampler_steps": 3},
 }
-RUN: dict[str, Any] = {"rate": 1e-2, "scale": 1.0, "seed": 0}
+RUN: dict[str, Any] = {"rate": 1e-2, "scale": 1.0, "seed": 0, "test": True}
 
 
 def made_digits() -> Images:
@@ -78,7 +78,7 @@ def test_measure_trains_every_design_and_leaves_the_model_as_it_was(task: drawin
 
 
 def test_a_training_that_diverges_counts_as_guessing(task: drawing.Drawing) -> None:
-    row = task.measure(sl.dense(), rate=1e6, scale=1.0, seed=0)
+    row = task.measure(sl.dense(), rate=1e6, scale=1.0, seed=0, test=True)
     assert row["diverged"]
     guess = drawing.guess_loss(task.parts(0).validation)
     assert row["validation"] == -guess

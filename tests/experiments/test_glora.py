@@ -27,13 +27,15 @@ def task(tmp_path: Path) -> glora.Digits:
     fused = fuse(base)
     return glora.Digits(
         *(lambda classes: Classifier(fused, classes, 28), make_images, TARGETS),
-        **{"epochs": 1, "batch_size": 20, "head_rate": 1e-2, "base": base},
+        **{"epochs": 1, "batch_size": 20, "head_rate": 1e-2, "head_alone": 1e-2, "base": base},
         **{"resolution": 28, "trials": 25, "folder": tmp_path},
     )
 
 
 def test_a_supernet_is_searched_within_its_limit(task: glora.Digits) -> None:
-    found = task.measure(glora.Searched((2,), 600, epochs=2), rate=3e-3, scale=1.0, seed=0)
+    found = task.measure(
+        glora.Searched((2,), 600, epochs=2), rate=3e-3, scale=1.0, seed=0, test=True
+    )
     assert 0 < found["parameters"] <= 600
     assert found["candidate_parameters"] <= 600
     assert found["validation"] >= found["candidate_validation"]
@@ -48,7 +50,7 @@ def test_a_supernet_is_searched_within_its_limit(task: glora.Digits) -> None:
 def test_a_supernet_is_trained_once_for_all_its_limits(
     task: glora.Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own: dict[str, Any] = {"rate": 3e-3, "scale": 1.0, "seed": 0}
+    own: dict[str, Any] = {"rate": 3e-3, "scale": 1.0, "seed": 0, "test": False}
     first = task.measure(glora.Searched((2,), 600, epochs=1), **own)
 
     def refuse(*arguments: Any, **settings: Any) -> Any:
@@ -63,13 +65,13 @@ def test_a_supernet_is_trained_once_for_all_its_limits(
 
 
 def test_other_designs_are_trained_as_they_are(task: glora.Digits) -> None:
-    found = task.measure(sl.lora(rank=1), rate=1e-2, scale=1.0, seed=0)
+    found = task.measure(sl.lora(rank=1), rate=1e-2, scale=1.0, seed=0, test=True)
     outputs, inputs = 2 * (48 + 16 + 24 + 16), 2 * (16 + 16 + 16 + 24)
     assert found["parameters"] == outputs + inputs
     assert 0 <= found["test_noisy"] <= 1
-    ssf = task.measure(sl.ssf(), rate=1e-2, scale=1.0, seed=0)
+    ssf = task.measure(sl.ssf(), rate=1e-2, scale=1.0, seed=0, test=True)
     assert ssf["parameters"] == 2 * outputs
-    assert task.measure(None, rate=1e-2, scale=1.0, seed=0)["parameters"] == 0
+    assert task.measure(None, rate=1e-2, scale=1.0, seed=0, test=True)["parameters"] == 0
 
 
 def test_shifts_are_what_they_are_called() -> None:

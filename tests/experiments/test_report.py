@@ -19,7 +19,9 @@ if not (ROOT / "docs").is_dir():
 
 
 def made(family: str, parameters: int, mean: float) -> Point:
-    return Point(f"{family} {parameters}", family, parameters, 0.01, mean, 0.004, 0.008, 3, 9.6)
+    return Point(
+        f"{family} {parameters}", family, parameters, 0.01, mean, 0.004, 0.008, 3, 9.6, freedom=100
+    )
 
 
 ABOUT = {"title": "own", "metric": "test accuracy", "percent": True, "shown": ["LoRA"]}
@@ -56,9 +58,10 @@ def test_results_are_whole(name: str) -> None:
     about, rows = results.read(results.FOLDER, name)
     found = points(rows)
     assert [point.method for point in found] == list(about["designs"])
+    assert {row["source"] for row in rows} == {about["source"]}
     for point in found:
         trials = [row for row in rows if row["method"] == point.method and not row["chosen"]]
-        assert len(trials) == about["trials"]
+        assert len(trials) == len(about["rates"]) * len(about["scales"])
         best = max(row["validation"] for row in trials)
         assert any(row["validation"] == best and row["rate"] == point.rate for row in trials)
         assert point.seeds == len(about["seeds"])
@@ -83,9 +86,10 @@ def test_a_metric_that_is_no_share_is_shown_as_it_is() -> None:
     ("saving", "said"),
     [
         (Saving("F", "LoRA r1", 2.04, 1.5, 3.26, False), "2.0 (1.5 to 3.3)"),
-        (Saving("F", "LoRA r1", 2.04, 1.5, 3.26, True), "≥ 2.0 (1.5 to 3.3)"),
+        (Saving("F", "LoRA r1", 2.04, 1.5, float("inf"), True), "≥ 2.0 (1.5 or more)"),
+        (Saving("F", "LoRA r1", 12.4, 1.5, 103.2, False), "12 (1.5 to 103)"),
         (Saving("F", "LoRA r1", 2.04, 0.0, 3.26, False), "2.0 (not reached to 3.3)"),
-        (Saving("F", "LoRA r1", 0.0, 0.0, 1.2, False), "not reached (up to 1.2)"),
+        (Saving("F", "LoRA r1", 0.0, 0.0, 1.2, False), "not reached (not reached to 1.2)"),
         (Saving("F", "LoRA r1", 0.0, 0.0, 0.0, False), "not reached"),
     ],
 )

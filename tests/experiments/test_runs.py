@@ -16,7 +16,7 @@ pytest.importorskip("optuna")
 
 from experiments import results
 from experiments.experiment import Experiment, Method, experiment, family, names
-from experiments.runs import Lab, first_trials, searched, source_digest
+from experiments.runs import Lab, searched, source_digest
 
 import superlora as sl
 
@@ -27,11 +27,13 @@ class Hill:
     def __init__(self, best: float = 3e-3) -> None:
         self.best, self.runs = best, 0
 
-    def measure(self, design: Any, *, rate: float, scale: float, seed: int) -> dict[str, Any]:
+    def measure(
+        self, design: Any, *, rate: float, scale: float, seed: int, test: bool
+    ) -> dict[str, Any]:
         self.runs += 1
         value = 1.0 - 0.1 * math.log10(rate / self.best) ** 2 - 0.05 * math.log10(scale) ** 2
-        found = {"parameters": design.rank, "validation": value, "test": value - 0.01 * seed}
-        return {**found, "seconds": 1.0}
+        found = {"parameters": design.rank, "validation": value, "seconds": 1.0}
+        return {**found, **({"test": value - 0.01 * seed} if test else {})}
 
 
 OWN = Experiment(
@@ -39,81 +41,90 @@ OWN = Experiment(
     task="digits",
     settings={"train": 5},
     methods=family("LoRA", "r{rank}", sl.lora, rank=(1, 2)),
-    rates=(1e-4, 1e-1),
 )
 
 
 def lab(folder: Path, task: Any, own: Experiment = OWN, source: str = "s") -> Lab:
-    return Lab(own, folder, source, task)
+    made = Lab(own, folder, source)
+    made.task = task
+    return made
 
 
-def test_the_trials_are_equal_for_all_methods_and_the_best_is_run_with_every_seed(
-    tmp_path: Path,
-) -> None:
+def test_all_rates_are_tried_and_the_best_is_run_with_every_seed(tmp_path: Path) -> None:
     own = lab(tmp_path, Hill())
     for method in OWN.methods:
-        rows = list(searched(own, method))
-        trials, chosen = rows[: OWN.trials], rows[OWN.trials :]
+        rows = searched(own, method)
+        trials, chosen = rows[:6], rows[6:]
         assert [row["chosen"] for row in rows] == [False] * 6 + [True] * 3
-        assert [row["rate"] for row in trials[:5]] == pytest.approx(
-            [trial["rate"] for trial in first_trials(OWN)]
-        )
+        assert sorted(row["rate"] for row in trials) == list(OWN.rates)
+        assert {row["seed"] for row in trials} == {OWN.choice}
+        assert not any("test" in row for row in trials)  # the test part is not read
         assert [row["seed"] for row in chosen] == [0, 1, 2]
-        best = max(trials, key=lambda row: row["validation"])
-        assert {row["rate"] for row in chosen} == {best["rate"]}
-        assert best["rate"] == pytest.approx(3e-3, rel=0.5)
+        assert {row["rate"] for row in chosen} == {3e-3}
 
 
-def test_rates_lie_evenly_in_the_range() -> None:
-    rates = [trial["rate"] for trial in first_trials(OWN)]
-    steps = [after / before for before, after in itertools.pairwise(rates)]
-    assert steps == pytest.approx([10**0.6] * 4)
-    assert rates[0] / 1e-4 == pytest.approx(1e-1 / rates[-1])
+def test_rates_are_half_a_decade_apart() -> None:
+    steps = [after / before for before, after in itertools.pairwise(OWN.rates)]
+    assert steps == pytest.approx([10**0.5] * 5, rel=0.06)
 
 
-def test_a_scale_is_searched_where_it_has_a_range(tmp_path: Path) -> None:
-    own = dataclasses.replace(OWN, scales=(0.1, 10.0), trials=9, even=6)
-    rows = [row for row in searched(lab(tmp_path, Hill(), own), OWN.methods[0])]
-    scales = {row["scale"] for row in rows[:9]}
-    assert len(scales) == 9
-    assert all(0.1 <= scale <= 10.0 for scale in scales)
-    best = max(rows[:9], key=lambda row: row["validation"])
-    assert {row["scale"] for row in rows[9:]} == {best["scale"]}
+def test_scales_are_tried_with_every_rate(tmp_path: Path) -> None:
+    own = dataclasses.replace(OWN, rates=(1e-3, 3e-3), scales=(0.1, 1.0, 10.0))
+    rows = searched(lab(tmp_path, Hill(), own), OWN.methods[0])
+    assert len({(row["rate"], row["scale"]) for row in rows[:6]}) == own.trials == 6
+    assert {(row["rate"], row["scale"]) for row in rows[6:]} == {(3e-3, 1.0)}
+
+
+def test_of_equal_rates_the_least_is_chosen(tmp_path: Path) -> None:
+    class Flat(Hill):
+        def measure(self, design: Any, **settings: Any) -> dict[str, Any]:
+            return {**super().measure(design, **settings), "validation": 0.5}
+
+    assert searched(lab(tmp_path, Flat()), OWN.methods[0])[-1]["rate"] == OWN.rates[0]
 
 
 def test_runs_that_are_known_are_not_measured_again(tmp_path: Path) -> None:
     first, again, changed = Hill(), Hill(), Hill()
-    rows = list(searched(lab(tmp_path, first), OWN.methods[0]))
-    assert first.runs == 8  # six trials, and two more seeds of the best
-    assert list(searched(lab(tmp_path, again), OWN.methods[0])) == rows
+    rows = searched(lab(tmp_path, first), OWN.methods[0])
+    assert first.runs == 9
+    assert searched(lab(tmp_path, again), OWN.methods[0]) == rows
     assert again.runs == 0
-    list(searched(lab(tmp_path, changed, source="t"), OWN.methods[0]))
-    assert changed.runs == 8
+    searched(lab(tmp_path, changed, source="t"), OWN.methods[0])
+    assert changed.runs == 9
 
 
 def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
-    whole = list(searched(lab(tmp_path / "whole", Hill()), OWN.methods[0]))
-    steps = searched(lab(tmp_path / "part", Hill()), OWN.methods[0])
-    for _ in range(3):
-        next(steps)
-    steps.close()
+    class Interrupted(Hill):
+        def measure(self, design: Any, **settings: Any) -> dict[str, Any]:
+            if self.runs == 3:
+                raise KeyboardInterrupt
+            return super().measure(design, **settings)
+
+    whole = searched(lab(tmp_path / "whole", Hill()), OWN.methods[0])
+    with pytest.raises(KeyboardInterrupt):
+        searched(lab(tmp_path / "part", Interrupted()), OWN.methods[0])
     rest = Hill()
-    assert list(searched(lab(tmp_path / "part", rest), OWN.methods[0])) == whole
-    assert rest.runs == 5
+    assert searched(lab(tmp_path / "part", rest), OWN.methods[0]) == whole
+    assert rest.runs == 6
 
 
-@pytest.mark.parametrize("change", ["settings", "design", "seed"])
-def test_a_run_is_that_of_its_settings(tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["settings", "design", "seed", "test", "folder"])
+def test_a_run_is_that_of_its_settings(
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = Hill()
     own = lab(tmp_path, task)
-    method, run = OWN.methods[0], {"rate": 0.1, "scale": 1.0, "seed": 0}
+    method = OWN.methods[0]
+    run: dict[str, Any] = {"rate": 0.1, "scale": 1.0, "seed": 0, "test": False}
     own.run(method, **run)
     if change == "settings":
         own = lab(tmp_path, task, dataclasses.replace(OWN, settings={"train": 6}))
     elif change == "design":
         method = OWN.methods[1]
+    elif change == "folder":
+        monkeypatch.setenv("SUPERLORA_LM", str(tmp_path))
     else:
-        run["seed"] = 1
+        run[change] = 1 if change == "seed" else True
     own.run(method, **run)
     assert task.runs == 2
 
@@ -135,7 +146,7 @@ def test_the_digest_follows_the_code_and_not_its_comments(
 
 
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
-    rows = list(searched(lab(tmp_path, Hill()), OWN.methods[0]))
+    rows = searched(lab(tmp_path, Hill()), OWN.methods[0])
     results.write(tmp_path, "own", OWN, rows, whole=True)
     about, found = results.read(tmp_path, "own")
     assert about["settings"] == {"train": 5}
@@ -143,7 +154,7 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert about["environment"]["torch"]
     for before, after in zip(rows, found, strict=True):
         assert after["chosen"] is before["chosen"]
-        assert after["rate"] == pytest.approx(before["rate"], rel=1e-5)
+        assert after["rate"] == pytest.approx(before["rate"], rel=1e-15)
         assert (after["method"], after["seed"]) == (before["method"], before["seed"])
     json.dumps(about)
 
@@ -151,12 +162,22 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
 def test_a_part_takes_the_place_of_its_own_rows_alone(tmp_path: Path) -> None:
     both = [row for method in OWN.methods for row in searched(lab(tmp_path, Hill()), method)]
     results.write(tmp_path, "own", OWN, both, whole=True)
-    other = lab(tmp_path, Hill(2e-2), source="t")
-    results.write(tmp_path, "own", OWN, list(searched(other, OWN.methods[0])), whole=False)
-    _, found = results.read(tmp_path, "own")
+    other = lab(tmp_path, Hill(3e-2), source="t")
+    results.write(tmp_path, "own", OWN, searched(other, OWN.methods[0]), whole=False)
+    about, found = results.read(tmp_path, "own")
     assert [row["method"] for row in found] == ["LoRA r1"] * 9 + ["LoRA r2"] * 9
     assert {row["source"] for row in found[:9]} == {"t"}
     assert {row["source"] for row in found[9:]} == {"s"}
+    assert list(about["designs"]) == ["LoRA r1", "LoRA r2"]
+
+
+def test_a_part_that_was_measured_otherwise_is_refused(tmp_path: Path) -> None:
+    rows = searched(lab(tmp_path, Hill()), OWN.methods[0])
+    results.write(tmp_path, "own", OWN, rows, whole=True)
+    changed = dataclasses.replace(OWN, settings={"train": 6})
+    with pytest.raises(ValueError, match="other settings"):
+        results.write(tmp_path, "own", changed, rows, whole=False)
+    assert results.read(tmp_path, "own")[0]["settings"] == {"train": 5}
 
 
 @pytest.mark.parametrize("name", names())

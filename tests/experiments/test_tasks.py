@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from experiments.classification import Classification  # noqa: E402
-from experiments.tasks import cifar, texts  # noqa: E402
+from experiments.tasks import cifar, digits, texts  # noqa: E402
 
 import superlora as sl  # noqa: E402
 from superlora.demo.data import Images  # noqa: E402
@@ -28,7 +28,13 @@ def classification(**changes: Any) -> Classification:
     base = VisionTransformer(16, 2, 2, 24, 14, 2).requires_grad_(False).eval()
     for parameter in base.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    settings = {"epochs": 1, "batch_size": 20, "head_rate": 0.1, "head_epochs": 5}
+    settings = {
+        "epochs": 1,
+        "batch_size": 20,
+        "head_rate": 1e-3,
+        "head_alone": 0.1,
+        "head_epochs": 5,
+    }
     return Classification(
         lambda classes: Classifier(base, classes, 28),
         make_images,
@@ -41,8 +47,8 @@ def test_a_run_is_repeatable_and_leaves_the_model_as_it_was() -> None:
     task = classification()
     base = task.classifier(10).model
     before = {name: own.clone() for name, own in base.state_dict().items()}
-    first = task.measure(LORA, rate=1e-2, scale=1.0, seed=0)
-    again = task.measure(LORA, rate=1e-2, scale=1.0, seed=0)
+    first = task.measure(LORA, rate=1e-2, scale=1.0, seed=0, test=True)
+    again = task.measure(LORA, rate=1e-2, scale=1.0, seed=0, test=True)
     first.pop("seconds")
     again.pop("seconds")
     assert first == again
@@ -57,47 +63,63 @@ def test_a_run_is_repeatable_and_leaves_the_model_as_it_was() -> None:
 def test_rate_scale_and_seed_matter(change: dict[str, Any]) -> None:
     task = classification()
     own: dict[str, Any] = {"rate": 1e-2, "scale": 1.0, "seed": 0}
-    assert task.measure(LORA, **own)["loss"] != task.measure(LORA, **{**own, **change})["loss"]
+    sums = []
+    for settings in (own, {**own, **change}):
+        with task.trained(LORA, **settings) as trained:
+            sums.append(
+                sum(float(delta.detach().sum()) for delta in trained.adapter.deltas().values())
+            )
+    assert sums[0] != sums[1]
 
 
-def test_a_frozen_head_is_that_of_the_head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    heads = []
-    task = classification(frozen_head=True)
-    make = task.classifier
-
-    def watched(classes: int) -> Classifier:
-        heads.append(make(classes).head)
-        classifier = make(classes)
-        classifier.head = heads[-1]
-        return classifier
-
-    task.classifier = watched
-    alone = task.measure(None, rate=0.1, scale=1.0, seed=0)
-    adapted = task.measure(LORA, rate=3e-2, scale=1.0, seed=0)
-    assert torch.equal(heads[0].weight, heads[1].weight)
-    assert float(heads[0].weight.detach().abs().sum()) > 0
-    assert alone["parameters"] == 0
-    assert adapted["loss"] is not None
+def test_every_design_starts_from_the_head_that_was_trained_alone() -> None:
+    task = classification()
+    with task.trained(None, rate=0.1, scale=1.0, seed=0) as alone:
+        assert alone.adapter is None
+        head = alone.classifier.head.weight.detach().clone()
+    assert float(head.abs().sum()) > 0
+    still = classification(frozen_head=True)
+    with still.trained(LORA, rate=1e-2, scale=1.0, seed=0) as trained:
+        assert torch.equal(trained.classifier.head.weight, head)
+    moving = classification()
+    with moving.trained(LORA, rate=0.0, scale=1.0, seed=0) as trained:
+        assert not torch.equal(trained.classifier.head.weight, head)
+    assert torch.equal(moving.head(0, 0.1)["weight"], head)  # what is kept has not moved
 
 
-def test_a_training_that_learns_nothing_is_ended() -> None:
-    found = classification(epochs=3).measure(LORA, rate=1e6, scale=1.0, seed=0)
-    assert found["diverged"]
-    assert found["loss"] is None
+def test_a_training_above_a_guess_is_ended() -> None:
+    with classification(epochs=3).trained(LORA, rate=1e6, scale=1.0, seed=0) as trained:
+        assert trained.diverged
 
 
 def test_texts_are_drawn_into_disjoint_parts() -> None:
-    pool = Images(torch.arange(100).reshape(50, 2), torch.arange(50))
-    other = Images(torch.arange(40).reshape(20, 2), torch.arange(20))
-    one = texts.drawn([pool], (20, 10, 15), 50, "own", 0)
-    labels = [set(part.labels.tolist()) for part in (one.train, one.validation, one.test)]
-    assert [len(part) for part in labels] == [20, 10, 15]
-    assert len(set.union(*labels)) == 45
-    two = texts.drawn([pool, other], (20, 10, 15), 50, "own", 0)
-    assert torch.equal(two.train.labels, one.train.labels) is False or len(two.test) == 15
-    assert set(two.test.labels.tolist()) <= set(range(20))
+    one, other = (Images(torch.arange(2 * n).reshape(n, 2), torch.arange(n)) for n in (100, 60))
+    for pools in ([one], [one, other]):
+        seeds = [texts.drawn(pools, (20, 10, 20), 100, "own", seed) for seed in (0, 1, 2, 100)]
+        for own in seeds:
+            parts = [set(part.labels.tolist()) for part in (own.train, own.validation)]
+            assert [len(part) for part in parts] == [20, 10]
+            assert not parts[0] & parts[1]
+            if len(pools) == 1:  # no seed learns what another is tested with
+                for tested in seeds:
+                    assert not (parts[0] | parts[1]) & set(tested.test.labels.tolist())
+        tested = [set(own.test.labels.tolist()) for own in seeds[:3]]
+        assert len(set.union(*tested)) == 60
+        assert not torch.equal(seeds[0].train.labels, seeds[1].train.labels)
     with pytest.raises(ValueError, match="must fit"):
-        texts.drawn([pool], (20, 20, 15), 50, "own", 0)
+        texts.drawn([one], (30, 20, 15), 100, "own", 0)
+
+
+def test_digits_are_drawn_into_disjoint_parts() -> None:
+    pixels = torch.arange(500).reshape(-1, 1, 1).to(torch.float32)
+    every = Images(pixels, torch.arange(500) % 10)
+    seeds = [digits.drawn(every, (50, 30, 100), seed) for seed in (0, 1, 2, 100)]
+    tested = [set(own.test[torch.arange(100)].pixels.flatten().tolist()) for own in seeds[:3]]
+    assert len(set.union(*tested)) == 300
+    for own in seeds:
+        learned = torch.cat([own.train.pixels, own.validation.pixels]).flatten().tolist()
+        assert len(set(learned)) == 80
+        assert not set(learned) & set.union(*tested)
 
 
 def test_a_text_is_the_mean_of_its_own_tokens() -> None:
@@ -171,9 +193,9 @@ def test_cifar_by_the_papers_schedule(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SUPERLORA_CIFAR", str(tmp_path / "cifar"))
     monkeypatch.setenv("SUPERLORA_VIT", str(tmp_path / "vit"))
     task = cifar.load(data="cifar10", steps=4, batch_size=6, validation=10)
-    found = task.measure(LORA, rate=0.05, scale=1.0, seed=0)
+    found = task.measure(LORA, rate=0.05, scale=1.0, seed=0, test=True)
     assert found["parameters"] == 2 * 2 * 32
     assert 0 <= found["validation"] <= 1
     assert found["loss"] > 0
-    head = task.measure(None, rate=0.05, scale=1.0, seed=0)
+    head = task.measure(None, rate=0.05, scale=1.0, seed=0, test=True)
     assert head["parameters"] == 0
