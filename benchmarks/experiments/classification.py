@@ -20,14 +20,14 @@ SOURCES = ("classification.py", "demo/data.py", "demo/fetch.py", "demo/train.py"
 
 
 class Diverged(Exception):
-    """The loss is above that of guessing: the training is stopped, and counts as it then is."""
+    """The loss stays above that of guessing: the training ends, and counts as it then is."""
 
 
 def check_loss(classes: int) -> Callable[[int, float], None]:
-    """Return what ends a training after an epoch whose mean loss is above that of guessing."""
+    """Return what ends a training whose mean loss is above that of guessing after one epoch."""
 
     def check(epoch: int, loss: float) -> None:
-        if not loss <= math.log(classes):
+        if epoch > 1 and not loss <= math.log(classes):
             raise Diverged
 
     return check
@@ -85,11 +85,10 @@ class Classification:
     ) -> dict[str, Any]:
         """Train a design, and return its size and its accuracies."""
         with self.trained(design, rate=rate, scale=scale, seed=seed) as own:
-            parts = self.parts(seed)
+            parts, part = self.parts(seed), "test" if test else "validation"
             return {
                 "parameters": 0 if own.adapter is None else own.adapter.num_parameters,
-                "validation": own.classifier.accuracy(parts.validation),
-                **({"test": own.classifier.accuracy(parts.test)} if test else {}),
+                **{part: own.classifier.accuracy(getattr(parts, part))},
                 "seconds": own.seconds,
                 "diverged": own.diverged,
             }

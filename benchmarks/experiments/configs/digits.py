@@ -54,8 +54,8 @@ EXPERIMENT = Experiment(
     title="ViT-S/14 on 500 MNIST digits of 28 pixels, query and value weights",
     task="digits",
     settings={
-        **{"train": 500, "validation": 300, "test": 1000, "resolution": 28},
-        **{"epochs": 3, "batch_size": 20, "head_rate": 2e-3, "head_alone": 6e-3},
+        **{"train": 500, "validation": 1400, "test": 1000, "resolution": 28},
+        **{"epochs": 4, "batch_size": 20, "head_rate": 2e-3, "head_alone": 6e-3},
     },
     methods=METHODS,
     shown=SHOWN,

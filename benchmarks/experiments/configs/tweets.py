@@ -7,8 +7,8 @@ EXPERIMENT = Experiment(
     title="MiniLM on 500 tweets of two authors, query and value weights",
     task="texts",
     settings={
-        **{"data": "tweets", "train": 500, "validation": 300, "test": 1000, "tokens": 32},
-        **{"epochs": 3, "batch_size": 20, "head_rate": 2e-3, "head_alone": 6e-3},
+        **{"data": "tweets", "train": 500, "validation": 1400, "test": 1000, "tokens": 32},
+        **{"epochs": 4, "batch_size": 20, "head_rate": 2e-3, "head_alone": 6e-3},
     },
     methods=few(),
     shown=SHOWN,

@@ -22,10 +22,9 @@ class Task(Protocol):
     def measure(
         self, design: Any, *, rate: float, scale: float, seed: int, test: bool
     ) -> dict[str, Any]:
-        """Train a design, and return `parameters`, `validation`, `seconds` and more.
+        """Train a design, and return `parameters`, `seconds`, and `test` or `validation`.
 
-        Where it is asked for, `test` is among them; of it and of `validation`, more is better. The
-        model is afterwards as it was. `rate` is the design's learning rate, or the head's for None;
+        Of these two, more is better. The model is afterwards as it was. `rate` is the design's learning rate, or the head's for None;
         `scale` multiplies the update.
         """
 
