@@ -24,8 +24,8 @@ class Task(Protocol):
     ) -> dict[str, Any]:
         """Train a design, and return `parameters`, `seconds`, and `test` or `validation`.
 
-        Of these two, more is better. The model is afterwards as it was. `rate` is the design's learning rate, or the head's for None;
-        `scale` multiplies the update.
+        Of these two, more is better. The model is afterwards as it was. `rate` is the design's
+        learning rate, or the head's for None; `scale` multiplies the update.
         """
 
 
