@@ -57,15 +57,15 @@ def times(own: Saving) -> str:
     """Say how many times fewer parameters, with the interval."""
 
     def said(value: float) -> str:
-        if not value:
-            return "not reached"
         return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
-    if own.times == own.high == 0:
-        return "not reached"
-    least = "≥ " if own.beyond else ""
-    high = "or more" if own.high == float("inf") else f"to {said(own.high)}"
-    return f"{least}{said(own.times)} ({said(own.low)} {high})"
+    number = f"{'≥ ' if own.beyond else ''}{said(own.times)}" if own.times else "not reached"
+    if own.high == 0:
+        return number
+    if own.high == float("inf"):
+        return f"{number} ({said(own.low)} or more)" if own.low else f"{number} (not known)"
+    between = f"{said(own.low)} to {said(own.high)}" if own.low else f"at most {said(own.high)}"
+    return f"{number} ({between})"
 
 
 def savings_table(found: Sequence[Saving]) -> str:
@@ -98,8 +98,8 @@ def draw(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:
         [unit * point.mean for point in best],
         **{"color": "#cccccc", "linewidth": 5, "zorder": 0, "label": "Pareto front"},
     )
-    coloured = about["shown"]
     families = dict.fromkeys(point.family for point in sized)
+    coloured = [family for family in about["shown"] if family in families]
     for family in [*coloured, *(name for name in families if name not in coloured)]:
         own = sorted(
             (point for point in sized if point.family == family), key=lambda p: p.parameters

@@ -88,8 +88,9 @@ def test_a_metric_that_is_no_share_is_shown_as_it_is() -> None:
         (Saving("F", "LoRA r1", 2.04, 1.5, 3.26, False), "2.0 (1.5 to 3.3)"),
         (Saving("F", "LoRA r1", 2.04, 1.5, float("inf"), True), "≥ 2.0 (1.5 or more)"),
         (Saving("F", "LoRA r1", 12.4, 1.5, 103.2, False), "12 (1.5 to 103)"),
-        (Saving("F", "LoRA r1", 2.04, 0.0, 3.26, False), "2.0 (not reached to 3.3)"),
-        (Saving("F", "LoRA r1", 0.0, 0.0, 1.2, False), "not reached (not reached to 1.2)"),
+        (Saving("F", "LoRA r1", 2.04, 0.0, 3.26, False), "2.0 (at most 3.3)"),
+        (Saving("F", "LoRA r1", 0.0, 0.0, 1.2, False), "not reached (at most 1.2)"),
+        (Saving("F", "LoRA r1", 0.0, 0.0, float("inf"), False), "not reached (not known)"),
         (Saving("F", "LoRA r1", 0.0, 0.0, 0.0, False), "not reached"),
     ],
 )
