@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +22,38 @@ from experiments.experiment import experiment
 METHODS = ("LoRA r8", "SuperLoRA 2-D r8", "LoRTA 3-D r16", "LoTR r16", "dense")
 LEADING = 4  # singular vectors that make a subspace
 
-Updates = dict[str, Tensor]
+
+@dataclass(frozen=True)
+class Decomposed:
+    """Singular values of an update, and its leading vectors, of the output and of the input."""
+
+    values: Tensor
+    bases: tuple[Tensor, Tensor]
+
+
+Updates = Mapping[str, Decomposed]
+
+
+def decomposed(updates: Mapping[str, Tensor], count: int = LEADING) -> dict[str, Decomposed]:
+    """Return the singular value decomposition of every weight's update."""
+    found = {}
+    for name, own in updates.items():
+        left, values, right = torch.linalg.svd(own, full_matrices=False)
+        found[name] = Decomposed(values, (left[:, :count].clone(), right.mT[:, :count].clone()))
+    return found
 
 
 def spectrum(updates: Updates, count: int = 32) -> list[float]:
-    """Return the singular values over the norm, in squares, averaged over the weights."""
-    values = torch.stack([torch.linalg.svdvals(own)[:count] for own in updates.values()])
-    norms = torch.stack([torch.linalg.matrix_norm(own) for own in updates.values()])
-    found: list[float] = ((values / norms.unsqueeze(1)) ** 2).mean(0).tolist()
+    """Return the squares of the singular values over their sum, averaged over the weights."""
+    shares = [own.values[:count] ** 2 / (own.values**2).sum() for own in updates.values()]
+    found: list[float] = torch.stack(shares).mean(0).tolist()
     return found
 
 
 def stable_rank(updates: Updates) -> float:
     """Return ‖ΔW‖² over the square of the largest singular value, averaged over the weights."""
-    ranks = [
-        (torch.linalg.matrix_norm(own) / torch.linalg.matrix_norm(own, 2)) ** 2
-        for own in updates.values()
-    ]
+    ranks = [(own.values**2).sum() / own.values[0] ** 2 for own in updates.values()]
     return float(torch.stack(ranks).mean())
-
-
-def bases(updates: Updates, side: int, count: int = LEADING) -> Updates:
-    """Return the leading singular vectors of every weight: 0 of the output, 1 of the input."""
-    found = {}
-    for name, own in updates.items():
-        left, _, right = torch.linalg.svd(own, full_matrices=False)
-        found[name] = (left if side == 0 else right.mT)[:, :count]
-    return found
 
 
 def overlap(one: Tensor, other: Tensor) -> float:
@@ -57,18 +63,19 @@ def overlap(one: Tensor, other: Tensor) -> float:
 
 def mean_overlap(one: Updates, other: Updates) -> float:
     """Return the overlap of two updates' subspaces, averaged over weights and sides."""
-    found = []
-    for side in (0, 1):
-        first, second = bases(one, side), bases(other, side)
-        found += [overlap(first[name], second[name]) for name in first]
+    found = [
+        overlap(own.bases[side], other[name].bases[side])
+        for name, own in one.items()
+        for side in (0, 1)
+    ]
     return sum(found) / len(found)
 
 
 def across_layers(updates: Updates, side: int) -> float:
     """Return the overlap of the subspaces of different layers' weights of one kind."""
     kinds: dict[str, list[Tensor]] = {}
-    for name, own in bases(updates, side).items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(own)
+    for name, own in updates.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(own.bases[side])
     found = [
         overlap(one, other)
         for own in kinds.values()
@@ -81,7 +88,7 @@ def compared(found: Mapping[tuple[str, int], Updates]) -> dict[str, Any]:
     """Return spectra and overlaps of updates by method and seed."""
     methods = list(dict.fromkeys(method for method, _ in found))
     seeds = sorted({seed for _, seed in found})
-    width = next(iter(next(iter(found.values())).values())).shape[1]
+    width = len(next(iter(next(iter(found.values())).values())).bases[1])
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
@@ -127,9 +134,9 @@ def measure(name: str, folder: Path = results.FOLDER) -> dict[str, Any]:
             settings = {key: row[key] for key in ("rate", "scale", "seed")}
             with task.trained(designs[row["method"]], **settings) as trained:
                 deltas = trained.adapter.deltas()
-                found[row["method"], row["seed"]] = {
-                    key: delta.detach().double() for key, delta in deltas.items()
-                }
+                found[row["method"], row["seed"]] = decomposed(
+                    {key: delta.detach().double() for key, delta in deltas.items()}
+                )
     ordered = {(m, s): found[m, s] for m in METHODS for s in own.seeds if (m, s) in found}
     return {"experiment": name, "title": own.title, **compared(ordered)}
 

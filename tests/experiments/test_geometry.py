@@ -22,7 +22,7 @@ def along(size: int, *places: int, scale: float = 1.0) -> Tensor:
 
 
 def test_spectrum_and_stable_rank() -> None:
-    updates = {"0.q": along(6, 0, 1), "1.q": along(6, 2, 3, scale=7.0)}
+    updates = geometry.decomposed({"0.q": along(6, 0, 1), "1.q": along(6, 2, 3, scale=7.0)})
     # Of 1 and 1/2: shares of 4/5 and 1/5, and a stable rank of 5/4.
     assert geometry.spectrum(updates, 3) == pytest.approx([0.8, 0.2, 0.0])
     assert geometry.stable_rank(updates) == pytest.approx(1.25)
@@ -37,8 +37,8 @@ def test_overlap_is_one_for_a_subspace_and_a_share_by_chance() -> None:
 
 
 def test_what_seeds_families_and_layers_share() -> None:
-    one = {"0.q": along(8, 0, 1, 2, 3), "1.q": along(8, 0, 1, 2, 3)}
-    two = {"0.q": along(8, 4, 5, 6, 7), "1.q": along(8, 0, 1, 6, 7)}
+    one = geometry.decomposed({"0.q": along(8, 0, 1, 2, 3), "1.q": along(8, 0, 1, 2, 3)})
+    two = geometry.decomposed({"0.q": along(8, 4, 5, 6, 7), "1.q": along(8, 0, 1, 6, 7)})
     found = geometry.compared({("A", 0): one, ("A", 1): one, ("B", 0): two, ("B", 1): two})
     assert found["overlap"]["A"]["A"] == pytest.approx(1.0)
     assert found["overlap"]["A"]["B"] == pytest.approx((0 + 0.5) / 2)
@@ -49,7 +49,7 @@ def test_what_seeds_families_and_layers_share() -> None:
 
 
 def test_the_table_and_the_figure_are_of_what_was_written(tmp_path: Path) -> None:
-    one = {"0.q": along(8, 0, 1, 2, 3), "1.q": along(8, 4, 1, 2, 3)}
+    one = geometry.decomposed({"0.q": along(8, 0, 1, 2, 3), "1.q": along(8, 4, 1, 2, 3)})
     made = geometry.compared({("A", 0): one, ("A", 1): one, ("B", 0): one, ("B", 1): one})
     geometry.write(made, tmp_path)
     again = geometry.read(tmp_path)
