@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import superlora as sl
-from experiments.experiment import Method, family
+from experiments.experiment import Experiment, Method, family
 from superlora import maps
 
 RATIOS = (0.5, 0.25, 0.1, 0.02, 0.01)
@@ -57,3 +57,17 @@ SHOWN = (
     *("LoKr", "LoTR", "Uni-LoRA", "VeRA", "LoRA-XS"),
 )
 """Families with a colour of their own in the figures."""
+
+
+def on_texts(title: str, data: str) -> Experiment:
+    """Return the experiment of few texts of a data set of `tasks/texts`."""
+    return Experiment(
+        title=title,
+        task="texts",
+        settings={
+            **{"data": data, "train": 500, "validation": 1400, "test": 1000, "tokens": 32},
+            **{"epochs": 4, "batch_size": 20, "head_rate": 2e-3, "head_alone": 6e-3},
+        },
+        methods=few(),
+        shown=SHOWN,
+    )

@@ -1,15 +1,7 @@
-"""Text classification with few examples, every method's rate searched."""
+"""MiniLM on 500 Reuters news of 52 topics, every method's rate searched."""
 
-from experiments.experiment import Experiment
-from experiments.families import SHOWN, few
+from experiments.families import on_texts
 
-EXPERIMENT = Experiment(
-    title="MiniLM on 500 Reuters news of 52 topics, query and value weights",
-    task="texts",
-    settings={
-        **{"data": "reuters-r52", "train": 500, "validation": 1400, "test": 1000, "tokens": 32},
-        **{"epochs": 4, "batch_size": 20, "head_rate": 2e-3, "head_alone": 6e-3},
-    },
-    methods=few(),
-    shown=SHOWN,
+EXPERIMENT = on_texts(
+    "MiniLM on 500 Reuters news of 52 topics, query and value weights", "reuters-r52"
 )
