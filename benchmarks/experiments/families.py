@@ -45,10 +45,10 @@ def few() -> list[Method]:
         *projected("fastfood", maps.Fastfood(), (0.1, 0.02)),
         *projected("one-hot", maps.OneHot(), (0.1, 0.02)),
         *family("LoKr", "r{rank}", sl.lokr, rank=(2, 8)),
-        *family("LoTR", "r{rank}", sl.lotr, rank=(8, 16)),
-        *family("LoRA-XS", "r{rank}", sl.lora_xs, rank=(8, 16)),
-        *family("VeRA", "r{rank}", sl.vera, rank=(64, 256)),
-        *family("Uni-LoRA", "{size}", sl.unilora, size=(256, 1024)),
+        *family("LoTR", "r{rank}", sl.lotr, rank=(16,)),
+        *family("LoRA-XS", "r{rank}", sl.lora_xs, rank=(16,)),
+        *family("VeRA", "r{rank}", sl.vera, rank=(256,)),
+        *family("Uni-LoRA", "{size}", sl.unilora, size=(1024,)),
     ]
 
 
@@ -65,8 +65,8 @@ def on_texts(title: str, data: str) -> Experiment:
         title=title,
         task="texts",
         settings={
-            **{"data": data, "train": 500, "validation": 1400, "test": 1000, "tokens": 32},
-            **{"epochs": 4, "batch_size": 20, "head_rate": 2e-3, "head_alone": 6e-3},
+            **{"data": data, "train": 256, "validation": 400, "test": 800, "tokens": 32},
+            **{"epochs": 4, "batch_size": 16, "head_rate": 2e-3, "head_alone": 6e-3},
         },
         methods=few(),
         shown=SHOWN,

@@ -1,5 +1,5 @@
-"""MiniLM on 500 news of 20 groups, every method's rate searched."""
+"""MiniLM on 256 news of 20 groups, every method's rate searched."""
 
 from experiments.families import on_texts
 
-EXPERIMENT = on_texts("MiniLM on 500 news of 20 groups, query and value weights", "20newsgroups")
+EXPERIMENT = on_texts("MiniLM on 256 news of 20 groups, query and value weights", "20newsgroups")

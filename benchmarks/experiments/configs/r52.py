@@ -1,7 +1,7 @@
-"""MiniLM on 500 Reuters news of 52 topics, every method's rate searched."""
+"""MiniLM on 256 Reuters news of 52 topics, every method's rate searched."""
 
 from experiments.families import on_texts
 
 EXPERIMENT = on_texts(
-    "MiniLM on 500 Reuters news of 52 topics, query and value weights", "reuters-r52"
+    "MiniLM on 256 Reuters news of 52 topics, query and value weights", "reuters-r52"
 )
