@@ -40,6 +40,7 @@ def test_a_supernet_is_searched_within_its_limit(task: glora.Digits) -> None:
     assert found["candidate_parameters"] <= 600
     assert found["validation"] >= found["candidate_validation"]
     assert found["candidate_label"]
+    assert len(found["epoch_losses"]) == 2
     assert set(found["configuration"]) == {
         f"blocks.{block}.{layer}" for block in (0, 1) for layer in TARGETS
     }
@@ -62,6 +63,15 @@ def test_a_supernet_is_trained_once_for_all_its_limits(
     assert other["random_mean"] == first["random_mean"]
     with pytest.raises(AssertionError):
         task.measure(glora.Searched((2,), 300, epochs=1), **{**own, "rate": 6e-3})
+
+
+def test_a_supernet_that_diverges_is_ended_and_counts_as_a_guess(task: glora.Digits) -> None:
+    design = glora.Searched((2,), 600, epochs=12)
+    found = task.measure(design, rate=1e3, scale=1.0, seed=0, test=True)
+    assert found["diverged"]
+    assert found["validation"] == found["test"] == found["test_noisy"] == 1 / 10
+    assert found["parameters"] == 600
+    assert not list(task.folder.iterdir())
 
 
 def test_other_designs_are_trained_as_they_are(task: glora.Digits) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import superlora
 from experiments.classification import SOURCES as CLASSIFICATION
-from experiments.classification import Classification
+from experiments.classification import Classification, Diverged, check_loss
 from experiments.digest import code_digest
 from experiments.tasks.digits import drawn
 from superlora.demo.data import Images, Labelled, Splits, read_digits
@@ -47,7 +47,7 @@ SHARES = {
     **{"scale_bias": 1.0, "add_bias": 1.0},
 }
 RESTRICTED = {**SHARES, "add_weight": 1 / 3}
-RANDOM = 10  # configurations that say how good a supernet is, during its training
+RANDOM = 10  # configurations that say how good a trained supernet is
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,15 @@ class Digits(Classification):
             trials=self.trials,
             evolution=Evolution(population=20, parents=6, mutations=10, crossovers=10),
         )
-        trained, seconds = self.supernet(settings, parts, seed)
+        try:
+            trained, seconds = self.supernet(settings, parts, seed)
+        except Diverged:
+            guess = 1 / parts.classes
+            scores = dict.fromkeys(("test", *(f"test_{name}" for name in SHIFTS)), guess)
+            return {
+                **{"parameters": design.limit, "validation": guess, **(scores if test else {})},
+                **{"seconds": 0.0, "diverged": True},
+            }
         mean = self.random_accuracy(trained, parts.validation, seed)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
@@ -157,6 +165,8 @@ class Digits(Classification):
             "search_seconds": search_seconds,
             "first_generation_mean": sum(first) / len(first),
             "random_mean": mean,
+            "epoch_losses": [round(float(own), 4) for own in means(trained.losses, design.epochs)],
+            "diverged": False,
             "configuration": outcome.best.configuration,
         }
 
@@ -165,7 +175,14 @@ class Digits(Classification):
         content = {**asdict(settings), "trials": None, "evolution": None, "seed": seed}
         name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
         start = time.perf_counter()
-        trained = train_supernet(self.base, parts, settings, seed, self.folder / name)
+        check = check_loss(parts.classes)
+
+        def check_later(epoch: int, loss: float) -> None:
+            # Its head starts at zero and its rates warm up: the first epochs are about a guess.
+            if epoch > 10:
+                check(epoch, loss)
+
+        trained = train_supernet(self.base, parts, settings, seed, self.folder / name, check_later)
         file = self.folder / name / "seconds.json"
         if not file.exists():
             file.write_text(json.dumps(time.perf_counter() - start), "utf-8")
@@ -190,6 +207,11 @@ class Digits(Classification):
         adapter = Supernet.load(model, trained.folder / SUPERNET_FILE).extract(configuration)
         yield classifier
         adapter.detach()
+
+
+def means(losses: list[float], parts: int) -> Any:
+    """Return the mean losses of so many equal parts of a training."""
+    return numpy.array(losses).reshape(parts, -1).mean(1)
 
 
 def tested(classifier: Classifier, images: Labelled) -> dict[str, float]:
