@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import geometry, results
+from experiments import geometry, results, searches
 from experiments.analysis import Point, Saving, front, points, savings
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +81,21 @@ def savings_table(found: Sequence[Saving]) -> str:
     return "\n".join(lines)
 
 
+def shifts_table(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
+    """Return the Markdown table of the test part, as it is and by each shift of its images."""
+    columns = ["test", *(key for key in rows[0] if key.startswith(searches.SHIFT))]
+    found = [points([{**row, "test": row[column]} for row in rows]) for column in columns]
+    names = [column.removeprefix(searches.SHIFT) for column in columns[1:]]
+    lines = [
+        f"| method | {' | '.join(f'{own}, %' for own in ['as it is', *names])} |",
+        f"|---|{'--:|' * len(columns)}",
+    ]
+    for own in zip(*found, strict=True):
+        cells = [f"{shown(point.mean, about)} ± {shown(point.half, about)}" for point in own]
+        lines.append(f"| {own[0].method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:
     """Draw accuracy against parameters, a curve a family, with intervals and the Pareto front."""
     import matplotlib
@@ -146,6 +161,10 @@ def texts() -> dict[str, str]:
         made[f"{name}-savings"] = savings_table(main)
         made[f"{name}-all-savings"] = savings_table(saved)
         made[f"{name}-environment"] = environment(about, rows)
+        if any(key.startswith(searches.SHIFT) for key in rows[0]):
+            made[f"{name}-shifts"] = shifts_table(rows, about)
+        if searches.searched(rows):
+            made[f"{name}-searches"] = searches.table(rows)
     if GEOMETRY.exists():
         made["geometry-table"] = geometry.table(geometry.read())
     return made
@@ -193,6 +212,9 @@ def write() -> list[Path]:
         about, rows = results.read(results.FOLDER, name)
         draw(points(rows), about, FIGURES / f"{name}.svg")
         written.append(FIGURES / f"{name}.svg")
+        if searches.searched(rows):
+            searches.draw(rows, about["title"], FIGURES / f"{name}-training.svg")
+            written.append(FIGURES / f"{name}-training.svg")
     if GEOMETRY.exists():
         geometry.draw(geometry.read(), FIGURES / "geometry.svg")
         written.append(FIGURES / "geometry.svg")

@@ -8,11 +8,11 @@ from superlora import maps
 METHODS = [
     Method("not adapted", "", None),
     *family("LoRA", "r{rank}", sl.lora, rank=(1, 2, 4, 8)),
-    *family("SuperLoRA 2-D", "r{rank}", planar, rank=(1, 4, 8, 16, 32)),
-    *family("LoRTA 3-D", "r{rank}", cubic, rank=(8, 16, 32)),
-    *projected("fastfood", maps.Fastfood(), (0.5, 0.1, 0.02)),
-    *projected("one-hot", maps.OneHot(), (0.5, 0.1, 0.02)),
-    *family("LoKr", "r{rank}", sl.lokr, rank=(2, 8)),
+    *family("SuperLoRA 2-D", "r{rank}", planar, rank=(4, 8, 16, 32)),
+    *family("LoRTA 3-D", "r{rank}", cubic, rank=(16, 32)),
+    *projected("fastfood", maps.Fastfood(), (0.1, 0.02)),
+    *projected("one-hot", maps.OneHot(), (0.1, 0.02)),
+    *family("LoKr", "r{rank}", sl.lokr, rank=(8,)),
     Method("dense", "", sl.dense()),
 ]
 

@@ -1,0 +1,94 @@
+"""What a search gains over its supernet's random configurations, and whether layers agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+Row = Mapping[str, Any]
+Configuration = Mapping[str, Mapping[str, Any]]
+"""The option of each operation, of each layer."""
+
+SHIFT = "test_"
+"""What the columns of shifted test images begin with."""
+
+
+def searched(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the runs of the chosen rate of each method that is a search."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["chosen"] and row.get("random_mean") is not None:
+            found.setdefault(row["method"], []).append(row)
+    return found
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """In how many of the choices all searches agree, and how many it were of shuffled layers."""
+
+    choices: int
+    agreed: int
+    expected: float
+
+
+def agreement(configurations: Sequence[Configuration]) -> Agreement:
+    """Count the choices that several searches of one space have in common."""
+    layers = list(configurations[0])
+    agreed, expected = 0, 0.0
+    operations = list(configurations[0][layers[0]])
+    for operation in operations:
+        chosen = [[str(own[layer][operation]) for layer in layers] for own in configurations]
+        agreed += sum(len(set(options)) == 1 for options in zip(*chosen, strict=True))
+        shares = [Counter(options) for options in chosen]
+        for option in set.intersection(*map(set, chosen)):
+            product = float(len(layers))
+            for share in shares:
+                product *= share[option] / len(layers)
+            expected += product
+    return Agreement(len(layers) * len(operations), agreed, expected)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the Markdown table of the searches, in means over the seeds."""
+    lines = [
+        "| search | random, % | best named, % | best found, % | best named, test % "
+        "| best found, test % | supernet, s | search, s | choices agreed (of shuffled layers) |",
+        f"|---|{'--:|' * 8}",
+    ]
+    columns = ("random_mean", "candidate_validation", "validation", "candidate_test", "test")
+    for name, own in searched(rows).items():
+        cells = [f"{100 * mean(own, column):.1f}" for column in columns]
+        cells += [f"{mean(own, column):.0f}" for column in ("seconds", "search_seconds")]
+        common = agreement([row["configuration"] for row in own])
+        cells.append(f"{common.agreed} of {common.choices} ({common.expected:.0f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mean(rows: Sequence[Row], column: str) -> float:
+    """Return the mean of a column over the runs that have it."""
+    return fmean(row[column] for row in rows if row.get(column) is not None)
+
+
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Draw the mean training loss of every supernet by its epochs."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot(xscale="log", yscale="log")
+    for name, own in searched(rows).items():
+        losses = [fmean(values) for values in zip(*(r["epoch_losses"] for r in own), strict=True)]
+        axes.plot(range(1, len(losses) + 1), losses, label=name, linewidth=1.2)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("training loss of random configurations")
+    figure.suptitle(title, fontsize=11)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    with matplotlib.rc_context({"svg.hashsalt": title}):
+        figure.savefig(path, format="svg", metadata={"Date": None})

@@ -1,0 +1,76 @@
+"""What is said of searches: means, agreement between seeds, shifts, the curve of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from experiments import report, searches
+
+
+def configuration(*options: str) -> dict[str, dict[str, str]]:
+    """Return a configuration of one operation, a layer an option."""
+    return {f"layer {place}": {"A": own} for place, own in enumerate(options)}
+
+
+def row(seed: int, **own: Any) -> dict[str, Any]:
+    """Return a run of a search."""
+    return {
+        **{"method": "S", "family": "S", "parameters": 100, "rate": 0.1, "scale": 1.0},
+        **{"seed": seed, "chosen": True, "random_mean": 0.5, "candidate_validation": 0.6},
+        **{"validation": 0.7, "candidate_test": 0.55, "test": 0.6, "seconds": 10.0},
+        **{"search_seconds": 4.0, "epoch_losses": [2.0, 1.0 + seed]},
+        **{"configuration": configuration("r", "none", "r", "none"), "test_noisy": 0.3},
+        **own,
+    }
+
+
+PLAIN = {key: None for key in row(0)} | {
+    **{"method": "LoRA", "family": "LoRA", "parameters": 50, "rate": 0.1, "seconds": 1.0},
+    **{"seed": 0, "chosen": True, "test": 0.65, "test_noisy": 0.2},
+}
+ROWS = [row(0), row(1, random_mean=0.6), PLAIN, {**PLAIN, "seed": 1}]
+
+
+def test_agreement_counts_equal_choices_and_expects_those_of_shuffled_layers() -> None:
+    found = searches.agreement(
+        [configuration("r", "r", "none", "none"), configuration("r", "none", "none", "none")]
+    )
+    # Of four layers: 4 · (2/4 · 1/4) of "r", and 4 · (2/4 · 3/4) of "none".
+    assert found == searches.Agreement(choices=4, agreed=3, expected=2.0)
+
+
+def test_the_table_has_the_searches_alone_in_means() -> None:
+    lines = searches.table(ROWS).splitlines()
+    assert len(lines) == 3
+    assert lines[2] == ("| S | 55.0 | 60.0 | 70.0 | 55.0 | 60.0 | 10 | 4 | 4 of 4 (2) |")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_search_without_a_named_candidate_is_left_out_of_its_mean() -> None:
+    rows = [row(0), row(1, candidate_test=None)]
+    assert searches.mean(rows, "candidate_test") == 0.55
+
+
+def test_shifted_images_have_a_column_each() -> None:
+    about = {"percent": True}
+    lines = report.shifts_table(ROWS, about).splitlines()
+    assert lines[0] == "| method | as it is, % | noisy, % |"
+    assert lines[2].startswith("| S | 60.0 ± ")
+    assert " | 30.0 ± " in lines[2]
+    assert lines[3].startswith("| LoRA | 65.0 ± ")
+
+
+def test_the_same_results_draw_the_same_curve(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    first, second = tmp_path / "a.svg", tmp_path / "b.svg"
+    searches.draw(ROWS, "title", first)
+    searches.draw(ROWS, "title", second)
+    assert first.read_bytes() == second.read_bytes()
+    changed = [row(0, epoch_losses=[3.0, 0.5]), *ROWS[1:]]
+    searches.draw(changed, "title", second)
+    assert first.read_bytes() != second.read_bytes()
