@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import superlora.torch as slt
 from experiments.entries import Entry, Pair, Parts, batched, encoded
 
-SOURCES = (*("entries.py", "generation.py", "text_metrics.py"),)
+SOURCES = ("entries.py", "generation.py", "text_metrics.py")
+PACKAGES = ("transformers", "tokenizers", "sacrebleu", "nltk", "pycocoevalcap")
 EVALUATION_BATCH = 32  # texts
 LARGEST_GRADIENT = 1.0  # Euclidean norm over the factors
 

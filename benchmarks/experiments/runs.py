@@ -54,7 +54,7 @@ class Lab:
         own = self.experiment
         design = method.design
         content = {
-            **{"source": self.source, "releases": releases()},
+            **{"source": self.source, "releases": releases(own.task)},
             **{"task": own.task, "settings": dict(own.settings)},
             "design": None if design is None else design.to_dict(),
             **{"rate": rate, "scale": scale, "seed": seed, "test": test},
@@ -79,9 +79,10 @@ class Lab:
         return tasks.load(self.experiment.task, self.experiment.settings, self.folder)
 
 
-def releases() -> dict[str, str]:
+def releases(task: str) -> dict[str, str]:
     """Return what a run depends on besides the code here, and the folders that a task reads."""
-    found = {name: metadata.version(name) for name in ("torch", "numpy")}
+    names = ("torch", "numpy", *getattr(tasks.module(task), "PACKAGES", ()))
+    found = {name: metadata.version(name) for name in names}
     folders = {name: own for name, own in os.environ.items() if name in tasks.FOLDERS}
     return {**found, "python": platform.python_version(), **folders}
 

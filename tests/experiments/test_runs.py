@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("optuna")
 
-from experiments import results
+from experiments import results, tasks
 from experiments.experiment import Experiment, Method, experiment, family, names
-from experiments.runs import Lab, searched, source_digest
+from experiments.runs import Lab, releases, searched, source_digest
 
 import superlora as sl
 
@@ -108,7 +110,7 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
     assert rest.runs == 6
 
 
-@pytest.mark.parametrize("change", ["settings", "design", "seed", "test", "folder"])
+@pytest.mark.parametrize("change", ["settings", "design", "seed", "test", "folder", "release"])
 def test_a_run_is_that_of_its_settings(
     tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,16 +125,27 @@ def test_a_run_is_that_of_its_settings(
         method = OWN.methods[1]
     elif change == "folder":
         monkeypatch.setenv("SUPERLORA_LM", str(tmp_path))
+    elif change == "release":
+        monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
     else:
         run[change] = 1 if change == "seed" else True
     own.run(method, **run)
     assert task.runs == 2
 
 
+def test_the_libraries_of_a_task_are_part_of_what_its_runs_depend_on() -> None:
+    assert {"torch", "numpy"} <= set(releases("digits"))
+    for task in ("texts", "cifar", "glosses", "e2e"):
+        names = set(tasks.module(task).PACKAGES)
+        assert "transformers" in names
+        with contextlib.suppress(metadata.PackageNotFoundError):  # of another extra
+            assert names <= set(releases(task))
+
+
 def test_the_digest_follows_the_code_and_not_its_comments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from experiments import runs, tasks
+    from experiments import runs
 
     (tmp_path / "tasks").mkdir()
     file = tmp_path / "tasks" / "own.py"

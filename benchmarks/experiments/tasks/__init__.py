@@ -1,7 +1,7 @@
 """Models and data: each module has `load(**settings)`, which returns a `Task`.
 
 `SOURCES` of a module names the files that its runs depend on besides, of this package's folder or
-of superlora.
+of superlora, `PACKAGES`, where there is one, the libraries besides torch and NumPy.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from experiments.classification import attached
 from superlora.demo.data import Images
 
 SOURCES = ("classification.py", "demo/data.py")
+PACKAGES = ("transformers",)
 # The classes, the files, and the bytes of labels before an image: of two, the last is the finer.
 FORMATS = {
     "cifar10": (10, tuple(f"data_batch_{part}.bin" for part in range(1, 6)), "test_batch.bin", 1),

