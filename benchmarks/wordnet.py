@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from smollm import cache_folder
+from smollm import cache_folder, made_folder
 
 from superlora.demo.fetch import FetchError
 
@@ -53,19 +53,7 @@ WORDNET = Package(
 
 def wordnet_folder(package: Package = WORDNET) -> Path:
     """Return the folder of WordNet's files, as nltk's reader takes it."""
-    cache = cache_folder()
-    folder = cache / "wordnet-3.0"
-    if not folder.exists():
-        file = fetched(package, cache)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            made = Path(scratch) / "made"
-            unpack(file, made)
-            try:
-                made.rename(folder)
-            except OSError:  # another process was first
-                if not folder.exists():
-                    raise
-    return folder
+    return made_folder("wordnet-3.0", lambda made: unpack(fetched(package, cache_folder()), made))
 
 
 def fetched(package: Package, cache: Path) -> Path:
