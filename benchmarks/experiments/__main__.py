@@ -51,6 +51,18 @@ def geometry(
 
 
 @app.command()
+def drawings(
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = results.FOLDER,
+) -> None:
+    """Train some methods of `drawing` at their chosen rates again, and show what they draw."""
+    from experiments import drawing_figure, report
+
+    file = report.FIGURES / "drawings.png"
+    drawing_figure.save(drawing_figure.of_results(output), file)
+    typer.echo(file)
+
+
+@app.command()
 def report() -> None:
     """Draw every figure and write every table of the docs and the README from the results."""
     from experiments.report import write

@@ -40,6 +40,7 @@ class Point:
     seconds: float
     freedom: int  # degrees of freedom of the error
     failed: int = 0  # seeds whose training diverged
+    scale: float = 1.0
 
     @property
     def alone(self) -> bool:
@@ -77,6 +78,7 @@ def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
                 seconds,
                 freedom,
                 sum(bool(found[method, seed].get("diverged")) for seed in seeds),
+                float(first.get("scale", 1.0)),
             )
         )
     return made
@@ -116,6 +118,26 @@ def front(found: Iterable[Point]) -> list[Point]:
         if not kept or point.mean > kept[-1].mean:
             kept.append(point)
     return kept
+
+
+def front_shares(found: Sequence[Point]) -> dict[str, float]:
+    """Return in which share of draws of all means, by their errors, a method is on the front."""
+    if not all(math.isfinite(point.error) for point in found):
+        return {}
+    generator = numpy.random.default_rng(0)
+    ordered = sorted(found, key=lambda own: own.parameters)
+    noise = [generator.standard_t(own.freedom, DRAWS) * own.error for own in ordered]
+    drawn = numpy.array([own.mean for own in ordered]) + numpy.stack(noise, axis=1)
+    shares = {}
+    for place, own in enumerate(ordered):
+        others = [
+            other
+            for other, rival in enumerate(ordered)
+            if other != place and rival.parameters <= own.parameters
+        ]
+        best = drawn[:, others].max(1, initial=-math.inf)
+        shares[own.method] = float((drawn[:, place] > best).mean())
+    return shares
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,30 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from experiments import results, tasks
+from experiments.analysis import points
+from experiments.experiment import experiment
 from experiments.tasks.drawing import Drawing
 from superlora.demo.data import Images
 
 Panel = tuple[str, Any, float]
 """A title, a design or None, and its learning rate."""
+
+
+METHODS = ("not adapted", "LoRA r1", "LoRA r8", "SuperLoRA 2-D r8", "LoRTA 3-D r16", "dense")
+SEED, EACH = 0, 8  # of the figure in the docs
+
+
+def of_results(folder: Path) -> Figure:
+    """Return the drawings of some methods at the rates that the experiment chose."""
+    own = experiment("drawing")
+    _, rows = results.read(folder, "drawing")
+    rates = {point.method: point.rate for point in points(rows)}
+    designs = {method.name: method.design for method in own.methods}
+    torch.set_num_threads(1)  # as the runs had
+    task: Any = tasks.load(own.task, own.settings, folder)
+    panels = [(name, designs[name], rates[name]) for name in METHODS]
+    return drawings(task, panels, seed=SEED, each=EACH)
 
 
 def drawings(task: Drawing, panels: Sequence[Panel], *, seed: int, each: int) -> Figure:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import geometry, results, searches
-from experiments.analysis import Point, Saving, front, points, savings
+from experiments.analysis import Point, Saving, front, front_shares, points, savings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -35,11 +35,12 @@ def metric(about: dict[str, Any]) -> str:
 
 def table(found: Sequence[Point], about: dict[str, Any]) -> str:
     """Return the Markdown table of all methods."""
-    lines = [
-        f"| method | parameters | {metric(about)} | rate | training, s |",
-        "|---|--:|--:|--:|--:|",
-    ]
+    scaled = len(about["scales"]) > 1
+    columns = ["parameters", metric(about), "on the front, %", "rate"]
+    columns += [*(["scale"] if scaled else []), "training, s"]
+    lines = [f"| method | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
     best = {point.method for point in front(found)}
+    shares = front_shares(found)
     for point in found:
         name = f"**{point.method}**" if point.method in best else point.method
         if point.failed:
@@ -47,9 +48,10 @@ def table(found: Sequence[Point], about: dict[str, Any]) -> str:
         value = (
             f"{shown(point.mean, about)} ± {shown(point.half, about)}{'†' if point.alone else ''}"
         )
-        lines.append(
-            f"| {name} | {point.parameters:,} | {value} | {point.rate:.2g} | {point.seconds:.0f} |"
-        )
+        share = f"{100 * shares[point.method]:.0f}" if shares else ""
+        cells = [name, f"{point.parameters:,}", value, share, f"{point.rate:.2g}"]
+        cells += [*([f"{point.scale:g}"] if scaled else []), f"{point.seconds:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -159,7 +161,8 @@ def texts() -> dict[str, str]:
         main = [own for own in saved if own.family in about["shown"]]
         made[f"{name}-table"] = table(found, about)
         made[f"{name}-savings"] = savings_table(main)
-        made[f"{name}-all-savings"] = savings_table(saved)
+        if main != saved:
+            made[f"{name}-all-savings"] = savings_table(saved)
         made[f"{name}-environment"] = environment(about, rows)
         if any(key.startswith(searches.SHIFT) for key in rows[0]):
             made[f"{name}-shifts"] = shifts_table(rows, about)

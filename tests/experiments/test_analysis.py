@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from experiments.analysis import Point, front, points, savings
+from experiments.analysis import Point, front, front_shares, points, savings
 
 
 def row(method: str, seed: int, test: float, parameters: int = 10, **other: Any) -> dict[str, Any]:
@@ -21,6 +21,15 @@ def row(method: str, seed: int, test: float, parameters: int = 10, **other: Any)
 def point(family: str, parameters: int, mean: float, error: float = 1e-6) -> Point:
     name = f"{family} {parameters}"
     return Point(name, family, parameters, 0.1, mean, error, 2 * error, 3, 1.0, freedom=100)
+
+
+def test_a_method_is_on_the_front_in_the_draws_where_no_smaller_one_is_better() -> None:
+    found = [point("A", 10, 0.5, 0.01), point("B", 20, 0.5, 0.01), point("C", 15, 0.1, 0.01)]
+    shares = front_shares(found)
+    assert shares["A 10"] == 1.0
+    assert shares["B 20"] == pytest.approx(0.5, abs=0.05)
+    assert shares["C 15"] == 0.0
+    assert front_shares([point("A", 10, 0.5, math.nan)]) == {}
 
 
 def test_an_effect_of_the_seeds_is_no_part_of_the_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -24,7 +25,10 @@ def made(family: str, parameters: int, mean: float) -> Point:
     )
 
 
-ABOUT = {"title": "own", "metric": "test accuracy", "percent": True, "shown": ["LoRA"]}
+ABOUT = {
+    **{"title": "own", "metric": "test accuracy", "percent": True},
+    **{"shown": ["LoRA"], "scales": [1.0]},
+}
 POINTS = [made("head only", 0, 0.7), made("LoRA", 1000, 0.9), made("F", 100, 0.91)]
 
 
@@ -70,16 +74,27 @@ def test_results_are_whole(name: str) -> None:
 
 def test_the_table_has_the_front_in_bold() -> None:
     lines = report.table(POINTS, ABOUT).splitlines()
-    assert lines[2] == "| **head only 0** | 0 | 70.0 ± 0.8 | 0.01 | 10 |"
-    assert lines[3] == "| LoRA 1000 | 1,000 | 90.0 ± 0.8 | 0.01 | 10 |"
-    assert lines[4] == "| **F 100** | 100 | 91.0 ± 0.8 | 0.01 | 10 |"
+    assert lines[2] == "| **head only 0** | 0 | 70.0 ± 0.8 | 100 | 0.01 | 10 |"
+    assert lines[3] == "| LoRA 1000 | 1,000 | 90.0 ± 0.8 | 4 | 0.01 | 10 |"
+    assert lines[4] == "| **F 100** | 100 | 91.0 ± 0.8 | 100 | 0.01 | 10 |"
+
+
+def test_a_scale_that_was_searched_is_in_the_table() -> None:
+    about = {**ABOUT, "scales": [1.0, 4.0]}
+    lines = report.table([dataclasses.replace(made("F", 100, 0.91), scale=4.0)], about).splitlines()
+    assert "| rate | scale |" in lines[0]
+    assert "| 0.01 | 4 |" in lines[2]
+    assert len({line.count("|") for line in lines}) == 1
 
 
 def test_a_metric_that_is_no_share_is_shown_as_it_is() -> None:
     about = {**ABOUT, "metric": "log likelihood", "percent": False}
     lines = report.table([made("LoRA", 1000, -3.25)], about).splitlines()
-    assert lines[0] == "| method | parameters | log likelihood | rate | training, s |"
-    assert lines[2] == "| **LoRA 1000** | 1,000 | -3.250 ± 0.008 | 0.01 | 10 |"
+    assert (
+        lines[0]
+        == "| method | parameters | log likelihood | on the front, % | rate | training, s |"
+    )
+    assert lines[2] == "| **LoRA 1000** | 1,000 | -3.250 ± 0.008 | 100 | 0.01 | 10 |"
 
 
 @pytest.mark.parametrize(
