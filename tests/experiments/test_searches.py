@@ -31,7 +31,7 @@ def row(seed: int, **own: Any) -> dict[str, Any]:
 
 PLAIN = {key: None for key in row(0)} | {
     **{"method": "LoRA", "family": "LoRA", "parameters": 50, "rate": 0.1, "seconds": 1.0},
-    **{"seed": 0, "chosen": True, "test": 0.65, "test_noisy": 0.2},
+    **{"seed": 0, "scale": 1.0, "chosen": True, "test": 0.65, "test_noisy": 0.2},
 }
 ROWS = [row(0), row(1, random_mean=0.6), PLAIN, {**PLAIN, "seed": 1}]
 
