@@ -19,7 +19,10 @@ from torch import Tensor
 from experiments import results, tasks
 from experiments.experiment import experiment
 
-METHODS = ("LoRA r8", "SuperLoRA 2-D r8", "LoRTA 3-D r16", "LoTR r16", "dense")
+METHODS = (
+    *("LoRA r8", "SuperLoRA 2-D r8", "LoRTA 3-D r16", "LoTR r16"),
+    *("WaveFT 500 a weight", "dense, fastfood ρ 0.01", "dense"),
+)
 LEADING = 4  # singular vectors that make a subspace
 
 

@@ -70,16 +70,26 @@ def times(own: Saving) -> str:
     return f"{number} ({between})"
 
 
-def savings_table(found: Sequence[Saving]) -> str:
-    """Return the Markdown table of the parameters at equal accuracy."""
+def savings_table(found: Sequence[Saving], *, short: bool = False) -> str:
+    """Return the Markdown table of the parameters at equal accuracy, the most saving first.
+
+    A short one has those that reach no accuracy in one line, without intervals.
+    """
     references = list(dict.fromkeys(own.reference for own in found))
     lines = [
         f"| family | {' | '.join(references)} |",
         f"|---|{'--:|' * len(references)}",
     ]
-    for family in dict.fromkeys(own.family for own in found):
-        cells = [times(own) for own in found if own.family == family]
-        lines.append(f"| {family} | {' | '.join(cells)} |")
+    families: dict[str, list[Saving]] = {}
+    for own in found:
+        families.setdefault(own.family, []).append(own)
+    without = [name for name, own in families.items() if not any(each.times for each in own)]
+    for name in sorted(families, key=lambda name: -sum(own.times for own in families[name])):
+        if not short or name not in without:
+            cells = [times(own) for own in families[name]]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    if short and without:
+        lines.append(f"| {', '.join(without)} |{' not reached |' * len(references)}")
     return "\n".join(lines)
 
 
@@ -160,9 +170,8 @@ def texts() -> dict[str, str]:
         saved = savings(found, about["reference"])
         main = [own for own in saved if own.family in about["shown"]]
         made[f"{name}-table"] = table(found, about)
-        made[f"{name}-savings"] = savings_table(main)
-        if main != saved:
-            made[f"{name}-all-savings"] = savings_table(saved)
+        made[f"{name}-savings"] = savings_table(main, short=True)
+        made[f"{name}-all-savings"] = savings_table(saved)
         made[f"{name}-environment"] = environment(about, rows)
         if any(key.startswith(searches.SHIFT) for key in rows[0]):
             made[f"{name}-shifts"] = shifts_table(rows, about)

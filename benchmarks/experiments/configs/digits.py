@@ -5,7 +5,7 @@ The paper adapts a ViT-B to CIFAR-100: `cifar100`, ready for a machine with a GP
 
 import superlora as sl
 from experiments.experiment import Experiment, Method, family
-from experiments.families import SHOWN, main, planar, projected
+from experiments.families import main, planar, projected
 from superlora import maps
 
 METHODS = [
@@ -58,5 +58,8 @@ EXPERIMENT = Experiment(
         **{"epochs": 4, "batch_size": 20, "head_rate": 2e-3, "head_alone": 6e-3},
     },
     methods=METHODS,
-    shown=SHOWN,
+    shown=(
+        *("LoRA", "SuperLoRA 2-D", "LoRTA 3-D", "2-D r8, fastfood", "2-D r8, one-hot"),
+        *("dense, fastfood", "WaveFT", "LoKr", "LoTR", "Uni-LoRA"),
+    ),
 )
