@@ -35,7 +35,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 sys.path.append(str(DOCS))
 from tables import replaced  # noqa: E402  (lies beside the docs)
 
-PAGE = DOCS / "glora-experiment.md"
+PAGE = DOCS / "performance" / "inference.md"
 BASE, MERGED, UNMERGED, LORA = "base", "GLoRA merged", "GLoRA unmerged", "LoRA unmerged"
 TINY = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
 

@@ -29,7 +29,6 @@ MARKERS = (
     "glora-generations",
     "glora-machine",
     "glora-figures",
-    "glora-inference",
 )
 
 
