@@ -197,10 +197,13 @@ def comparison() -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name in results.names():
         about, rows = results.read(results.FOLDER, name)
+        found = points(rows)
+        alone = [own.family for own in found if own.family == own.method]
         made[name] = {
             "title": about["title"],
             "metric": about["metric"],
             "interval": "mean over the seeds; 95 % interval, to compare methods",
+            "shown": [*about["shown"], *alone],  # at first
             "points": [
                 {
                     "method": point.method,
@@ -211,7 +214,7 @@ def comparison() -> dict[str, Any]:
                     "high": round(point.mean + point.half, 5),
                     "seeds": point.seeds,
                 }
-                for point in points(rows)
+                for point in found
             ],
         }
     return made

@@ -149,12 +149,20 @@
       families.forEach((family, index) => {
         style[family] = { colour: COLOURS[index % COLOURS.length], shape: SHAPES[index % SHAPES.length] };
       });
+      const shown = new Set(experiments[choice.value].shown);
       boxes.replaceChildren(make("legend", {}, "Families"), ...families.map((family) => {
-        const box = make("input", { type: "checkbox", value: family, checked: "" });
+        const box = make("input", { type: "checkbox", value: family, ...(shown.has(family) ? { checked: "" } : {}) });
         box.addEventListener("change", () => show(style));
         const { colour, shape } = style[family];
         const mark = make("svg", { viewBox: "-8 -8 16 16", "aria-hidden": "true" }, make("path", { d: shape, fill: colour }));
         return make("label", {}, box, mark, family);
+      }), ...["all", "none"].map((name) => {
+        const button = make("button", { type: "button" }, name);
+        button.addEventListener("click", () => {
+          for (const box of boxes.querySelectorAll("input")) box.checked = name === "all";
+          show(style);
+        });
+        return button;
       }));
       show(style);
     }
