@@ -156,18 +156,23 @@ def read(folder: Path = results.FOLDER) -> dict[str, Any]:
     return found
 
 
-def table(made: dict[str, Any]) -> str:
-    """Return the overlaps as a Markdown table."""
+def overlaps(made: dict[str, Any]) -> str:
+    """Return the overlaps as a Markdown table, whose columns are the rows' numbers."""
     methods = made["methods"]
-    lines = [
-        f"| overlap with | {' | '.join(methods)} | stable rank | layers, output | layers, input |",
-        f"|---|{'--:|' * (len(methods) + 3)}",
-    ]
-    for one in methods:
+    numbers = [str(place) for place in range(1, len(methods) + 1)]
+    lines = [f"| overlap with | {' | '.join(numbers)} |", f"|---|{'--:|' * len(methods)}"]
+    for number, one in zip(numbers, methods, strict=True):
         cells = [f"{made['overlap'][one][other]:.2f}" for other in methods]
-        sides = [f"{value:.2f}" for value in made["layers"][one]]
-        rank = f"{made['stable_rank'][one]:.1f}"
-        lines.append(f"| {one} | {' | '.join([*cells, rank, *sides])} |")
+        lines.append(f"| {number}. {one} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table(made: dict[str, Any]) -> str:
+    """Return the stable ranks, and what the layers share, as a Markdown table."""
+    lines = ["| method | stable rank | layers, output | layers, input |", "|---|--:|--:|--:|"]
+    for one in made["methods"]:
+        output, inputs = (f"{value:.2f}" for value in made["layers"][one])
+        lines.append(f"| {one} | {made['stable_rank'][one]:.1f} | {output} | {inputs} |")
     return "\n".join(lines)
 
 

@@ -178,6 +178,7 @@ def texts() -> dict[str, str]:
         if searches.searched(rows):
             made[f"{name}-searches"] = searches.table(rows)
     if GEOMETRY.exists():
+        made["geometry-overlaps"] = geometry.overlaps(geometry.read())
         made["geometry-table"] = geometry.table(geometry.read())
     return made
 

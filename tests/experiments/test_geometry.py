@@ -54,8 +54,9 @@ def test_the_table_and_the_figure_are_of_what_was_written(tmp_path: Path) -> Non
     geometry.write(made, tmp_path)
     again = geometry.read(tmp_path)
     assert again == json.loads(json.dumps(made))
-    lines = geometry.table(again).splitlines()
-    assert lines[2].startswith("| A | 1.00 | 1.00 | 1.4 | 0.75 | 0.75 |")
+    assert geometry.table(again).splitlines()[2] == "| A | 1.4 | 0.75 | 0.75 |"
+    assert geometry.overlaps(again).splitlines()[0] == "| overlap with | 1 | 2 |"
+    assert geometry.overlaps(again).splitlines()[3] == "| 2. B | 1.00 | 1.00 |"
     pytest.importorskip("matplotlib")
     geometry.draw(again, tmp_path / "own.svg")
     first = (tmp_path / "own.svg").read_bytes()
