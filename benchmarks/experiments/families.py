@@ -41,10 +41,12 @@ def main(*, square: Iterable[int] = (1, 2, 4, 8)) -> list[Method]:
 def few() -> list[Method]:
     """Return what text experiments compare."""
     return [
-        *main(),
+        *main(square=(2, 4, 8)),
         *projected("fastfood", maps.Fastfood(), (0.1, 0.02)),
-        *projected("one-hot", maps.OneHot(), (0.1, 0.02)),
-        *family("LoKr", "r{rank}", sl.lokr, rank=(2, 8)),
+        *projected("one-hot", maps.OneHot(), (0.1,)),
+        *random_dense(),
+        *family("WaveFT", "{size} a weight", sl.waveft, size=(100, 500)),
+        *family("LoKr", "r{rank}", sl.lokr, rank=(8,)),
         *family("LoTR", "r{rank}", sl.lotr, rank=(16,)),
         *family("LoRA-XS", "r{rank}", sl.lora_xs, rank=(16,)),
         *family("VeRA", "r{rank}", sl.vera, rank=(256,)),
@@ -52,9 +54,19 @@ def few() -> list[Method]:
     ]
 
 
+def random_dense() -> list[Method]:
+    """Return all entries behind one random projection, from few numbers."""
+    return family(
+        "dense, fastfood",
+        "ρ {ratio}",
+        lambda ratio: sl.Spec(order=1, groups=1, map=maps.Fastfood(), ratio=ratio),
+        ratio=(0.01, 0.001),
+    )
+
+
 SHOWN = (
     *("LoRA", "SuperLoRA 2-D", "LoRTA 3-D", "2-D r8, fastfood", "2-D r8, one-hot"),
-    *("LoKr", "LoTR", "Uni-LoRA", "VeRA", "LoRA-XS"),
+    *("dense, fastfood", "WaveFT", "LoKr", "LoTR", "Uni-LoRA"),
 )
 """Families with a colour of their own in the figures."""
 
@@ -65,7 +77,7 @@ def on_texts(title: str, data: str) -> Experiment:
         title=title,
         task="texts",
         settings={
-            **{"data": data, "train": 256, "validation": 400, "test": 800, "tokens": 32},
+            **{"data": data, "train": 256, "validation": 1000, "test": 800, "tokens": 32},
             **{"epochs": 4, "batch_size": 16, "head_rate": 2e-3, "head_alone": 6e-3},
         },
         methods=few(),

@@ -5,7 +5,7 @@ The paper adapts a ViT-B to CIFAR-100: `cifar100`, ready for a machine with a GP
 
 import superlora as sl
 from experiments.experiment import Experiment, Method, family
-from experiments.families import main, planar, projected
+from experiments.families import SHOWN, main, planar, projected, random_dense
 from superlora import maps
 
 METHODS = [
@@ -41,12 +41,7 @@ METHODS = [
     *family("Uni-LoRA", "{size}", sl.unilora, size=(256, 1024, 4096)),
     *family("WaveFT", "{size} a weight", sl.waveft, size=(100, 500)),
     *family("TinyLoRA", "{projections}", sl.tinylora, projections=(16, 64)),
-    *family(
-        "dense, fastfood",
-        "ρ {ratio}",
-        lambda ratio: sl.Spec(order=1, groups=1, map=maps.Fastfood(), ratio=ratio),
-        ratio=(0.01, 0.001),
-    ),
+    *random_dense(),
     Method("SuperLoRA 2-D r4, shuffled", "", planar(4, map=maps.Shuffle())),
 ]
 
@@ -58,8 +53,5 @@ EXPERIMENT = Experiment(
         **{"epochs": 4, "batch_size": 20, "head_rate": 2e-3, "head_alone": 6e-3},
     },
     methods=METHODS,
-    shown=(
-        *("LoRA", "SuperLoRA 2-D", "LoRTA 3-D", "2-D r8, fastfood", "2-D r8, one-hot"),
-        *("dense, fastfood", "WaveFT", "LoKr", "LoTR", "Uni-LoRA"),
-    ),
+    shown=SHOWN,
 )
