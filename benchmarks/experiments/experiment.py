@@ -46,8 +46,9 @@ def family(
 class Experiment:
     """What is compared, on which task, with which search.
 
-    Every method is trained with every rate and scale, and the seed of the choice. Those that are
-    best on the validation part are then measured with the seeds.
+    Every method is trained with every rate and scale, and the seed of the choice; with rates
+    beyond them where the best is at an end. Those that are best on the validation part are then
+    measured with the seeds.
     """
 
     title: str
@@ -72,7 +73,7 @@ class Experiment:
 
     @property
     def trials(self) -> int:
-        """How many runs a method's choice has."""
+        """How many runs a method's choice has at first."""
         return len(self.rates) * len(self.scales)
 
 

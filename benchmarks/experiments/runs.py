@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +27,7 @@ SOURCES = (
     *("algebra", "design", "maps", "presets", "torch"),
     *("_backend.py", "operations.py", "plan.py", "random.py"),
 )
+BEYOND = 3  # rates that are tried at most beyond the ends
 UNUSED = ("on_disk", "files", "interop")
 
 
@@ -90,7 +91,8 @@ def releases(task: str) -> dict[str, str]:
 def searched(lab: Lab, method: Method) -> list[Row]:
     """Choose a method's rate and scale by the validation part, then measure it with all seeds.
 
-    The study needs no storage: its trials' runs are kept, and it comes to them again.
+    Where the rate at an end is above all others, the next one beyond that end is tried too. The
+    study needs no storage: its trials' runs are kept, and it comes to them again.
     """
     import optuna
 
@@ -108,10 +110,30 @@ def searched(lab: Lab, method: Method) -> list[Row]:
         return float(rows[-1]["validation"])
 
     study.optimize(validation, n_trials=own.trials)
-    # Of equal ones the least rate, which moves least from what was pre-trained.
-    best = max(rows, key=lambda row: (row["validation"], -row["rate"], -row["scale"]))
+    best = _best(rows)
+    for _ in range(BEYOND):
+        rate = beyond(sorted({row["rate"] for row in rows}), best["rate"])
+        if rate is None or [row["validation"] for row in rows].count(best["validation"]) > 1:
+            break
+        rows.append(lab.run(method, rate=rate, scale=best["scale"], seed=own.choice, test=False))
+        best = _best(rows)
     chosen = {key: best[key] for key in space}
     return [*rows, *(lab.run(method, **chosen, seed=seed, test=True) for seed in own.seeds)]
+
+
+def _best(rows: list[Row]) -> Row:
+    """Return the best trial; of equal ones that of the least rate, which moves least."""
+    return max(rows, key=lambda row: (row["validation"], -row["rate"], -row["scale"]))
+
+
+def beyond(rates: Sequence[float], best: float) -> float | None:
+    """Return the rate beyond the end of a ladder that the best one is at, or None."""
+    if len(rates) < 3 or best not in (rates[0], rates[-1]):
+        return None
+    # The steps go on in the turn that they have: .01, .03, .1, and then .3.
+    if best == rates[-1]:
+        return float(f"{rates[-2] * rates[-1] / rates[-3]:.2g}")
+    return float(f"{rates[1] * rates[0] / rates[2]:.2g}")
 
 
 def _study(job: tuple[str, Method, Path, str]) -> list[Row]:

@@ -77,6 +77,24 @@ def test_scales_are_tried_with_every_rate(tmp_path: Path) -> None:
     assert {(row["rate"], row["scale"]) for row in rows[6:]} == {(3e-3, 1.0)}
 
 
+@pytest.mark.parametrize(
+    ("best", "tried", "chosen"),
+    [
+        (0.3, [0.3, 1.0], 0.3),  # beyond the upper end, and one more, which is not better
+        (1e-4, [1e-4, 3e-5], 1e-4),
+        (1e3, [0.3, 1.0, 3.0], 3.0),  # no more than three
+    ],
+)
+def test_rates_beyond_an_end_are_tried_where_the_best_is_there(
+    tmp_path: Path, best: float, tried: list[float], chosen: float
+) -> None:
+    rows = searched(lab(tmp_path, Hill(best)), OWN.methods[0])
+    trials = [row["rate"] for row in rows if not row["chosen"]]
+    assert sorted(trials[:6]) == list(OWN.rates)
+    assert trials[6:] == tried
+    assert rows[-1]["rate"] == chosen
+
+
 def test_of_equal_rates_the_least_is_chosen(tmp_path: Path) -> None:
     class Flat(Hill):
         def measure(self, design: Any, **settings: Any) -> dict[str, Any]:
