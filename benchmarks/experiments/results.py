@@ -47,7 +47,7 @@ def write(folder: Path, name: str, own: Experiment, rows: list[Row], *, whole: b
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [*FIELDS, *dict.fromkeys(rest)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     _replace(folder / f"{name}.csv", text.getvalue())
     _replace(folder / f"{name}.json", json.dumps(about, indent=1) + "\n")
 
@@ -83,6 +83,11 @@ def read(folder: Path, name: str) -> tuple[dict[str, Any], list[Row]]:
     with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
     return about, rows
+
+
+def _cell(value: Any) -> Any:
+    """Return what the CSV has of a value: lists and mappings as JSON."""
+    return json.dumps(value) if isinstance(value, (list, dict)) else value
 
 
 def _value(text: str) -> Any:

@@ -21,7 +21,7 @@ def searched(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Return the runs of the chosen rate of each method that is a search."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row["chosen"] and row.get("random_mean") is not None:
+        if row["chosen"] and row.get("searched"):
             found.setdefault(row["method"], []).append(row)
     return found
 
@@ -53,25 +53,35 @@ def agreement(configurations: Sequence[Configuration]) -> Agreement:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the Markdown table of the searches, in means over the seeds."""
+    """Return the Markdown table of the searches, in means over the seeds that did not fail."""
     lines = [
-        "| search | random, % | best named, % | best found, % | best named, test % "
-        "| best found, test % | supernet, s | search, s | choices agreed (of shuffled layers) |",
-        f"|---|{'--:|' * 8}",
+        "| search | best found, validation % | test % | best named, test % | random, test % "
+        "| supernet, s | search, s | choices agreed (of shuffled layers) |",
+        f"|---|{'--:|' * 7}",
     ]
-    columns = ("random_mean", "candidate_validation", "validation", "candidate_test", "test")
-    for name, own in searched(rows).items():
-        cells = [f"{100 * mean(own, column):.1f}" for column in columns]
-        cells += [f"{mean(own, column):.0f}" for column in ("seconds", "search_seconds")]
-        common = agreement([row["configuration"] for row in own])
-        cells.append(f"{common.agreed} of {common.choices} ({common.expected:.0f})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, every in searched(rows).items():
+        own = [row for row in every if not row["diverged"]]
+        failed = len(every) - len(own)
+        cells = [f"{name} ({failed} of {len(every)} failed)" if failed else name]
+        columns = ("validation", "test", "candidate_test", "random_test")
+        cells += [_mean(own, column, 100, 1) for column in columns]
+        cells += [_mean(own, column, 1, 0) for column in ("seconds", "search_seconds")]
+        cells.append(_agreed([row["configuration"] for row in own]) if len(own) > 1 else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def mean(rows: Sequence[Row], column: str) -> float:
-    """Return the mean of a column over the runs that have it."""
-    return fmean(row[column] for row in rows if row.get(column) is not None)
+def _agreed(configurations: Sequence[Configuration]) -> str:
+    found = agreement(configurations)
+    return f"{found.agreed} of {found.choices} ({found.expected:.0f})"
+
+
+def _mean(rows: Sequence[Row], column: str, factor: float, digits: int) -> str:
+    """Return the mean of a column, or nothing where a run lacks it."""
+    values = [row.get(column) for row in rows]
+    if not values or None in values:
+        return ""
+    return f"{factor * fmean(values):.{digits}f}"
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -83,8 +93,9 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot(xscale="log", yscale="log")
-    for name, own in searched(rows).items():
-        losses = [fmean(values) for values in zip(*(r["epoch_losses"] for r in own), strict=True)]
+    for name, every in searched(rows).items():
+        curves = [row["epoch_losses"] for row in every if not row["diverged"]]
+        losses = [fmean(values) for values in zip(*curves, strict=True)]
         axes.plot(range(1, len(losses) + 1), losses, label=name, linewidth=1.2)
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss of random configurations")

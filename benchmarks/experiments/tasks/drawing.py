@@ -30,6 +30,7 @@ SOURCES = (
     *("unet.py", "judge.py", "flow.py", "trained.py", "classification.py"),
     *("demo/data.py", "demo/train.py"),
 )
+PACKAGES = ("scipy",)
 OLD = 5  # digits that the U-Net is pre-trained on; as many are new
 DRAWING_SEED = 1000  # of the noise that is drawn from, plus the seed
 

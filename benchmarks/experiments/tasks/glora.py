@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import numpy
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from smollm import cache_folder
 from torch import Tensor
 
@@ -33,9 +34,10 @@ from superlora.demo.data import Images, Labelled, Splits, read_digits
 from superlora.demo.fetch import MNIST, VIT, fetch
 from superlora.demo.search import find
 from superlora.demo.supernet import SUPERNET_FILE, TARGETS, Settings, Trained, fuse, train_supernet
-from superlora.demo.train import Classifier
+from superlora.demo.train import WARM_UP, Classifier
 from superlora.demo.vit import VisionTransformer, load_onnx
 from superlora.search import Evolution, Supernet
+from superlora.search.outcome import Candidate
 
 SOURCES = (*CLASSIFICATION, "tasks/digits.py", "demo/search.py", "demo/supernet.py", "search")
 
@@ -47,7 +49,8 @@ SHARES = {
     **{"scale_bias": 1.0, "add_bias": 1.0},
 }
 RESTRICTED = {**SHARES, "add_weight": 1 / 3}
-RANDOM = 10  # configurations that say how good a trained supernet is
+RANDOM = 5  # configurations of the first generation, which no search chose
+PACKAGES = ("optuna", "scipy")
 
 
 @dataclass(frozen=True)
@@ -133,16 +136,14 @@ class Digits(Classification):
             trials=self.trials,
             evolution=Evolution(population=20, parents=6, mutations=10, crossovers=10),
         )
-        try:
-            trained, seconds = self.supernet(settings, parts, seed)
-        except Diverged:
+        trained, seconds = self.supernet(settings, parts, seed)
+        if trained is None:
             guess = 1 / parts.classes
             scores = dict.fromkeys(("test", *(f"test_{name}" for name in SHIFTS)), guess)
             return {
                 **{"parameters": design.limit, "validation": guess, **(scores if test else {})},
-                **{"seconds": 0.0, "diverged": True},
+                **{"seconds": seconds, "searched": True, "diverged": True},
             }
-        mean = self.random_accuracy(trained, parts.validation, seed)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             options = {"storage": Path(scratch) / "study.db", "seed": seed}
@@ -158,44 +159,63 @@ class Digits(Classification):
                     found |= {f"{name}{key}": value for key, value in scores.items()}
                 found |= {f"{name}parameters": own.num_parameters, f"{name}validation": own.value}
                 found |= {f"{name}label": own.label}
-        first = [trial.value for trial in outcome.generations[0]]
+        if test:
+            drawn = [own for own in outcome.generations[0] if not own.label][:RANDOM]
+            found["random_test"] = self.mean_accuracy(trained, drawn, parts.test)
         return {
             **found,
             "seconds": seconds,
             "search_seconds": search_seconds,
-            "first_generation_mean": sum(first) / len(first),
-            "random_mean": mean,
+            "searched": True,
             "epoch_losses": [round(float(own), 4) for own in means(trained.losses, design.epochs)],
             "diverged": False,
             "configuration": outcome.best.configuration,
         }
 
-    def supernet(self, settings: Settings, parts: Splits, seed: int) -> tuple[Trained, float]:
-        """Return a trained supernet, which is kept for other limits, and its training's seconds."""
+    def supernet(
+        self, settings: Settings, parts: Splits, seed: int
+    ) -> tuple[Trained | None, float]:
+        """Return a trained supernet, or None where it diverged, and its training's seconds.
+
+        It is kept for other limits; a process that needs it meanwhile waits.
+        """
         content = {**asdict(settings), "trials": None, "evolution": None, "seed": seed}
+        content["torch"] = torch.__version__
         name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
-        start = time.perf_counter()
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
         check = check_loss(parts.classes)
 
         def check_later(epoch: int, loss: float) -> None:
             # Its head starts at zero and its rates warm up: the first epochs are about a guess.
-            if epoch > 10:
+            if epoch > 2 and epoch > 2 * WARM_UP * settings.epochs:
                 check(epoch, loss)
 
-        trained = train_supernet(self.base, parts, settings, seed, self.folder / name, check_later)
-        file = self.folder / name / "seconds.json"
-        if not file.exists():
-            file.write_text(json.dumps(time.perf_counter() - start), "utf-8")
-        return trained, json.loads(file.read_text("utf-8"))
+        with FileLock(folder / "lock"):
+            kept = folder / "training.json"
+            start = time.perf_counter()
+            if kept.exists() and json.loads(kept.read_text("utf-8"))["diverged"]:
+                return None, json.loads(kept.read_text("utf-8"))["seconds"]
+            diverged, trained = False, None
+            try:
+                trained = train_supernet(self.base, parts, settings, seed, folder, check_later)
+            except Diverged:
+                diverged = True
+            if not kept.exists():
+                about = {"seconds": time.perf_counter() - start, "diverged": diverged}
+                kept.write_text(json.dumps(about), "utf-8")
+            return trained, json.loads(kept.read_text("utf-8"))["seconds"]
 
-    def random_accuracy(self, trained: Trained, images: Images, seed: int) -> float:
-        """Return the mean accuracy of random configurations of a supernet."""
-        generator = numpy.random.default_rng(seed)
+    def mean_accuracy(
+        self, trained: Trained, candidates: Sequence[Candidate], images: Labelled
+    ) -> float:
+        """Return the mean accuracy of configurations of a supernet."""
+        whole = images[torch.arange(len(images))]
         found = []
-        for _ in range(RANDOM):
-            with trained.supernet.using(trained.supernet.space.sample(generator)):
+        for own in candidates:
+            with trained.supernet.using(own.configuration):
                 trained.supernet.merge()
-                found.append(trained.classifier.accuracy(images))
+                found.append(trained.classifier.accuracy(whole))
         return sum(found) / len(found)
 
     @contextlib.contextmanager
@@ -244,11 +264,12 @@ def load(
     def parts(seed: int) -> Splits:
         return drawn(digits, (train, validation, test), seed)
 
+    code = code_digest(sorted(Path(superlora.__file__).parent.rglob("*.py")))
     return Digits(
         *(lambda classes: Classifier(fused, classes, resolution), parts, TARGETS),
         **training,
         base=base,
         resolution=resolution,
         trials=trials,
-        folder=folder / "supernets" / code_digest(Path(superlora.__file__).parent.rglob("*.py")),
+        folder=folder / "supernets" / code,
     )
