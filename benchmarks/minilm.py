@@ -66,7 +66,7 @@ def _tiny() -> Task:
 
 def model_folder() -> Path:
     """Return the folder of MiniLM, as transformers reads it."""
-    return made_folder("minilm", _unpack)
+    return made_folder("all-minilm-l6-v2", _unpack)
 
 
 def _unpack(folder: Path) -> None:

@@ -33,6 +33,9 @@ def of_results(folder: Path) -> Figure:
     own = experiment("drawing")
     _, rows = results.read(folder, "drawing")
     rates = {point.method: point.rate for point in points(rows)}
+    missing = [name for name in METHODS if name not in rates]
+    if missing:
+        raise ValueError(f"drawing must have results of {METHODS}: {missing} have none")
     designs = {method.name: method.design for method in own.methods}
     torch.set_num_threads(1)  # as the runs had
     task: Any = tasks.load(own.task, own.settings, folder)

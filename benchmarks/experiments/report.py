@@ -71,9 +71,9 @@ def times(own: Saving) -> str:
 
 
 def savings_table(found: Sequence[Saving], *, short: bool = False) -> str:
-    """Return the Markdown table of the parameters at equal accuracy, the most saving first.
+    """Return the Markdown table of the parameters at equal accuracy, the surest saving first.
 
-    A short one has those that reach no accuracy in one line, without intervals.
+    A short one has those that reach no accuracy in one line, with the widest interval of them.
     """
     references = list(dict.fromkeys(own.reference for own in found))
     lines = [
@@ -84,12 +84,17 @@ def savings_table(found: Sequence[Saving], *, short: bool = False) -> str:
     for own in found:
         families.setdefault(own.family, []).append(own)
     without = [name for name, own in families.items() if not any(each.times for each in own)]
-    for name in sorted(families, key=lambda name: -sum(own.times for own in families[name])):
+    sure = {name: -sum(each.low for each in own) for name, own in families.items()}
+    for name in sorted(families, key=lambda name: sure[name]):
         if not short or name not in without:
             cells = [times(own) for own in families[name]]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     if short and without:
-        lines.append(f"| {', '.join(without)} |{' not reached |' * len(references)}")
+        widest = [
+            max((families[name][place] for name in without), key=lambda own: own.high)
+            for place in range(len(references))
+        ]
+        lines.append(f"| {', '.join(without)} | {' | '.join(map(times, widest))} |")
     return "\n".join(lines)
 
 
@@ -188,7 +193,7 @@ def environment(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     own = about["environment"]
     count = len({(row["method"], row["rate"], row["scale"], row["seed"]) for row in rows})
     return (
-        f"{count} runs, one thread each, on {own['cores']} cores of a {own['processor']}; torch "
+        f"{count} runs, one thread each, on {own['cores']} cores ({own['processor']}); torch "
         f"{own['torch']}, Python {own['python']}."
     )
 
@@ -199,7 +204,7 @@ def comparison() -> dict[str, Any]:
     for name in results.names():
         about, rows = results.read(results.FOLDER, name)
         found = points(rows)
-        alone = [own.family for own in found if own.family == own.method]
+        alone = [own.family for own in found if not own.parameters or own.family == "dense"]
         made[name] = {
             "title": about["title"],
             "metric": about["metric"],
