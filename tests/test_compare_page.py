@@ -19,7 +19,8 @@ POINT |= {"high": float, "seeds": int}
 @pytest.mark.parametrize("name", RESULTS)
 def test_each_experiment_is_what_the_script_reads(name: str) -> None:
     experiment = RESULTS[name]
-    assert {"title", "metric", "points"} <= experiment.keys()
+    assert {"title", "metric", "points", "shown"} <= experiment.keys()
+    assert set(experiment["shown"]) <= {point["family"] for point in experiment["points"]}
     assert experiment["points"]
     for point in experiment["points"]:
         assert {key: type(value) for key, value in point.items()} == POINT

@@ -11,4 +11,5 @@ EXPERIMENT = dataclasses.replace(
     title="ViT-S/14 on 40 MNIST digits of 28 pixels, for as many epochs as a supernet",
     settings={**glora_few.EXPERIMENT.settings, "epochs": 100},
     methods=[method for method in glora_few.EXPERIMENT.methods if method.name in NAMES],
+    shown=("LoRA",),
 )

@@ -10,4 +10,5 @@ EXPERIMENT = dataclasses.replace(
     title="ViT-S/14 on 200 MNIST digits of 28 pixels, for as many epochs as a supernet",
     settings={**glora.EXPERIMENT.settings, "epochs": 100},
     methods=[method for method in glora.METHODS if method.name in NAMES],
+    shown=("LoRA",),
 )
