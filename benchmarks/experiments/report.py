@@ -175,8 +175,10 @@ def texts() -> dict[str, str]:
         saved = savings(found, about["reference"])
         main = [own for own in saved if own.family in about["shown"]]
         made[f"{name}-table"] = table(found, about)
-        made[f"{name}-savings"] = savings_table(main, short=True)
-        made[f"{name}-all-savings"] = savings_table(saved)
+        if main:
+            made[f"{name}-savings"] = savings_table(main, short=True)
+        if saved:
+            made[f"{name}-all-savings"] = savings_table(saved)
         made[f"{name}-environment"] = environment(about, rows)
         if any(key.startswith(searches.SHIFT) for key in rows[0]):
             made[f"{name}-shifts"] = shifts_table(rows, about)
