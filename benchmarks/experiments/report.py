@@ -122,7 +122,8 @@ def draw(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot(xscale="log")
-    sized = [point for point in found if point.parameters]
+    # One that failed with every seed would press all others together; the table has it.
+    sized = [point for point in found if point.parameters and point.failed < point.seeds]
     unit = 100 if about["percent"] else 1
     best = front(sized)
     axes.plot(

@@ -115,6 +115,16 @@ def test_a_saving_is_said_with_its_interval(saving: Saving, said: str) -> None:
     assert report.times(saving) == said
 
 
+def test_a_method_that_failed_with_every_seed_is_not_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    failed = dataclasses.replace(made("G", 50, 0.1), failed=3)
+    report.draw(POINTS, ABOUT, tmp_path / "a.svg")
+    report.draw([*POINTS, failed], ABOUT, tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    report.draw([*POINTS, dataclasses.replace(failed, failed=2)], ABOUT, tmp_path / "c.svg")
+    assert (tmp_path / "a.svg").read_bytes() != (tmp_path / "c.svg").read_bytes()
+
+
 def test_equal_results_are_equal_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name in ("a", "b"):
