@@ -207,12 +207,13 @@ def comparison() -> dict[str, Any]:
     for name in results.names():
         about, rows = results.read(results.FOLDER, name)
         found = points(rows)
+        families = {own.family for own in found}
         alone = [own.family for own in found if not own.parameters or own.family == "dense"]
         made[name] = {
             "title": about["title"],
             "metric": about["metric"],
             "interval": "mean over the seeds; 95 % interval, to compare methods",
-            "shown": [*about["shown"], *alone],  # at first
+            "shown": [*(own for own in about["shown"] if own in families), *alone],  # at first
             "points": [
                 {
                     "method": point.method,

@@ -39,5 +39,8 @@ EXPERIMENT = Experiment(
         **{"epochs": 12, "batch_size": 25, "head_rate": 5e-3, "head_alone": 6e-3, "trials": 100},
     },
     methods=METHODS,
-    shown=("LoRA", "RepAdapter", "FacT-TT", "GLoRA everywhere, no search"),
+    shown=(
+        *("LoRA", "RepAdapter", "FacT-TT", "GLoRA everywhere, no search"),
+        *("GLoRA {2}", "GLoRA {4, 2}", "GLoRA {8, 4}"),
+    ),
 )
