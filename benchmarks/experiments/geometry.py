@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments import results, tasks
+from experiments import figures, results, tasks
 from experiments.experiment import experiment
 
 METHODS = (
@@ -178,13 +178,7 @@ def table(made: dict[str, Any]) -> str:
 
 def draw(made: dict[str, Any], path: Path) -> None:
     """Draw the mean spectra."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot(yscale="log")
+    figure, axes = figures.new(7, 4, yscale="log")
     for place, method in enumerate(made["methods"]):
         values = [value for value in made["spectra"][method] if value > 1e-12]
         axes.plot(range(1, len(values) + 1), values, f"C{place}.-", label=method)
@@ -192,5 +186,4 @@ def draw(made: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("share of the update's energy")
     axes.set_ylim(bottom=1e-5)
     axes.legend(frameon=False, fontsize=8)
-    with matplotlib.rc_context({"svg.hashsalt": "geometry"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+    figures.save(figure, path, "geometry")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import geometry, results, searches
+from experiments import figures, geometry, results, searches
 from experiments.analysis import Point, Saving, front, front_shares, points, savings
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +20,7 @@ PAGES = (ROOT / "README.md", *DOCS.glob("*.md"), *(DOCS / "experiments").glob("*
 sys.path.append(str(DOCS))
 from tables import replaced  # noqa: E402  (lies beside the docs)
 
+FIRST = "digits"  # the experiment that the README shows, with a short table
 MARKERS = "osv^D<>pPX*h"
 
 
@@ -115,13 +116,7 @@ def shifts_table(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
 
 def draw(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:
     """Draw accuracy against parameters, a curve a family, with intervals and the Pareto front."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot(xscale="log")
+    figure, axes = figures.new(8, 5.2, xscale="log")
     # One that failed with every seed would press all others together; the table has it.
     sized = [point for point in found if point.parameters and point.failed < point.seeds]
     unit = 100 if about["percent"] else 1
@@ -160,10 +155,7 @@ def draw(found: Sequence[Point], about: dict[str, Any], path: Path) -> None:
     axes.set_ylabel(metric(about))
     figure.suptitle(about["title"], fontsize=11)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Without a date and with fixed identifiers, so that the same results are the same file.
-    with matplotlib.rc_context({"svg.hashsalt": about["title"]}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+    figures.save(figure, path, about["title"])
 
 
 @functools.cache
@@ -174,9 +166,9 @@ def texts() -> dict[str, str]:
         about, rows = results.read(results.FOLDER, name)
         found = points(rows)
         saved = savings(found, about["reference"])
-        main = [own for own in saved if own.family in about["shown"]]
         made[f"{name}-table"] = table(found, about)
-        if main:
+        if name == FIRST:
+            main = [own for own in saved if own.family in about["shown"]]
             made[f"{name}-savings"] = savings_table(main, short=True)
         if saved:
             made[f"{name}-all-savings"] = savings_table(saved)

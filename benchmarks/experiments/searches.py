@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from experiments import figures
+
 Row = Mapping[str, Any]
 Configuration = Mapping[str, Mapping[str, Any]]
 """The option of each operation, of each layer."""
@@ -86,13 +88,7 @@ def _mean(rows: Sequence[Row], column: str, factor: float, digits: int) -> str:
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     """Draw the mean training loss of every supernet by its epochs."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot(xscale="log", yscale="log")
+    figure, axes = figures.new(7, 3.6, xscale="log", yscale="log")
     for name, every in searched(rows).items():
         curves = [row["epoch_losses"] for row in every if not row["diverged"]]
         losses = [fmean(values) for values in zip(*curves, strict=True)]
@@ -101,5 +97,4 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.set_ylabel("training loss of random configurations")
     figure.suptitle(title, fontsize=11)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    with matplotlib.rc_context({"svg.hashsalt": title}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+    figures.save(figure, path, title)
