@@ -27,13 +27,15 @@ def cubic(rank: int) -> sl.Spec:
     return sl.lorta(rank=rank, groups=1)
 
 
-def main(*, square: Iterable[int] = (1, 2, 4, 8)) -> list[Method]:
+def main(
+    *, square: Iterable[int] = (1, 2, 4, 8), cubic_ranks: Iterable[int] = (5, 8, 16)
+) -> list[Method]:
     """Return the head alone, LoRA, the square and the cubic fold, and dense."""
     return [
         Method("head only", "", None),
         *family("LoRA", "r{rank}", sl.lora, rank=(1, 2, 4, 8)),
         *family("SuperLoRA 2-D", "r{rank}", planar, rank=square),
-        *family("LoRTA 3-D", "r{rank}", cubic, rank=(5, 8, 16)),
+        *family("LoRTA 3-D", "r{rank}", cubic, rank=cubic_ranks),
         Method("dense", "", sl.dense()),
     ]
 
@@ -41,7 +43,7 @@ def main(*, square: Iterable[int] = (1, 2, 4, 8)) -> list[Method]:
 def few() -> list[Method]:
     """Return what text experiments compare."""
     return [
-        *main(square=(2, 4, 8)),
+        *main(square=(2, 4, 8), cubic_ranks=(8,)),
         *projected("fastfood", maps.Fastfood(), (0.1, 0.02)),
         *projected("one-hot", maps.OneHot(), (0.1,)),
         *random_dense(),
@@ -79,6 +81,7 @@ def on_texts(title: str, data: str) -> Experiment:
         settings={
             **{"data": data, "train": 256, "validation": 1000, "test": 800, "tokens": 32},
             **{"epochs": 4, "batch_size": 16, "head_rate": 2e-3, "head_alone": 6e-3},
+            "bfloat16": True,
         },
         methods=few(),
         shown=SHOWN,

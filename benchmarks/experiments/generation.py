@@ -37,6 +37,7 @@ class Generation:
     weight_decay: float = 0.0
     smoothing: float = 0.0  # of the labels
     dropout: float = 0.0  # of the inputs of the updates; the model's own are off
+    bfloat16: bool = False  # the model computes in it
     generate: int = 0  # meaning representations of the test part
     decoding: Mapping[str, Any] = field(default_factory=dict)  # of `generate`; greedy where empty
     scores: Callable[[list[str], list[Sequence[str]]], dict[str, float]] | None = None
@@ -46,17 +47,22 @@ class Generation:
         self.model.requires_grad_(False)
         self.model.eval()
         tokens = torch.arange(2, device=self.model.device)[None]
-        with torch.no_grad():
+        with torch.no_grad(), self.computing():
             if not torch.allclose(self.logits(tokens), self.model(tokens).logits, atol=1e-4):
                 raise ValueError(
                     "model must give its output embedding's product with its last hidden states: "
                     f"got other logits of {type(self.model).__name__}"
                 )
 
+    def computing(self) -> torch.autocast:
+        """Return the context in which the model computes; the factors stay float32."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16)
+
     def logits(self, tokens: Tensor, used: Tensor | None = None, at: Any = ...) -> Tensor:
         """Return the model's logits at some positions, without those at the others."""
-        hidden = self.model.base_model(input_ids=tokens, attention_mask=used).last_hidden_state
-        out: Tensor = self.model.get_output_embeddings()(hidden[at])
+        with self.computing():
+            hidden = self.model.base_model(input_ids=tokens, attention_mask=used).last_hidden_state
+            out: Tensor = self.model.get_output_embeddings()(hidden[at])
         return out
 
     def losses(self, pairs: Sequence[Pair], smoothing: float = 0.0) -> Tensor:
@@ -166,12 +172,13 @@ class Generation:
             # What is generated follows each row's end, so that the rows end together.
             rows = [[end] * (width - len(tokens)) + tokens for tokens in asked]
             used = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in asked]
-            made = self.model.generate(
-                input_ids=torch.tensor(rows, device=self.model.device),
-                attention_mask=torch.tensor(used, device=self.model.device),
-                **{"do_sample": False, "use_cache": True, "max_new_tokens": longest},
-                **{"eos_token_id": end, "pad_token_id": end, **self.decoding},
-            )
+            with self.computing():
+                made = self.model.generate(
+                    input_ids=torch.tensor(rows, device=self.model.device),
+                    attention_mask=torch.tensor(used, device=self.model.device),
+                    **{"do_sample": False, "use_cache": True, "max_new_tokens": longest},
+                    **{"eos_token_id": end, "pad_token_id": end, **self.decoding},
+                )
             texts = self.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
             found += [text.strip() for text in texts]
         return found

@@ -198,7 +198,11 @@ def test_the_loss_is_on_the_tokens_of_the_text_alone(data: Path, language_model:
         expected += [-logits[len(meaning) + i - 1, token].item() for i, token in enumerate(text)]
     with torch.no_grad():
         assert own.losses(pairs).tolist() == pytest.approx(expected, rel=1e-4)
-    assert own.loss(own.parts(0).train) == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    loss = own.loss(own.parts(0).train)
+    assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    own.bfloat16 = True
+    assert own.loss(own.parts(0).train) != loss
+    assert own.loss(own.parts(0).train) == pytest.approx(loss, rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,11 @@ def test_a_text_is_the_mean_of_its_own_tokens() -> None:
         found = classifier.features(tokens)
         alone = classifier.features(tokens[:1, :3])
         hidden = model(input_ids=tokens[:1, :3]).last_hidden_state.mean(1)
+        rounded = texts.TextClassifier(model, 3, bfloat16=True).features(tokens)
     torch.testing.assert_close(found[:1], alone)
     torch.testing.assert_close(alone, hidden)
+    assert not torch.equal(rounded, found)
+    torch.testing.assert_close(rounded, found, rtol=0.0, atol=0.05)  # in float32 too
 
 
 def write_cifar(folder: Path, data: str, count: int = 12) -> Any:

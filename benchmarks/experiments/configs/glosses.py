@@ -11,9 +11,9 @@ METHODS = [
     Method("not adapted", "", None),
     Method("dense", "", sl.dense()),
     *family("LoRA", "r{rank}", sl.lora, rank=(1, 2, 4)),
-    # From an eighth of the smallest LoRA's parameters to about a third of each LoRA's.
-    *family("SuperLoRA 2-D", "r{rank}", planar, rank=(1, 3, 5, 10)),
-    *family("LoRTA 3-D", "r{rank}", cubic, rank=(8, 16)),
+    # About a third of each LoRA's parameters.
+    *family("SuperLoRA 2-D", "r{rank}", planar, rank=(3, 5, 10)),
+    *family("LoRTA 3-D", "r{rank}", cubic, rank=(8,)),
 ]
 
 EXPERIMENT = Experiment(
@@ -21,7 +21,7 @@ EXPERIMENT = Experiment(
     task="glosses",
     settings={
         **{"train": 288, "validation": 96, "test": 160, "tokens": 32},
-        **{"epochs": 1, "batch_size": 4, "generate": 50},
+        **{"bfloat16": True, "epochs": 1, "batch_size": 4, "generate": 50},
     },
     methods=METHODS,
     metric="test log likelihood per token",

@@ -35,15 +35,18 @@ DATA = {
 class TextClassifier(Classifier):
     """A linear head on the mean of a text's last hidden states; 0 pads."""
 
-    def __init__(self, model: Any, classes: int) -> None:
+    def __init__(self, model: Any, classes: int, *, bfloat16: bool = False) -> None:
         model.width = model.config.hidden_size
         super().__init__(model, classes, resolution=0)
+        self.bfloat16 = bfloat16
 
     def features(self, pixels: Tensor) -> Tensor:
         """Map token ids (n, tokens) to the texts' embeddings (n, width)."""
         tokens = pixels[:, : int((pixels != 0).sum(1).max())]
         mask = tokens != 0
-        hidden = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bfloat16):
+            hidden = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        hidden = hidden.float()
         weight = mask.unsqueeze(-1).to(hidden)
         out: Tensor = (hidden * weight).sum(1) / weight.sum(1)
         return out
@@ -71,10 +74,14 @@ def load(
     validation: int,
     test: int,
     tokens: int,
+    bfloat16: bool = False,
     targets: Sequence[str] = ("query", "value"),
     **training: Any,
 ) -> Classification:
-    """Return the task; the model and the texts are fetched once."""
+    """Return the task; the model and the texts are fetched once.
+
+    With `bfloat16` the model computes in it; head and factors stay float32.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     folder = model_folder()
@@ -98,7 +105,9 @@ def load(
         return drawn(pools, (train, validation, test), len(classes), data, seed)
 
     return Classification(
-        lambda classes: TextClassifier(model, classes), parts, targets, **training
+        lambda classes: TextClassifier(model, classes, bfloat16=bfloat16),
+        *(parts, targets),
+        **training,
     )
 
 
