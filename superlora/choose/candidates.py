@@ -139,9 +139,11 @@ class Candidates(tuple[Candidate, ...]):
 
 
 def _rank(spec: Spec | Supports) -> str:
-    """Return the ranks of a spec for a table, from the least to the largest of its weights."""
+    """Return the ranks, or the size, of a spec for a table, from the least to the largest of its weights."""
     if isinstance(spec, Supports):
         return ""
+    if spec.size is not None:
+        return f"size {spec.size:,}"
     if not spec.overrides:
         return str(spec.rank).strip("()").replace("'", "")
     ranks = list(integers_in(spec.rank))

@@ -40,6 +40,7 @@ _FAMILIES: dict[str, Family] = {
     "lorta of order 4": functools.partial(presets.lorta, order=4),
     "one matrix": lambda rank: Spec(rank=rank, groups=1, fold="balanced"),
     "a matrix a layer": lambda rank: Spec(rank=rank, groups="layer", fold="balanced"),
+    "waveft": presets.waveft,
 }
 
 
@@ -70,7 +71,8 @@ def suggest(
         ``"float64"``: what a parameter takes.
     families : sequence or mapping, optional
         Names of presets, or functions of a rank, or of another size, that return a spec; a mapping
-        names them. By default the main families, those that the shapes allow.
+        names them. By default the main families, those that the shapes allow; a table shows
+        WaveFT's size for a rank.
     sensitivity : mapping of str to float, optional
         A score for every weight, as `superlora.torch.sensitivity` finds: every weight then has
         a rank of its own. For shapes alone; updates say more.

@@ -20,13 +20,14 @@ DELTAS = {
 def test_each_family_has_the_largest_rank_of_the_budget():
     found = sl.suggest(SHAPES, budget=400)
     assert [row.family for row in found][:3] == ["lora", "lokr", "loha"]
-    assert len(found) == 12
+    assert len(found) == 13
     assert not found.left_out
     for row in found:
         plan = sl.Plan(row.spec, SHAPES)
         assert row.num_parameters == plan.num_parameters <= 400
         assert row.nbytes == 4 * row.num_parameters
         assert (row.error, row.factors) == (None, None)
+    assert str(found).splitlines()[-1].split() == ["waveft", "size", "100", "400", "1,600"]
     rank = found[0].spec.rank
     assert sl.Plan(sl.lora(rank + 1), SHAPES).num_parameters > 400
 
@@ -158,8 +159,8 @@ def with_value(value):
         (SHAPES, {"budget": 1.5}, TypeError, "budget must be an integer"),
         (SHAPES, {"budget_bytes": 3}, ValueError, "budget_bytes must be at least 4"),
         (SHAPES, {"budget": 9, "dtype": "int8"}, ValueError, "dtype must be one of"),
-        (SHAPES, {"budget": 3}, ValueError, "at least 23, what 'lorta of order 4' .*: got 3"),
-        (SHAPES, {"budget_bytes": 8}, ValueError, "budget_bytes must be at least 92, .*got 8"),
+        (SHAPES, {"budget": 3}, ValueError, "at least 4, what 'waveft' of rank 1 .*: got 3"),
+        (SHAPES, {"budget_bytes": 8}, ValueError, "budget_bytes must be at least 16, .*got 8"),
         (SHAPES, {"budget": 9, "families": "lora"}, TypeError, "families must be a sequence"),
         (SHAPES, {"budget": 9, "families": []}, ValueError, "families must name one"),
         (SHAPES, {"budget": 9, "families": ["x"]}, ValueError, "name presets: got 'x'"),
