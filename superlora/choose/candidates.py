@@ -139,7 +139,7 @@ class Candidates(tuple[Candidate, ...]):
 
 
 def _rank(spec: Spec | Supports) -> str:
-    """Return the ranks, or the size, of a spec for a table, from the least to the largest of its weights."""
+    """Return the size of a spec for a table, or its ranks, the least and the largest."""
     if isinstance(spec, Supports):
         return ""
     if spec.size is not None:
