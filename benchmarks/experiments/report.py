@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +100,44 @@ def savings_table(found: Sequence[Saving], *, short: bool = False) -> str:
     return "\n".join(lines)
 
 
-def shifts_table(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Return the Markdown table of the test part, as it is and by each shift of its images."""
-    columns = ["test", *(key for key in rows[0] if key.startswith(searches.SHIFT))]
-    found = [points([{**row, "test": row[column]} for row in rows]) for column in columns]
-    names = [column.removeprefix(searches.SHIFT) for column in columns[1:]]
+@dataclass(frozen=True)
+class Column:
+    """A column of the results, and how a table shows it."""
+
+    key: str
+    title: str
+    unit: float = 1.0
+    digits: int = 1
+
+
+SCORES = (
+    Column("accuracy", "read as the digits that they should be, %", 100.0),
+    *(Column(own, title) for own, title in (("bleu", "BLEU"), ("meteor", "METEOR"))),
+    *(Column("rouge_l", "ROUGE-L"), Column("nist", "NIST", digits=2)),
+    Column("cider", "CIDEr", digits=2),
+)
+
+
+def shifts(rows: Sequence[dict[str, Any]]) -> list[Column]:
+    """Return the columns of the test images, as they are and by each shift; none without any."""
+    names = [key.removeprefix(searches.SHIFT) for key in rows[0] if key.startswith(searches.SHIFT)]
+    own = [Column(f"{searches.SHIFT}{name}", f"{name}, %", 100.0) for name in names]
+    return [Column("test", "as it is, %", 100.0), *own] if own else []
+
+
+def columns_table(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
+    """Return the Markdown table of some columns, with their intervals."""
+    found = [points([{**row, "test": row[own.key]} for row in rows]) for own in columns]
     lines = [
-        f"| method | {' | '.join(f'{own}, %' for own in ['as it is', *names])} |",
+        f"| method | {' | '.join(own.title for own in columns)} |",
         f"|---|{'--:|' * len(columns)}",
     ]
-    for own in zip(*found, strict=True):
-        cells = [f"{shown(point.mean, about)} ± {shown(point.half, about)}" for point in own]
-        lines.append(f"| {own[0].method} | {' | '.join(cells)} |")
+    for line in zip(*found, strict=True):
+        cells = [
+            f"{own.unit * point.mean:.{own.digits}f} ± {own.unit * point.half:.{own.digits}f}"
+            for own, point in zip(columns, line, strict=True)
+        ]
+        lines.append(f"| {line[0].method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -173,8 +200,10 @@ def texts() -> dict[str, str]:
         if saved:
             made[f"{name}-all-savings"] = savings_table(saved)
         made[f"{name}-environment"] = environment(about, rows)
-        if any(key.startswith(searches.SHIFT) for key in rows[0]):
-            made[f"{name}-shifts"] = shifts_table(rows, about)
+        if shifted := shifts(rows):
+            made[f"{name}-shifts"] = columns_table(rows, shifted)
+        if scores := [own for own in SCORES if own.key in rows[0]]:
+            made[f"{name}-scores"] = columns_table(rows, scores)
         if searches.searched(rows):
             made[f"{name}-searches"] = searches.table(rows)
     if GEOMETRY.exists():

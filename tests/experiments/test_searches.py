@@ -72,12 +72,20 @@ def test_searches_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_shifted_images_have_a_column_each() -> None:
-    about = {"percent": True}
-    lines = report.shifts_table(ROWS, about).splitlines()
+    lines = report.columns_table(ROWS, report.shifts(ROWS)).splitlines()
     assert lines[0] == "| method | as it is, % | noisy, % |"
     assert lines[2].startswith("| S | 60.0 ± ")
     assert " | 30.0 ± " in lines[2]
     assert lines[3].startswith("| LoRA | 65.0 ± ")
+    assert report.shifts([{key: PLAIN[key] for key in ("test", "seed")}]) == []
+
+
+def test_scores_have_their_own_digits() -> None:
+    rows = [{**own, "nist": 1.5 + own["seed"], "bleu": 12.25} for own in ROWS]
+    columns = [own for own in report.SCORES if own.key in rows[0]]
+    lines = report.columns_table(rows, columns).splitlines()
+    assert lines[0] == "| method | BLEU | NIST |"
+    assert lines[2] == "| S | 12.2 ± 0.0 | 2.00 ± 0.00 |"
 
 
 def test_the_same_results_draw_the_same_curve(tmp_path: Path) -> None:
