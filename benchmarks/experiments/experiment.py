@@ -48,7 +48,8 @@ class Experiment:
 
     Every method is trained with every rate and scale, and the seed of the choice; with rates
     beyond them where the best is at an end. Those that are best on the validation part are then
-    measured with the seeds.
+    measured with the seeds. Where there are seeds to confirm with, the two best are trained with
+    these too, and the mean decides.
     """
 
     title: str
@@ -58,6 +59,7 @@ class Experiment:
     rates: tuple[float, ...] = RATES
     scales: tuple[float, ...] = (1.0,)  # of the update
     choice: int = 100  # the seed of the choice, which is none of the seeds
+    confirm: tuple[int, ...] = ()  # more of its seeds, for the two best
     seeds: tuple[int, ...] = (0, 1, 2)
     metric: str = "test accuracy"  # of which more is better
     percent: bool = True  # how it is shown
@@ -68,8 +70,12 @@ class Experiment:
         names = [method.name for method in self.methods]
         if len(set(names)) != len(names):
             raise ValueError(f"methods must have different names: got {names}")
-        if self.choice in self.seeds:
-            raise ValueError(f"choice must be none of the seeds {self.seeds}: got {self.choice}")
+        for seed in (self.choice, *self.confirm):
+            if seed in self.seeds or [self.choice, *self.confirm].count(seed) > 1:
+                raise ValueError(
+                    f"choice and confirm must be different, and none of the seeds {self.seeds}: "
+                    f"got {self.choice} and {self.confirm}"
+                )
 
     @property
     def trials(self) -> int:

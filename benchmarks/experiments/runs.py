@@ -117,6 +117,16 @@ def searched(lab: Lab, method: Method) -> list[Row]:
             break
         rows.append(lab.run(method, rate=rate, scale=best["scale"], seed=own.choice, test=False))
         best = _best(rows)
+    if own.confirm:
+        finalists = [best, _best([row for row in rows if row is not best])]
+        means = []
+        for row in finalists:
+            setting = {key: row[key] for key in space}
+            more = [lab.run(method, **setting, seed=seed, test=False) for seed in own.confirm]
+            rows += more
+            mean = sum(each["validation"] for each in (row, *more)) / (1 + len(more))
+            means.append({**row, "validation": mean})
+        best = _best(means)
     chosen = {key: best[key] for key in space}
     return [*rows, *(lab.run(method, **chosen, seed=seed, test=True) for seed in own.seeds)]
 

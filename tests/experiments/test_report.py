@@ -74,7 +74,8 @@ def test_results_are_whole(name: str) -> None:
     assert [point.method for point in found] == list(about["designs"])
     assert {row["source"] for row in rows} == {about["source"]}
     for point in found:
-        trials = [row for row in rows if row["method"] == point.method and not row["chosen"]]
+        own = [row for row in rows if row["method"] == point.method and not row["chosen"]]
+        trials = [row for row in own if row["seed"] == about["choice"]]
         grid = [row for row in trials if row["rate"] in about["rates"]]
         assert len(grid) == len(about["rates"]) * len(about["scales"])
         # The others are those that the rule beyond the ends asks for, one by one.
@@ -83,8 +84,16 @@ def test_results_are_whole(name: str) -> None:
             assert row["rate"] == wanted(grid)
             grid.append(row)
         assert len(others) == BEYOND or wanted(grid) is None
-        best = max(row["validation"] for row in trials)
-        assert any(row["validation"] == best and row["rate"] == point.rate for row in trials)
+        values: dict[Any, list[float]] = {}  # the first is that of the choice's seed
+        for row in own:
+            values.setdefault((row["rate"], row["scale"]), []).append(row["validation"])
+        if "confirm" in about:
+            others = [each for each in values.values() if len(each) == 1]
+            values = {key: each for key, each in values.items() if len(each) > 1}
+            assert [len(each) for each in values.values()] == [1 + len(about["confirm"])] * 2
+            assert min(each[0] for each in values.values()) >= max(others)[0]
+        best = max(sum(each) for each in values.values())
+        assert sum(values[point.rate, point.scale]) == best
         assert point.seeds == len(about["seeds"])
     assert (report.FIGURES / f"{name}.svg").exists()
 

@@ -93,6 +93,32 @@ def test_rates_beyond_an_end_are_tried_where_the_best_is_there(
     assert rows[-1]["rate"] == chosen
 
 
+class Lucky(Hill):
+    """A task on which the seed of the choice alone is good at a large rate."""
+
+    def measure(self, design: Any, *, rate: float, seed: int, **rest: Any) -> dict[str, Any]:
+        found = super().measure(design, rate=rate, seed=seed, **rest)
+        if rate == 1e-2:
+            found["validation"] = 1.1 if seed == OWN.choice else 0.1
+        return found
+
+
+def test_the_two_best_are_confirmed_with_other_seeds(tmp_path: Path) -> None:
+    assert searched(lab(tmp_path / "once", Lucky()), OWN.methods[0])[-1]["rate"] == 1e-2
+    own = dataclasses.replace(OWN, confirm=(101, 102))
+    rows = searched(lab(tmp_path / "again", Lucky(), own), OWN.methods[0])
+    assert rows[-1]["rate"] == 3e-3
+    more = [(row["rate"], row["seed"]) for row in rows if row["seed"] in own.confirm]
+    assert more == [(1e-2, 101), (1e-2, 102), (3e-3, 101), (3e-3, 102)]
+    assert not any("test" in row for row in rows if not row["chosen"])
+
+
+@pytest.mark.parametrize("confirm", [(0,), (100,), (101, 101)])
+def test_seeds_that_confirm_are_others(confirm: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="choice and confirm must be different"):
+        dataclasses.replace(OWN, confirm=confirm)
+
+
 def test_of_equal_rates_the_least_is_chosen(tmp_path: Path) -> None:
     class Flat(Hill):
         def measure(self, design: Any, **settings: Any) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""MiniLM on 256 tweets of two authors, every method's rate searched."""
+"""MiniLM on tweets of two authors: whose they are is more than their topic."""
 
-from experiments.families import on_texts
+from experiments.families import few, on_texts
 
-EXPERIMENT = on_texts("MiniLM on 256 tweets of two authors, query and value weights", "tweets")
+EXPERIMENT = on_texts(
+    "MiniLM on 400 tweets of two authors, query and value weights", "tweets", few()
+)
