@@ -5,7 +5,7 @@ The poster adapts GPT-2 medium to the E2E NLG challenge; `e2e` is that, ready fo
 
 import superlora as sl
 from experiments.experiment import Experiment, Method, family
-from experiments.families import cubic, planar
+from experiments.families import planar
 
 METHODS = [
     Method("not adapted", "", None),
@@ -13,7 +13,6 @@ METHODS = [
     *family("LoRA", "r{rank}", sl.lora, rank=(1, 2, 4)),
     # About a third of each LoRA's parameters.
     *family("SuperLoRA 2-D", "r{rank}", planar, rank=(3, 5, 10)),
-    *family("LoRTA 3-D", "r{rank}", cubic, rank=(8,)),
 ]
 
 EXPERIMENT = Experiment(
@@ -26,5 +25,5 @@ EXPERIMENT = Experiment(
     methods=METHODS,
     metric="test log likelihood per token",
     percent=False,
-    shown=("LoRA", "SuperLoRA 2-D", "LoRTA 3-D"),
+    shown=("LoRA", "SuperLoRA 2-D"),
 )
