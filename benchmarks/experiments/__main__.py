@@ -58,8 +58,9 @@ def drawings(
     from experiments import drawing_figure, report
 
     file = report.FIGURES / "drawings.png"
-    drawing_figure.save(drawing_figure.of_results(output), file)
-    typer.echo(file)
+    figure, checks = drawing_figure.of_results(output)
+    drawing_figure.save(figure, file)
+    typer.echo(f"{file}\n{checks}")
 
 
 @app.command()

@@ -4,6 +4,7 @@ The seeds decide the data of a run besides its start, for all methods alike. The
 rates are a two-way layout without repetition, y = method + seed + rest, and the standard error of
 a method's mean comes from the rest alone, pooled over the methods. A method that spreads far more
 than the others, as one does whose training fails for a seed, is not pooled: its error is its own.
+Nor is one that fails with every seed: it guesses, and the seeds do not move it.
 """
 
 from __future__ import annotations
@@ -41,10 +42,7 @@ class Point:
     freedom: int  # degrees of freedom of the error
     failed: int = 0  # seeds whose training diverged
     scale: float = 1.0
-
-    @property
-    def alone(self) -> bool:
-        return self.freedom < self.seeds
+    alone: bool = False
 
 
 def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
@@ -57,7 +55,8 @@ def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
     if missing:
         raise ValueError(f"every method must have a run of every seed: {missing} have none")
     values = numpy.array([[found[m, s]["test"] for s in seeds] for m in methods])
-    errors, freedoms = _errors(values)
+    failed = [sum(bool(found[m, s].get("diverged")) for s in seeds) for m in methods]
+    errors, freedoms, alone = _errors(values, [count < len(seeds) for count in failed])
     made = []
     for place, (method, own) in enumerate(zip(methods, values, strict=True)):
         freedom = freedoms[place]
@@ -77,18 +76,29 @@ def points(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
                 len(seeds),
                 seconds,
                 freedom,
-                sum(bool(found[method, seed].get("diverged")) for seed in seeds),
+                failed[place],
                 float(first.get("scale", 1.0)),
+                place in alone,
             )
         )
     return made
 
 
-def _errors(values: Any) -> tuple[list[float], list[int]]:
-    """Return the standard errors of the methods' means, and their degrees of freedom."""
+def _errors(values: Any, trained: Sequence[bool]) -> tuple[list[float], list[int], set[int]]:
+    """Return the standard errors of the means, their degrees of freedom, and who is alone."""
     count, seeds = values.shape
     errors, freedoms = [math.nan] * count, [0] * count
-    together = list(range(count))
+    alone: set[int] = set()
+
+    def leave(place: int) -> None:
+        alone.add(place)
+        errors[place] = float(values[place].std(ddof=1)) / math.sqrt(seeds)
+        freedoms[place] = seeds - 1
+
+    together = [place for place in range(count) if trained[place]]
+    if seeds > 1:
+        for place in set(range(count)) - set(together):
+            leave(place)
     while len(together) > 1 and seeds > 1:
         own = values[together]
         rest = own - own.mean(1, keepdims=True) - own.mean(0) + own.mean()
@@ -99,16 +109,14 @@ def _errors(values: Any) -> tuple[list[float], list[int]]:
         ratio /= seeds - 1
         # Of so many methods one is the worst: the chance is shared among them.
         if others and stats.f.sf(ratio, seeds - 1, others) < ALONE / len(together):
-            alone = together.pop(worst)
-            errors[alone] = float(values[alone].std(ddof=1)) / math.sqrt(seeds)
-            freedoms[alone] = seeds - 1
+            leave(together.pop(worst))
             continue
         freedom = (len(together) - 1) * (seeds - 1)
         for place in together:
             errors[place] = math.sqrt(float(squares.sum()) / freedom / seeds)
             freedoms[place] = freedom
         break
-    return errors, freedoms
+    return errors, freedoms, alone
 
 
 def front(found: Iterable[Point]) -> list[Point]:

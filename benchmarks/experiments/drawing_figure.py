@@ -17,6 +17,7 @@ from torch import Tensor
 from experiments import results, tasks
 from experiments.analysis import points
 from experiments.experiment import experiment
+from experiments.judge import features_of, frechet_distance, recognised
 from experiments.tasks.drawing import Drawing
 from superlora.demo.data import Images
 
@@ -28,8 +29,8 @@ METHODS = ("not adapted", "LoRA r1", "LoRA r8", "SuperLoRA 2-D r8", "LoRTA 3-D r
 SEED, EACH = 0, 8  # of the figure in the docs
 
 
-def of_results(folder: Path) -> Figure:
-    """Return the drawings of some methods at the rates that the experiment chose."""
+def of_results(folder: Path) -> tuple[Figure, str]:
+    """Return the drawings of some methods at the rates that the experiment chose, and checks."""
     own = experiment("drawing")
     _, rows = results.read(folder, "drawing")
     rates = {point.method: point.rate for point in points(rows)}
@@ -40,7 +41,23 @@ def of_results(folder: Path) -> Figure:
     torch.set_num_threads(1)  # as the runs had
     task: Any = tasks.load(own.task, own.settings, folder)
     panels = [(name, designs[name], rates[name]) for name in METHODS]
-    return drawings(task, panels, seed=SEED, each=EACH)
+    return drawings(task, panels, seed=SEED, each=EACH), checks(task, own.seeds)
+
+
+def checks(task: Drawing, seeds: Sequence[int]) -> str:
+    """Say how far real digits are from each other, and how the old digits are drawn and read."""
+    own = [task.parts(seed) for seed in seeds]
+    real = [
+        frechet_distance(
+            *(features_of(task.judge, part.pixels) for part in (each.test, each.train))
+        )
+        for each in own
+    ]
+    drawn = task.draw(None, rate=0.0, scale=1.0, seed=SEED, each=task.drawn)
+    return (
+        f"real digits to real ones: {min(real):.1f} to {max(real):.1f}; old digits that are drawn "
+        f"and read as they should be: {recognised(task.judge, drawn):.0%}"
+    )
 
 
 def drawings(task: Drawing, panels: Sequence[Panel], *, seed: int, each: int) -> Figure:

@@ -35,6 +35,17 @@ def metric(about: dict[str, Any]) -> str:
     return f"{about['metric']}, %" if about["percent"] else str(about["metric"])
 
 
+def name_of(point: Point, *, bold: bool = False) -> str:
+    """Return a method's name, and how many of its seeds failed."""
+    name = f"**{point.method}**" if bold else point.method
+    return f"{name} ({point.failed} of {point.seeds} failed)" if point.failed else name
+
+
+def mark(point: Point) -> str:
+    """Return the mark of an interval of its own."""
+    return "†" if point.alone else ""
+
+
 def table(found: Sequence[Point], about: dict[str, Any]) -> str:
     """Return the Markdown table of all methods."""
     scaled = len(about["scales"]) > 1
@@ -44,12 +55,8 @@ def table(found: Sequence[Point], about: dict[str, Any]) -> str:
     best = {point.method for point in front(found)}
     shares = front_shares(found)
     for point in found:
-        name = f"**{point.method}**" if point.method in best else point.method
-        if point.failed:
-            name += f" ({point.failed} of {point.seeds} failed)"
-        value = (
-            f"{shown(point.mean, about)} ± {shown(point.half, about)}{'†' if point.alone else ''}"
-        )
+        name = name_of(point, bold=point.method in best)
+        value = f"{shown(point.mean, about)} ± {shown(point.half, about)}{mark(point)}"
         share = f"{100 * shares[point.method]:.0f}" if shares else ""
         cells = [name, f"{point.parameters:,}", value, share, f"{point.rate:.2g}"]
         cells += [*([f"{point.scale:g}"] if scaled else []), f"{point.seconds:.0f}"]
@@ -135,9 +142,10 @@ def columns_table(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> 
     for line in zip(*found, strict=True):
         cells = [
             f"{own.unit * point.mean:.{own.digits}f} ± {own.unit * point.half:.{own.digits}f}"
+            f"{mark(point)}"
             for own, point in zip(columns, line, strict=True)
         ]
-        lines.append(f"| {line[0].method} | {' | '.join(cells)} |")
+        lines.append(f"| {name_of(line[0])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

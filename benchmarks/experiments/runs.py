@@ -118,7 +118,7 @@ def searched(lab: Lab, method: Method) -> list[Row]:
         rows.append(lab.run(method, rate=rate, scale=best["scale"], seed=own.choice, test=False))
         best = _best(rows)
     if own.confirm:
-        finalists = [best, _best([row for row in rows if row is not best])]
+        finalists = sorted(rows, key=_goodness, reverse=True)[:2]
         means = []
         for row in finalists:
             setting = {key: row[key] for key in space}
@@ -133,7 +133,11 @@ def searched(lab: Lab, method: Method) -> list[Row]:
 
 def _best(rows: list[Row]) -> Row:
     """Return the best trial; of equal ones that of the least rate, which moves least."""
-    return max(rows, key=lambda row: (row["validation"], -row["rate"], -row["scale"]))
+    return max(rows, key=_goodness)
+
+
+def _goodness(row: Row) -> tuple[float, float, float]:
+    return row["validation"], -row["rate"], -row["scale"]
 
 
 def beyond(rates: Sequence[float], best: float) -> float | None:

@@ -142,14 +142,14 @@ def _rank(spec: Spec | Supports) -> str:
     """Return the size of a spec for a table, or its ranks, the least and the largest."""
     if isinstance(spec, Supports):
         return ""
-    if spec.size is not None:
-        return f"size {spec.size:,}"
+    field, unit = ("rank", "") if spec.size is None else ("size", "size ")
+    own = getattr(spec, field)
     if not spec.overrides:
-        return str(spec.rank).strip("()").replace("'", "")
-    ranks = list(integers_in(spec.rank))
+        return unit + str(own).strip("()").replace("'", "")
+    found = list(integers_in(own))
     for _, fields in spec.overrides:
-        ranks += [0] if fields is None else integers_in(dict(fields).get("rank", spec.rank))
-    return f"{min(ranks)} to {max(ranks)}" if ranks else str(spec.rank)
+        found += [0] if fields is None else integers_in(dict(fields).get(field, own))
+    return f"{unit}{min(found)} to {max(found)}" if found else str(own)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

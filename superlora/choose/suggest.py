@@ -55,7 +55,7 @@ def suggest(
     shapes: Mapping[str, tuple[int, ...] | Axes] | None = None,
     **options: Any,
 ) -> Candidates:
-    """Return the specs that fit a budget: of every family the one of the largest rank.
+    """Return the specs that fit a budget: of every family the one of the largest rank or size.
 
     Parameters
     ----------
@@ -161,8 +161,8 @@ def suggest(
         name = min(least, key=least.__getitem__)
         unit, one = ("", 1) if budget_bytes is None else ("_bytes", width)
         raise ValueError(
-            f"budget{unit} must be at least {one * least[name]:,}, what {name!r} of rank 1 takes, "
-            f"the smallest: got {budget or budget_bytes:,}"
+            f"budget{unit} must be at least {one * least[name]:,}, what {name!r} takes at rank "
+            f"or size 1, the smallest: got {budget or budget_bytes:,}"
         )
     rows: list[Candidate] = []
     for name, plan in plans:

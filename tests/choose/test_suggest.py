@@ -45,6 +45,15 @@ def test_dtypes_of_torch():
     assert sl.suggest(SHAPES, budget=400, dtype=torch.bfloat16)[0].nbytes == 2 * 336
 
 
+def test_sizes_by_weight_are_said():
+    scores = dict(zip(SHAPES, (1.0, 1.0, 4.0, 8.0), strict=True))
+    found = sl.suggest(SHAPES, budget=120, families=["waveft"], sensitivity=scores)
+    sizes = [dict(fields)["size"] for _, fields in found[0].spec.overrides]
+    sizes += [found[0].spec.size]
+    assert sum(found[0].spec.of(name).size for name in SHAPES) <= 120
+    assert f"size {min(sizes)} to {max(sizes)}" in str(found)
+
+
 def test_families_that_do_not_fit_say_why():
     shapes = {**SHAPES, "2.up": (64, 12)}
     found = sl.suggest(shapes, budget=100)
@@ -159,7 +168,7 @@ def with_value(value):
         (SHAPES, {"budget": 1.5}, TypeError, "budget must be an integer"),
         (SHAPES, {"budget_bytes": 3}, ValueError, "budget_bytes must be at least 4"),
         (SHAPES, {"budget": 9, "dtype": "int8"}, ValueError, "dtype must be one of"),
-        (SHAPES, {"budget": 3}, ValueError, "at least 4, what 'waveft' of rank 1 .*: got 3"),
+        (SHAPES, {"budget": 3}, ValueError, "at least 4, what 'waveft' takes .*: got 3"),
         (SHAPES, {"budget_bytes": 8}, ValueError, "budget_bytes must be at least 16, .*got 8"),
         (SHAPES, {"budget": 9, "families": "lora"}, TypeError, "families must be a sequence"),
         (SHAPES, {"budget": 9, "families": []}, ValueError, "families must name one"),

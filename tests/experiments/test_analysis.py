@@ -66,6 +66,17 @@ def test_a_method_that_fails_for_a_seed_does_not_widen_the_others_intervals() ->
     assert found[10].half == pytest.approx(4.302652729911275 * found[10].error)
 
 
+def test_a_method_that_fails_with_every_seed_does_not_widen_the_others_intervals() -> None:
+    seeds = (0.0, 0.2, -0.2)  # move the methods that learn alone
+    rows = [row(m, s, 0.5 + seeds[s]) for m in "abc" for s in range(3)]
+    failed = [row("d", s, 0.1, diverged=True) for s in range(3)]
+    *found, guess = points([*rows, *failed])
+    assert all(own.half < 1e-12 and not own.alone for own in found)
+    assert guess.alone
+    assert guess.failed == 3
+    assert points([*rows, *(dict(own, diverged=False) for own in failed)])[0].half > 0.05
+
+
 def test_trials_that_were_not_chosen_do_not_count() -> None:
     rows = [row("a", 0, 0.5), row("b", 0, 0.6), row("b", 0, 0.9, chosen=False)]
     assert [own.mean for own in points(rows)] == [0.5, 0.6]

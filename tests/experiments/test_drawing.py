@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ pytest.importorskip("tqdm")
 
 import torch
 from experiments import drawing_figure, flow
-from experiments.judge import frechet_distance, recognised
+from experiments.judge import features_of, frechet_distance, recognised
 from experiments.tasks import drawing
 
 import superlora as sl
@@ -175,3 +176,12 @@ def test_the_picture_has_a_panel_for_each_design(task: drawing.Drawing, tmp_path
     assert figure.axes[0].images[0].get_array().shape == (5 * SIDE, 2 * SIDE)
     drawing_figure.save(figure, tmp_path / "drawings.png")
     assert (tmp_path / "drawings.png").stat().st_size > 0
+
+
+def test_the_checks_measure_the_real_digits_and_the_old_ones(task: drawing.Drawing) -> None:
+    parts = task.parts(0)
+    near, read = re.findall(r"[\d.]+", drawing_figure.checks(task, [0]))[1:]
+    features = [features_of(task.judge, part.pixels) for part in (parts.test, parts.train)]
+    assert float(near) == pytest.approx(frechet_distance(*features), abs=0.05)
+    drawn = task.draw(None, rate=0.0, scale=1.0, seed=0, each=task.drawn)
+    assert float(read) == round(100 * recognised(task.judge, drawn))

@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 
 from experiments import report, results
 from experiments.analysis import Point, Saving, points
+from experiments.experiment import experiment
 from experiments.runs import BEYOND, beyond
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,9 @@ def test_results_are_whole(name: str) -> None:
     found = points(rows)
     assert [point.method for point in found] == list(about["designs"])
     assert {row["source"] for row in rows} == {about["source"]}
+    wanted_of = experiment(name)
+    assert about["shown"] == list(wanted_of.shown)
+    assert (about["title"], about["metric"]) == (wanted_of.title, wanted_of.metric)
     for point in found:
         own = [row for row in rows if row["method"] == point.method and not row["chosen"]]
         trials = [row for row in own if row["seed"] == about["choice"]]
