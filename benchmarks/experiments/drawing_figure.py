@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,12 @@ Panel = tuple[str, Any, float]
 """A title, a design or None, and its learning rate."""
 
 
-METHODS = ("not adapted", "LoRA r1", "LoRA r8", "SuperLoRA 2-D r8", "LoRTA 3-D r16", "dense")
+METHODS = (
+    *("not adapted", "LoRA r1", "LoRA r8", "SuperLoRA 2-D r8", "LoRTA 3-D r16"),
+    *("2-D r8, fastfood ρ 0.1", "dense"),
+)
 SEED, EACH = 0, 8  # of the figure in the docs
+COLUMNS = 4
 
 
 def of_results(folder: Path) -> tuple[Figure, str]:
@@ -83,11 +88,12 @@ def mosaic(pixels: Tensor, columns: int) -> Tensor:
 
 
 def figure(mosaics: Mapping[str, Tensor]) -> Figure:
-    """Return titled mosaics from left to right."""
-    drawn, axes = pyplot.subplots(
-        1, len(mosaics), figsize=(2.2 * len(mosaics), 2.2), squeeze=False, layout="constrained"
-    )
-    for place, (title, own) in zip(axes[0], mosaics.items(), strict=True):
+    """Return titled mosaics from left to right, row by row."""
+    columns = min(COLUMNS, len(mosaics))
+    rows = math.ceil(len(mosaics) / columns)
+    drawn = pyplot.figure(figsize=(2.2 * columns, 1.6 * rows), layout="constrained")
+    for number, (title, own) in enumerate(mosaics.items(), 1):
+        place = drawn.add_subplot(rows, columns, number)
         place.imshow(own.numpy(), cmap="gray_r", vmin=0, vmax=255, interpolation="nearest")
         place.set_title(title, fontsize=9)
         place.set_axis_off()
