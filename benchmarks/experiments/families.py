@@ -43,8 +43,7 @@ def main(
 def few() -> list[Method]:
     """Return what is compared on texts."""
     return [
-        *main(square=(2, 4, 8), cubic_ranks=(8,)),
-        *projected("fastfood", maps.Fastfood(), (0.1,)),
+        *main(square=(2, 4, 8), cubic_ranks=()),
         *random_dense(),
         *family("WaveFT", "{size} a weight", sl.waveft, size=(100, 500)),
     ]
