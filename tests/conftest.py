@@ -34,6 +34,25 @@ def is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Compute on one thread: for tiny products, more of them wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run a test on one thread of PyTorch's, which it needs."""
+    pytest.importorskip("torch")
+    with on_one_thread():
+        yield
+
+
 def torch_devices() -> list[str]:
     """Return the names of the devices that torch can use here."""
     if not is_installed("torch"):

@@ -57,7 +57,7 @@ def described(own: Experiment) -> dict[str, Any]:
     found = {
         **{"title": own.title, "task": own.task, "settings": dict(own.settings)},
         **{"rates": own.rates, "scales": own.scales, "choice": own.choice, "seeds": own.seeds},
-        **({"confirm": own.confirm} if own.confirm else {}),
+        "confirm": own.confirm,
         **{"metric": own.metric, "percent": own.percent},
         **{"reference": own.reference, "shown": own.shown},
         "source": source_digest(own.task),

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.conftest import is_installed
+from tests.conftest import is_installed, on_one_thread
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Train on one thread: for so small a model, more of them wait for each other."""
-    if not is_installed("torch"):
+    with on_one_thread() if is_installed("torch") else contextlib.nullcontext():
         yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

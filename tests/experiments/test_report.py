@@ -74,9 +74,9 @@ def test_results_are_whole(name: str) -> None:
     found = points(rows)
     assert [point.method for point in found] == list(about["designs"])
     assert {row["source"] for row in rows} == {about["source"]}
-    wanted_of = experiment(name)
-    assert about["shown"] == list(wanted_of.shown)
-    assert (about["title"], about["metric"]) == (wanted_of.title, wanted_of.metric)
+    config = experiment(name)
+    assert about["shown"] == list(config.shown)
+    assert (about["title"], about["metric"]) == (config.title, config.metric)
     for point in found:
         own = [row for row in rows if row["method"] == point.method and not row["chosen"]]
         trials = [row for row in own if row["seed"] == about["choice"]]
@@ -91,7 +91,7 @@ def test_results_are_whole(name: str) -> None:
         values: dict[Any, list[float]] = {}  # the first is that of the choice's seed
         for row in own:
             values.setdefault((row["rate"], row["scale"]), []).append(row["validation"])
-        if "confirm" in about:
+        if about["confirm"]:
             others = [each for each in values.values() if len(each) == 1]
             values = {key: each for key, each in values.items() if len(each) > 1}
             assert [len(each) for each in values.values()] == [1 + len(about["confirm"])] * 2

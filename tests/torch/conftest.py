@@ -4,17 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import is_installed
+from tests.conftest import is_installed, on_one_thread
 
-if is_installed("torch"):
-    import torch
-else:
+if not is_installed("torch"):
     collect_ignore_glob = ["*.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield

@@ -3,45 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("optuna")
 pytest.importorskip("rich")
 
-from superlora.search import Evolution  # noqa: E402
-from tests.demo.search_cases import make_base, make_vtab  # noqa: E402
+import bench_inference as inference
+import glora_vtab as vtab
+import torch
 
-REPOSITORY = Path(__file__).parents[2]
+from superlora.search import Evolution
+from tests.demo.search_cases import make_base, make_vtab
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Train on one thread: for so small a model, more of them wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that imports a script of the benchmarks by name."""
-    if not (REPOSITORY / "benchmarks").is_dir():
-        pytest.skip("the benchmarks are not part of an installed package")
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    return importlib.import_module
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_vtab_is_searched_as_its_authors_did(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vtab = script("glora_vtab")
     settings = vtab.AUTHORS
     assert (settings.resolution, settings.epochs, settings.trials) == (224, 500, 1000)
     assert settings.evolution == Evolution()
@@ -55,8 +37,7 @@ def test_vtab_is_searched_as_its_authors_did(
     assert (tmp_path / "svhn" / "limit-900" / "results.json").exists()
 
 
-def test_a_merged_adapter_costs_no_flops_and_an_unmerged_one_does(script: Any) -> None:
-    inference = script("bench_inference")
+def test_a_merged_adapter_costs_no_flops_and_an_unmerged_one_does() -> None:
     found = inference.models(2, tiny=True)
     images = torch.randn(3, 3, 28, 28)
     flops = {name: inference.flops(model, images) for name, model in found.items()}
@@ -71,8 +52,7 @@ def test_a_merged_adapter_costs_no_flops_and_an_unmerged_one_does(script: Any) -
     assert not torch.allclose(outputs[inference.MERGED], outputs[inference.BASE], atol=1e-3)
 
 
-def test_inference_is_timed_in_turns(script: Any) -> None:
-    inference = script("bench_inference")
+def test_inference_is_timed_in_turns() -> None:
     rows = inference.measure(inference.models(2, tiny=True), 2, 28, 3)
     assert [row["model"] for row in rows] == [
         inference.BASE,
