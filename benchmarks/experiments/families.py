@@ -51,9 +51,9 @@ def fewest() -> list[Method]:
     """Return what tells whether an adapter is better than the head alone."""
     return [
         Method("head only", "", None),
-        *family("LoRA", "r{rank}", sl.lora, rank=(2, 8)),
-        *family("SuperLoRA 2-D", "r{rank}", planar, rank=(8,)),
-        *family("WaveFT", "{size} a weight", sl.waveft, size=(100,)),
+        Method("LoRA", "r8", sl.lora(rank=8)),
+        Method("SuperLoRA 2-D", "r8", planar(8)),
+        Method("WaveFT", "100 a weight", sl.waveft(size=100)),
         Method("dense", "", sl.dense()),
     ]
 
@@ -75,7 +75,7 @@ SHOWN = (
 """Families with a colour of their own in the figures."""
 
 
-def on_texts(title: str, data: str, methods: list[Method]) -> Experiment:
+def on_texts(title: str, data: str, methods: list[Method], *, bfloat16: bool = False) -> Experiment:
     """Return the experiment of few texts of a data set of `tasks/texts`."""
     return Experiment(
         title=title,
@@ -83,7 +83,7 @@ def on_texts(title: str, data: str, methods: list[Method]) -> Experiment:
         settings={
             **{"data": data, "train": 400, "validation": 1000, "test": 800, "tokens": 32},
             **{"epochs": 4, "batch_size": 16, "head_rate": 2e-3, "head_alone": 6e-3},
-            "bfloat16": True,
+            "bfloat16": bfloat16,
         },
         methods=methods,
         shown=tuple(name for name in SHOWN if name in {own.family for own in methods}),

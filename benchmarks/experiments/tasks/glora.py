@@ -48,22 +48,17 @@ SHARES = {
     **{"scale_weight": 1.0, "add_weight": 1 / 300, "weight_to_bias": 0.1},
     **{"scale_bias": 1.0, "add_bias": 1.0},
 }
-RESTRICTED = {**SHARES, "add_weight": 1 / 3}
 RANDOM = 5  # configurations of the first generation, which no search chose
 PACKAGES = ("optuna", "scipy")
 
 
 @dataclass(frozen=True)
 class Searched:
-    """A supernet of these ranks, and the best configuration of at most so many parameters.
-
-    Of `every_option`, B may be a vector or a constant too.
-    """
+    """A supernet of these ranks, and the best configuration of at most so many parameters."""
 
     ranks: tuple[int, ...]
     limit: int
     epochs: int
-    every_option: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,15 +118,14 @@ class Digits(Classification):
     def searched(self, design: Searched, rate: float, seed: int, test: bool) -> dict[str, Any]:
         """Train a supernet, or find it trained, and search it under the limit."""
         parts = self.parts(seed)
-        shares = SHARES if design.every_option else RESTRICTED
         settings = Settings(
             digits=(len(parts.train), len(parts.validation), len(parts.test)),
             resolution=self.resolution,
             ranks=design.ranks,
-            every_option=design.every_option,
+            every_option=True,
             epochs=design.epochs,
             batch_size=self.batch_size,
-            rates={operation: share * rate for operation, share in shares.items()},
+            rates={operation: share * rate for operation, share in SHARES.items()},
             head_rate=self.head_rate,
             trials=self.trials,
             evolution=Evolution(population=20, parents=6, mutations=10, crossovers=10),
@@ -192,19 +186,19 @@ class Digits(Classification):
                 check(epoch, loss)
 
         with FileLock(folder / "lock"):
-            kept = folder / "training.json"
+            record = folder / "training.json"
+            kept = json.loads(record.read_text("utf-8")) if record.exists() else {}
+            if kept.get("diverged"):
+                return None, kept["seconds"]
             start = time.perf_counter()
-            if kept.exists() and json.loads(kept.read_text("utf-8"))["diverged"]:
-                return None, json.loads(kept.read_text("utf-8"))["seconds"]
-            diverged, trained = False, None
-            try:
+            trained = None
+            with contextlib.suppress(Diverged):
                 trained = train_supernet(self.base, parts, settings, seed, folder, check_later)
-            except Diverged:
-                diverged = True
-            if not kept.exists():
-                about = {"seconds": time.perf_counter() - start, "diverged": diverged}
-                kept.write_text(json.dumps(about), "utf-8")
-            return trained, json.loads(kept.read_text("utf-8"))["seconds"]
+            if not kept:
+                seconds = time.perf_counter() - start
+                kept = {"seconds": seconds, "diverged": trained is None}
+                record.write_text(json.dumps(kept), "utf-8")
+            return trained, kept["seconds"]
 
     def mean_accuracy(
         self, trained: Trained, candidates: Sequence[Candidate], images: Labelled

@@ -1,0 +1,5 @@
+"""As `glora_few_long`, with one image of each digit to train with, and a search beside."""
+
+from experiments.configs.glora_few import with_shots
+
+EXPERIMENT = with_shots(1)
