@@ -53,7 +53,6 @@ def fewest() -> list[Method]:
         Method("head only", "", None),
         Method("LoRA", "r8", sl.lora(rank=8)),
         Method("SuperLoRA 2-D", "r8", planar(8)),
-        Method("WaveFT", "100 a weight", sl.waveft(size=100)),
         Method("dense", "", sl.dense()),
     ]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import figures, geometry, results, searches
+from experiments import figures, geometry, results, searches, shots
 from experiments.analysis import Point, Saving, front, front_shares, points, savings
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +214,8 @@ def texts() -> dict[str, str]:
             made[f"{name}-scores"] = columns_table(rows, scores)
         if searches.searched(rows):
             made[f"{name}-searches"] = searches.table(rows)
+    if measured := shots.measured():
+        made["glora-shots"] = shots.table(measured)
     if GEOMETRY.exists():
         made["geometry-overlaps"] = geometry.overlaps(geometry.read())
         made["geometry-table"] = geometry.table(geometry.read())
@@ -261,19 +263,32 @@ def comparison() -> dict[str, Any]:
     return made
 
 
-def write() -> list[Path]:
-    """Write every figure, every table and the interactive page's numbers, and return the files."""
-    written = []
+def drawn() -> dict[str, Callable[[Path], None]]:
+    """Return what draws each figure, by its name."""
+    made: dict[str, Callable[[Path], None]] = {}
     for name in results.names():
         about, rows = results.read(results.FOLDER, name)
-        draw(points(rows), about, FIGURES / f"{name}.svg")
-        written.append(FIGURES / f"{name}.svg")
+        made[name] = functools.partial(draw, points(rows), about)
         if searches.searched(rows):
-            searches.draw(rows, about["title"], FIGURES / f"{name}-training.svg")
-            written.append(FIGURES / f"{name}-training.svg")
+            made[f"{name}-training"] = functools.partial(searches.draw, rows, about["title"])
+    if measured := shots.measured():
+        made["glora-shots"] = functools.partial(shots.draw, measured)
     if GEOMETRY.exists():
-        geometry.draw(geometry.read(), FIGURES / "geometry.svg")
-        written.append(FIGURES / "geometry.svg")
+        made["geometry"] = functools.partial(geometry.draw, geometry.read())
+    return made
+
+
+def write() -> list[Path]:
+    """Write the figures and tables that pages show and the interactive page's numbers.
+
+    Return the files.
+    """
+    written = []
+    pages = "".join(page.read_text("utf-8") for page in PAGES)
+    for name, make in drawn().items():
+        if f"/{name}.svg" in pages:
+            make(FIGURES / f"{name}.svg")
+            written.append(FIGURES / f"{name}.svg")
     made = texts()
     for page in PAGES:
         before = text = page.read_text("utf-8")

@@ -1,0 +1,66 @@
+"""The table by the number of images: of which files a method is, and what a search gains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from experiments import results, shots
+from experiments.experiment import Experiment, Method
+
+
+def run(method: str, seed: int, test: float, **own: Any) -> dict[str, Any]:
+    """Return a run of a chosen rate."""
+    return {
+        **{"method": method, "family": method, "parameters": 100, "rate": 0.1, "scale": 1.0},
+        **{"seed": seed, "chosen": True, "source": "s", "test": test, "seconds": 1.0},
+        **{"candidate_test": None, "random_test": None, "diverged": False, **own},
+    }
+
+
+def runs(*methods: str, test: float, **own: Any) -> list[dict[str, Any]]:
+    return [run(method, seed, test, **own) for method in methods for seed in (0, 1)]
+
+
+FIRST = [*runs("LoRA r2", "LoRA r4", test=0.5), run("LoRA r2", 5, 0.9, chosen=False)]
+SECOND = [
+    *runs("head only", test=0.2),
+    *runs("LoRA r2", test=0.8),
+    *runs(shots.SEARCH, test=0.6, candidate_test=0.4, random_test=0.3),
+]
+
+
+def test_a_method_is_of_the_first_file_that_has_it_and_a_search_has_its_supernet_beside() -> None:
+    found = {(row["method"], row["seed"]): row["test"] for row in shots.taken([FIRST, SECOND])}
+    means = {"head only": 0.2, "LoRA r2": 0.5, "LoRA r4": 0.5, shots.SEARCH: 0.6}
+    means |= {"best with a name": 0.4, "random": 0.3}
+    assert found == {(name, seed): own for name, own in means.items() for seed in (0, 1)}
+
+
+def test_what_a_seed_lacks_is_left_out(tmp_path: Path) -> None:
+    lacking = [*SECOND[:-1], {**SECOND[-1], "candidate_test": None}]
+    named = [Method(name, "", None) for name in {row["method"] for row in [*FIRST, *SECOND]}]
+    own = Experiment("own", "digits", {}, named)
+    for name, rows in zip(shots.FILES[4], (FIRST, lacking), strict=True):
+        results.write(tmp_path, name, own, rows, whole=True)
+    found = shots.measured(tmp_path)
+    assert list(found) == [4]
+    lines = shots.table(found).splitlines()
+    assert lines[0] == "| method | 4 |"
+    assert lines[2] == "| head only | 20.0 ± 0.0 |"
+    assert lines[6:] == ["| best with a name |  |", "| random | 30.0 ± 0.0 |"]
+
+
+def test_the_same_results_draw_the_same_figure(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = {4: shots.points(shots.taken([FIRST, SECOND]))}
+    for name in ("a.svg", "b.svg"):
+        shots.draw(found, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    other = {4: shots.points(shots.taken([FIRST, [*runs("head only", test=0.3), *SECOND[2:]]]))}
+    shots.draw(other, tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() != (tmp_path / "b.svg").read_bytes()
