@@ -166,11 +166,9 @@ def step_summary(vit: list[Row], llama: list[Row]) -> str:
 def compiled(rows: list[Row]) -> str:
     """Return the table of compiled steps over the compiled limit's."""
     return table(
-        ["method", "s", "over the compiled limit (quartiles)"],
+        ["method", "over the compiled limit (quartiles)"],
         (
-            [row["method"], number(row["seconds"], 3), spread(row, "over_limit")]
-            if "failed" not in row
-            else [row["method"], "", "did not compile"]
+            [row["method"], spread(row, "over_limit") if "failed" not in row else "did not compile"]
             for row in rows
         ),
     )
@@ -302,7 +300,7 @@ def machine(about: Row) -> str:
     """Return a line about what was measured with."""
     gpu = f"{about['gpu']}, " if "gpu" in about else ""
     return (
-        f"Measured with {gpu}{about['threads']} threads of a {about['processor']} with "
+        f"Measured with {gpu}{about['threads']} threads, {about['processor']}, with "
         f"{about['cores']} cores, torch {about['torch']}, transformers {about['transformers']}, "
         f"PEFT {about['peft']}, LyCORIS {about['lycoris-lora']} and Python {about['python']}."
     )
