@@ -150,8 +150,8 @@ def main() -> None:
         about = measuring.facts(options.device)
         made = (
             f"{table(rows)}\n\nAt {options.resolution} px with rank {options.rank}, medians of "
-            f"{options.rounds} rounds, the ratios with their quartiles; {about['threads']} threads, "
-            f"{about['processor']}, torch {about['torch']}."
+            f"{options.rounds} rounds, the ratios with their quartiles; "
+            f"{about['threads']} threads, {about['processor']}, torch {about['torch']}."
         )
         PAGE.write_text(replaced(PAGE.read_text("utf-8"), "glora-inference", made), "utf-8")
     if options.output:

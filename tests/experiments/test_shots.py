@@ -50,17 +50,33 @@ def test_what_a_seed_lacks_is_left_out(tmp_path: Path) -> None:
     found = shots.measured(tmp_path)
     assert list(found) == [4]
     lines = shots.table(found).splitlines()
-    assert lines[0] == "| method | 4 |"
-    assert lines[2] == "| head only | 20.0 ± 0.0 |"
-    assert lines[6:] == ["| best with a name |  |", "| random | 30.0 ± 0.0 |"]
+    assert lines[0] == "| method | 4 | the search is above it by |"
+    assert lines[2] == "| head only | 20.0 ± 0.0 | 40.0 ± 0.0 |"
+    assert lines[5] == f"| {shots.SEARCH} | 60.0 ± 0.0 |  |"
+    assert lines[6:] == ["| best with a name |  |  |", "| random | 30.0 ± 0.0 | 30.0 ± 0.0 |"]
+
+
+def test_a_gain_is_of_pairs_within_each_number_of_images() -> None:
+    def rows(*gains: float) -> list[dict[str, Any]]:
+        own = [run("LoRA r2", seed, 0.5 + seed) for seed in range(len(gains))]
+        return [
+            *own,
+            *(run(shots.SEARCH, seed, 0.5 + seed + value) for seed, value in enumerate(gains)),
+        ]
+
+    # The seeds' own level does not count, nor does the number's: what is left is ± .1 twice.
+    mean, half = shots.gain({1: rows(0.1, 0.3), 4: rows(0.5, 0.7)}, "LoRA r2") or (0.0, 0.0)
+    assert mean == pytest.approx(0.4)
+    assert half == pytest.approx(4.302653 * (0.04 / 2 / 4) ** 0.5)
+    assert shots.gain({1: rows(0.1, 0.3)}, "LoRA r4") is None
 
 
 def test_the_same_results_draw_the_same_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = {4: shots.points(shots.taken([FIRST, SECOND]))}
+    found = {4: shots.taken([FIRST, SECOND])}
     for name in ("a.svg", "b.svg"):
         shots.draw(found, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    other = {4: shots.points(shots.taken([FIRST, [*runs("head only", test=0.3), *SECOND[2:]]]))}
+    other = {4: shots.taken([FIRST, [*runs("head only", test=0.3), *SECOND[2:]]])}
     shots.draw(other, tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() != (tmp_path / "b.svg").read_bytes()
