@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import numpy
 from scipy import stats
@@ -21,8 +22,8 @@ FILES = {
 }
 SEARCH = "GLoRA {8, 4} ≤ 300,000"
 METHODS = ("head only", "LoRA r2", "LoRA r4", SEARCH)
-WITHOUT = {"candidate_test": "best with a name", "random_test": "random"}
-"""Configurations of the same supernet that no search chose."""
+WITHOUT = {"best with a name": "candidate_test", "random": "random_test"}
+"""Other configurations of the search's supernet, and the columns of its runs that have them."""
 
 
 def measured(folder: Path = results.FOLDER) -> dict[int, list[Row]]:
@@ -35,35 +36,39 @@ def measured(folder: Path = results.FOLDER) -> dict[int, list[Row]]:
 
 
 def taken(files: Sequence[list[Row]]) -> list[Row]:
-    """Return the runs of the methods, and of the search's supernet without a search."""
+    """Return the runs of the chosen rate of each method."""
     rows: list[Row] = []
     for method in METHODS:
         own = ([row for row in file if row["method"] == method and row["chosen"]] for file in files)
-        rows += next(each for each in own if each)
-    searched = [row for row in rows if row["method"] == SEARCH]
-    for column, name in WITHOUT.items():
-        if all(row[column] is not None for row in searched):
-            rows += [{**row, "method": name, "test": row[column]} for row in searched]
+        found = next((each for each in own if each), None)
+        if found is None:
+            raise ValueError(f"results must have runs of {method}: got none")
+        rows += found
     return rows
 
 
-def gain(found: Mapping[int, Sequence[Row]], method: str) -> tuple[float, float] | None:
-    """Return by how much the search is above a method, over all numbers, and half the interval.
+def accuracies(rows: Sequence[Row], name: str) -> dict[int, float]:
+    """Return the test accuracy of each seed that has one."""
+    method, column = (SEARCH, WITHOUT[name]) if name in WITHOUT else (name, "test")
+    own = {row["seed"]: row[column] for row in rows if row["method"] == method}
+    return {seed: value for seed, value in own.items() if value is not None}
 
-    Each run is compared with that of the same images. None where one is lacking.
+
+def gain(found: Mapping[int, Sequence[Row]], name: str) -> tuple[float, float] | None:
+    """Return by how much the search is above another, in the mean over all, and half its interval.
+
+    The interval is over the seeds: a seed has the same test images at every number. None where a
+    run is lacking, or there is one seed.
     """
     gains = []
     for rows in found.values():
-        tests = {(row["method"], row["seed"]): row["test"] for row in rows}
-        own = [(seed, test) for (name, seed), test in tests.items() if name == SEARCH]
-        if any((method, seed) not in tests for seed, _ in own):
+        own, other = accuracies(rows, SEARCH), accuracies(rows, name)
+        if len(own) < 2 or set(other) != set(own):
             return None
-        gains.append([test - tests[method, seed] for seed, test in own])
-    values = numpy.array(gains)
-    rest = values - values.mean(1, keepdims=True)
-    freedom = values.size - len(values)
-    error = math.sqrt(float((rest**2).sum()) / freedom / values.size)
-    return float(values.mean()), error * float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
+        gains.append([own[seed] - other[seed] for seed in own])
+    means = numpy.array(gains).mean(0)
+    quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(means) - 1))
+    return float(means.mean()), float(means.std(ddof=1)) / math.sqrt(len(means)) * quantile
 
 
 def table(found: Mapping[int, Sequence[Row]]) -> str:
@@ -72,14 +77,17 @@ def table(found: Mapping[int, Sequence[Row]]) -> str:
         f"| method | {' | '.join(map(str, found))} | the search is above it by |",
         f"|---|{'--:|' * (1 + len(found))}",
     ]
-    every = {count: points(rows) for count, rows in found.items()}
-    for name in (*METHODS, *WITHOUT.values()):
+    every = {count: {own.method: own for own in points(rows)} for count, rows in found.items()}
+    for name in (*METHODS, *WITHOUT):
         cells = []
-        for each in every.values():
-            own = [point for point in each if point.method == name]
-            cells += [f"{100 * p.mean:.1f} ± {100 * p.half:.1f}{'†' * p.alone}" for p in own] or [
-                ""
-            ]
+        for count, rows in found.items():
+            if name in METHODS:
+                own = every[count][name]
+                mark = "†" if own.alone else ""
+                cells.append(f"{100 * own.mean:.1f} ± {100 * own.half:.1f}{mark}")
+            else:
+                values = accuracies(rows, name).values()
+                cells.append(f"{100 * fmean(values):.1f}" if values else "")
         above = None if name == SEARCH else gain(found, name)
         cells.append(f"{100 * above[0]:.1f} ± {100 * above[1]:.1f}" if above else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -89,16 +97,22 @@ def table(found: Mapping[int, Sequence[Row]]) -> str:
 def draw(found: Mapping[int, Sequence[Row]], path: Path) -> None:
     """Draw accuracy against the number of images of each digit, a line a method."""
     figure, axes = figures.new(7, 4.2, xscale="log")
-    every = {count: points(rows) for count, rows in found.items()}
-    for place, name in enumerate((*METHODS, *WITHOUT.values())):
-        own = {n: p for n, each in every.items() for p in each if p.method == name}
+    every = {count: {own.method: own for own in points(rows)} for count, rows in found.items()}
+    for place, name in enumerate(METHODS):
+        own = [each[name] for each in every.values()]
         axes.errorbar(
-            [count * 1.02 ** (place - 2) for count in own],  # beside each other
-            [100 * point.mean for point in own.values()],
-            yerr=[100 * point.half for point in own.values()],
+            [count * 1.02 ** (place - 1.5) for count in found],  # beside each other
+            [100 * point.mean for point in own],
+            yerr=[100 * point.half for point in own],
             **{"color": f"C{place}", "marker": "o", "markersize": 4, "linewidth": 1.2},
-            **{"elinewidth": 0.8, "linestyle": ":" if name in WITHOUT.values() else "-"},
-            label=name,
+            **{"elinewidth": 0.8, "label": name},
+        )
+    for place, name in enumerate(WITHOUT, start=len(METHODS)):
+        means = {n: accuracies(rows, name).values() for n, rows in found.items()}
+        axes.plot(
+            [count for count, values in means.items() if values],
+            [100 * fmean(values) for values in means.values() if values],
+            **{"color": f"C{place}", "linestyle": ":", "marker": ".", "label": name},
         )
     axes.set_xticks(list(found), list(map(str, found)))
     axes.set_xticks([], minor=True)

@@ -6,14 +6,15 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 
-from experiments import report, results
-from experiments.analysis import Point, Saving, points
+from experiments import report, results, searches, shots
+from experiments.analysis import Point, Saving, points, savings
 from experiments.experiment import experiment
 from experiments.runs import BEYOND, beyond
 
@@ -35,14 +36,13 @@ ABOUT = {
 POINTS = [made("head only", 0, 0.7), made("LoRA", 1000, 0.9), made("F", 100, 0.91)]
 
 
-def test_every_experiment_is_on_a_page_and_says_what_the_results_say() -> None:
+def test_every_table_is_on_a_page_and_says_what_the_results_say() -> None:
     from tables import between  # lies beside the docs, which the report knows
 
     pages = {page: page.read_text("utf-8") for page in report.PAGES}
     for marker, content in report.texts().items():
         found = [page for page, text in pages.items() if f"<!-- {marker} -->" in text]
-        if marker.endswith(("-table", "-environment")):  # of the others pages show some
-            assert found, f"no page has the marker {marker}"
+        assert found, f"no page has the marker {marker}"
         for page in found:
             assert between(pages[page], marker) == content, (page, marker)
 
@@ -53,6 +53,33 @@ def test_no_page_waits_for_results_that_are_not_there() -> None:
         if page.parent.name == "experiments" or page.name in ("experiments.md", "README.md"):
             used = set(re.findall(r"<!-- ([\w-]+) -->", page.read_text("utf-8")))
             assert used <= known, page
+
+
+def test_the_readme_says_in_words_what_the_results_say() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    saved = [
+        own
+        for own in savings(points(results.read(results.FOLDER, "digits")[1]), "LoRA")
+        if own.reference in ("LoRA r1", "LoRA r2", "LoRA r4")
+    ]
+    plain = [own for own in saved if own.family == "SuperLoRA 2-D"]
+    mapped = ("2-D r8, fastfood", "2-D r8, one-hot", "dense, fastfood", "WaveFT")
+    random = [own for own in saved if own.family in mapped]
+    assert (len(plain), len(random)) == (3, 12)
+    times, lows = [own.times for own in plain], [own.low for own in plain]
+    assert f"needs {min(times):.1f} to {max(times):.1f} times fewer parameters" in text
+    assert f"with intervals that begin at {min(lows):.1f}." in text
+    times, lows = [own.times for own in random], [own.low for own in random]
+    assert f"it is {min(times):.1f} to {max(times):.0f} times" in text
+    assert f"with intervals that begin at {min(lows):.1f} to {max(lows):.1f}." in text
+    found = shots.measured()
+    mean, half = shots.gain({count: found[count] for count in (1, 16)}, "LoRA r2") or (0.0, 0.0)
+    assert f"is {100 * mean:.1f} ± {100 * half:.1f} above it with one and sixteen" in text
+    searched = searches.searched(results.read(results.FOLDER, "glora_few")[1])
+    ours = [fmean(float(row["test"]) for row in rows) for rows in searched.values()]
+    above = fmean(ours) - fmean(shots.accuracies(found[4], "LoRA r2").values())
+    assert len(ours) == 4
+    assert f"are {100 * above:.1f} points above".replace(" 0.", " .") in text
 
 
 def test_the_interactive_page_has_the_results() -> None:

@@ -43,13 +43,15 @@ EXPERIMENT = Experiment(
     ),
 )
 
-SEEN = 40 * EPOCHS  # images, with repetition, in a training of a supernet
+SEEN = EXPERIMENT.settings["train"] * EPOCHS  # images, with repetition, by a supernet
 
 
 def with_shots(count: int) -> Experiment:
     """Return the comparison of equally long trainings, on so many images of each digit."""
     train = 10 * count
-    epochs = SEEN // train
+    epochs, rest = divmod(SEEN, train)
+    if rest:
+        raise ValueError(f"count must divide {SEEN // 10}: got {count}")
     return dataclasses.replace(
         EXPERIMENT,
         title=f"ViT-S/14 on {train} MNIST digits of 28 pixels, {SEEN:,} images seen",
