@@ -25,9 +25,16 @@ from experiments.experiment import experiment, names
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+def known(name: str) -> str:
+    """Return the name of an experiment that there is."""
+    if name not in names():
+        raise typer.BadParameter(f"must be one of {', '.join(names())}: got {name}")
+    return name
+
+
 @app.command()
 def run(
-    name: Annotated[str, typer.Argument(help="The experiment; see `list`.")],
+    name: Annotated[str, typer.Argument(help="The experiment; see `list`.", callback=known)],
     processes: Annotated[int, typer.Option(min=1, help="Methods at a time.")] = 2,
     only: Annotated[str, typer.Option(help="Methods with this in their names.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Take no run of an earlier time.")] = False,

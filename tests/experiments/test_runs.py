@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +259,12 @@ def test_an_unknown_experiment_names_the_known_ones() -> None:
 def test_methods_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="different names"):
         dataclasses.replace(OWN, methods=[Method("a", "", None), Method("a", "", sl.dense())])
+
+
+def test_an_unknown_experiment_is_a_wrong_use_of_the_command() -> None:
+    folder = Path(results.__file__).parent
+    command = [sys.executable, str(folder), "run", "digit"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "must be one of" in found.stderr
+    assert "Traceback" not in found.stderr
