@@ -27,8 +27,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def known(name: str) -> str:
     """Return the name of an experiment that there is."""
-    if name not in names():
-        raise typer.BadParameter(f"must be one of {', '.join(names())}: got {name}")
+    try:
+        experiment(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     return name
 
 
@@ -48,7 +50,7 @@ def run(
 
 @app.command()
 def geometry(
-    name: Annotated[str, typer.Argument(help="An experiment that has results.")] = "digits",
+    name: Annotated[str, typer.Argument(help="One that has results.", callback=known)] = "digits",
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = results.FOLDER,
 ) -> None:
     """Train some methods at their chosen rates again, and compare the updates themselves."""
